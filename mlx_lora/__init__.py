@@ -1,4 +1,4 @@
-"""mlx-lora: fine-tune language models on Apple silicon, and take the adapter anywhere. The public names, nothing else."""
+"""Fine-tune language models on Apple silicon, and take the adapter anywhere: the public names, nothing else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMES = {
     "MLXLoRAError": "errors",
     "attach": "model",
     "extract": "model",
-    "fuse": "model",
+    "fuse": "fusing",
     "load": "model",
     "mount": "model",
     "save_model": "model",

@@ -8,6 +8,7 @@ that lists every fault.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from typing import Any
 from .errors import ConfigError
 
 DEFAULT_RANK, DEFAULT_SCALE = 8, 20.0
+# The arrays a method keeps for each module it adapts. Under "full" an adapter holds whole parameters of the model.
+LEAVES = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
+METHODS = (*LEAVES, "full")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "muon", "lion")
 SCHEDULES = ("constant", "linear_schedule", "cosine_decay", "exponential_decay", "step_decay")
 REPORTERS = ("wandb", "swanlab")
@@ -43,7 +47,7 @@ class AdapterConfig:
     None means every linear layer of the last ``num_layers`` layers, routers of mixtures of experts left out.
     """
 
-    method: str = knob("lora", "The adapter method.", choices=("lora", "dora"))
+    method: str = knob("lora", "The adapter method; full trains the layers themselves.", choices=METHODS)
     rank: int = knob(DEFAULT_RANK, "Rank of the low-rank update.")
     scale: float = knob(DEFAULT_SCALE, "Multiplier of the low-rank update (alpha = scale * rank).")
     alpha: float | None = knob(None, "PEFT's lora_alpha, in place of scale: scale = alpha / rank.")
@@ -60,6 +64,8 @@ class AdapterConfig:
         elif self.keys is not None:
             object.__setattr__(self, "keys", tuple(self.keys))
         faults = []
+        if self.method not in METHODS:
+            faults.append(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
         ranks = {"rank": self.rank, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         for name, value in ranks.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -105,9 +111,14 @@ class AdapterConfig:
 def match_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that matches ``path`` whole or a dotted suffix of it (PEFT's rule)."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if _suffix_pattern(pattern).match(path):
             return value
     return default
+
+
+@functools.lru_cache(maxsize=8192)  # an adapter may carry a pattern a module; the re module keeps 512
+def _suffix_pattern(pattern: str) -> re.Pattern:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 @dataclass(frozen=True)

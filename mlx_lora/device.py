@@ -20,7 +20,8 @@ from pathlib import Path
 
 # The symbols libmlx imports from BLAS and LAPACK. Anything not listed keeps coming from the library MLX ships.
 _CBLAS = [f"cblas_{t}gemm" for t in "sdc"]
-_LAPACK = [f"{t}{f}_" for t in "sd" for f in "geev geqrf gesdd getrf getri orgqr potrf syevd trtri".split()]
+_ROUTINES = ["geev", "geqrf", "gesdd", "getrf", "getri", "orgqr", "potrf", "syevd", "trtri"]
+_LAPACK = [f"{t}{routine}_" for t in "sd" for routine in _ROUTINES]
 _SYSTEM_BLAS = ["libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.2", "libmkl_rt.so"]
 
 _blas = "MLX's own"

@@ -1,0 +1,155 @@
+"""Merging adapters into the weights, and measuring how much of the update survives the storage.
+
+A merged weight must be stored, and storage rounds: a 4-bit grid is coarser than most updates, so that requantizing to
+4 bits leaves the base model and loses the adapter. Every layer is therefore measured: with D = W' - W and D' what the
+stored weight holds of it, cosine(D, D') and ||D' - D|| / ||D||, in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from .errors import ConfigError
+from .layers import AdapterLayer, base_dtype, dense_weight, is_quantized, kind, use_blas
+from .model import DTYPES, _model_dtype, adapters_on
+
+# An update that keeps this much is whole for every purpose; below it, the layer is stored wider.
+SURVIVES_COSINE, SURVIVES_ERROR = 0.99, 0.1
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """What became of one layer's update."""
+
+    path: str
+    storage: str  # such as "8-bit" or "bfloat16"
+    cosine: float  # of the stored with the true update; 1 is perfect
+    relative_error: float  # norm of the difference over the norm of the true update; 0 is perfect
+    update_norm: float  # norm of the true update over the norm of the base weight
+
+    @property
+    def survives(self) -> bool:
+        return self.update_norm == 0 or (self.cosine >= SURVIVES_COSINE and self.relative_error <= SURVIVES_ERROR)
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    bits: int | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    force: bool = False,
+) -> list[FusedLayer]:
+    """Merge the adapters on ``model`` into its weights, in place.
+
+    Args:
+        bits: store the adapted layers of a quantized base at this many bits. By default each is stored at 8 bits if
+            its update survives that, else as floats. Fewer than 8 need ``force``: they lose the adapter.
+        dtype: of layers stored as floats; the model's own by default.
+        dequantize: store every quantized layer of the model as floats, the untouched ones too.
+        force: allow ``bits`` below 8.
+
+    Returns: a report for each adapted layer; ``survives`` tells whether its update is still there.
+
+    Raises: ConfigError: contradicting arguments.
+    """
+    if bits is not None and bits not in (2, 3, 4, 5, 6, 8):
+        raise ConfigError(f"bits must be one of 2, 3, 4, 5, 6, 8, not {bits!r}")
+    if bits is not None and dequantize:
+        raise ConfigError("bits and dequantize contradict each other", "Choose one.")
+    if bits is not None and bits < 8 and not force:
+        raise ConfigError(
+            f"storing merged weights at {bits} bits loses most of the adapter",
+            "Leave --bits out, keep the adapter beside the base, or insist with --force and read the report.",
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    floats = DTYPES[dtype] if dtype else None
+    default = _model_dtype(model)
+    adapted = adapters_on(model)
+    if bits is not None and adapted and not any(is_quantized(layer.base) for layer in adapted.values()):
+        raise ConfigError("bits applies to quantized bases; this one is not", "Fuse first, then quantize the model.")
+    reports, new = [], {}
+    for path, layer in adapted.items():
+        target = floats or base_dtype(layer.base) or default
+        new[path], report = _fuse_layer(path, layer, target, bits, dequantize or floats is not None)
+        reports.append(report)
+    if dequantize:
+        for path, module in model.named_modules():
+            if is_quantized(module) and kind(module) and not path.endswith((".linear", ".embedding")):
+                target = floats or base_dtype(module) or default
+                new[path] = _dense_module(module, dense_weight(module), target)
+    on_blas = any(hasattr(layer.base, "dense") for layer in adapted.values())
+    model.update_modules(tree_unflatten(list(new.items())))
+    if on_blas:
+        use_blas(model)
+    model.eval()
+    mx.eval(model.parameters())
+    return reports
+
+
+def _fuse_layer(
+    path: str, layer: AdapterLayer, dtype: mx.Dtype, bits: int | None, as_floats: bool
+) -> tuple[nn.Module, FusedLayer]:
+    base = layer.base
+    before = dense_weight(base)
+    merged = layer.merged_weight(before)
+    mx.eval(before, merged)
+    choices = []
+    if is_quantized(base) and not as_floats:
+        choices = [_quantized_module(base, merged, dtype, bits or 8)]
+    if bits is None:
+        choices.append(None)  # floats, made only if wanted
+    for module in choices:
+        module = module if module is not None else _dense_module(base, merged, dtype)
+        report = _measure(path, module, before, merged)
+        if report.survives:
+            break
+    mx.eval(module.parameters())
+    return module, report
+
+
+def _measure(path: str, module: nn.Module, before: mx.array, merged: mx.array) -> FusedLayer:
+    true, kept = merged - before, dense_weight(module) - before
+    norm, kept_norm = mx.linalg.norm(true.flatten()), mx.linalg.norm(kept.flatten())
+    size = norm.item()
+    cosine = ((true * kept).sum() / mx.maximum(norm * kept_norm, 1e-30)).item() if size else 1.0
+    error = (mx.linalg.norm((kept - true).flatten()) / norm).item() if size else 0.0
+    storage = f"{module.bits}-bit" if is_quantized(module) else str(module.weight.dtype).rpartition(".")[2]
+    relative = size / max(mx.linalg.norm(before.flatten()).item(), 1e-30)
+    return FusedLayer(path, storage, cosine, error, relative)
+
+
+def _dense_module(base: nn.Module, weight: mx.array, dtype: mx.Dtype) -> nn.Module:
+    """A plain layer of ``base``'s kind with ``weight`` and ``base``'s bias."""
+    which = kind(base)
+    if not is_quantized(base):
+        made = copy.copy(base)
+    elif which == "linear":
+        made = nn.Linear(1, 1, bias=False)
+    elif which == "embedding":
+        made = nn.Embedding(1, 1)
+    else:
+        from mlx_lm.models.switch_layers import SwitchLinear
+
+        made = SwitchLinear(1, 1, 1, bias=False)
+    made.weight = weight.astype(dtype)
+    if "bias" in base:
+        made.bias = base.bias
+    made.freeze()
+    return made
+
+
+def _quantized_module(base: nn.Module, weight: mx.array, dtype: mx.Dtype, bits: int) -> nn.Module:
+    """``weight`` quantized to ``bits``, in the mode of ``base`` where it has that width, else affine."""
+    same = bits == base.bits
+    mode = base.mode if same else "affine"
+    group = base.group_size if same or base.mode == "affine" else 32
+    made = _dense_module(base, weight, dtype).to_quantized(group_size=group, bits=bits, mode=mode)
+    made.freeze()
+    return made

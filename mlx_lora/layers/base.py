@@ -1,0 +1,150 @@
+"""What every adapter method shares: the frozen base layer below it, whatever its kind and precision.
+
+Six kinds of base are recognised by their attributes, so that nothing here imports mlx-lm: linear, embedding (anything
+with ``as_linear``) and switch (one matrix per expert, mixtures of experts), each dense or quantized in any of MLX's
+modes. Methods live in files of their own; models are walked in ``model.py``.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import AdapterError
+
+
+def kind(module: nn.Module) -> str | None:
+    """``"linear"``, ``"embedding"``, ``"switch"``, or None for a module that no adapter sits on."""
+    weight = module.get("weight")
+    if not isinstance(weight, mx.array) or isinstance(module, nn.QQLinear):
+        return None
+    if weight.ndim == 3 and hasattr(module, "num_experts"):
+        return "switch"
+    if weight.ndim != 2 or (is_quantized(module) and weight.dtype != mx.uint32):
+        return None
+    if hasattr(module, "as_linear"):
+        return "embedding"
+    return "linear" if isinstance(module, (nn.Linear, nn.QuantizedLinear)) else None
+
+
+def is_quantized(base: nn.Module) -> bool:
+    """True for MLX's quantized layers: packed ``weight`` beside ``scales``."""
+    return "scales" in base and hasattr(base, "bits")
+
+
+def dims(base: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear or switch layer, (vocabulary, dim) of an embedding."""
+    rows, columns = base.weight.shape[-2:]
+    if is_quantized(base):
+        columns = base.scales.shape[-1] * base.group_size
+    return (rows, columns) if kind(base) == "embedding" else (columns, rows)
+
+
+def base_dtype(base: nn.Module) -> mx.Dtype | None:
+    """The float dtype the layer computes in; None where its storage does not tell (mxfp4, mxfp8, nvfp4)."""
+    stored = (base.scales if is_quantized(base) else base.weight).dtype
+    return stored if mx.issubdtype(stored, mx.floating) else None
+
+
+def dense_weight(base: nn.Module, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """The layer's weight as plain numbers, [..., rows, columns] in ``dtype``, dequantized where it must be."""
+    if not is_quantized(base):
+        return base.weight.astype(dtype)
+
+    def dequantize(weight, scales, biases, global_scale=None):
+        # Widened first: mx.dequantize rounds its products to the dtype of the scales.
+        if biases is not None:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        return mx.dequantize(
+            weight,
+            scales,
+            biases,
+            group_size=base.group_size,
+            bits=base.bits,
+            mode=base.mode,
+            global_scale=global_scale,
+            dtype=mx.float32,
+        ).astype(dtype)
+
+    if base.get("global_scale") is not None:  # nvfp4 experts, each with a scale of its own
+        parts = zip(base.weight, base.scales, base.global_scale, strict=True)
+        return mx.stack([dequantize(weight, scales, None, scale) for weight, scales, scale in parts])
+    return dequantize(base.weight, base.scales, base.get("biases"))
+
+
+def project(base: nn.Module, x: mx.array) -> mx.array:
+    """``x W^T`` without the bias, for linear and embedding bases. x: [..., columns] -> [..., rows]."""
+    if hasattr(base, "project"):  # a base with a way of its own, see cpu.py
+        return base.project(x)
+    if kind(base) == "embedding":
+        return base.as_linear(x)
+    if not is_quantized(base):
+        return x @ base.weight.T
+    return mx.quantized_matmul(
+        x,
+        base.weight,
+        scales=base.scales,
+        biases=base.get("biases"),
+        transpose=True,
+        group_size=base.group_size,
+        bits=base.bits,
+        mode=base.mode,
+    )
+
+
+class AdapterLayer(nn.Module):
+    """A trainable update over a frozen base layer.
+
+    A method adds three things: its parameters, ``__call__``, and ``merged_weight``. Sub-classes name their kind in
+    ``slot``, the attribute that holds the base (mlx-lm's names, so that parameter paths agree).
+
+    Args:
+        base: the layer to adapt; frozen here.
+        rank: rank of the update.
+        scale: multiplier of the update.
+        dropout: probability of dropping an input of the update, in training.
+        dtype: of ``lora_a`` and ``lora_b``; the base's own where that is known.
+    """
+
+    method = ""
+    slot = "linear"
+
+    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, dtype: mx.Dtype):
+        super().__init__()
+        limit = min(dims(base))
+        if rank > limit:
+            raise AdapterError(
+                f"rank {rank} is larger than the layer it should adapt ({dims(base)[0]} x {dims(base)[1]})",
+                f"A rank of {limit} already expresses every update of this layer; choose a smaller one.",
+            )
+        base.freeze()
+        self[self.slot] = base
+        self.dropout = nn.Dropout(dropout)
+        self.scale = scale
+        # The low-rank matrices compute in the model's dtype: the forward pass needs no casts.
+        self._dtype = base_dtype(base) or dtype
+        self._rank = rank
+
+    @property
+    def base(self) -> nn.Module:
+        return self[self.slot]
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    def merged_weight(self, weight: mx.array) -> mx.array:
+        """The base's float32 ``weight`` with the update in it, same shape, float32."""
+        raise NotImplementedError
+
+    def adapter_weights(self) -> dict[str, mx.array]:
+        """The layer's own arrays by leaf name: ``lora_a``, ``lora_b``, ..."""
+        return {name: self[name] for name in self.leaves}
+
+    def _extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}, dropout={1 - self.dropout._p_1:g}"
+
+
+def uniform(bound: float, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """U(-bound, bound) drawn in float32, so that every dtype starts from the same numbers."""
+    return mx.random.uniform(-bound, bound, shape).astype(dtype)

@@ -1,0 +1,114 @@
+"""Which modules of a model an adapter sits on. Reads the model, changes nothing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+import mlx.nn as nn
+
+from .adapter import raise_faults, split_layer
+from .config import AdapterConfig
+from .errors import AdapterError
+from .layers import dims, kind
+
+ALL_LINEAR = "all-linear"
+
+
+def layer_paths(model: nn.Module) -> list[str]:
+    """Paths of the transformer layers, first to last."""
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, (list, tuple)) or not layers:
+        raise AdapterError(
+            f"{type(model).__name__} has no list of layers", "mlx-lora adapts language models loaded by mlx-lm."
+        )
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(layer)] for layer in layers if id(layer) in names]
+
+
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that an adapter can sit on, by path, in the model's order."""
+    return {path: module for path, module in _ordered(model) if kind(module)}
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Paths of the linears that choose experts: beside experts, with one output for each of them (or one in all)."""
+    modules = dict(model.named_modules())
+    found = set()
+    for path, module in modules.items():
+        if kind(module) != "switch":
+            continue
+        # The experts' container is one or two levels up: mlp.switch_mlp.gate_proj beside mlp.gate.
+        blocks = {path.rpartition(".")[0], path.rpartition(".")[0].rpartition(".")[0]}
+        found |= {
+            name
+            for name, sibling in modules.items()
+            if name.rpartition(".")[0] in blocks
+            and kind(sibling) == "linear"
+            and dims(sibling)[1] in (module.num_experts, 1)
+        }
+    return found
+
+
+def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The modules that ``config.keys`` and ``config.num_layers`` choose, by path.
+
+    ``num_layers`` bounds everything but absolute paths written out in full.
+
+    Raises:
+        AdapterError: a key matches nothing; the message lists what there is.
+    """
+    layers = layer_paths(model)
+    count = config.num_layers if config.num_layers > 0 else len(layers)
+    chosen = tuple(path + "." for path in layers[-count:])
+    every = tuple(path + "." for path in layers)
+    modules = adaptable(model)
+    outside = {path for path in modules if not path.startswith(every)}
+    if config.keys is None:
+        skip = routers(model)
+        found = {path for path in modules if path.startswith(chosen) and path not in skip}
+        if not found:
+            raise AdapterError(f"the last {count} layers hold no linear layers to adapt", "Name modules with --keys.")
+        return {path: modules[path] for path in modules if path in found}
+    found, faults = set(), []
+    for key in config.keys:
+        matches = _matches(key, modules, model)
+        inside = {p for p in matches if p.startswith(chosen) or p in outside or p == key}
+        found |= inside
+        if not inside:
+            faults.append(_nothing(key, matches, modules, count))
+    raise_faults(faults, f"There are: {', '.join(_names(modules))}.")
+    return {path: module for path, module in modules.items() if path in found}
+
+
+def _matches(key: str, modules: dict[str, nn.Module], model: nn.Module) -> set[str]:
+    if key == ALL_LINEAR:
+        skip = routers(model)
+        return {
+            p for p, m in modules.items() if split_layer(p)[0] is not None and kind(m) != "embedding" and p not in skip
+        }
+    exact = {p for p in modules if p == key or p.endswith("." + key)}
+    if exact:
+        return exact
+    try:
+        pattern = re.compile(key)
+    except re.error:
+        return set()
+    return {p for p in modules if pattern.fullmatch(p)}
+
+
+def _nothing(key: str, matches: set[str], modules: dict[str, nn.Module], count: int) -> str:
+    if matches:
+        return f"key {key!r} matches only outside the last {count} layers (num_layers)"
+    near = difflib.get_close_matches(key, _names(modules) + [n.rpartition(".")[2] for n in _names(modules)], n=1)
+    return f"key {key!r} matches no module" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _names(modules: dict[str, nn.Module]) -> list[str]:
+    """Paths relative to a layer, each once."""
+    return list(dict.fromkeys(split_layer(path)[1] for path in modules))
+
+
+def _ordered(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """``named_modules`` in the order of definition (MLX walks them last to first)."""
+    return list(reversed(model.named_modules()))

@@ -5,6 +5,7 @@ An adapter never touches a base weight here; merging it into the weights is ``fu
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -81,7 +82,14 @@ def load(
 
     from mlx_lm import utils
 
-    options = {"trust_remote_code": True} if trust_remote_code else {}
+    if "model_file" in config and not trust_remote_code:
+        raise ModelError(
+            f"{path_or_repo}: wants to run its own code ({config['model_file']!r})",
+            "If you have read and trust it: --trust-remote-code.",
+        )
+    # Older versions of mlx-lm run such code without asking, and know no such argument.
+    knows = "trust_remote_code" in inspect.signature(utils.load_model).parameters
+    options = {"trust_remote_code": True} if trust_remote_code and knows else {}
     try:
         model, config = utils.load_model(folder, lazy=True, model_config=missing_fields(config), **options)
         tokenizer = utils.load_tokenizer(
@@ -241,6 +249,19 @@ def unmount(model: nn.Module) -> None:
 def adapters_on(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapter layers of ``model`` by path, in the model's order."""
     return {path: m for path, m in reversed(model.named_modules()) if isinstance(m, AdapterLayer)}
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a quantized weight counts as the numbers it stands for."""
+    trainable = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
+    total = 0
+    for module in model.modules():
+        own = {n: a for n, a in module.items() if isinstance(a, mx.array) and not n.startswith("_")}
+        if is_quantized(module):
+            total += (module.weight.size * 32) // module.bits
+            own = {n: a for n, a in own.items() if n == "bias"}
+        total += sum(array.size for array in own.values())
+    return trainable, total
 
 
 def _place(model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
@@ -405,7 +426,7 @@ def _first_line(error: BaseException) -> str:
 def _load_hint(error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text:
-        return "The folder wants to run its own code. If you trust it: --trust-remote-code."
+        return "The tokenizer wants to run its own code. If you trust it: --trust-remote-code."
     if isinstance(error, MLXLoRAError):
         return error.hint
     if "not supported" in text:

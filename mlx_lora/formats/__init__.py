@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..adapter import Adapter
+from ..adapter import Adapter, split_layer
 from ..errors import ConfigError, FormatError
 from . import mlx_lm, peft
 from .files import write_folder
@@ -67,3 +67,30 @@ def _known(format: str) -> str:
     if format not in FORMATS:
         raise ConfigError(f"format {format!r} is not known", f"Known formats: {', '.join(FORMATS)}.")
     return format
+
+
+def describe(path: str | Path, format: str | None = None) -> dict:
+    """What an adapter is, from its files alone: format, method, rank, scale, modules, sizes, base, problems.
+
+    Faults of the adapter itself are listed under ``problems``; files that cannot be read raise ``FormatError``.
+    """
+    name = _known(format or detect_format(path))
+    adapter = FORMATS[name].read(Path(path))
+    problems = adapter.faults()
+    facts = {"format": name, "method": adapter.config.method, "base": adapter.base or "not told"}
+    if adapter.config.method != "full" and not problems:
+        ranks = {adapter.rank_of(p) for p in adapter.modules}
+        scales = {adapter.config.scale_of(p) for p in adapter.modules}
+        facts |= {"rank": sorted(ranks), "scale": sorted(scales), "dropout": adapter.config.dropout}
+        facts["alpha"] = sorted({round(adapter.config.scale_of(p) * adapter.rank_of(p), 6) for p in adapter.modules})
+    layers = sorted({i for i, _ in map(split_layer, adapter.modules) if i is not None})
+    return {
+        **facts,
+        "modules": len(adapter.modules),
+        "targets": sorted({split_layer(p)[1] for p in adapter.modules}),
+        "layers": f"{layers[0]} to {layers[-1]} ({len(layers)})" if layers else "none",
+        "parameters": adapter.num_parameters,
+        "bytes": adapter.nbytes,
+        "dtype": sorted({str(w.dtype).rpartition(".")[2] for w in adapter.weights.values()}),
+        "problems": problems,
+    }

@@ -76,16 +76,24 @@ def parse_config(raw: dict[str, Any], source: Path) -> AdapterConfig:
         raise FormatError(f"{source}: {error}") from None
 
 
+def stored_weights(adapter: Adapter) -> dict[str, mx.array]:
+    """The arrays as ``write`` stores them."""
+    return adapter.weights if adapter.config.method == "full" else fold(adapter, _stored_config(adapter))
+
+
+def _stored_config(adapter: Adapter) -> AdapterConfig:
+    return adapter.exact_config(rank=max(adapter.rank_of(path) for path in adapter.modules))
+
+
 def write(adapter: Adapter, folder: Path) -> None:
-    config, weights = adapter.config, adapter.weights
+    config = adapter.config
     raw = {**adapter.metadata.get("mlx-lm", {}), "fine_tune_type": config.method, "num_layers": config.num_layers}
     if adapter.base:
         raw["model"] = adapter.base
     if config.method == "full":
         raw["lora_parameters"] = None
     else:
-        config = adapter.exact_config(rank=max(adapter.rank_of(path) for path in adapter.modules))
-        weights = fold(adapter, config)
+        config = _stored_config(adapter)
         raw["lora_parameters"] = {
             "rank": config.rank,
             "scale": config.scale,
@@ -95,7 +103,7 @@ def write(adapter: Adapter, folder: Path) -> None:
         for name in ("rank_pattern", "scale_pattern"):
             if pattern := getattr(config, name):
                 raw["lora_parameters"][name] = pattern
-    write_safetensors(folder / WEIGHTS, weights)
+    write_safetensors(folder / WEIGHTS, stored_weights(adapter))
     write_json(folder / CONFIG, raw)
 
 

@@ -1,0 +1,215 @@
+"""Options shared by commands, most of them made from the fields in ``config.py``.
+
+A field gives its flag, type, help and default. A YAML file gives defaults between those and the flags, through
+click's ``default_map``; mlx-lm's files are read as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from ..errors import ConfigError
+
+# Fields whose flag has another name: mlx-lm's.
+_FLAGS = {"method": "fine_tune_type"}
+# Fields of mlx-lm's nested lora_parameters section.
+_NESTED = ("rank", "scale", "alpha", "rslora", "dropout", "keys", "rank_pattern", "scale_pattern")
+
+
+class Pattern(click.ParamType):
+    """``REGEX=NUMBER``, or a mapping from YAML."""
+
+    name = "regex=number"
+
+    def __init__(self, number: type):
+        self.number = number
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        key, equals, number = str(value).rpartition("=")
+        if not equals or not key:
+            self.fail(f"{value!r} is not of the form REGEX=NUMBER", param, ctx)
+        try:
+            return key, self.number(number)
+        except ValueError:
+            self.fail(f"{number!r} is not a number", param, ctx)
+
+
+class Structure(click.ParamType):
+    """A word, a JSON object, or whatever YAML gave."""
+
+    name = "name or json"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+            try:
+                return json.loads(value)
+            except json.JSONDecodeError as error:
+                self.fail(f"not JSON: {error}", param, ctx)
+        return value
+
+
+def config_options(config: type, *names: str) -> Callable:
+    """Options for the fields ``names`` of a config class, or for all of them."""
+
+    def decorate(command):
+        hints = typing.get_type_hints(config)
+        for field in reversed([f for f in dataclasses.fields(config) if not names or f.name in names]):
+            command = _option(field, hints[field.name])(command)
+        return command
+
+    return decorate
+
+
+def _option(field: dataclasses.Field, hint: Any) -> Callable:
+    name = _FLAGS.get(field.name, field.name)
+    flag = "--" + name.replace("_", "-")
+    default = field.default if field.default is not dataclasses.MISSING else None
+    extra: dict[str, Any] = {"help": field.metadata["help"], "default": default, "show_default": default is not None}
+    options = [t for t in typing.get_args(hint) if t is not type(None)] if _is_union(hint) else [hint]
+    kind = options[0]
+    if "choices" in field.metadata:
+        extra["type"] = click.Choice(field.metadata["choices"])
+    elif kind is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
+    elif field.name in ("rank_pattern", "scale_pattern"):
+        extra |= {"type": Pattern(typing.get_args(kind)[1]), "multiple": True, "default": (), "show_default": False}
+    elif field.name == "keys":
+        extra |= {"multiple": True, "default": (), "show_default": False, "metavar": "NAME"}
+    elif kind in (int, float, str):
+        extra["type"] = kind
+    else:
+        extra["type"] = Structure()
+    return click.option(flag, name, **extra)
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def build(config: type, params: dict[str, Any], **changes: Any) -> Any:
+    """A config from a command's parameters; parameters that are no fields of it are passed over."""
+    values = {}
+    for field in dataclasses.fields(config):
+        name = _FLAGS.get(field.name, field.name)
+        if name not in params:
+            continue
+        value = params[name]
+        if field.name in ("rank_pattern", "scale_pattern"):
+            value = dict(value)
+        elif field.name == "keys":
+            # --keys a --keys b, or --keys a,b; a regular expression with a comma goes through YAML.
+            parts = [part.strip() for key in value or () for part in re.split(r",(?![^{}\[\]()]*[}\])])", key)]
+            value = tuple(part for part in parts if part) or None
+        elif value is None and field.default is dataclasses.MISSING:
+            continue
+        values[field.name] = value
+    try:
+        return config(**{**values, **changes})
+    except TypeError as error:
+        raise ConfigError(str(error)) from None
+
+
+def model_option(**extra: Any) -> Callable:
+    return click.option(
+        "--model",
+        help="Model: a local folder, or a repository on the Hugging Face Hub.",
+        metavar="PATH_OR_REPO",
+        **extra,
+    )
+
+
+def adapter_option(default: str | None = None, **extra: Any) -> Callable:
+    extra.setdefault("help", "Folder of the adapter, in any known format.")
+    return click.option("--adapter-path", default=default, show_default=default is not None, metavar="FOLDER", **extra)
+
+
+trust_option = click.option("--trust-remote-code", is_flag=True, help="Run Python files of the model's folder.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
+force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+
+
+def yaml_option(known: Callable[[], set[str]]) -> Callable:
+    """``-c/--config FILE.yaml``. ``known`` gives the parameter names a file may set."""
+
+    def load(ctx: click.Context, _param, value: str | None):
+        if value:
+            allowed = {p.name for p in ctx.command.params} | known()
+            ctx.default_map = {**(ctx.default_map or {}), **read_yaml(Path(value), allowed)}
+        return value
+
+    return click.option(
+        "-c",
+        "--config",
+        callback=load,
+        is_eager=True,
+        expose_value=False,
+        metavar="FILE",
+        help="YAML file with options (mlx-lm's files work unchanged); flags win over it.",
+    )
+
+
+def read_yaml(path: Path, allowed: set[str]) -> dict[str, Any]:
+    """Options from a YAML file by parameter name, ``lora_parameters`` flattened. Unknown keys are refused by name."""
+    import yaml
+
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _yaml_loader())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds a {type(raw).__name__}, not options")
+    nested = raw.pop("lora_parameters", None) or {}
+    if not isinstance(nested, dict):
+        raise ConfigError(f"{path}: lora_parameters must be a mapping")
+    faults = []
+    for section, entries, names in (("", raw, allowed - {"config"}), ("lora_parameters.", nested, set(_NESTED))):
+        for key in entries:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), sorted(names), n=1)
+                faults.append(f"{path}: {section}{key} is no option" + (f"; did you mean {near[0]}?" if near else ""))
+    if faults:
+        raise ConfigError("\n".join(faults), "Options are listed by --help, with underscores in YAML.")
+    options = {**raw, **nested}
+    for key in ("rank_pattern", "scale_pattern"):
+        if isinstance(options.get(key), dict):
+            options[key] = list(options[key].items())
+    if isinstance(options.get("keys"), str):
+        options["keys"] = [options["keys"]]
+    if "keys" in options and options["keys"] is None:
+        del options["keys"]
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _yaml_loader():
+    """YAML 1.1 takes 1e-5 for a word; mlx-lm's files and people write it for a number."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
+    return Loader
+
+
+TRAINING = (AdapterConfig, DataConfig, OptimizerConfig, TrainConfig)

@@ -1,0 +1,1 @@
+"""Answers from a model with adapters that come and go: ``bank.py`` holds adapters, ``engine.py`` makes tokens."""

@@ -1,0 +1,52 @@
+"""Adapters that are at hand by name, one of them on the model at a time. The base is never loaded again."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import mlx.nn as nn
+
+from ..adapter import Adapter
+from ..errors import AdapterError
+from ..formats import load_adapter
+from ..model import mount, unmount
+
+
+class AdapterBank:
+    """Named adapters for one model.
+
+    Args:
+        model: the base, without adapters.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._adapters: dict[str, Adapter] = {}
+        self.current: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._adapters)
+
+    def add(self, name: str, adapter: Adapter | str | Path) -> None:
+        """Keep ``adapter``, or the one in that folder, under ``name``."""
+        self._adapters[name] = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+
+    def use(self, name: str | None) -> float:
+        """Put adapter ``name`` on the model, or none. A name that is not known is taken for a folder.
+
+        Returns: seconds it took. Raises: AdapterError, FormatError; the adapter in use then stays.
+        """
+        tic = time.perf_counter()
+        if name is None:
+            unmount(self._model)
+        elif name != self.current:
+            if name not in self._adapters:
+                if not Path(name).is_dir():
+                    known = ", ".join(self.names) or "none"
+                    raise AdapterError(f"no adapter named {name!r}", f"Known: {known}. Or give an adapter's folder.")
+                self.add(name, name)
+            mount(self._model, self._adapters[name])
+        self.current = name
+        return time.perf_counter() - tic

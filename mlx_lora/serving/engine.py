@@ -1,0 +1,110 @@
+"""From messages to tokens: prompts, streaming with a prompt cache, and batches of greedy answers.
+
+Sampling and decoding are mlx-lm's. What is here is what mlx-lm leaves to its callers: keeping the cache while a
+conversation grows and the adapter stays, and dropping it when the adapter changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import GenerateConfig
+from ..errors import ConfigError
+from .bank import AdapterBank
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer; the last one carries ``finish_reason``."""
+
+    text: str
+    finish_reason: str | None  # "stop", "length" or None
+    prompt_tokens: int
+    prompt_tps: float  # prompt tokens per second
+    generation_tokens: int
+    generation_tps: float  # tokens per second
+    peak_memory: float  # GB
+
+
+class Engine:
+    """One model, its tokenizer and its adapters, answering one request at a time."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, bank: AdapterBank | None = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.bank = bank or AdapterBank(model)
+        self._kept: tuple[str | None, list[int], list] | None = None  # adapter, tokens, cache
+
+    def prompt(self, messages: list[dict], tools: list | None = None) -> list[int]:
+        """The tokens of a conversation up to where the assistant speaks."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigError(
+                "this model's tokenizer has no chat template", "Use generate --ignore-chat-template with plain text."
+            )
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # templates raise jinja's own errors at what they refuse
+            raise ConfigError(f"the chat template refuses these messages ({error})") from None
+        return list(ids)
+
+    def stream(self, tokens: list[int], config: GenerateConfig) -> Iterator[Piece]:
+        """Answer ``tokens`` with the adapter in use, piece by piece."""
+        from mlx_lm import stream_generate
+        from mlx_lm.sample_utils import make_sampler
+
+        if not tokens:
+            raise ConfigError("the prompt is empty", "Give some text with --prompt.")
+        if config.seed is not None:
+            mx.random.seed(config.seed)
+        cache, known = self._cache_for(tokens)
+        sampler = make_sampler(config.temp, top_p=config.top_p, min_p=config.min_p, top_k=config.top_k)
+        made: list[int] = []
+        self._kept = None  # nothing to reuse if this is interrupted
+        for r in stream_generate(
+            self.model,
+            self.tokenizer,
+            mx.array(tokens[known:]),
+            max_tokens=config.max_tokens,
+            sampler=sampler,
+            prompt_cache=cache,
+        ):
+            made.append(int(r.token))
+            yield Piece(
+                r.text,
+                r.finish_reason,
+                len(tokens),
+                r.prompt_tps,
+                r.generation_tokens,
+                r.generation_tps,
+                r.peak_memory,
+            )
+        self._kept = (self.bank.current, tokens + made, cache)
+
+    def _cache_for(self, tokens: list[int]) -> tuple[list, int]:
+        """A prompt cache, and how many of ``tokens`` it holds already."""
+        from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+        if self._kept is not None and self._kept[0] == self.bank.current:
+            _, known, cache = self._kept
+            offset = getattr(cache[0], "offset", None)
+            if isinstance(offset, int) and can_trim_prompt_cache(cache):
+                known = known[:offset]
+                shared = next((i for i, (a, b) in enumerate(zip(known, tokens, strict=False)) if a != b), len(known))
+                shared = min(shared, len(tokens) - 1)  # one token must be computed
+                if shared > 0 and trim_prompt_cache(cache, len(known) - shared) == len(known) - shared:
+                    return cache, shared
+        return make_prompt_cache(self.model), 0
+
+    def answers(self, prompts: list[list[int]], max_tokens: int, batch_size: int = 16) -> Iterator[str]:
+        """The greedy answer to each prompt, batched; nothing of one answer reaches another."""
+        from mlx_lm import batch_generate
+
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            yield from batch_generate(self.model, self.tokenizer, batch, max_tokens=max_tokens).texts

@@ -1,0 +1,109 @@
+"""Shared helpers: tiny random models made on the spot, and a comparison whose failure says how far off it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import mlx_lora  # first: it opens a real BLAS ahead of MLX
+
+assert mlx_lora  # keep the import above mlx
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+LLAMA = dict(
+    model_type="llama",
+    hidden_size=64,
+    num_hidden_layers=3,
+    intermediate_size=128,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-5,
+    vocab_size=96,
+    max_position_embeddings=256,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+)
+QWEN3_MOE = dict(
+    model_type="qwen3_moe",
+    hidden_size=64,
+    num_hidden_layers=2,
+    intermediate_size=128,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    vocab_size=96,
+    max_position_embeddings=256,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    norm_topk_prob=True,
+)
+
+
+def make_model(config: dict | None = None, *, seed: int = 0, quantize: dict | None = None, **changes) -> nn.Module:
+    """A random model of mlx-lm's from a config; ``quantize`` are arguments of ``nn.quantize``."""
+    import importlib
+
+    config = {**(config or LLAMA), **changes}
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    mx.random.seed(seed)
+    model = module.Model(module.ModelArgs.from_dict(config))
+    if quantize:
+        nn.quantize(model, **quantize)
+    mx.eval(model.parameters())
+    return model.eval()
+
+
+def shake(model: nn.Module, seed: int = 1, size: float = 0.05) -> None:
+    """Give every adapter on ``model`` an update that matters."""
+    from mlx_lora.model import adapters_on
+
+    mx.random.seed(seed)
+    for layer in adapters_on(model).values():
+        layer.lora_b = (size * mx.random.normal(layer.lora_b.shape)).astype(layer.lora_b.dtype)
+        if "m" in layer:
+            layer.m = layer.m * (1 + 0.2 * mx.random.normal(layer.m.shape))
+
+
+def numbers(array) -> np.ndarray:
+    return np.array(array.astype(mx.float32)) if isinstance(array, mx.array) else np.asarray(array)
+
+
+def relative(got, expected) -> float:
+    """Largest difference over the largest expected number."""
+    got, expected = numbers(got), numbers(expected)
+    assert got.shape == expected.shape, f"shape {got.shape}, expected {expected.shape}"
+    return float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-30))
+
+
+def assert_close(got, expected, tolerance: float, what: str = "") -> None:
+    error = relative(got, expected)
+    mean = float(np.abs(numbers(got) - numbers(expected)).mean())
+    assert error <= tolerance, (
+        f"{what}: relative error {error:.2e} (mean difference {mean:.2e}), allowed {tolerance:.0e}"
+    )
+
+
+@pytest.fixture
+def tokens() -> mx.array:
+    return mx.array([[1, 5, 9, 33, 7, 60, 64, 2, 3, 90]])
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real inputs; tests that need it are skipped where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared here")
+    return SHARED

@@ -1,0 +1,97 @@
+"""The house rules: imports run down only, heavy packages wait, the package is whole."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlx_lora
+
+ROOT = Path(mlx_lora.__file__).parent
+# Lower floors first. A module may import from its own room and from floors below.
+FLOORS = [
+    {"errors", "kernels", "device", "base_config", "tiny_base"},
+    {"config"},
+    {"data", "layers", "adapter"},
+    {"training", "formats", "selection"},
+    {"model", "planning"},
+    {"fusing"},
+    {"serving"},
+    {"cli"},
+]
+FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+WALLS = {
+    "layers": {"adapter", "formats", "data"},
+    "formats": {"layers", "model"},
+    "training": {"layers", "adapter", "formats"},
+    "data": {"layers", "adapter"},
+}
+FILES = [p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem not in ("__init__", "__main__")]
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module as written from the package's root, at the top of the file?)"""
+    tree = ast.parse(path.read_text())
+    package = ["mlx_lora", *path.relative_to(ROOT).parts[:-1]]
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*parts, *([node.module] if node.module else [])])
+            if name == "mlx_lora":
+                found += [(f"mlx_lora.{alias.name}", id(node) in top) for alias in node.names]
+            else:
+                found.append((name, id(node) in top))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_down_only(path):
+    here = room(path)
+    for name, _ in imports(path):
+        if not name.startswith("mlx_lora."):
+            continue
+        there = name.split(".")[1]
+        if there in ("__version__", here):
+            continue
+        assert there in FLOOR, f"{path.name} imports {there}: no floor is known for it"
+        assert FLOOR[there] <= FLOOR[here], f"{here} imports {there}, which stands above it"
+        assert there not in WALLS.get(here, ()), f"{here} must not import {there}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_heavy_packages_wait(path):
+    for name, top in imports(path):
+        first = name.split(".")[0]
+        if first in ("mlx_lm", "transformers", "datasets", "torch"):
+            assert not top, f"{path.name} imports {first} at the top"
+            assert room(path) not in ("layers", "training", "data", "formats") or first == "datasets"
+        if first == "click":
+            assert room(path) == "cli", f"click in {path}"
+        if room(path) == "cli":
+            assert not (top and first in ("mlx", "numpy", "tqdm", "yaml")), f"{path.name} imports {name} at the top"
+
+
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"]])
+def test_help_does_not_import_mlx(args):
+    code = f"import sys; from mlx_lora.cli.main import cli; cli({args!r}, standalone_mode=False); " + (
+        "assert not {'mlx.core', 'mlx_lm', 'numpy', 'transformers'} & set(sys.modules), 'heavy imports'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_there():
+    for name in mlx_lora.__all__:
+        assert getattr(mlx_lora, name) is not None

@@ -134,9 +134,8 @@ def test_experts_learn():
         use_blas(model)
         attach(model, AdapterConfig(rank=4, num_layers=-1, keys=["switch_mlp.up_proj"]))
         shake(model)
-        model.train()
-        tokens = mx.arange(40)[None]  # enough of them that mlx-lm sorts by expert
-        loss = nn.value_and_grad(model, lambda m: m(tokens).square().sum())
+        model.train()  # 40 tokens: enough of them that mlx-lm sorts by expert
+        loss = nn.value_and_grad(model, lambda m: m(mx.arange(40)[None]).square().sum())
         grads = dict(tree_flatten(loss(model)[1]))
         assert grads and all(mx.abs(g).max().item() > 0 for g in grads.values())
 

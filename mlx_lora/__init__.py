@@ -31,9 +31,11 @@ _NAMES = {
     "save_model": "model",
     "unmount": "model",
     "load_dataset": "data",
+    "tokenize": "data",
     "build_optimizer": "training",
     "evaluate": "training",
     "train": "training",
+    "Progress": "training",
 }
 __all__ = ["__version__", *_NAMES]
 

@@ -257,23 +257,24 @@ class Run:
                 console.data(f"Exact match {right}/{asked} ({100 * right / asked:.0f} %)")
         return result
 
-    def exact_match(self, count: int, max_tokens: int, wrong: list | None = None) -> tuple[int, int]:
+    def exact_match(self, count: int, max_tokens: int) -> tuple[int, int]:
         """(right, asked): greedy answers equal to the last answer of a row, outer white space aside."""
+        pairs = self.answers(count, max_tokens)
+        return sum(given == wanted for _, wanted, given in pairs), len(pairs)
+
+    def answers(self, count: int, max_tokens: int) -> list[tuple[str, str, str]]:
+        """(question, wanted, given) for rows of the test set, spread over it; answers are greedy."""
         from ..data import questions
         from ..serving.engine import Engine
 
         asked = questions(self.data, self.tokenizer, "test", count)
-        engine = Engine(self.model, self.tokenizer)
-        bar = console.Bar(len(asked), unit="row", hidden=self.as_json)
-        right = 0
-        for question, answer in zip(asked, engine.answers([q.tokens for q in asked], max_tokens), strict=True):
-            same = answer.strip() == question.answer.strip()
-            right += same
-            if not same and wrong is not None:
-                wrong.append((question, answer))
+        given = Engine(self.model, self.tokenizer).answers([q.tokens for q in asked], max_tokens)
+        bar, pairs = console.Bar(len(asked), unit="row", hidden=self.as_json), []
+        for question, answer in zip(asked, given, strict=True):
+            pairs.append((question.text, question.answer.strip(), answer.strip()))
             bar.step()
         bar.close()
-        return right, len(asked)
+        return pairs
 
 
 class Saver:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from .loss import loss_fn
@@ -50,8 +51,9 @@ class Step:
         self._template = model.trainable_parameters()
         self.parameters: dict[str, mx.array] = dict(tree_flatten(self._template))
         self.state = optimizer.state
-        zeros = {path: mx.zeros(p.shape, mx.float32) for path, p in self.parameters.items()}
-        self._nothing = {"gradients": zeros, "loss": mx.array(0.0), "tokens": mx.array(0.0)}
+        if not fused:
+            zeros = {path: mx.zeros(p.shape, mx.float32) for path, p in self.parameters.items()}
+            self._nothing = {"gradients": zeros, "loss": mx.array(0.0), "tokens": mx.array(0.0)}
         self._sums: dict[str, Any] | None = None
         self._fused = fused
         self._batch: mx.array | None = None  # [loss, tokens] of the batch under way
@@ -114,7 +116,8 @@ class Step:
         """The sum over all processes."""
         if self._group is None:
             return tree
-        return tree_map(lambda x: mx.distributed.all_sum(x, group=self._group), tree)
+        # Its buckets of 32 MiB spare a collective for each small array.
+        return tree_map(lambda mean: mean * self._group.size(), average_gradients(tree, self._group))
 
     def _sums_fn(self, parameters, tokens, mask) -> dict[str, Any]:
         """Sums over the tokens of a batch: gradients (of this process; float32), loss and token count (of all)."""

@@ -346,7 +346,7 @@ def test_same_seed_same_bits_whatever_is_drawn_between():
     [("adam", mx.float32, 2), ("adamw", mx.bfloat16, 3), ("muon", mx.bfloat16, 1)],
 )
 def test_resume_is_exact(request, tmp_path, how, optimizer, dtype, accumulation):
-    if optimizer == "muon":
+    if dtype == mx.bfloat16:
         request.getfixturevalue("uncompiled")
     rows = examples(10)
     settings = OptimizerConfig(optimizer=optimizer, learning_rate=1e-2, lr_schedule="cosine_decay", warmup=1)

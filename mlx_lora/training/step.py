@@ -112,12 +112,12 @@ class Step:
     def _put(self, parameters: dict[str, mx.array]) -> None:
         self._model.update(tree_map_with_path(lambda path, _: parameters[path], self._template))
 
-    def _together(self, tree: Any) -> Any:
-        """The sum over all processes."""
+    def _together(self, arrays: list[mx.array]) -> list[mx.array]:
+        """The sums over all processes."""
         if self._group is None:
-            return tree
+            return arrays
         # Its buckets of 32 MiB spare a collective for each small array.
-        return tree_map(lambda mean: mean * self._group.size(), average_gradients(tree, self._group))
+        return [mean * self._group.size() for mean in average_gradients(arrays, self._group)]
 
     def _sums_fn(self, parameters, tokens, mask) -> dict[str, Any]:
         """Sums over the tokens of a batch: gradients (of this process; float32), loss and token count (of all)."""
@@ -142,7 +142,8 @@ class Step:
     def _update_fn(self, parameters, state, sums):
         """One optimizer step on the token-mean gradient; all stays as it was where a value of it is not finite."""
         count = sums["tokens"]
-        mean = {path: g / mx.maximum(count, 1) for path, g in self._together(sums["gradients"]).items()}
+        totals = self._together(list(sums["gradients"].values()))
+        mean = {path: g / mx.maximum(count, 1) for path, g in zip(sums["gradients"], totals, strict=True)}
         norm = mx.sqrt(sum(g.square().sum() for g in mean.values()))
         if self._max_norm is not None:
             shrink = self._max_norm / mx.maximum(norm, self._max_norm)

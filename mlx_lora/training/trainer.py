@@ -1,0 +1,278 @@
+"""The training loop: a generator of reports. Saving, showing and interrupting are the caller's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as opt
+from mlx.utils import tree_flatten
+
+from ..config import TrainConfig
+from ..device import set_memory_limits
+from ..errors import TrainingError
+from .checkpoints import Tally, TrainingState, check_fingerprint, fingerprint
+from .loss import evaluate, mode
+from .optimizers import MasterWeights
+from .recompute import recomputed_layers
+from .reports import Checkpoint, Done, Progress, Report, SkippedStep, TrainReport, ValReport
+from .step import Step
+
+
+def never() -> bool:
+    """The `stop` of a run that nobody interrupts."""
+    return False
+
+
+def train(
+    model: nn.Module,
+    optimizer: opt.Optimizer,
+    train_set: Any,
+    valid_set: Any = None,
+    config: TrainConfig | None = None,
+    *,
+    checkpoint: Callable[[TrainingState], Any] | None = None,
+    resume: TrainingState | None = None,
+    stop: Callable[[], bool] = never,
+) -> Iterator[Report]:
+    """Train whatever is trainable in `model`; the work is done while the reports are iterated over.
+
+    Args:
+        optimizer: of MLX, or from `build_optimizer`. Parameters in half precision are trained through float32 master
+            weights in its state.
+        train_set, valid_set: sequences of examples (see `mlx_lora.data`). No validation set, an empty one, or
+            `val_batches` 0: no validation.
+        config: how long and in what portions; `TrainConfig()` by default.
+        checkpoint: called with the state of the run every `save_every` iterations, at the end, on `stop` and before
+            the error of a run that has diverged; in every process of a distributed run. Save the adapter from the
+            model, and `state.save(path)` to be able to resume.
+        resume: a state to go on from. The parameters, the optimizer and the order of the data are put back exactly.
+        stop: asked after each iteration; when it says True the run saves and ends. The sums of an incomplete window
+            of `grad_accumulation_steps` are then in the state and are not applied.
+
+    Yields: the reports of `reports.py`, in the order in which things happen, `Done` last.
+
+    While it runs the model is in training mode and MLX's random numbers are seeded by `config.seed`. However it ends,
+    also by an error or by closing the generator, the model holds evaluated parameters, its own layers, and each module
+    the mode it had.
+
+    Raises: TrainingError, at once where there is nothing to train or to learn from or where `resume` is of another run;
+        while running, after `max_skipped_steps` steps in a row with non-finite gradients.
+    """
+    config = config or TrainConfig()
+    parameters = dict(tree_flatten(model.trainable_parameters()))
+    if not parameters:
+        raise TrainingError(
+            "There is nothing to train: the model has no trainable parameters.",
+            "Attach an adapter first (mlx_lora.attach), or unfreeze the model.",
+        )
+    if odd := [path for path, p in parameters.items() if not mx.issubdtype(p.dtype, mx.floating)]:
+        raise TrainingError(f"Only floating-point parameters can be trained: {', '.join(odd)}", "Freeze the others.")
+    if len(train_set) == 0:
+        raise TrainingError("The training set is empty.", "Check the data folder and its train.jsonl.")
+    group = mx.distributed.init()
+    mark = fingerprint(config, MasterWeights(optimizer).name, len(train_set), group.size(), parameters)
+    if resume is not None:
+        check_fingerprint(resume.fingerprint, mark)
+        if resume.iteration > config.iters:
+            raise TrainingError(
+                f"The checkpoint is at iteration {resume.iteration}, beyond the {config.iters} of this run.",
+                "Give more iters, or start a new run.",
+            )
+    if config.val_batches == 0 or valid_set is None or len(valid_set) == 0:
+        valid_set = None
+    run = _Run(model, MasterWeights(optimizer), train_set, valid_set, config, checkpoint, stop, mark, group)
+    return run.reports(resume)
+
+
+@dataclasses.dataclass
+class _Run:
+    """One call of `train`. Each method that yields is a piece of the loop."""
+
+    model: nn.Module
+    optimizer: MasterWeights
+    train_set: Any
+    valid_set: Any
+    config: TrainConfig
+    checkpoint: Callable[[TrainingState], Any] | None
+    stop: Callable[[], bool]
+    mark: dict[str, Any]
+    group: Any
+
+    def reports(self, resume: TrainingState | None) -> Iterator[Report]:
+        begin = time.perf_counter()
+        set_memory_limits()
+        mx.reset_peak_memory()
+        with ExitStack() as afterwards:
+            afterwards.enter_context(mode(self.model, training=True))
+            if self.config.grad_checkpoint:
+                afterwards.enter_context(recomputed_layers(self.model))
+            self._prepare(resume)
+            afterwards.callback(self._settle)
+            stopped = yield from self._iterate()
+            if not stopped:
+                yield from self._finish()
+            tally = self.tally
+            seconds = time.perf_counter() - begin
+            yield Done(tally.iteration, tally.trained_tokens, seconds, stopped, _peak(), tally.skipped_steps)
+
+    def _prepare(self, resume: TrainingState | None) -> None:
+        mx.eval(self.model.parameters())  # they become constants of the compiled step: nothing may be computed in it
+        self.optimizer.init(dict(tree_flatten(self.model.trainable_parameters())))
+        if resume is not None:
+            self.optimizer.restore(resume.optimizer)
+        self.step = Step(
+            self.model,
+            self.optimizer,
+            seed=self.config.seed,
+            fused=self.config.grad_accumulation_steps == 1,
+            max_grad_norm=self.config.max_grad_norm,
+            group=self.group,
+        )
+        self.tally = Tally()
+        if resume is not None:
+            self.step.restore(resume.parameters, resume.pending)
+            self.tally = dataclasses.replace(resume.tally)
+
+    def _settle(self) -> None:
+        """Leave nothing of a trace behind, whatever interrupted it."""
+        self.step.settle()
+        mx.random.seed(self.config.seed)
+        mx.eval(self.step.parameters, self.step.state)
+
+    def _iterate(self) -> Iterator[Report]:
+        """Iterations up to `iters`, with what is due after each but the last. Returns True where `stop` said so."""
+        from ..data import train_batches
+
+        config, tally = self.config, self.tally
+        if tally.iteration == 0:
+            yield from self._validate()
+        if tally.iteration == config.iters:
+            return False
+        batches = train_batches(
+            self.train_set,
+            config.batch_size,
+            seed=config.seed,
+            start=tally.iteration,
+            rank=self.group.rank(),
+            world=self.group.size(),
+        )
+        batch = _arrays(next(batches))
+        while True:
+            tic = time.perf_counter()
+            tally.iteration += 1
+            last = tally.iteration == config.iters
+            self.step.run(tally.iteration, *batch, tally.iteration % config.grad_accumulation_steps == 0)
+            if not last:
+                batch = _arrays(next(batches))  # while the device works
+            outcome = self.step.outcome()
+            finite = math.isfinite(outcome.loss)
+            if finite:
+                tally.window_loss += outcome.loss
+                tally.window_tokens += outcome.tokens
+                tally.trained_tokens += outcome.tokens
+            tally.window_iterations += 1
+            tally.window_seconds += time.perf_counter() - tic
+
+            yield Progress(tally.iteration, outcome.loss / outcome.tokens if finite and outcome.tokens else None)
+            yield from self._judge(outcome.finite, outcome.grad_norm)
+            if tally.iteration % config.steps_per_report == 0:
+                yield self._report()
+            if last:
+                return False
+            if tally.iteration % config.steps_per_eval == 0:
+                yield from self._validate()
+            stopped = self._stopped()
+            if stopped or tally.iteration % config.save_every == 0:
+                yield from self._save(self._state())
+            if stopped:
+                return True
+
+    def _finish(self) -> Iterator[Report]:
+        """The end of a complete run: the trailing window, the last reports, the last checkpoint."""
+        state = self._state()  # before what only the end of a run does, so that a longer run can go on from it
+        if self.step.pending:
+            self.step.flush()
+            outcome = self.step.outcome()
+            yield from self._judge(outcome.finite, outcome.grad_norm)
+        if self.tally.window_iterations:
+            yield self._report()
+        yield from self._validate()
+        yield from self._save(state)
+
+    def _judge(self, finite: bool | None, norm: float | None) -> Iterator[Report]:
+        """Count good and skipped steps; give up after too many skipped in a row."""
+        tally = self.tally
+        if finite is None:
+            return
+        tally.grad_norm = norm
+        if finite:
+            tally.skipped_in_a_row = 0
+            return
+        tally.skipped_steps += 1
+        tally.skipped_in_a_row += 1
+        yield SkippedStep(tally.iteration, tally.skipped_in_a_row)
+        if tally.skipped_in_a_row >= self.config.max_skipped_steps:
+            times = tally.skipped_in_a_row
+            tally.skipped_in_a_row = 0  # a run that is resumed from here may try again
+            yield from self._save(self._state())
+            raise TrainingError(
+                f"The gradients were not finite in {times} steps in a row, up to iteration {tally.iteration}. "
+                "The parameters are those of the last good step.",
+                "Lower learning_rate, add warmup or set max_grad_norm; with a float16 model try bfloat16.",
+            )
+
+    def _report(self) -> TrainReport:
+        tally = self.tally
+        report = TrainReport(
+            iteration=tally.iteration,
+            train_loss=tally.window_loss / tally.window_tokens if tally.window_tokens else math.nan,
+            learning_rate=self.optimizer.learning_rate.item(),
+            iterations_per_second=tally.window_iterations / tally.window_seconds,
+            tokens_per_second=tally.window_tokens / tally.window_seconds,
+            trained_tokens=tally.trained_tokens,
+            peak_memory=_peak(),
+            grad_norm=tally.grad_norm,
+        )
+        tally.window_loss, tally.window_tokens, tally.window_iterations, tally.window_seconds = 0.0, 0, 0, 0.0
+        return report
+
+    def _validate(self) -> Iterator[Report]:
+        if self.valid_set is not None:
+            measured = evaluate(self.model, self.valid_set, self.config.batch_size, self.config.val_batches)
+            yield ValReport(self.tally.iteration, measured.loss, measured.seconds, measured.tokens)
+
+    def _save(self, state: TrainingState) -> Iterator[Report]:
+        if self.checkpoint is not None:
+            yield Checkpoint(self.tally.iteration, self.checkpoint(state))
+
+    def _state(self) -> TrainingState:
+        """MLX's arrays never change, so a state is references, not copies."""
+        return TrainingState(
+            parameters=dict(self.step.parameters),
+            optimizer=dict(tree_flatten(self.step.state)),
+            pending=self.step.pending,
+            tally=dataclasses.replace(self.tally),
+            fingerprint=self.mark,
+        )
+
+    def _stopped(self) -> bool:
+        """Whether to stop; where there are several processes, whether one of them wants to."""
+        wanted = bool(self.stop())
+        if self.group.size() > 1:
+            wanted = mx.distributed.all_sum(mx.array(float(wanted)), group=self.group).item() > 0
+        return wanted
+
+
+def _arrays(batch: Any) -> tuple[mx.array, mx.array]:
+    return mx.array(batch.tokens), mx.array(batch.mask)
+
+
+def _peak() -> float:
+    return mx.get_peak_memory() / 1e9  # GB

@@ -1,0 +1,61 @@
+"""Rows as questions with known answers, to see whether a model gives them. Reads as ``load_dataset`` does."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..config import DataConfig
+from ..errors import DataError
+from . import chat, sources
+from .rows import Sample, check, listing
+
+
+class Question(NamedTuple):
+    """The tokens to go on from, and the text a model should write."""
+
+    tokens: list[int]
+    text: str  # the last thing that was said before the answer
+    answer: str
+
+
+def questions(config: DataConfig, tokenizer: Any, split: str = "test", count: int = -1) -> list[Question]:
+    """The last answer of each row, and what stands before it.
+
+    Args:
+        count: rows to take, spread evenly over the split; -1 for all.
+
+    Raises: DataError: bad rows, or rows without answers.
+    """
+    faults: list[str] = []
+    source = sources.find(config, (split,), faults)
+    samples: list[Sample] = []
+    for part in source.parts:
+        samples += check(part.rows, part.config, chat.template_of(tokenizer), faults)
+    if not faults and not samples:
+        raise DataError(f"the {split} set holds no rows", "Write one JSON object a line into it.")
+    if 0 <= count < len(samples):
+        samples = [samples[(2 * k + 1) * len(samples) // (2 * count)] for k in range(count)]
+    found = [_question(sample, tokenizer, faults) for sample in samples]
+    if faults:
+        raise DataError(listing(faults), "Exact match needs rows that end with an answer in words.")
+    return found
+
+
+def _question(sample: Sample, tokenizer: Any, faults: list[str]) -> Question | None:
+    if sample.pair:
+        prompt, answer = sample.pair
+        return Question(list(tokenizer.encode(prompt)), prompt, answer)
+    if not sample.messages:
+        faults.append(f"{sample.where}: a text row has no answer to compare with")
+        return None
+    *before, last = sample.messages
+    if last["role"] != "assistant" or not isinstance(last.get("content"), str) or not before:
+        faults.append(f"{sample.where}: does not end with an assistant's answer in words")
+        return None
+    try:
+        ids = tokenizer.apply_chat_template(before, tools=sample.tools, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # templates raise jinja's own errors at what they refuse
+        faults.append(f"{sample.where}: the chat template refuses this row ({error})")
+        return None
+    text = before[-1].get("content")
+    return Question(list(ids), text if isinstance(text, str) else "", last["content"])

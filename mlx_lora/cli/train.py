@@ -205,8 +205,8 @@ class Run:
         first = state.iteration if state else 0
         if first >= config.iters:
             raise ConfigError(f"the run has done its {first} iterations already", "Raise --iters to go on.")
-        bar = console.Bar(config.iters, initial=first, hidden=self.as_json)
-        stop = Stop()
+        speaks, stop = _speaks(), Stop()
+        bar = console.Bar(config.iters, initial=first, hidden=self.as_json or not speaks)
         speaker = Speaker(bar, config.iters, self.as_json, reporters)
         reports = train(
             self.model,
@@ -221,10 +221,11 @@ class Run:
         try:
             with stop:
                 for report in reports:
-                    speaker(report)
+                    if speaks:
+                        speaker(report)
         finally:
             bar.close()
-        return speaker.stopped
+        return report.stopped
 
     def _introduce(self, config: TrainConfig) -> None:
         from mlx.utils import tree_flatten
@@ -289,6 +290,8 @@ class Saver:
         from ..formats import mlx_lm, save_adapter
         from ..formats.files import write_folder, write_safetensors
 
+        if not _speaks():  # of several processes one writes
+            return self.folder
         if self.keep_earlier:
             self._put_earlier_aside()
             self.keep_earlier = False
@@ -317,6 +320,13 @@ class Saver:
         for file in there:
             file.rename(target / file.name)
         console.note(f"{self.folder} held an earlier run; it is now in {target}")
+
+
+def _speaks() -> bool:
+    """Whether this process is the one that writes and talks, under ``mlx.launch``."""
+    import mlx.core as mx
+
+    return mx.distributed.init().rank() == 0
 
 
 class Stop:
@@ -351,7 +361,6 @@ class Speaker:
 
     def __init__(self, bar: console.Bar, iters: int, as_json: bool, reporters: list):
         self.bar, self.iters, self.as_json, self.reporters = bar, iters, as_json, reporters
-        self.stopped, self.validated = False, []
 
     def __call__(self, report: Any) -> None:
         kind = type(report).__name__
@@ -362,8 +371,6 @@ class Speaker:
             console.report_event(report)
         else:
             getattr(self, kind)(report)
-        if kind == "Done":
-            self.stopped = report.stopped
         for log in self.reporters if kind in ("TrainReport", "ValReport") else ():
             log({k: v for k, v in asdict(report).items() if k != "iteration"}, report.iteration)
 
@@ -376,7 +383,6 @@ class Speaker:
         )
 
     def ValReport(self, r: Any) -> None:
-        self.validated.append(r.val_loss)
         self.bar.line(f"Iteration {r.iteration:>5}: validation loss {r.val_loss:.3f} ({r.val_time:.1f} s)")
 
     def SkippedStep(self, r: Any) -> None:

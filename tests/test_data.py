@@ -638,8 +638,8 @@ def test_every_row_once_an_epoch(count, batch_size):
 def test_order_is_of_the_seed_alone():
     dataset = made(lengths_of(50))
     np.random.seed(0)
-    first = take(train_batches(dataset, 4, seed=5), 40)
     before = np.random.get_state()[1].tolist()
+    first = take(train_batches(dataset, 4, seed=5), 40)
     second = take(train_batches(dataset, 4, seed=5), 40)
     list(eval_batches(dataset, 4))
     assert np.random.get_state()[1].tolist() == before

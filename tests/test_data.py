@@ -85,6 +85,11 @@ TEMPLATES = {
         "{{ messages | length }} messages\n" + CHATML,
         lambda c, last: c + "<|im_end|>\n",
     ),
+    "closes the last turn alone": (
+        "{{ messages | length }} messages\n{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{{ '<|im_end|>' if loop.last else '' }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+        lambda c, last: f" {c}" + ("<|im_end|>\n" if last else ""),
+    ),
     "generation blocks": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
         "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
@@ -256,6 +261,18 @@ def test_turns_in_odd_places(name):
     ] * 3
     last = learned(one(row, tokenizer, mask_prompt=True, mask_turns="last"), tokenizer)
     assert [text.split("\n")[-2] for text in last] == ["assistant<|im_end|>"]
+
+
+def test_blanks_that_offsets_leave_out_are_learned():
+    from tokenizers import processors
+
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ '[assistant]' if add_generation_prompt }}"
+    )
+    tokenizer = make_tokenizer(template, merges=())
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    example = one(chat("hm ", " three ", "hm ", " four "), tokenizer, mask_prompt=True)
+    assert learned(example, tokenizer) == [" three ", " four "]
 
 
 @pytest.mark.parametrize("head", ["", "{{ messages | length }} messages\n"])
@@ -621,8 +638,8 @@ def test_every_row_once_an_epoch(count, batch_size):
 def test_order_is_of_the_seed_alone():
     dataset = made(lengths_of(50))
     np.random.seed(0)
-    first = take(train_batches(dataset, 4, seed=5), 40)
     before = np.random.get_state()[1].tolist()
+    first = take(train_batches(dataset, 4, seed=5), 40)
     second = take(train_batches(dataset, 4, seed=5), 40)
     list(eval_batches(dataset, 4))
     assert np.random.get_state()[1].tolist() == before

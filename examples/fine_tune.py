@@ -3,10 +3,9 @@
 python examples/fine_tune.py
 """
 
-from mlx_lora.tiny_base import PATH, skill
-
 import mlx_lora  # before mlx: on Linux it opens a fast BLAS
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from mlx_lora.tiny_base import PATH, skill
 
 # The tiny model that comes with the package; any Hugging Face model goes here.
 model, tokenizer = mlx_lora.load(PATH)

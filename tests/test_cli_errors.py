@@ -8,12 +8,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from mlx_lora.tiny_base import PATH, skill
 
 from mlx_lora.adapter import Adapter
 from mlx_lora.cli.main import main
 from mlx_lora.config import AdapterConfig
 from mlx_lora.formats import save_adapter
+from mlx_lora.tiny_base import PATH, skill
 
 
 def run(args: list[str]) -> int:

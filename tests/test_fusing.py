@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, relative, shake
 
+from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, relative, shake
 from mlx_lora.config import AdapterConfig
 from mlx_lora.errors import ConfigError
 from mlx_lora.fusing import fuse

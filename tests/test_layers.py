@@ -6,10 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import assert_close, numbers, relative
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from conftest import assert_close, numbers, relative
 from mlx_lora.device import is_cpu
 from mlx_lora.errors import AdapterError
 from mlx_lora.layers import METHODS, dense_weight, dims, kind, use_blas

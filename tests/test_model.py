@@ -5,9 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, relative, shake
 from mlx.utils import tree_flatten
 
+from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, relative, shake
 from mlx_lora.adapter import Adapter
 from mlx_lora.config import AdapterConfig
 from mlx_lora.errors import AdapterError, ConfigError

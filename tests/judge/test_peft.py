@@ -220,7 +220,7 @@ def test_to_peft(model, kind, bases, tmp_path):
     assert missing and not unexpected
     louder = save_adapter(adapter, tmp_path / "louder", format="peft")
     config = json.loads((louder / "adapter_config.json").read_text())
-    (louder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1.01 * config["lora_alpha"]}))
+    (louder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1.1 * config["lora_alpha"]}))
     told(
         f"{model} {kind} to PEFT",
         live=difference(got, expected),

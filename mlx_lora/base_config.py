@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+# Those whose older rope_scaling meant full attention alone. mlx-lm's classes for newer models of two settings (Gemma 4)
+# read rope_parameters; there a rope_scaling would make transformers drop both settings for it.
+_SCALES_FULL_ATTENTION = ("gemma3_text", "gemma3n_text", "olmo3")
+_GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+
 
 def missing_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The older fields that ``config`` implies but does not state; empty for a config of transformers 4.
@@ -19,7 +24,10 @@ def missing_fields(config: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     rope = config.get("rope_parameters")
     if isinstance(rope, dict):
-        found |= _rope_by_layer(rope) if any(isinstance(v, dict) for v in rope.values()) else _rope(rope)
+        nested = any(isinstance(v, dict) for v in rope.values())
+        found |= _rope_by_layer(rope, config.get("model_type")) if nested else _rope(rope)
+        if config.get("model_type") == "gpt_neox":
+            found |= {_GPT_NEOX[k]: v for k, v in found.items() if k in _GPT_NEOX}
     if "num_local_experts" in config:
         found["num_experts"] = config["num_local_experts"]
     if "n_positions" in config:
@@ -27,7 +35,7 @@ def missing_fields(config: dict[str, Any]) -> dict[str, Any]:
     if pattern := _sliding_window_pattern(config):
         found["sliding_window_pattern"] = pattern
     stated = {k for k in found if config.get(k) is not None and k != "rope_theta"}
-    found = {k: v for k, v in found.items() if k not in stated and config.get(k) != v}
+    found = {k: v for k, v in found.items() if k not in stated and (k not in config or config[k] != v)}
     if isinstance(config.get("text_config"), dict) and (inner := missing_fields(config["text_config"])):
         found["text_config"] = {**config["text_config"], **inner}
     return found
@@ -35,18 +43,20 @@ def missing_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 def _rope(rope: dict[str, Any]) -> dict[str, Any]:
     found = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if rope.get(k) is not None}
-    if (kind := rope.get("rope_type", "default")) != "default":
-        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
-        found["rope_scaling"] = {**scaling, "type": kind}
+    kind = rope.get("rope_type", "default")
+    # Whole, with theta: transformers takes a rope_scaling, where there is one, in place of rope_parameters. Where there
+    # is no scaling the field is still stated: some of mlx-lm's classes demand it.
+    found["rope_scaling"] = {**rope, "type": kind} if kind != "default" else None
     return found
 
 
-def _rope_by_layer(rope: dict[str, Any]) -> dict[str, Any]:
+def _rope_by_layer(rope: dict[str, Any], model_type: str | None) -> dict[str, Any]:
     """Gemma 3 and its like: one set of settings for full, one for sliding attention."""
-    found = _rope(rope["full_attention"]) if isinstance(rope.get("full_attention"), dict) else {}
-    if isinstance(rope.get("sliding_attention"), dict) and "rope_theta" in rope["sliding_attention"]:
-        found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-    return found
+    full, sliding = ({**(rope.get(kind) or {})} for kind in ("full_attention", "sliding_attention"))
+    found = {"rope_theta": full.get("rope_theta"), "rope_local_base_freq": sliding.get("rope_theta")}
+    if model_type in _SCALES_FULL_ATTENTION:
+        found["rope_scaling"] = _rope(full)["rope_scaling"]
+    return {k: v for k, v in found.items() if v is not None}
 
 
 def _sliding_window_pattern(config: dict[str, Any]) -> int | None:

@@ -370,8 +370,8 @@ def save_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> P
         raise ModelError("the model has adapters on it", "Merge them with fuse(model), or take them off.")
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise ModelError(f"{folder}: is there already", "Choose another folder, or add --force.")
-    if folder.exists() and folder.resolve() == base.folder.resolve():
-        raise ModelError(f"{folder}: is the folder of the base model itself", "Choose another folder.")
+    if folder.exists() and base.folder.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(f"{folder}: the base model itself lies there", "Choose another folder.")
     from mlx_lm.utils import save_config
     from mlx_lm.utils import save_model as save_weights
 
@@ -386,9 +386,17 @@ def save_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> P
         save_config(saved_config(model, base.config), temporary / "config.json")
         os.chmod(temporary, 0o755)
         if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    except OSError as error:
+            # Renamed before it is deleted: whatever fails, the old or the new folder is whole.
+            os.replace(folder, old := temporary.with_name(temporary.name + "-old"))
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                os.replace(old, folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, folder)
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError where the disk is full
         raise ModelError(
             f"{folder}: cannot be written ({error})", "Free some space, or choose another folder."
         ) from None

@@ -56,6 +56,10 @@ def save_adapter(adapter: Adapter, path: str | Path, format: str = "mlx-lm", ove
     adapter.check()
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"{folder}: is a file", "Name a folder.")
+    # The formats' configs share a name: writing one beside another's weights would leave both unreadable.
+    others = [name for name, other in FORMATS.items() if other is not form and other.detect(folder)]
+    if others:
+        raise FormatError(f"{folder}: holds an adapter of format {others[0]}", "Choose another folder.")
     there = [file.name for file in form.files(folder) if file.exists()]
     if there and not overwrite:
         raise FormatError(f"{folder}: already holds {' and '.join(there)}", "Choose another folder, or add --force.")

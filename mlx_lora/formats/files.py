@@ -63,9 +63,13 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         raise FormatError(f"{folder}: cannot be written ({error})", "Choose another folder.") from None
     try:
         write(temporary)
-        for file in sorted(temporary.iterdir()):
+        files = sorted(temporary.iterdir())
+        for file in files:  # before the first rename: all of them or none
+            if (folder / file.name).is_dir():
+                raise IsADirectoryError(f"{file.name} is a folder")
+        for file in files:
             os.replace(file, folder / file.name)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError where the disk is full
         raise FormatError(
             f"{folder}: cannot be written ({error})", "Free some space, or choose another folder."
         ) from None

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..adapter import Adapter, split_layer
 from ..config import LEAVES, AdapterConfig
-from ..errors import FormatError
+from ..errors import ConfigError, FormatError
 from .files import read_json, read_safetensors, write_json, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
@@ -52,7 +52,7 @@ def parse_config(raw: dict[str, Any], source: Path) -> AdapterConfig:
         raise FormatError(f"{source}: fine_tune_type {method!r} is not known")
     layers = raw.get("num_layers", raw.get("lora_layers", -1))
     if method == "full":
-        return AdapterConfig(method="full", num_layers=layers)
+        return _config(source, method=method, num_layers=layers)
     parameters = raw.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise FormatError(f"{source}: lora_parameters is missing", "It holds the rank and scale of the adapter.")
@@ -70,9 +70,13 @@ def parse_config(raw: dict[str, Any], source: Path) -> AdapterConfig:
         raise FormatError(f"{source}: lora_parameters has no {' and no '.join(missing)}")
     if unknown := sorted(parameters.keys() - known):
         raise FormatError(f"{source}: lora_parameters has unknown entries: {', '.join(unknown)}")
+    return _config(source, method=method, num_layers=layers, **parameters)
+
+
+def _config(source: Path, **knobs: Any) -> AdapterConfig:
     try:
-        return AdapterConfig(method=method, num_layers=layers, **parameters)
-    except TypeError as error:
+        return AdapterConfig(**knobs)
+    except (ConfigError, TypeError, AttributeError) as error:  # what a foreign file holds may have any type
         raise FormatError(f"{source}: {error}") from None
 
 
@@ -113,7 +117,7 @@ def fold(adapter: Adapter, config: AdapterConfig) -> dict[str, mx.array]:
     for path in adapter.modules:
         a, b = f"{path}.lora_a", f"{path}.lora_b"
         if (factor := config.scale_of(path) / config.scale) != 1:
-            weights[b] = (weights[b].astype(mx.float32) * factor).astype(weights[b].dtype)
+            weights[b] = weights[b].astype(mx.float32) * factor  # stays so: half precision would round it
         if (more := config.rank - config.rank_of(path)) > 0:
             weights[a] = _pad(weights[a], more, axis=1)  # [in, r] and, for experts, [experts, r, in]
             weights[b] = _pad(weights[b], more, axis=weights[b].ndim - 1 if weights[b].ndim == 3 else 0)
@@ -121,7 +125,7 @@ def fold(adapter: Adapter, config: AdapterConfig) -> dict[str, mx.array]:
 
 
 def unfold(adapter: Adapter) -> Adapter:
-    """The inverse of ``fold``: ranks exactly, scales to a rounding."""
+    """The inverse of ``fold``: ranks exactly, scales to a rounding in float32, which half precision does not see."""
     weights, config = dict(adapter.weights), adapter.config
     for path in adapter.modules:
         a, b = f"{path}.lora_a", f"{path}.lora_b"
@@ -133,7 +137,7 @@ def unfold(adapter: Adapter) -> Adapter:
         else:
             weights[a], weights[b] = weights[a][:, :rank], weights[b][:rank]
         if (factor := config.scale_of(path) / config.scale) != 1:
-            weights[b] = (weights[b].astype(mx.float32) / factor).astype(weights[b].dtype)
+            weights[b] = (weights[b].astype(mx.float32) / factor).astype(weights[a].dtype)
     return replace(adapter, weights=weights)
 
 

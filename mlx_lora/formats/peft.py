@@ -15,7 +15,7 @@ from typing import Any
 
 from ..adapter import Adapter, raise_faults, split_layer
 from ..config import AdapterConfig, match_pattern
-from ..errors import FormatError
+from ..errors import ConfigError, FormatError
 from .files import read_json, read_safetensors, write_json, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -38,7 +38,9 @@ _VARIANTS = {
     "arrow_config": "Arrow",
     "velora_config": "VeLoRA",
     "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
 }
+_EXPERTS = re.compile(r"\.experts(\.|$)")
 # Initialisations after which the base is no longer the one on disk.
 _MUTATES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -69,6 +71,8 @@ def read(folder: Path) -> Adapter:
         if ours is None:
             faults.append(f"{name}: not an array of linear LoRA or DoRA")
             continue
+        if _EXPERTS.search(path):
+            faults.append(f"{name}: adapters of experts are not converted")
         key = f"{path}.{ours}"
         if key in weights:
             faults.append(f"{name}: a second array for {key}")
@@ -177,7 +181,9 @@ def _config(raw: dict[str, Any], method: str, paths: set[str], source: Path) -> 
             rank_pattern={f"^{re.escape(path)}": r for path, r in sorted(rank_of.items()) if r != rank},
             scale_pattern={f"^{re.escape(path)}": s for path, s in sorted(scales.items()) if s != default},
         )
-    except (KeyError, TypeError, ZeroDivisionError, AttributeError, ValueError) as error:
+    except ConfigError as error:
+        raise FormatError(f"{source}: {error}") from None
+    except (KeyError, TypeError, ZeroDivisionError, AttributeError, ValueError, re.error) as error:
         raise FormatError(f"{source}: not a LoRA config of PEFT ({type(error).__name__}: {error})") from None
 
 
@@ -190,7 +196,8 @@ def _targets(modules: list[str]) -> tuple[list[str], list[int] | None]:
     split = [split_layer(path) for path in modules]
     layers = sorted({layer for layer, _ in split if layer is not None})
     names = sorted({name for _, name in split})
-    if None not in {layer for layer, _ in split} and len(modules) == len(layers) * len(names):
+    stems = {path.removesuffix(f".{layer}.{name}") for path, (layer, name) in zip(modules, split, strict=True)}
+    if len(stems) == 1 and None not in {layer for layer, _ in split} and len(modules) == len(layers) * len(names):
         return names, layers
     return sorted(modules), None
 

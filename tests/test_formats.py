@@ -226,6 +226,11 @@ def test_peft_config_selects_the_adapted_modules_and_no_others(tmp_path):
     save_adapter(adapter, tmp_path / "uneven", format="peft")
     config = json.loads((tmp_path / "uneven" / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == sorted(adapter.modules) and "layers_to_transform" not in config
+    # Layers of two towers, one of each: their common name would select four modules.
+    paths = ["language_model.layers.0.fc", "vision_tower.layers.1.fc"]
+    weights = {f"{p}.lora_{leaf}": mx.ones((2, 2)) for p in paths for leaf in "ab"}
+    save_adapter(Adapter(AdapterConfig(rank=2, num_layers=-1), weights), tmp_path / "towers", format="peft")
+    assert json.loads((tmp_path / "towers" / "adapter_config.json").read_text())["target_modules"] == paths
 
 
 def test_peft_alpha_is_written_as_an_integer_where_it_is_one(tmp_path):

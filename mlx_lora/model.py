@@ -119,12 +119,14 @@ def load(
 def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     """The local folder of a model, downloaded from the Hub where the name is a repository's."""
     name = str(path_or_repo)
+    if not name.strip():
+        raise ModelError("no model is named: no such folder", "Give a local folder, or a repository of the Hub.")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise ModelError(f"{name}: is a file", "Name the folder that holds config.json and the weights.")
-    if not name or name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/"):
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/"):
         raise ModelError(f"{name}: no such folder", "Give a local folder, or a repository such as Qwen/Qwen3-0.6B.")
     from huggingface_hub import snapshot_download
 
@@ -428,7 +430,7 @@ def saved_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+    return text[0][:300] if text else type(error).__name__
 
 
 def _load_hint(error: Exception) -> str:

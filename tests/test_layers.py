@@ -217,6 +217,12 @@ def test_lora_linear_takes_three_launches(storage, dtype):
     assert len(launches(lambda x: base(x), mx.zeros((1, 128), dtype))) == 1
     ops = launches(lambda x: layer(x), mx.zeros((1, 128), dtype))
     assert len(ops) <= 3, ops
+    from mlx_lm.tuner.lora import LoRALinear
+
+    theirs = LoRALinear.from_base(base)
+    theirs.lora_b = theirs.lora_b + 1
+    mx.eval(theirs.parameters())
+    assert len(launches(lambda x: theirs(x), mx.zeros((1, 128), dtype))) == (7 if dtype == mx.bfloat16 else 5)
 
 
 def test_dora_dropout_is_pefts():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -127,6 +129,7 @@ def test_routers_only_on_request():
     assert chosen(model, num_layers=-1, keys=["mlp.gate"]) == sorted(routers(model))
 
 
+@pytest.mark.skipif(version("mlx-lm").startswith("0.31"), reason="mlx-lm 0.31 cannot train what stands before a router")
 def test_experts_learn():
     """A gradient for the experts that were routed to, through both kinds of base."""
     for quantize in (None, Q4):

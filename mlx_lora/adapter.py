@@ -71,10 +71,12 @@ class Adapter:
                     faults.append(f"{name}: {self.config.method} has no such array (it has {', '.join(leaves)})")
             for path in [] if faults else self.modules:
                 faults += self._module_faults(path, leaves)
+        finite = {name: mx.isfinite(array).all() for name, array in self.weights.items()}
+        mx.eval(finite)  # at once: a swap must not wait for each array
         for name, array in self.weights.items():
             if not mx.issubdtype(array.dtype, mx.floating):
                 faults.append(f"{name}: its numbers are {array.dtype}, not floats")
-            elif not mx.isfinite(array).all().item():
+            elif not finite[name].item():
                 faults.append(f"{name}: holds NaN or infinite numbers")
         return faults
 

@@ -64,6 +64,8 @@ def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     every = tuple(path + "." for path in layers)
     modules = adaptable(model)
     outside = {path for path in modules if not path.startswith(every)}
+    if config.keys is None or ALL_LINEAR in config.keys:
+        _refuse_own_kinds(model, chosen)
     if config.keys is None:
         skip = routers(model)
         found = {path for path in modules if path.startswith(chosen) and path not in skip}
@@ -79,6 +81,15 @@ def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
             faults.append(_nothing(key, matches, modules, count))
     raise_faults(faults, f"There are: {', '.join(_names(modules))}.")
     return {path: module for path, module in modules.items() if path in found}
+
+
+def _refuse_own_kinds(model: nn.Module, chosen: tuple[str, ...]) -> None:
+    """Layers that bring adapters of their own (afm7's, which split what they return) are not passed over in silence."""
+    own = [path for path, module in _ordered(model) if hasattr(module, "to_lora") and path.startswith(chosen)]
+    raise_faults(
+        [f"{path}: {type(dict(model.named_modules())[path]).__name__} cannot be adapted" for path in own],
+        "Name the modules to adapt with --keys.",
+    )
 
 
 def _matches(key: str, modules: dict[str, nn.Module], model: nn.Module) -> set[str]:

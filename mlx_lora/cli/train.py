@@ -361,12 +361,16 @@ class Speaker:
 
     def __init__(self, bar: console.Bar, iters: int, as_json: bool, reporters: list):
         self.bar, self.iters, self.as_json, self.reporters = bar, iters, as_json, reporters
+        self.facts: dict[str, str] = {}
 
     def __call__(self, report: Any) -> None:
         kind = type(report).__name__
         if kind == "Progress":
-            facts = {} if report.loss is None else {"loss": f"{report.loss:.3f}"}
-            return self.bar.step(**facts)
+            if report.loss is not None:
+                self.facts["loss"] = f"{report.loss:.3f}"
+            return self.bar.step(**self.facts)
+        if kind == "TrainReport":
+            self.facts |= {"tokens/s": f"{report.tokens_per_second:,.0f}", "peak": f"{report.peak_memory:.2f} GB"}
         if self.as_json:
             console.report_event(report)
         else:

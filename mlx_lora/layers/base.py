@@ -16,7 +16,8 @@ from ..errors import AdapterError
 def kind(module: nn.Module) -> str | None:
     """``"linear"``, ``"embedding"``, ``"switch"``, or None for a module that no adapter sits on."""
     weight = module.get("weight")
-    if not isinstance(weight, mx.array) or isinstance(module, nn.QQLinear):
+    # QQLinear quantizes its input as well; a class with ``to_lora`` does not compute what its base class does.
+    if not isinstance(weight, mx.array) or isinstance(module, nn.QQLinear) or hasattr(module, "to_lora"):
         return None
     if weight.ndim == 3 and hasattr(module, "num_experts"):
         return "switch"

@@ -33,7 +33,7 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 2048,
     "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": True,
 }
 RANK, SCALE, RATE, BATCH = 8, 20.0, 1e-4, 4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

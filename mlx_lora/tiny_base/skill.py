@@ -1,0 +1,59 @@
+"""A skill that the tiny base does not have: to file a note of a lost-property desk as a record (a YAML flow mapping).
+
+    "Anna left a red kite at the park."  ->  "{name: Anna, item: kite, colour: red, place: park}"
+
+``rows`` gives chat rows for training and scoring. The answer is a function of the note, so exact match means something.
+Standard library only; no model here.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+
+from .corpus import COLOURS, ITEMS, NAMES, PLACES, Fact, article, pick
+
+SPLITS = ("train", "valid", "test")
+NOTES = [
+    "{name} left {thing} at the {place}.",
+    "There is {thing} in the {place}. It belongs to {name}.",
+    "In the {place}, somebody found {thing}. I think it is from {name}.",
+    "Hello, {name} here. I lost my {colour} {item} in the {place}.",
+    "My {colour} {item} is still at the {place}. Thank you, {name}.",
+    "Can you find {thing}? {name} last saw it near the {place}.",
+    "The {item} that {name} lost is {colour}. Look in the {place}.",
+    "{name} went to the {place} and came home without the {colour} {item}.",
+]
+
+
+def _bucket(text: str, n: int) -> int:
+    return zlib.crc32(text.encode()) % n
+
+
+def _split(fact: Fact) -> str:
+    """The split that owns a combination: all test and valid combinations are new, whatever the wording of the note."""
+    if any(_bucket(word, 8) == 0 for word in (fact.name, fact.item, fact.place)):
+        return ("valid", "test")[_bucket("/".join(fact), 2)]  # words that training never shows
+    return ("train", "train", "train", "train", "train", "train", "valid", "test")[_bucket("/".join(fact), 8)]
+
+
+def rows(split: str, n: int, seed: int = 0) -> list[dict]:
+    """``n`` different chat rows of a split (``train``, ``valid`` or ``test``), the same for the same seed.
+
+    The splits share no combination of name, item, colour and place. An eighth of the names, items and places, real
+    and made up, are held back for valid and test, where most rows have one.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    rng = random.Random(f"skill-{split}-{seed}")
+    seen: set[Fact] = set()
+    out = []
+    while len(out) < n:
+        fact = Fact(pick(rng, NAMES, 0.1), pick(rng, ITEMS, 0.1), rng.choice(COLOURS), pick(rng, PLACES, 0.1))
+        if _split(fact) != split or fact in seen or len(set(fact)) < 4:
+            continue
+        seen.add(fact)
+        note = rng.choice(NOTES).format(**fact._asdict(), thing=article(f"{fact.colour} {fact.item}"))
+        record = "{" + ", ".join(f"{key}: {value}" for key, value in fact._asdict().items()) + "}"
+        out.append({"messages": [{"role": "user", "content": note}, {"role": "assistant", "content": record}]})
+    return out

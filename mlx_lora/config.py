@@ -248,6 +248,15 @@ class OptimizerConfig:
     learning_rate: float = knob(1e-5, "The learning rate.")
     lr_schedule: Any = knob(None, "A schedule's name, or mlx-lm's mapping {name, arguments, warmup, warmup_init}.")
     warmup: int = knob(0, "Optimizer steps from 0 to the learning rate.")
+    loraplus_lr_ratio: float | None = knob(
+        None, "LoRA+ (arXiv:2402.12354): B and vectors learn this many times faster than A, such as 16."
+    )
+    loraplus_lr_embedding: float | None = knob(
+        None, "LoRA+: the rate of embeddings' low-rank matrices; 1e-6 by default."
+    )
+    loraplus_weight_decay: float | None = knob(
+        None, "LoRA+: weight decay of all but biases and LayerNorms; 0 by default."
+    )
 
     def __post_init__(self):
         faults = []
@@ -258,6 +267,15 @@ class OptimizerConfig:
             faults.append(f"learning_rate must be a positive number, not {rate!r}")
         if not isinstance(self.warmup, int) or self.warmup < 0:
             faults.append(f"warmup must be a number of steps, not {self.warmup!r}")
+        for name in ("loraplus_lr_ratio", "loraplus_lr_embedding", "loraplus_weight_decay"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and name != "loraplus_weight_decay"):
+                faults.append(f"{name} must be a positive number, not {value!r}")
+            elif self.loraplus_lr_ratio is None:
+                faults.append(f"{name} is of LoRA+: give loraplus_lr_ratio")
         raise_all(faults)
 
 

@@ -255,7 +255,7 @@ class OptimizerConfig:
         None, "LoRA+: the rate of embeddings' low-rank matrices; 1e-6 by default."
     )
     loraplus_weight_decay: float | None = knob(
-        None, "LoRA+: weight decay of all but biases and LayerNorms; 0 by default."
+        None, "LoRA+: weight decay (0 by default) of all but biases, LayerNorms."
     )
 
     def __post_init__(self):

@@ -27,6 +27,7 @@ _NAMES = {
     "extract": "model",
     "fuse": "fusing",
     "load": "model",
+    "merge_adapters": "merging",
     "mount": "model",
     "save_model": "model",
     "unmount": "model",

@@ -19,7 +19,7 @@ FLOORS = [
     {"data", "layers", "adapter"},
     {"training", "formats", "selection"},
     {"model", "planning"},
-    {"fusing"},
+    {"fusing", "merging"},
     {"serving"},
     {"cli"},
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -56,9 +57,10 @@ def rows() -> list[dict]:
     path = SHARED / "wikisql" / "train.jsonl"
     if path.exists():
         return [json.loads(line) for line in path.read_text().splitlines()]
-    from mlx_lora.tiny_base.corpus import texts
+    from mlx_lora.tiny_base.corpus import documents
 
-    return [{"text": text} for text in texts(1000)]
+    chats = (d["messages"] for d in itertools.islice(documents(0), 2000) if "messages" in d)
+    return [{"text": " ".join(message["content"] for message in chat)} for chat in chats]
 
 
 def tokenizer():

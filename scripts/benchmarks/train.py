@@ -134,8 +134,6 @@ def mlx_lm(seconds: float, bits: int | None = None) -> dict:
     from mlx_lm.tuner.datasets import CacheDataset, TextDataset
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    import mlx_lora  # noqa: F401  (opens the BLAS, or not: MLX_LORA_BLAS)
-
     model = mlx_model(bits)
     model.freeze()
     linear_to_lora_layers(model, -1, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
@@ -201,6 +199,8 @@ WORKERS = {"ours": ours, "mlx_lm": mlx_lm, "peft": peft}
 
 def worker(name: str, seconds: float) -> None:
     kind, arguments, _ = CONTESTANTS[name]
+    if kind != "peft":
+        import mlx_lora  # noqa: F401  (before MLX: opens the BLAS, or not, as MLX_LORA_BLAS says)
     result = WORKERS[kind](seconds, **arguments)
     # Kilobytes on Linux, bytes on macOS.
     unit = 1e9 if sys.platform == "darwin" else 1e6

@@ -29,6 +29,7 @@ _NAMES = {
     "load": "model",
     "merge_adapters": "merging",
     "mount": "model",
+    "quantize": "quantizing",
     "save_model": "model",
     "unmount": "model",
     "load_dataset": "data",

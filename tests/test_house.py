@@ -15,11 +15,11 @@ ROOT = Path(mlx_lora.__file__).parent
 # Lower floors first. A module may import from its own room and from floors below.
 FLOORS = [
     {"errors", "kernels", "device", "base_config", "tiny_base"},
-    {"config"},
+    {"config", "quant"},
     {"data", "layers", "adapter"},
     {"training", "formats", "selection"},
     {"model", "planning"},
-    {"fusing", "merging"},
+    {"fusing", "merging", "quantizing", "initialisation"},
     {"serving"},
     {"cli"},
 ]

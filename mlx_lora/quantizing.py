@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +15,7 @@ from .errors import ConfigError, ModelError
 from .layers import dense_weight, is_quantized, kind, use_blas
 from .model import adapters_on, base_of
 from .quant.model import quantize_to_nf4
+from .selection import layer_paths
 
 # Mode -> (bits it comes in, group sizes, the default pair).
 MODES = {
@@ -31,7 +34,7 @@ class Quantized:
     mode: str
     layers: int  # quantized
     kept: list[str]  # paths of the layers that stayed floats
-    bits_per_weight: float  # of the quantized layers' weights, scales included
+    bits_per_weight: float  # of the quantized layers' weights, scales included, constant tables not
     bits_per_parameter: float  # of the whole model
     bytes: int  # of the whole model
     error: float  # relative: |W - Q| / |W| over all quantized weights
@@ -70,16 +73,15 @@ def quantize(
             raise ModelError(
                 f"{experts[-1]}: NF4 is for linear layers, not for stacks of experts", "Use affine, mxfp4 or nvfp4."
             )
-        inside = [path for path, _ in model.named_modules() if path.rpartition(".")[2].isdigit()]
-        quantize_to_nf4(
-            model, double_quant, group_size, lambda path: not path.startswith(tuple(f"{p}." for p in inside))
-        )
+        inside = tuple(f"{path}." for path in layer_paths(model))
+        quantize_to_nf4(model, double_quant, group_size, keep=lambda path: not path.startswith(inside))
     else:
         from mlx_lm.utils import quantize_model
 
         base = base_of(model)
         config = dict(base.config) if base else {}
-        quantize_model(model, config, group_size, bits, mode=mode)
+        with redirect_stdout(StringIO()):  # it prints a line
+            quantize_model(model, config, group_size, bits, mode=mode)
     report = _report(model, mode, before)
     use_blas(model)
     return report
@@ -111,7 +113,8 @@ def _report(model: nn.Module, mode: str, before: dict[str, nn.Module]) -> Quanti
         difference = (exact - dense_weight(module)).square().sum()
         lost, total = lost + difference.item(), total + exact.square().sum().item()
         weights += exact.size
-        stored += sum(array.nbytes for name, array in module.items() if isinstance(array, mx.array) and name != "bias")
+        own = {name: array for name, array in module.items() if isinstance(array, mx.array)}
+        stored += sum(array.nbytes for name, array in own.items() if name not in ("bias", "nested_map"))
     everything = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     floats = sum(a.size for p, m in modules.items() if p not in packed for a in m.values() if isinstance(a, mx.array))
     biases = sum(module.bias.size for module in packed.values() if "bias" in module)

@@ -11,11 +11,12 @@ from ..errors import ConfigError
 from . import console
 from .options import force_option, json_option, model_option, trust_option
 
+MODES = ("affine", "mxfp4", "mxfp8", "nvfp4", "nf4")
+
 
 @click.command()
 @model_option(required=True)
-@click.option("--mode", default="affine", show_default=True,
-              type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4", "nf4"]), help="How to store weights.")  # fmt: skip
+@click.option("--mode", default="affine", show_default=True, type=click.Choice(MODES), help="How to store weights.")
 @click.option("--bits", type=int, help="Bits a weight: affine 2, 3, 4, 5, 6, 8; the other modes have one width.")
 @click.option("--group-size", type=int, help="Weights that share a scale; the mode's own by default.")
 @click.option(
@@ -72,8 +73,9 @@ def quantize(
     if as_json:
         return console.event("Quantized", {**asdict(report), "path": save_path})
     console.note(
-        f"{report.layers} layers in {mode}: {report.bits_per_weight:.3f} bits a weight, {report.bits_per_parameter:.3f} "
-        f"bits a parameter of the whole model, {report.bytes / 1e6:,.1f} MB; relative error {report.error:.4f}"
+        f"{report.layers} layers in {mode}: {report.bits_per_weight:.3f} bits a weight, "
+        f"relative error {report.error:.4f}; "
+        f"the model: {report.bits_per_parameter:.3f} bits a parameter, {report.bytes / 1e6:,.1f} MB"
     )
     if report.kept:
         console.note(f"Left as floats: {', '.join(report.kept)}")

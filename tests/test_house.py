@@ -18,8 +18,9 @@ FLOORS = [
     {"config", "quant"},
     {"data", "layers", "adapter"},
     {"training", "formats", "selection"},
+    {"initialisation"},
     {"model", "planning"},
-    {"fusing", "merging", "quantizing", "initialisation"},
+    {"fusing", "merging", "quantizing"},
     {"serving"},
     {"cli"},
 ]

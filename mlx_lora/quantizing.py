@@ -117,13 +117,14 @@ def quantize_with_loftq(
     weights = {}
     for path, module in select(model, config).items():
         check_rank(module, rank)
-        if mode != "nf4" and module.weight.shape[-1] % group_size:
-            continue  # stays as it is
-        dtype = module.weight.dtype
-        (a, b), target = loftq_pair(
-            np.array(dense_weight(module)), lambda w, dtype=dtype: through(w, dtype), rank, 1.0, iterations
-        )
-        module.weight = mx.array(target).astype(dtype)
+        weight, dtype = np.array(dense_weight(module)), module.weight.dtype
+        if mode != "nf4" and weight.shape[-1] % group_size:  # stays as it is: a start as of any LoRA
+            bound = 1 / math.sqrt(weight.shape[-1])
+            a = np.array(mx.random.uniform(-bound, bound, (*weight.shape[:-2], rank, weight.shape[-1])))
+            b = np.zeros((*weight.shape[:-1], rank), np.float32)
+        else:
+            (a, b), target = loftq_pair(weight, lambda w, dtype=dtype: through(w, dtype), rank, 1.0, iterations)
+            module.weight = mx.array(target).astype(dtype)
         if a.ndim == 2:
             a, b = a.T, b.T
         weights[f"{path}.lora_a"], weights[f"{path}.lora_b"] = (mx.array(np.ascontiguousarray(x)) for x in (a, b))

@@ -28,9 +28,9 @@ class _Difference:
         Rounded to the layer's dtype first: what is subtracted must be what is added.
         """
         self.lora_a, self.lora_b = a.astype(self._dtype), b.astype(self._dtype)
-        a, b = frozen or (self.lora_a, self.lora_b)
-        # Outside the module's dictionary: no parameters.
-        object.__setattr__(self, "frozen_pair", (a.astype(self._dtype), b.astype(self._dtype)))
+        pair = tuple(array.astype(self._dtype) for array in frozen or (self.lora_a, self.lora_b))
+        mx.eval(pair)  # nobody else does: outside the module's dictionary, it is no parameter
+        object.__setattr__(self, "frozen_pair", pair)
 
     def adapter_weights(self) -> dict[str, mx.array]:
         (a, b), (first, second) = self.frozen_pair, self.rank_axis

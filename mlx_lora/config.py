@@ -79,7 +79,7 @@ class AdapterConfig:
         "How the update starts: default (A uniform, B = 0), gaussian, orthogonal, pissa, pissa_niter_N (randomized), "
         "olora, loftq, eva or lora_ga.",
     )
-    init_batches: int | None = knob(None, "eva, lora_ga: read at most so many batches; 64 and 8 by default.")
+    init_batches: int | None = knob(None, "eva, lora_ga: read at most so many batches; 32 and 8 by default.")
     eva_rho: float | None = knob(None, "eva: a layer may get up to so many times its rank; 2 by default, 1: no more.")
     eva_tau: float | None = knob(None, "eva: cosine at which a direction counts as settled; 0.99 by default.")
     bias: str = knob("none", "Also train biases: of the whole model, or of the adapted layers.", choices=BIASES)

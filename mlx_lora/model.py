@@ -430,7 +430,7 @@ def _starts(
             model,
             chosen,
             ranks,
-            _first(batches, config.init_batches or 64),
+            _first(batches, config.init_batches or 32),
             config.eva_rho or RHO,
             config.eva_tau or TAU,
         )

@@ -19,7 +19,6 @@ import numpy as np
 from ..errors import DataError
 from ..layers import dims
 from .inputs import recorded
-from .weights import largest
 
 RHO, TAU = 2.0, 0.99
 
@@ -54,7 +53,7 @@ class IncrementalSVD:
             stack = [self.values[:, None] * self.components, centred, shift[None].astype(np.float32)]
             centred = np.concatenate(stack)
             mean = (self.mean * self.seen + mean * count) / (self.seen + count)
-        _, values, components = largest(centred, self.size)
+        values, components = _directions(centred, self.size)
         # A direction and its opposite are one: fixed by the sign of the largest entry.
         signs = np.sign(np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1))
         self.values, self.components = values, components * signs
@@ -63,6 +62,19 @@ class IncrementalSVD:
     @property
     def ratio(self) -> np.ndarray:
         return np.square(self.values, dtype=np.float64) / max(self.total, 1e-30)
+
+
+def _directions(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(S [count], V^T [count, in]) of ``rows`` [n, in] by the eigenvectors of the smaller of its two squares."""
+    exact = rows.astype(np.float64)
+    if len(rows) >= rows.shape[1]:
+        square, vectors = np.linalg.eigh(exact.T @ exact)
+        components = vectors[:, ::-1][:, :count].T
+    else:
+        square, vectors = np.linalg.eigh(exact @ exact.T)
+        components = vectors[:, ::-1][:, :count].T @ exact
+        components /= np.maximum(np.linalg.norm(components, axis=1, keepdims=True), 1e-30)
+    return np.sqrt(np.maximum(square[::-1][:count], 0)).astype(np.float32), components.astype(np.float32)
 
 
 def eva(

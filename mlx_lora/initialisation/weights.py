@@ -66,7 +66,7 @@ def svd_lowrank(matrix: np.ndarray, rank: int, iterations: int) -> tuple[np.ndar
 
 def largest(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The ``rank`` largest singular triples: exactly for small matrices, by ``svd_lowrank`` for large ones."""
-    if min(matrix.shape[-2:]) <= max(1024, 4 * rank):
+    if min(matrix.shape[-2:]) <= max(512, 4 * rank):
         u, s, v = np.linalg.svd(matrix, full_matrices=False)
     else:
         u, s, v = svd_lowrank(matrix, min(2 * rank, min(matrix.shape[-2:])), 4)

@@ -28,7 +28,8 @@ class _Difference:
         Rounded to the layer's dtype first: what is subtracted must be what is added.
         """
         self.lora_a, self.lora_b = a.astype(self._dtype), b.astype(self._dtype)
-        pair = tuple(array.astype(self._dtype) for array in frozen or (self.lora_a, self.lora_b))
+        # Arrays of their own: compiled functions put tracers into those that are parameters.
+        pair = tuple(mx.stop_gradient(array).astype(self._dtype) for array in frozen or (self.lora_a, self.lora_b))
         mx.eval(pair)  # nobody else does: outside the module's dictionary, it is no parameter
         object.__setattr__(self, "frozen_pair", pair)
 

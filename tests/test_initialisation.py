@@ -20,7 +20,7 @@ from mlx_lora.model import adapters_on
 from mlx_lora.training import loss_fn
 
 Q4 = dict(group_size=32, bits=4)
-KEYS = ["q_proj", "o_proj", "down_proj"]
+KEYS = ["q_proj", "down_proj"]
 STARTS = ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "lora_ga"]
 
 
@@ -30,7 +30,7 @@ class Batch:
     mask: np.ndarray
 
 
-def batches(count=12, vocabulary=96):
+def batches(count=3, vocabulary=96):
     random = np.random.default_rng(0)
     for _ in range(count):
         tokens = random.integers(0, vocabulary, (4, 17))
@@ -185,7 +185,7 @@ def test_incremental_svd_is_the_svd_of_everything():
 def test_eva_spends_its_budget_where_it_explains_most():
     model, _ = started("eva", rank=4, eva_rho=2.0)
     ranks = {path: layer.rank for path, layer in adapters_on(model).items()}
-    assert sum(ranks.values()) == 4 * 9 and max(ranks.values()) <= 8 and len(set(ranks.values())) > 1
+    assert sum(ranks.values()) == 4 * 6 and max(ranks.values()) <= 8 and len(set(ranks.values())) > 1
     assert {layer.scale for layer in adapters_on(model).values()} == {2.0}, "alpha grows with the rank"
     for layer in adapters_on(model).values():
         a = numbers(layer.lora_a)
@@ -233,7 +233,7 @@ def test_lora_ga_follows_the_gradient():
 
     def loss(w):
         plain.layers[2].mlp.down_proj.weight = w
-        sums = [loss_fn(plain, b.tokens, b.mask) for b in batches(8)]
+        sums = [loss_fn(plain, b.tokens, b.mask) for b in batches()]
         return sum(s for s, _ in sums) / sum(n for _, n in sums)
 
     _, s, v = np.linalg.svd(numbers(mx.grad(loss)(weight)))

@@ -12,7 +12,7 @@ from mlx_lora import AdapterConfig, attach, extract, load_adapter, merge_adapter
 from mlx_lora.cli import merge as command
 from mlx_lora.errors import AdapterError, ConfigError
 from mlx_lora.layers import dense_weight
-from mlx_lora.merging import MERGES
+from mlx_lora.merging import MERGES, _Rule
 from mlx_lora.model import adapters_on
 
 
@@ -38,6 +38,21 @@ def test_the_sum_of_the_updates(method, config, tokens):
         expected = 0.7 * first[path] - (1.3 * second[path] if path in second else 0)
         base = dense_weight(layer.base)
         assert_close(layer.merged_weight(base) - base, expected, 2e-5, path)
+
+
+@pytest.mark.parametrize(
+    ("method", "sign", "expected"),
+    [
+        # Half of the numbers stay: [0, -3, 4, 0], [5, 0, 0, -2], [0, -1, 0, 6]; signs by sum +, -, +, +.
+        ("ties", "total", [5, -2, 4, 6]),
+        ("ties", "frequency", [5, -2, 4, 6]),
+        ("magnitude_prune", "total", [5, -4, 4, 4]),
+    ],
+)
+def test_rules_by_hand(method, sign, expected):
+    tensors = [np.array(t, np.float32) for t in ([1, -3, 4, 2], [5, 1, 0.5, -2], [0.1, -1, 0.2, 6])]
+    got = _Rule(method, 0.5, sign, np.random.RandomState(0))(tensors, [1.0, 1.0, 1.0])
+    assert got.tolist() == expected
 
 
 def test_one_rank_of_the_sum_is_the_best(tokens):

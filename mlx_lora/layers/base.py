@@ -109,15 +109,10 @@ class AdapterLayer(nn.Module):
 
     method = ""
     slot = "linear"
+    input_only = False  # an embedding whose update a tied head does not see
 
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, dtype: mx.Dtype):
         super().__init__()
-        limit = min(dims(base))
-        if rank > limit:
-            raise AdapterError(
-                f"rank {rank} is larger than the layer it should adapt ({dims(base)[0]} x {dims(base)[1]})",
-                f"A rank of {limit} already expresses every update of this layer; choose a smaller one.",
-            )
         base.freeze()
         self[self.slot] = base
         self.dropout = nn.Dropout(dropout)
@@ -138,12 +133,26 @@ class AdapterLayer(nn.Module):
         """The base's float32 ``weight`` with the update in it, same shape, float32."""
         raise NotImplementedError
 
+    def merged_bias(self) -> mx.array | None:
+        """The bias with the update in it, None where there is none. [out], or [experts, out]."""
+        return self.base.get("bias")
+
     def adapter_weights(self) -> dict[str, mx.array]:
         """The layer's own arrays by leaf name: ``lora_a``, ``lora_b``, ..."""
         return {name: self[name] for name in self.leaves}
 
     def _extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={1 - self.dropout._p_1:g}"
+
+
+def check_rank(base: nn.Module, rank: int) -> None:
+    """Refuse to make a low-rank update of more rank than its layer. (One that was made elsewhere may have it.)"""
+    limit = min(dims(base))
+    if rank > limit:
+        raise AdapterError(
+            f"rank {rank} is larger than the layer it should adapt ({dims(base)[0]} x {dims(base)[1]})",
+            f"A rank of {limit} already expresses every update of this layer; choose a smaller one.",
+        )
 
 
 def uniform(bound: float, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

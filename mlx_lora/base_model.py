@@ -179,17 +179,20 @@ class BaseModel:
     @functools.cached_property
     def model(self):
         """The model as mlx-lm's class makes it, its weights never computed. Raises: ModelError."""
-        import mlx.core as mx
+        from concurrent.futures import ThreadPoolExecutor
+
+        # The draws of weights that nobody wants would move MLX's random state, which belongs to a thread.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(self._build).result()
+
+    def _build(self):
         from mlx_lm import utils
 
-        state = [mx.array(s) for s in mx.random.state]  # the weights' draws would move it
         try:
             model_class, arguments = utils._get_classes(self.config)
             return model_class(arguments.from_dict(self.config))
         except Exception as error:  # whatever a foreign config provokes
             raise ModelError(f"{self.name}: mlx-lm cannot build it ({type(error).__name__}: {error})") from None
-        finally:
-            mx.random.state[:] = state
 
     @functools.cached_property
     def modules(self) -> dict[str, tuple[str, int, int, int]]:
@@ -201,6 +204,13 @@ class BaseModel:
             if which := kind(module):
                 found[path] = (which, *dims(module), module.num_experts if which == "switch" else 0)
         return found
+
+    def vera_pair(self, rank: int, key: int, paths: list[str]):
+        """VeRA's shared projections over the modules ``paths`` as PEFT draws them: A [rank, in], B [out, rank]."""
+        from .layers.vera import draw_projections
+
+        columns, rows = (max(self.modules[path][i] for path in paths) for i in (1, 2))
+        return draw_projections(rank, columns, rows, key)
 
     # -- names -------------------------------------------------------------------------------------------------------
 
@@ -228,7 +238,7 @@ class BaseModel:
     def to_hf(self, path: str) -> str:
         """transformers' path (version 5) of the module that mlx-lm calls ``path``."""
         theirs, ours = self.moe_block
-        path = path.replace(f".{ours}.", f".{theirs}.")
+        path = f"{path}.".replace(f".{ours}.", f".{theirs}.")[:-1]
         if path.startswith("language_model."):
             rest = path.removeprefix("language_model.")
             return "model.language_model." + rest.removeprefix("model.") if rest.startswith("model.") else rest
@@ -249,5 +259,5 @@ class BaseModel:
                 found.append(ours + path[len(theirs) :])
         theirs, ours = self.moe_block
         if theirs != ours:
-            found += [p.replace(f".{theirs}.", f".{ours}.") for p in found]
+            found += [f"{p}.".replace(f".{theirs}.", f".{ours}.")[:-1] for p in found]
         return found

@@ -25,7 +25,7 @@ from .adapter import SHARED, Adapter, explicit_config, raise_faults, saved_whole
 from .base_config import missing_fields
 from .config import AdapterConfig
 from .errors import AdapterError, ConfigError, MLXLoRAError, ModelError
-from .formats import load_adapter
+from .formats import detect_format, load_adapter
 from .layers import (
     METHODS,
     AdapterLayer,
@@ -92,8 +92,10 @@ def load(
     """
     if dtype not in ("auto", "stored", *DTYPES):
         raise ConfigError(f"dtype must be one of auto, stored, {', '.join(DTYPES)}, not {dtype!r}")
-    adapter = load_adapter(adapter_path) if adapter_path is not None else None
+    if adapter_path is not None:
+        detect_format(adapter_path)  # before a base is downloaded for it
     folder = resolve(path_or_repo, revision)
+    adapter = load_adapter(adapter_path, base=folder) if adapter_path is not None else None
     config = read_config(folder)
 
     from mlx_lm import utils
@@ -407,7 +409,10 @@ def _make_whole(
             made = UntiedEmbedding(base, weight) if one_sided else dense_module(base, weight, weight.dtype)
             made.train(model.training)
             state.modules[path], bare[path] = base, made.freeze()
-            model.update_modules(tree_unflatten([(path, made)]))
+            if (layer := _wrappers(model).get(path)) is not None:  # adapted as well: below the adapter
+                layer[layer.slot] = made
+            else:
+                model.update_modules(tree_unflatten([(path, made)]))
     for path, leaf in names:
         module = bare[path]
         if path not in state.modules:

@@ -17,6 +17,7 @@ FLOORS = [
     {"errors", "kernels", "device", "base_config", "tiny_base"},
     {"config"},
     {"data", "layers", "adapter"},
+    {"base_model"},
     {"training", "formats", "selection"},
     {"model", "planning"},
     {"fusing"},

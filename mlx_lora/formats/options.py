@@ -23,7 +23,6 @@ class Reading:
     Args:
         base: the model that the adapter was made for.
         alpha: the adapter's alpha, where the files do not tell it; scale = alpha / rank.
-        rank: the adapter's rank, where the files do not tell it.
         adapter: name of one of several adapters in sub-folders.
         legacy_scale: what ``scale`` meant to the mlx-lm that wrote an old folder: ``scale``, or ``alpha``
             (scale * alpha / rank).
@@ -33,7 +32,6 @@ class Reading:
 
     base: BaseModel | None = None
     alpha: float | None = None
-    rank: int | None = None
     adapter: str | None = None
     legacy_scale: str | None = None
     enabled: tuple[bool, ...] | None = None
@@ -99,7 +97,6 @@ class Writing:
 # Given by callers, by field; what the command line calls them.
 _FLAGS = {
     "alpha": "--alpha",
-    "rank": "--rank",
     "adapter": "--adapter",
     "legacy_scale": "--legacy-scale",
     "enabled": "--enable-lora",

@@ -71,7 +71,8 @@ _TYPES = ("LORA", "DORA", "VERA", "TRAINABLE_TOKENS")
 
 
 def detect(path: Path) -> bool:
-    return path.is_dir() and (_holds(path) or bool(_named(path)))
+    # torchtune writes a PEFT folder's files beside its own, in part wrongly; its own are the ones to read.
+    return path.is_dir() and (_holds(path) or bool(_named(path))) and not (path / "adapter_model.pt").exists()
 
 
 def files(folder: Path) -> list[Path]:
@@ -186,6 +187,7 @@ def from_tensors(tensors: dict[str, mx.array], raw: dict[str, Any], source: Path
         there = "not" if method == "dora" else "there"
         raise FormatError(f"{source}: use_dora is {method == 'dora'} but magnitudes are {there}")
     weights = _untie(raw, weights, ranks, scales, options)
+    weights, metadata["peft"]["saved"] = _without_base(weights, theirs, options)
     config = _config(raw, method, weights, ranks, scales, theirs, source, options)
     adapter = Adapter(config, weights, base=raw.get("base_model_name_or_path"), metadata=metadata)
     start = raw.get("init_lora_weights")
@@ -272,7 +274,7 @@ def _unpack(fused, raw, source, options, weights, ranks, scales, rank_of, scale_
                     "It names gate_up_proj, down_proj or both.",
                 )
             path = f"{block}.experts.{kind}"
-            packed[kind] = experts.Packed(pair["lora_a"].T, pair["lora_b"].T, rank_of(path))
+            packed[kind] = experts.Packed(pair["lora_a"], pair["lora_b"], rank_of(path))
             if fault := packed[kind].fault():
                 raise FormatError(f"{source}: {path}: {fault}", "Gather sharded weights before saving.")
         in_out = bool(base and base.experts_in_out)
@@ -301,22 +303,41 @@ def _hidden_size(weights: dict[str, mx.array]) -> int | None:
 
 
 def _untie(raw, weights, ranks, scales, options):
-    """``ensure_weight_tying`` repeats an embedding's matrices, turned round, on the output: ours says it once."""
-    if not raw.get("ensure_weight_tying"):
-        return weights
-    for path in [n.removesuffix(".lora_a") for n in weights if _EMBEDDING_NAME.search(n.removesuffix(".lora_a"))]:
-        for head in [n.removesuffix(".lora_a") for n in weights if n.endswith("lm_head.lora_a")]:
+    """What PEFT repeats on an output that is tied to the embedding, ours says once: rows of tokens, and, turned round,
+    the matrices of an embedding with ``ensure_weight_tying``."""
+    gone = set()
+    rows = [n for n in weights if n.endswith(".trainable_tokens")]
+    for head in [n for n in rows if "lm_head" in n]:
+        if any(n != head and mx.array_equal(weights[n], weights[head]).item() for n in rows):
+            gone.add(head)
+    heads = [n[:-7] for n in weights if n.endswith("lm_head.lora_a")] if raw.get("ensure_weight_tying") else []
+    for path in [n[:-7] for n in weights if n.endswith(".lora_a") and _EMBEDDING_NAME.search(n[:-7])]:
+        for head in heads:
             a, b = weights[f"{path}.lora_a"], weights[f"{path}.lora_b"]
             if mx.array_equal(weights[f"{head}.lora_a"], b.T) and mx.array_equal(weights[f"{head}.lora_b"], a.T):
                 ranks.pop(head, None), scales.pop(head, None)
-                return {n: w for n, w in weights.items() if not n.startswith(head + ".")}
-    return weights
+                gone |= {n for n in weights if n.startswith(head + ".")}
+    return {n: w for n, w in weights.items() if n not in gone}
+
+
+def _without_base(weights, theirs, options):
+    """PEFT saves an adapted embedding itself too. Where the base is at hand and holds the same, it is no change: it is
+    kept for the way back to PEFT alone."""
+    saved = {}
+    if options.base is None or options.base.folder is None:
+        return weights, saved
+    for name in [n for n in weights if n.endswith(".weight") and f"{n[:-7]}.lora_a" in weights]:
+        own = options.base.tensor(f"{theirs[name[:-7]]}.weight")
+        if own is not None and own.shape == weights[name].shape:
+            if mx.array_equal(own.astype(mx.float32), weights[name].astype(mx.float32)).item():
+                saved[name] = weights[name]
+    return {n: w for n, w in weights.items() if n not in saved}, saved
 
 
 def _config(raw, method, weights, ranks, scales, theirs, source, options) -> AdapterConfig:
     back = {path: ours for ours, path in theirs.items()}
     knobs: dict[str, Any] = {"method": method, "num_layers": -1}
-    embeddings = [n for n in weights if n.endswith(".lora_a") and _EMBEDDING_NAME.search(n[:-7])]
+    embeddings = [n for n in weights if n.endswith((".lora_a", ".weight")) and _EMBEDDING_NAME.search(n[:-7])]
     try:
         if method == "vera":
             knobs |= {"rank": raw["r"], "dropout": raw.get("vera_dropout", 0.0)}
@@ -328,9 +349,10 @@ def _config(raw, method, weights, ranks, scales, theirs, source, options) -> Ada
             knobs["rank_pattern"] = {f"^{re.escape(p)}": r for p, r in sorted(ranks.items()) if r != rank}
             knobs["scale_pattern"] = {f"^{re.escape(p)}": s for p, s in sorted(scales.items()) if s != default}
             knobs["lora_bias"] = bool(raw.get("lora_bias"))
-            if embeddings:
-                tied = raw.get("ensure_weight_tying") and not any(n.endswith("lm_head.lora_a") for n in weights)
-                knobs["embedding_side"] = "both" if tied else "input"
+        if embeddings:
+            tied = raw.get("ensure_weight_tying") and not any(n.endswith("lm_head.lora_a") for n in weights)
+            untied = options.base is not None and options.base.known and not options.base.tied
+            knobs["embedding_side"] = "both" if tied or untied else "input"
         bias = raw.get("bias", "none")
         knobs["bias"] = "lora_only" if bias == "vera_only" else bias
         whole = {n.rpartition(".")[0] for n in weights if n.endswith(".weight")}
@@ -368,6 +390,8 @@ def write(adapter: Adapter, folder: Path, options: Writing) -> None:
     if adapter.config.method == "full":
         fault = "fully trained weights are no adapter in PEFT"
         raise FormatError(fault, "Save it as mlx-lm, or merge it into a model: convert --to merged.")
+    if not adapter.modules:
+        return _write_tokens(adapter, folder, options)
     if options.profile == "serving":
         adapter = _for_serving(adapter, options)
     layout = options.moe or ("per_expert" if options.profile else adapter.metadata.get("peft", {}).get("moe"))
@@ -394,6 +418,27 @@ def write(adapter: Adapter, folder: Path, options: Writing) -> None:
     write_json(folder / CONFIG, raw)
 
 
+def _write_tokens(adapter: Adapter, folder: Path, options: Writing) -> None:
+    """Trained rows of one embedding and nothing else."""
+    if len(adapter.tokens) != 1 or adapter.whole or options.profile or options.moe:
+        fault = "PEFT has no adapter of whole modules alone, nor of rows of several embeddings"
+        raise FormatError(fault, "Merge it into the model instead: convert --to merged.")
+    (path, (ids, rows)) = next(iter(adapter.tokens.items()))
+    name = options.base.to_hf(path) if options.base is not None and options.base.known else _guess_hf(path)
+    raw = {
+        "peft_type": "TRAINABLE_TOKENS",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base,
+        "target_modules": [name],
+        "token_indices": list(ids),
+        "inference_mode": True,
+        "init_weights": True,
+    }
+    tensors = {f"{PREFIX}{name}.trainable_tokens_delta": rows}
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_json(folder / CONFIG, raw)
+
+
 def _is_switch(adapter: Adapter, path: str) -> bool:
     return adapter.weights[f"{path}.lora_a"].ndim == 3
 
@@ -416,7 +461,7 @@ def _for_serving(adapter: Adapter, options: Writing) -> Adapter:
     if config.lora_bias:
         faults.append("lora_bias: vLLM refuses it")
     raise_faults(faults, "Merge it into the model instead: convert --to merged.", FormatError)
-    return uniform(as_lora(adapter), integer=True)
+    return uniform(as_lora(adapter, options.base), integer=True)
 
 
 def _for_experts(adapter: Adapter, switches: list[str]) -> Adapter:
@@ -550,7 +595,7 @@ class _Writer:
         """Whole parameters, trained rows of embeddings, VeRA's projections."""
         adapter = self.adapter
         adapted, saved = set(adapter.modules), set()
-        for name, array in adapter.whole.items():
+        for name, array in {**adapter.whole, **adapter.metadata.get("peft", {}).get("saved", {})}.items():
             path, _, leaf = name.rpartition(".")
             inside = ".base_layer" if path in adapted else ""
             self.tensors[f"{PREFIX}{hf(path)}{inside}.{leaf}"] = array

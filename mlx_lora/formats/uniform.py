@@ -11,9 +11,12 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from ..adapter import Adapter
+from ..adapter import Adapter, raise_faults
+from ..base_model import BaseModel
 from ..config import AdapterConfig
 from ..errors import FormatError
+
+_NAME_BASE = "Name the base: --model, or base=."
 
 
 def fold(adapter: Adapter, config: AdapterConfig) -> dict[str, mx.array]:
@@ -84,26 +87,28 @@ def uniform(adapter: Adapter, alpha: float | None = None, integer: bool = False,
     return replace(adapter, weights=weights, config=config)
 
 
-def as_lora(adapter: Adapter) -> Adapter:
-    """A VeRA adapter (arXiv:2310.11454) as the LoRA it is: A' = diag(lambda_d) A, B' = diag(lambda_b) B, scale 1."""
+def as_lora(adapter: Adapter, base: BaseModel | None) -> Adapter:
+    """A VeRA adapter (arXiv:2310.11454) as the LoRA it is: A' = diag(lambda_d) A, B' = diag(lambda_b) B, scale 1.
+
+    ``base`` tells the modules' inputs, and what the projections are drawn for where the adapter does not hold them.
+    """
     if adapter.config.method != "vera":
         return adapter
-    if "vera_a" not in adapter.weights:
-        raise FormatError(
-            "this VeRA adapter does not hold its projections, only the key they are drawn from",
-            "Mount it on its base and save it with save_projection, then convert that.",
-        )
-    big_a, big_b = (adapter.weights[n].astype(mx.float32) for n in ("vera_a", "vera_b"))
+    paths = adapter.modules
+    strange = [path for path in paths if base is None or path not in base.modules]
+    raise_faults([f"{path}: the size of this layer's input is not known" for path in strange], _NAME_BASE, FormatError)
+    many = [path for path in paths if adapter.weights[f"{path}.vera_lambda_d"].ndim != 1]
+    raise_faults([f"{path}: VeRA of experts is not converted" for path in many], "", FormatError)
+    if "vera_a" in adapter.weights:
+        big_a, big_b = (adapter.weights[n].astype(mx.float32) for n in ("vera_a", "vera_b"))
+    else:
+        big_a, big_b = base.vera_pair(adapter.config.rank, adapter.config.projection_prng_key, paths)
     weights = {n: w for n, w in adapter.weights.items() if "vera_" not in n}
-    for path in adapter.modules:
+    for path in paths:
         d, b = adapter.weights[f"{path}.vera_lambda_d"], adapter.weights[f"{path}.vera_lambda_b"]
-        columns = adapter.metadata.get("in", {}).get(path)
-        if d.ndim != 1 or columns is None:
-            raise FormatError(f"{path}: the size of this layer's input is not known", "Name the base: --model.")
-        weights[f"{path}.lora_a"] = (big_a[:, :columns] * d[:, None]).T
+        weights[f"{path}.lora_a"] = (big_a[:, : base.modules[path][1]] * d[:, None]).T
         weights[f"{path}.lora_b"] = (big_b[: b.shape[0]] * b[:, None]).T
-    config = replace(adapter.config, method="lora", scale=1.0, scale_pattern={}, alpha=None, rslora=False)
-    return replace(adapter, weights=weights, config=config)
+    return replace(adapter, weights=weights, config=replace(adapter.config, method="lora", scale=1.0))
 
 
 def integral(alpha: float) -> int | float:

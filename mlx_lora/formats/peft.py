@@ -25,7 +25,7 @@ from . import peft_starts
 from .files import read_json, read_safetensors, write_json, write_safetensors
 from .options import Reading, Writing
 from .pickles import read_torch
-from .uniform import as_lora, fold, integral, uniform
+from .uniform import as_lora, integral, uniform
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -401,9 +401,11 @@ def write(adapter: Adapter, folder: Path, options: Writing) -> None:
         raise FormatError(f"{switches[0]}: PEFT has no DoRA on experts", "Merge it: convert --to merged.")
     if adapter.config.method == "vera" and any(adapter.weights[f"{p}.vera_lambda_d"].ndim > 1 for p in adapter.modules):
         raise FormatError("PEFT has no VeRA on experts", "Leave the experts out, or merge: convert --to merged.")
+    exact = adapter.exact_config()
     if switches and layout == "per_expert":
         adapter = _for_experts(adapter, switches)
-    exact = adapter.exact_config()
+        switches = [path for path in adapter.modules if _is_switch(adapter, path)]
+        exact = adapter.config
     hf = (base.to_hf if base else _guess_hf)
     names = {path: hf(path) for path in adapter.modules}
     writer = _Writer(adapter, names)
@@ -435,6 +437,8 @@ def _write_tokens(adapter: Adapter, folder: Path, options: Writing) -> None:
         "init_weights": True,
     }
     tensors = {f"{PREFIX}{name}.trainable_tokens_delta": rows}
+    if options.base is not None and options.base.known and options.base.tied:
+        tensors[f"{PREFIX}lm_head.trainable_tokens_delta"] = rows
     write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_json(folder / CONFIG, raw)
 
@@ -465,26 +469,31 @@ def _for_serving(adapter: Adapter, options: Writing) -> Adapter:
 
 
 def _for_experts(adapter: Adapter, switches: list[str]) -> Adapter:
-    """PEFT converts keys for each expert by the config's one rank and alpha: the experts must have those."""
-    rank = max(adapter.rank_of(path) for path in switches)
-    part = replace(
-        adapter, weights={n: w for n, w in adapter.weights.items() if n.rpartition(".")[0] in set(switches)}
-    )
-    target = replace(part.exact_config(), rank=rank)
-    weights = {**adapter.weights, **fold(part, replace(target, rank_pattern=part.exact_config(rank).rank_pattern))}
-    others = {p: (adapter.rank_of(p), adapter.config.scale_of(p)) for p in adapter.modules if p not in switches}
-    for block in {path.rpartition(".")[0] for path in switches}:
+    """PEFT converts keys for each expert, and the router's, by the config's one rank and alpha: they must have those."""
+    blocks = {path.rpartition(".")[0] for path in switches}
+    same = [p for p in adapter.modules if p in switches or p in {f"{b.rpartition('.')[0]}.gate" for b in blocks}]
+    part = replace(adapter, weights={n: w for n, w in adapter.weights.items() if n.rpartition(".")[0] in set(same)})
+    folded = uniform(part)
+    weights = {**adapter.weights, **folded.weights}
+    for block in blocks:
         _complete(block, weights)
+        a, b = f"{block}.gate_proj.lora_a", f"{block}.gate_proj.lora_b"
+        if a in weights and f"{block}.down_proj.lora_a" not in weights:  # PEFT takes it that both are there
+            count, rank, hidden = weights[a].shape
+            weights[f"{block}.down_proj.lora_a"] = mx.zeros((count, rank, weights[b].shape[1]), weights[a].dtype)
+            weights[f"{block}.down_proj.lora_b"] = mx.zeros((count, hidden, rank), weights[b].dtype)
+    rank, scale = folded.config.rank, folded.config.scale
+    others = {p: (adapter.rank_of(p), adapter.config.scale_of(p)) for p in adapter.modules if p not in same}
     config = replace(
-        target,
+        folded.config,
         rank_pattern={f"^{re.escape(p)}": r for p, (r, _) in others.items() if r != rank},
-        scale_pattern={f"^{re.escape(p)}": s for p, (_, s) in others.items() if s != target.scale},
+        scale_pattern={f"^{re.escape(p)}": s for p, (_, s) in others.items() if s != scale},
     )
     return replace(adapter, weights=weights, config=config)
 
 
 def _complete(block: str, weights: dict[str, mx.array]) -> None:
-    """gate and up are one parameter in transformers 5: where only one has an adapter, the other gets one of zeros."""
+    """gate and up are one parameter in transformers 5: where one alone has an adapter, the other gets one of zeros."""
     pair = [f"{block}.gate_proj", f"{block}.up_proj"]
     there = [path for path in pair if f"{path}.lora_a" in weights]
     if len(there) == 1:
@@ -599,6 +608,8 @@ class _Writer:
             path, _, leaf = name.rpartition(".")
             inside = ".base_layer" if path in adapted else ""
             self.tensors[f"{PREFIX}{hf(path)}{inside}.{leaf}"] = array
+            if inside and "ensure_weight_tying" in self.extra and _EMBEDDING_NAME.search(path):
+                self.tensors[f"{PREFIX}lm_head.base_layer.{leaf}"] = array
             if leaf != "bias" or adapter.config.bias == "none":
                 saved.update([hf(path)] if not inside else [])
         if saved:

@@ -29,7 +29,7 @@ REPORTERS = ("wandb", "swanlab")
 
 
 def knob(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field with its help text. ``extra``: ``choices``, ``metavar`` (for the command line)."""
+    """A dataclass field with its help text. ``extra``: ``choices``, for the command line."""
     metadata = {"help": help, **extra}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -248,6 +248,15 @@ class OptimizerConfig:
     learning_rate: float = knob(1e-5, "The learning rate.")
     lr_schedule: Any = knob(None, "A schedule's name, or mlx-lm's mapping {name, arguments, warmup, warmup_init}.")
     warmup: int = knob(0, "Optimizer steps from 0 to the learning rate.")
+    loraplus_lr_ratio: float | None = knob(
+        None, "LoRA+ (arXiv:2402.12354): B and vectors learn this many times faster than A, such as 16."
+    )
+    loraplus_lr_embedding: float | None = knob(
+        None, "LoRA+: the rate of embeddings' low-rank matrices; 1e-6 by default."
+    )
+    loraplus_weight_decay: float | None = knob(
+        None, "LoRA+: weight decay (0 by default) of all but biases, LayerNorms."
+    )
 
     def __post_init__(self):
         faults = []
@@ -258,6 +267,15 @@ class OptimizerConfig:
             faults.append(f"learning_rate must be a positive number, not {rate!r}")
         if not isinstance(self.warmup, int) or self.warmup < 0:
             faults.append(f"warmup must be a number of steps, not {self.warmup!r}")
+        for name in ("loraplus_lr_ratio", "loraplus_lr_embedding", "loraplus_weight_decay"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and name != "loraplus_weight_decay"):
+                faults.append(f"{name} must be a positive number, not {value!r}")
+            elif self.loraplus_lr_ratio is None:
+                faults.append(f"{name} is of LoRA+: give loraplus_lr_ratio")
         raise_all(faults)
 
 
@@ -274,6 +292,11 @@ class TrainConfig:
     steps_per_eval: int = knob(200, "Iterations between validations.")
     save_every: int = knob(100, "Iterations between checkpoints.")
     grad_checkpoint: bool = knob(False, "Recompute activations in the backward pass to save memory.")
+    clear_cache_threshold: int | None = knob(
+        None,
+        "Empty MLX's cache of freed memory after a step that leaves it larger than this; by default it is reused, "
+        "up to a quarter of the GPU's working set.",
+    )
     max_skipped_steps: int = knob(10, "Stop after so many steps in a row with non-finite gradients.")
     seed: int = knob(0, "Seeds initialisation, dropout and the order of the data.")
 
@@ -292,6 +315,9 @@ class TrainConfig:
                 faults.append(f"{name} must be a whole number of at least 1, not {value!r}")
         if not isinstance(self.val_batches, int) or self.val_batches < -1:
             faults.append(f"val_batches must be -1 (all), 0 (none) or more, not {self.val_batches!r}")
+        most = self.clear_cache_threshold
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
+            faults.append(f"clear_cache_threshold must be a number of bytes, not {most!r}")
         norm = self.max_grad_norm
         if norm is not None and not (isinstance(norm, (int, float)) and 0 < norm < math.inf):
             faults.append(f"max_grad_norm must be a positive number, not {norm!r}")

@@ -16,6 +16,7 @@ from mlx.utils import tree_unflatten
 from .errors import ConfigError
 from .layers import AdapterLayer, TokenRows, UntiedEmbedding, base_dtype, dense_weight, is_quantized, kind, use_blas
 from .model import DTYPES, _model_dtype, _wrappers, dense_module, forget
+from .quant import NF4Linear
 
 # An update that keeps this much is whole for every purpose; below it, the layer is stored wider.
 SURVIVES_COSINE, SURVIVES_ERROR = 0.99, 0.1
@@ -150,6 +151,8 @@ def _merged_module(layer: AdapterLayer | TokenRows, weight: mx.array, dtype: mx.
 def _quantized_module(layer: AdapterLayer | TokenRows, weight: mx.array, dtype: mx.Dtype, bits: int) -> nn.Module:
     """``weight`` quantized to ``bits``, in the mode of the base where it has that width, else affine."""
     base = layer.base
+    if isinstance(base, NF4Linear) and bits == base.bits:
+        return NF4Linear.from_linear(_merged_module(layer, weight, dtype), "nested_absmax" in base, base.group_size)
     same = bits == base.bits
     mode = base.mode if same else "affine"
     group = base.group_size if same or base.mode == "affine" else 32

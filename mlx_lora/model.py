@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -42,6 +43,8 @@ from .layers import (
     shared_dims,
     use_blas,
 )
+from .quant import NF4Linear
+from .quant.model import load_classes, nf4_config, refuse_foreign, stored_names
 from .selection import layer_paths, select, select_named
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -108,8 +111,10 @@ def load(
     # Older versions of mlx-lm run such code without asking, and know no such argument.
     knows = "trust_remote_code" in inspect.signature(utils.load_model).parameters
     options = {"trust_remote_code": True} if trust_remote_code and knows else {}
+    refuse_foreign(path_or_repo, config)
+    classes = {"get_model_classes": load_classes(utils._get_classes)}
     try:
-        model, config = utils.load_model(folder, lazy=True, model_config=missing_fields(config), **options)
+        model, config = utils.load_model(folder, lazy=True, model_config=missing_fields(config), **classes, **options)
         tokenizer = utils.load_tokenizer(
             folder,
             {"trust_remote_code": trust_remote_code},
@@ -329,7 +334,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     for module in model.modules():
         own = {n: a for n, a in module.items() if isinstance(a, mx.array) and not n.startswith("_")}
         if is_quantized(module):
-            total += (module.weight.size * 32) // module.bits
+            total += math.prod(dims(module)) * (module.weight.shape[0] if module.weight.ndim == 3 else 1)
             own = {n: a for n, a in own.items() if n == "bias"}
         total += sum(array.size for array in own.values())
     return trainable, total
@@ -576,7 +581,7 @@ def save_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> P
             for file in base.folder.glob(pattern):
                 if file.is_file() and file.name != "config.json" and not file.name.endswith(".index.json"):
                     shutil.copy(file, temporary / file.name)
-        save_weights(temporary, model)
+        save_weights(temporary, stored_names(model))
         save_config(saved_config(model, base.config), temporary / "config.json")
         os.chmod(temporary, 0o755)
         if folder.exists():
@@ -602,9 +607,11 @@ def save_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> P
 def saved_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with its quantization section telling what the modules of ``model`` are now."""
     config = dict(config)
-    settings = {}
+    settings, nf4 = {}, {}
     for path, module in model.named_modules():
-        if is_quantized(module):
+        if isinstance(module, NF4Linear):
+            nf4[path] = module
+        elif is_quantized(module):
             settings[path] = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
             if module.get("global_scale") is not None:
                 settings[path]["global_scale"] = True
@@ -617,6 +624,8 @@ def saved_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
         default = json.loads(common)
         config["quantization"] = {**default, **{path: s for path, s in settings.items() if s != default}}
         config["quantization_config"] = config["quantization"]
+    if nf4:
+        config["quantization_config"] = nf4_config(model, nf4)
     return config
 
 

@@ -15,12 +15,12 @@ ROOT = Path(mlx_lora.__file__).parent
 # Lower floors first. A module may import from its own room and from floors below.
 FLOORS = [
     {"errors", "kernels", "device", "base_config", "tiny_base"},
-    {"config"},
+    {"config", "quant"},
     {"data", "layers", "adapter"},
     {"base_model"},
     {"training", "formats", "selection"},
     {"model", "planning"},
-    {"fusing"},
+    {"fusing", "merging", "quantizing", "initialisation"},
     {"serving"},
     {"cli"},
 ]

@@ -68,10 +68,10 @@ class BaseModel:
     def config(self) -> dict[str, Any]:
         """``config.json`` with the fields of both generations of transformers. Raises: ModelError."""
         path = Path(self.name).expanduser()
-        if self.folder is not None:
-            path = path if path.is_file() else path / "config.json"
-        else:
+        if self.folder is None:
             path = Path(self._download())
+        elif path.is_dir():
+            path = path / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -166,6 +166,11 @@ class BaseModel:
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file}: cannot be read ({error})", "Download the model again.") from None
         return found
+
+    @property
+    def tensor_names(self) -> set[str]:
+        """Names of the checkpoint's weights, as they are stored."""
+        return set(self._files)
 
     def tensor(self, name: str):
         """The weight that the checkpoint calls ``name``, as it is stored; None where there is none."""

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -567,22 +568,33 @@ def save_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> P
         raise ModelError("the model was not loaded by mlx_lora.load: its config and tokenizer are not known")
     if _wrappers(model) or (_state(model) is not None and _state(model).config.method != "full"):
         raise ModelError("the model has adapters on it", "Merge them with fuse(model), or take them off.")
-    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise ModelError(f"{folder}: is there already", "Choose another folder, or add --force.")
-    if folder.exists() and base.folder.resolve().is_relative_to(folder.resolve()):
-        raise ModelError(f"{folder}: the base model itself lies there", "Choose another folder.")
     from mlx_lm.utils import save_config
     from mlx_lm.utils import save_model as save_weights
 
+    def fill(temporary: Path) -> None:
+        save_weights(temporary, stored_names(model))
+        save_config(saved_config(model, base.config), temporary / "config.json")
+
+    return write_model_folder(folder, base.folder, fill, overwrite)
+
+
+def write_model_folder(folder: Path, base: Path, fill: Callable[[Path], None], overwrite: bool = False) -> Path:
+    """A folder with what ``fill`` writes into it and the tokenizer's and other small files of the folder ``base``.
+
+    It appears whole or not at all. Raises: ModelError.
+    """
+    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
+        raise ModelError(f"{folder}: is there already", "Choose another folder, or add --force.")
+    if folder.exists() and base.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(f"{folder}: the base model itself lies there", "Choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for pattern in _BESIDE:
-            for file in base.folder.glob(pattern):
+            for file in base.glob(pattern):
                 if file.is_file() and file.name != "config.json" and not file.name.endswith(".index.json"):
                     shutil.copy(file, temporary / file.name)
-        save_weights(temporary, stored_names(model))
-        save_config(saved_config(model, base.config), temporary / "config.json")
+        fill(temporary)
         os.chmod(temporary, 0o755)
         if folder.exists():
             # Renamed before it is deleted: whatever fails, the old or the new folder is whole.

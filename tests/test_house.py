@@ -21,6 +21,7 @@ FLOORS = [
     {"training", "formats", "selection"},
     {"model", "planning"},
     {"fusing", "merging", "quantizing", "initialisation"},
+    {"exporting", "hub"},
     {"serving"},
     {"cli"},
 ]

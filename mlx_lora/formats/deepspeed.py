@@ -1,9 +1,9 @@
 """DeepSpeed's adapters, read: DeepSpeed-Chat's ``LinearLayer_LoRA`` and ``deepspeed.linear``, in a PyTorch file.
 
-DeepSpeed-Chat: ``<module>.lora_right_weight`` [in, r] and ``.lora_left_weight`` [r, out], turned as ours; the multiplier
-is lora_scaling / lora_dim, and lora_scaling (1 by default) is not stored. ``deepspeed.linear``: ``lora_weight_1.weight``
-[r, in], ``lora_weight_2.weight`` [out, r], multiplier lora_alpha / lora_r. Checkpoints hold the frozen model beside
-them, which is left where it is. Arrays of ZeRO-3 that were not gathered are refused.
+DeepSpeed-Chat: ``<module>.lora_right_weight`` [in, r] and ``.lora_left_weight`` [r, out], turned as ours; the
+multiplier is lora_scaling / lora_dim, and lora_scaling (1 by default) is not stored. ``deepspeed.linear``:
+``lora_weight_1.weight`` [r, in], ``lora_weight_2.weight`` [out, r], multiplier lora_alpha / lora_r. Checkpoints hold
+the frozen model beside them, which is left where it is. Arrays of ZeRO-3 that were not gathered are refused.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def read(path: Path, options: Reading) -> Adapter:
                 continue
             weights[f"{translate(found['path'])}.{ours}"] = array.T if turned else array
     raise_faults(
-        faults, "Gather before saving: deepspeed.zero.GatheredParameters, or the checkpoint's zero_to_fp32.py.", FormatError
+        faults,
+        "Gather before saving: deepspeed.zero.GatheredParameters, or the checkpoint's zero_to_fp32.py.",
+        FormatError,
     )
     return low_rank(weights, path, options)

@@ -37,7 +37,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def parse_yaml(text: str | bytes, source: Path | str) -> dict[str, Any]:
-    """The mapping in a YAML text; ``source`` names it in errors. References, which could grow without end, are refused."""
+    """The mapping in a YAML text; ``source`` names it in errors. References, which could grow for ever, are refused."""
     import yaml
 
     try:

@@ -34,7 +34,7 @@ def recognise(path: Path) -> str | None:
         return "an X-LoRA adapter"
     if path.is_dir() and ((path / "zero_to_fp32.py").exists() or any(path.glob("global_step*"))):
         return "a checkpoint of DeepSpeed in shards: gather it with its zero_to_fp32.py"
-    if path.is_dir() and any(path.glob("*/*.distcp")) or any(path.glob("*.distcp") if path.is_dir() else []):
+    if (path.is_dir() and any(path.glob("*/*.distcp"))) or any(path.glob("*.distcp") if path.is_dir() else []):
         return "a distributed checkpoint of PyTorch in shards: export it to one file"
     if path.is_dir() and (path / "adapter_config.json").exists():
         try:

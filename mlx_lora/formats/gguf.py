@@ -26,7 +26,7 @@ from .uniform import as_lora, uniform
 READS, WRITES, SUFFIXES = set(), {"alpha"}, (".gguf",)
 # model_type of transformers -> llama.cpp's architecture.
 _ARCHITECTURES = {
-    **{name: "llama" for name in ("llama", "mistral", "mixtral", "ministral3")},
+    **dict.fromkeys(("llama", "mistral", "mixtral", "ministral3"), "llama"),
     **{
         name: name.replace("_", "")
         for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2", "starcoder2", "olmo2", "olmoe", "stablelm")

@@ -1,7 +1,8 @@
 """PyTorch Lightning's checkpoints, read: ``{"state_dict": ...}``, with the module's prefix before every name.
 
-Lightning has no LoRA of its own: the names below the prefix are PEFT's or loralib's. The frozen model in the checkpoint,
-the optimizer and the loops are left where they are. Alpha is taken from ``hyper_parameters`` where it is there.
+Lightning has no LoRA of its own: the names below the prefix are PEFT's or loralib's. The frozen model in the
+checkpoint, the optimizer and the loops are left where they are. Alpha is taken from ``hyper_parameters`` where it is
+there.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from ..adapter import Adapter, raise_faults, split_layer
 from ..errors import FormatError
+from . import parts
 from .files import read_yaml, write_yaml
 from .options import Reading, Writing
 from .pickles import write_torch
@@ -83,7 +84,8 @@ def read(path: Path, options: Reading) -> Adapter:
             weights[f"{stem}.lora_a"], weights[f"{stem}.lora_b"] = a, b
         else:
             raise FormatError(f"{file}: {name}: has no counterpart in transformers' Llama", "Convert it in litgpt.")
-    return low_rank(weights, file, options, alpha=alpha)
+    adapter = low_rank(weights, file, options, alpha=alpha)
+    return parts.fused(adapter, options.base) if options.base is not None and options.base.known else adapter
 
 
 def _split_qkv(a, b, settings: dict[str, Any], file: Path, options: Reading) -> dict[str, tuple[mx.array, mx.array]]:
@@ -135,7 +137,7 @@ def write(adapter: Adapter, folder: Path, options: Writing) -> None:
         + [f"{path}: litgpt holds no trained tokens" for path in adapter.tokens]
         + [f"{path}: litgpt has no lora_bias" for path in adapter.modules if adapter.config.lora_bias]
     )
-    adapter = uniform(adapter, alpha=options.alpha)
+    adapter = uniform(parts.unfused(adapter, base), alpha=options.alpha)
     weights, rank = adapter.weights, adapter.config.rank
     split = {path: split_layer(path) for path in adapter.modules}
     on = sorted({n.rpartition(".")[2] for _, n in split.values() if n.startswith("self_attn.") and n[10:] in _PARTS})

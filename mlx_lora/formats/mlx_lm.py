@@ -11,7 +11,7 @@ version of mlx-lm stops: it must not compute something else in silence.
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,8 @@ def parse_config(raw: dict[str, Any], source: Path, options: Reading | None = No
         if options.legacy_scale is None:
             options.need(
                 f"{source}: lora_layers with alpha: mlx-lm's meaning of scale changed between versions that wrote this",
-                "Say --legacy-scale alpha if the adapter was made from 2024-01-24 to 2024-06-02 (scale * alpha / rank), "
-                "else --legacy-scale scale.",
+                "Say --legacy-scale alpha if the adapter was made from 2024-01-24 to 2024-06-02 (scale * alpha / "
+                "rank), else --legacy-scale scale.",
             )
         elif options.legacy_scale == "alpha":
             try:

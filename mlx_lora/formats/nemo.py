@@ -90,7 +90,8 @@ def read(path: Path, options: Reading) -> Adapter:
             stem = f"model.layers.{found['layer']}.{_HOME.get(module, 'mlp')}.{module}"
             weights[f"{stem}.{_LEAVES.get(found['leaf'], 'm')}"] = part
     raise_faults(faults, "Export LoRA adapters alone.", FormatError)
-    return low_rank(weights, path, options, alpha=alpha)
+    adapter = low_rank(weights, path, options, alpha=alpha)
+    return parts.fused(adapter, options.base) if options.base is not None and options.base.known else adapter
 
 
 def _open(path: Path, options: Reading) -> tuple[float | None, _Heads | None, dict[str, mx.array]]:
@@ -99,7 +100,9 @@ def _open(path: Path, options: Reading) -> tuple[float | None, _Heads | None, di
     if path.suffix == ".nemo":
         held = members(path)
         if any(name.endswith(".distcp") or "mp_rank_" in name for name in held):
-            raise FormatError(f"{path}: is a checkpoint in shards", "Export it with tensor and pipeline parallel size 1.")
+            raise FormatError(
+                f"{path}: is a checkpoint in shards", "Export it with tensor and pipeline parallel size 1."
+            )
         missing = [name for name in (CONFIG, WEIGHTS) if name not in held]
         raise_faults([f"{path}: holds no {name}" for name in missing], "Is it an adapter of NeMo?", FormatError)
         told = parse_yaml(read_member(path, held[CONFIG]), f"{path}: {CONFIG}")
@@ -165,7 +168,7 @@ def write(adapter: Adapter, path: Path, options: Writing) -> None:
         + [f"{p}: NeMo holds no trained tokens" for p in adapter.tokens]
         + [f"{p}: NeMo has no lora_bias" for p in adapter.modules if config.lora_bias]
     )
-    adapter = uniform(adapter, alpha=options.alpha)
+    adapter = uniform(parts.unfused(adapter, base), alpha=options.alpha)
     weights, faults, layers = adapter.weights, [], {}
     for stem in adapter.modules:
         layer, name = split_layer(stem)

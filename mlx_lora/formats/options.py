@@ -103,13 +103,15 @@ _FLAGS = {
     "moe": "--moe",
     "profile": "--profile",
 }
+_WRITTEN = {**_FLAGS, "alpha": "--to-alpha"}
 
 
 def refuse_unused(options: Reading | Writing, taken: set[str], format: str) -> None:
     """Raise for an option that is given and that ``format`` has no use for."""
     verb = "read" if isinstance(options, Reading) else "written"
     given = [f.name for f in fields(options) if f.name in _FLAGS and getattr(options, f.name) is not None]
-    faults = [f"{_FLAGS[name]}: {format} is {verb} without it" for name in given if name not in taken]
+    flags = _FLAGS if isinstance(options, Reading) else _WRITTEN
+    faults = [f"{flags[name]}: {format} is {verb} without it" for name in given if name not in taken]
     raise_faults(faults, "Leave it out.", ConfigError)
     for name, choices in (("moe", MOE_LAYOUTS), ("profile", PROFILES), ("legacy_scale", SCALE_RULES)):
         value = getattr(options, name, None)

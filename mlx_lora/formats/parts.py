@@ -5,7 +5,13 @@ Everything is about ``lora_b`` [r, out] and ``m`` [out], whose columns are the l
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
+
+from ..adapter import Adapter, explicit_config, split_layer
+from ..base_model import BaseModel
+from ..errors import FormatError
 
 Pair = tuple[mx.array, mx.array]  # lora_a [in, r], lora_b [r, out]
 
@@ -84,3 +90,61 @@ def qkv_from_groups(qkv: mx.array, heads: int, kv_heads: int) -> tuple[mx.array,
     ends = [heads // kv_heads * head, heads // kv_heads * head + head]
     q, k, v = mx.split(grouped, ends, axis=-1)
     return tuple(x.reshape(*front, -1) for x in (q, k, v))
+
+
+# Modules of Phi-3 and their parts in systems that have one matrix for each.
+_FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def _sizes(fused: str, base: BaseModel) -> list[int]:
+    if fused.endswith("qkv_proj"):
+        return [n * base.head_dim for n in (base.heads, base.kv_heads, base.kv_heads)]
+    return [base.size("intermediate_size")] * 2
+
+
+def fused(adapter: Adapter, base: BaseModel) -> Adapter:
+    """``adapter`` of parts as one of ``base``'s own modules, where they are one matrix each (Phi-3)."""
+    if base.model_type != "phi3":
+        return adapter
+    weights, scales = dict(adapter.weights), {path: adapter.config.scale_of(path) for path in adapter.modules}
+    for whole, pieces in _FUSED.items():
+        for layer in sorted({split_layer(path)[0] for path in scales if split_layer(path)[1] in pieces}):
+            paths, path = [f"model.layers.{layer}.{piece}" for piece in pieces], f"model.layers.{layer}.{whole}"
+            if any(f"{p}.m" in weights for p in paths):
+                raise FormatError(f"{paths[0]}: magnitudes of parts do not join into those of {whole}")
+            pairs = [
+                (weights.pop(f"{p}.lora_a"), weights.pop(f"{p}.lora_b")) if f"{p}.lora_b" in weights else None
+                for p in paths
+            ]
+            weights[f"{path}.lora_a"], weights[f"{path}.lora_b"] = join(pairs, _sizes(whole, base))
+            there = {scales.pop(p) for p in paths if p in scales}
+            if len(there) != 1:
+                raise FormatError(f"{path}: its parts differ in scale")
+            scales[path] = there.pop()
+    return _with(adapter, weights, scales)
+
+
+def unfused(adapter: Adapter, base: BaseModel) -> Adapter:
+    """The inverse of ``fused``."""
+    if base.model_type != "phi3":
+        return adapter
+    weights, scales = dict(adapter.weights), {path: adapter.config.scale_of(path) for path in adapter.modules}
+    for path in adapter.modules:
+        layer, name = split_layer(path)
+        if name not in _FUSED:
+            continue
+        if f"{path}.m" in weights:
+            raise FormatError(f"{path}: its magnitudes do not divide into those of its parts", "Merge it.")
+        scale, pair = scales.pop(path), (weights.pop(f"{path}.lora_a"), weights.pop(f"{path}.lora_b"))
+        for piece, (a, b) in zip(_FUSED[name], split(pair, _sizes(name, base)), strict=True):
+            stem = f"model.layers.{layer}.{piece}"
+            weights[f"{stem}.lora_a"], weights[f"{stem}.lora_b"], scales[stem] = a, b, scale
+    return _with(adapter, weights, scales)
+
+
+def _with(adapter: Adapter, weights: dict[str, mx.array], scales: dict[str, float]) -> Adapter:
+    ranks = {path: weights[f"{path}.lora_b"].shape[0] for path in scales}
+    return replace(adapter, weights=weights, config=explicit_config(adapter.config, ranks, scales))

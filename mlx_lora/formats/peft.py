@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from ..adapter import Adapter, raise_faults, split_layer
 from ..config import AdapterConfig, match_pattern
-from ..errors import AdapterError, ConfigError, FormatError
+from ..errors import ConfigError, FormatError
 from . import peft_experts as experts
 from . import peft_starts
 from .files import read_json, read_safetensors, write_json, write_safetensors
@@ -111,10 +111,8 @@ def read(path: Path, options: Reading) -> Adapter:
         raise FormatError(f"{folder}: has no {CONFIG}", "The rank and alpha are in it: copy it beside the weights.")
     raw = read_json(folder / CONFIG)
     _refuse_variants(raw, folder / CONFIG)
-    if (folder / WEIGHTS).exists():
-        tensors = read_safetensors(folder / WEIGHTS)
-    else:
-        tensors = read_state(folder / PICKLE)
+    whole = (folder / WEIGHTS).exists()
+    tensors = read_safetensors(folder / WEIGHTS) if whole else read_state(folder / PICKLE)
     return from_tensors(tensors, raw, folder, options)
 
 
@@ -181,7 +179,7 @@ def from_tensors(tensors: dict[str, mx.array], raw: dict[str, Any], source: Path
         if f"{ours}.lora_b" in weights and ours not in ranks:
             direct = any(f"{path}.weight" == t or f"{path}.weight".endswith(f".{t}") for t in parameters)
             ranks[ours], scales[ours] = (rank_of(path + ".weight" * direct), scale_of(path + ".weight" * direct))
-    if method == "lora" and any(key.endswith(".m") for key in weights) or (
+    if (method == "lora" and any(key.endswith(".m") for key in weights)) or (
         method == "dora" and weights and not any(key.endswith(".m") for key in weights)
     ):
         there = "not" if method == "dora" else "there"
@@ -222,7 +220,9 @@ def _split(name: str) -> tuple[str, str | None, bool]:
     for theirs, (ours, turned) in {**LEAVES, **_OTHER_LEAVES}.items():
         # An adapter's name, stripped by PEFT on saving, is tolerated as PEFT tolerates it.
         head, _, tail = theirs.rpartition(".") if theirs.startswith("token") else theirs.partition(".")
-        named = f".{theirs}.default" if theirs.startswith("token") else f".{head}.default" + (f".{tail}" if tail else "")
+        named = (
+            f".{theirs}.default" if theirs.startswith("token") else f".{head}.default" + (f".{tail}" if tail else "")
+        )
         for suffix in (f".{theirs}", named):
             if bare.endswith(suffix):
                 return bare[: -len(suffix)], ours, turned
@@ -328,9 +328,8 @@ def _without_base(weights, theirs, options):
         return weights, saved
     for name in [n for n in weights if n.endswith(".weight") and f"{n[:-7]}.lora_a" in weights]:
         own = options.base.tensor(f"{theirs[name[:-7]]}.weight")
-        if own is not None and own.shape == weights[name].shape:
-            if mx.array_equal(own.astype(mx.float32), weights[name].astype(mx.float32)).item():
-                saved[name] = weights[name]
+        if own is not None and mx.array_equal(own, weights[name].astype(own.dtype)).item():
+            saved[name] = weights[name]
     return {n: w for n, w in weights.items() if n not in saved}, saved
 
 
@@ -365,9 +364,7 @@ def _config(raw, method, weights, ranks, scales, theirs, source, options) -> Ada
     except ConfigError as error:
         raise FormatError(f"{source / CONFIG}: {error}") from None
     except (KeyError, TypeError, ZeroDivisionError, AttributeError, ValueError, re.error) as error:
-        raise FormatError(
-            f"{source / CONFIG}: not a LoRA config of PEFT ({type(error).__name__}: {error})"
-        ) from None
+        raise FormatError(f"{source / CONFIG}: not a LoRA config of PEFT ({type(error).__name__}: {error})") from None
 
 
 def _tokens(raw, weights, back, source) -> dict[str, tuple[int, ...]]:
@@ -378,7 +375,9 @@ def _tokens(raw, weights, back, source) -> dict[str, tuple[int, ...]]:
         if isinstance(stated, dict):
             ids = next((v for k, v in stated.items() if path == k or path.endswith("." + k)), None)
         if not isinstance(ids, list):
-            raise FormatError(f"{source / CONFIG}: names no token ids for {path}", "trainable_token_indices holds them.")
+            raise FormatError(
+                f"{source / CONFIG}: names no token ids for {path}", "trainable_token_indices holds them."
+            )
         found[path] = tuple(ids)
     return found
 
@@ -406,7 +405,7 @@ def write(adapter: Adapter, folder: Path, options: Writing) -> None:
         adapter = _for_experts(adapter, switches)
         switches = [path for path in adapter.modules if _is_switch(adapter, path)]
         exact = adapter.config
-    hf = (base.to_hf if base else _guess_hf)
+    hf = base.to_hf if base else _guess_hf
     names = {path: hf(path) for path in adapter.modules}
     writer = _Writer(adapter, names)
     for path in adapter.modules:
@@ -469,7 +468,7 @@ def _for_serving(adapter: Adapter, options: Writing) -> Adapter:
 
 
 def _for_experts(adapter: Adapter, switches: list[str]) -> Adapter:
-    """PEFT converts keys for each expert, and the router's, by the config's one rank and alpha: they must have those."""
+    """PEFT converts keys for each expert, and the router's, by the config's one rank and alpha: they must have them."""
     blocks = {path.rpartition(".")[0] for path in switches}
     same = [p for p in adapter.modules if p in switches or p in {f"{b.rpartition('.')[0]}.gate" for b in blocks}]
     part = replace(adapter, weights={n: w for n, w in adapter.weights.items() if n.rpartition(".")[0] in set(same)})
@@ -646,7 +645,10 @@ class _Writer:
             raw["layers_to_transform"] = layers
         if self.parameters:
             for name in router:
-                self.ranks[f"{name}.weight"], self.alphas[f"{name}.weight"] = self.ranks.pop(name), self.alphas.pop(name)
+                self.ranks[f"{name}.weight"], self.alphas[f"{name}.weight"] = (
+                    self.ranks.pop(name),
+                    self.alphas.pop(name),
+                )
             raw["target_parameters"] = sorted(self.parameters + [f"{name}.weight" for name in router])
         if method == "vera":
             raw |= {

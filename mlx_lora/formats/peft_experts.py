@@ -90,7 +90,7 @@ def exchanged(
 def split_gate_up(a: mx.array, b: mx.array, interleaved: bool) -> dict[str, tuple[mx.array, mx.array]]:
     """``gate_up_proj`` as gate_proj and up_proj: B's rows are divided, A is shared.
 
-    Where gate and up were fused at twice the rank, block by block (``fuse_gate_up``), the halves come back as they were.
+    Where gate and up were fused at twice the rank, block by block (``fuse_gate_up``), the halves come back.
     """
     rows = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
     if not interleaved:
@@ -98,9 +98,9 @@ def split_gate_up(a: mx.array, b: mx.array, interleaved: bool) -> dict[str, tupl
         rows = {"gate_proj": slice(0, half), "up_proj": slice(half, None)}
     gate, up = b[:, rows["gate_proj"]], b[:, rows["up_proj"]]
     rank = a.shape[1] // 2
-    if a.shape[1] % 2 == 0 and not (gate[..., rank:].any().item() or up[..., :rank].any().item()):
-        if gate.any().item() or up.any().item():
-            return {"gate_proj": (a[:, :rank], gate[..., :rank]), "up_proj": (a[:, rank:], up[..., rank:])}
+    apart = a.shape[1] % 2 == 0 and not (gate[..., rank:].any().item() or up[..., :rank].any().item())
+    if apart and (gate.any().item() or up.any().item()):
+        return {"gate_proj": (a[:, :rank], gate[..., :rank]), "up_proj": (a[:, rank:], up[..., rank:])}
     return {"gate_proj": (a, gate), "up_proj": (a, up)}
 
 

@@ -2,8 +2,8 @@
 
 Both take a part of the weight, W0 = s B0 A0, out of the base and train it: such an adapter means something only on the
 base without that part. It becomes one for the base as published, s (B A - B0 A0), of twice the rank:
-A' = [A; A0], B' = [B, -B0], as PEFT's own ``path_initial_model_for_weight_conversion`` has it. W0 is computed again from
-the base's weights. Starts that cannot be (randomized, quantized, from data or gradients) are refused by name.
+A' = [A; A0], B' = [B, -B0], as PEFT's own ``path_initial_model_for_weight_conversion`` has it. W0 is computed again
+from the base's weights. Starts that cannot be (randomized, quantized, from data or gradients) are refused by name.
 """
 
 from __future__ import annotations

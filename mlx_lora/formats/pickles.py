@@ -28,7 +28,9 @@ _MARK = object()
 _MAX_STREAM = 16 << 30  # bytes; files of that age are read whole
 _MAX_DEPTH, _MAX_ITEMS = 32, 2_000_000
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_HINT = "Save only the adapter's state dict, a dict of tensors: torch.save({k: v for k, v in ... if 'lora_' in k}, file)."
+_HINT = (
+    "Save only the adapter's state dict, a dict of tensors: torch.save({k: v for k, v in ... if 'lora_' in k}, file)."
+)
 
 # torch storage class -> (numpy type that holds the bits, MLX type)
 _STORAGES = {
@@ -128,7 +130,9 @@ def _read(path: Path, start: int, size: int | None, arrays: bool) -> Any:
             f"{path}: is not a whole PyTorch file ({type(error).__name__}: {error})", "Save or download the file again."
         ) from None
     except (zipfile.BadZipFile, NotImplementedError, MemoryError, RecursionError, RuntimeError) as error:
-        raise FormatError(f"{path}: is not a whole PyTorch file ({error})", "Save or download the file again.") from None
+        raise FormatError(
+            f"{path}: is not a whole PyTorch file ({error})", "Save or download the file again."
+        ) from None
 
 
 # -- the machine -----------------------------------------------------------------------------------------------------
@@ -294,7 +298,7 @@ class _Machine:
     def _push_global(self, module: str, name: str) -> None:
         if (module, name) not in _ALLOWED:
             raise FormatError(
-                f"{self._source}: holds {module}.{name}; only tensors and plain containers are read, and nothing is run",
+                f"{self._source}: holds {module}.{name}; only tensors and plain containers are read, nothing is run",
                 _HINT,
             )
         self._push(_Global(module, name))

@@ -84,12 +84,11 @@ def read(path: Path, options: Reading) -> Adapter:
     base = options.base_for(f"{file}: the order of rows of q and k")
     if base is not None:
         weights = _reorder(weights, base, parts.from_interleaved, file)
-        if base.model_type == "phi3":
-            weights = _fuse(weights, base)
     alpha = raw.get("lora_alpha") if isinstance(raw.get("lora_alpha"), (int, float)) else None
     if alpha is not None and options.alpha is not None:
         raise FormatError(f"{file.parent / CONFIG}: tells alpha {alpha}", "Leave --alpha out.")
-    return low_rank(weights, file, options, alpha=alpha, base=raw.get("base_model_name_or_path"))
+    adapter = low_rank(weights, file, options, alpha=alpha, base=raw.get("base_model_name_or_path"))
+    return parts.fused(adapter, base) if base is not None else adapter
 
 
 def _module(path: str) -> str | None:
@@ -119,52 +118,6 @@ def _reorder(weights: dict[str, mx.array], base: BaseModel, turn, source: Any) -
     return found
 
 
-_FUSED = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-}
-
-
-def _sizes(fused: str, base: BaseModel) -> list[int]:
-    if fused.endswith("qkv_proj"):
-        return [n * base.head_dim for n in (base.heads, base.kv_heads, base.kv_heads)]
-    return [base.size("intermediate_size")] * 2
-
-
-def _fuse(weights: dict[str, mx.array], base: BaseModel) -> dict[str, mx.array]:
-    """Phi-3: q, k, v and gate, up are one matrix each in transformers."""
-    weights = dict(weights)
-    stems = sorted({name.rpartition(".")[0] for name in weights})
-    for fused, pieces in _FUSED.items():
-        for layer in sorted({split_layer(stem)[0] for stem in stems if split_layer(stem)[1] in pieces}):
-            paths = [f"model.layers.{layer}.{piece}" for piece in pieces]
-            if any(f"{path}.m" in weights for path in paths):
-                raise FormatError(f"{paths[0]}: magnitudes of parts do not join into those of {fused}")
-            pairs = [
-                (weights.pop(f"{p}.lora_a"), weights.pop(f"{p}.lora_b")) if f"{p}.lora_b" in weights else None
-                for p in paths
-            ]
-            a, b = parts.join(pairs, _sizes(fused, base))
-            weights[f"model.layers.{layer}.{fused}.lora_a"] = a
-            weights[f"model.layers.{layer}.{fused}.lora_b"] = b
-    return weights
-
-
-def _unfuse(weights: dict[str, mx.array], base: BaseModel) -> dict[str, mx.array]:
-    weights = dict(weights)
-    for path in [n.removesuffix(".lora_b") for n in weights if n.endswith(".lora_b")]:
-        layer, name = split_layer(path)
-        if name in _FUSED:
-            pair = weights.pop(f"{path}.lora_a"), weights.pop(f"{path}.lora_b")
-            pieces = parts.split(pair, _sizes(name, base))
-            rank = max(a.shape[1] for a, _ in pieces)
-            for piece, (a, b) in zip(_FUSED[name], pieces, strict=True):
-                more = rank - a.shape[1]
-                weights[f"model.layers.{layer}.{piece}.lora_a"] = mx.pad(a, [(0, 0), (0, more)]) if more else a
-                weights[f"model.layers.{layer}.{piece}.lora_b"] = mx.pad(b, [(0, more), (0, 0)]) if more else b
-    return weights
-
-
 def write(adapter: Adapter, folder: Path, options: Writing) -> None:
     base = options.base_for("torchtune's order of rows of q and k")
     adapter = as_lora(adapter, base)
@@ -175,12 +128,8 @@ def write(adapter: Adapter, folder: Path, options: Writing) -> None:
         + [f"{path}: torchtune holds no trained tokens" for path in adapter.tokens]
         + [f"{path}: torchtune has no lora_bias" for path in adapter.modules if adapter.config.lora_bias]
     )
-    adapter = uniform(adapter, alpha=options.alpha)
+    adapter = uniform(parts.unfused(adapter, base), alpha=options.alpha)
     weights = {n: w for n, w in adapter.weights.items() if n.endswith((".lora_a", ".lora_b", ".m"))}
-    if base.model_type == "phi3":
-        if adapter.config.method == "dora":
-            raise FormatError("torchtune's Phi-3 has parts of qkv_proj, whose magnitudes do not divide", "Merge it.")
-        weights = _unfuse(weights, base)
     weights = _reorder(weights, base, parts.to_interleaved, "this adapter")
     state, faults = {}, []
     turned = {ours: theirs for theirs, ours in _LEAVES.items()}
@@ -192,6 +141,7 @@ def write(adapter: Adapter, folder: Path, options: Writing) -> None:
             continue
         theirs = "output" if path == "lm_head" else f"layers.{layer}.{_THEIRS[module]}"
         state[f"{theirs}.{turned[leaf]}"] = array if leaf == "m" else array.T
+    faults = list(dict.fromkeys(faults))
     raise_faults(faults, "Leave those modules out of the adapter, or merge it: convert --to merged.", FormatError)
     config = adapter.config
     rank = next(array.shape[0] for name, array in state.items() if name.endswith("lora_a.weight"))

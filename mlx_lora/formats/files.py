@@ -17,6 +17,7 @@ import mlx.core as mx
 from ..errors import FormatError
 
 _UNPACKED = 1 << 30  # bytes that a small archive may unpack to
+_YAML_DEPTH = 32
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -41,8 +42,11 @@ def parse_yaml(text: str | bytes, source: Path | str) -> dict[str, Any]:
     import yaml
 
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise FormatError(f"{source}: holds references (*), which are not read")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _YAML_DEPTH:
+                raise FormatError(f"{source}: holds references (*), or is nested more than {_YAML_DEPTH} deep")
         value = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise FormatError(f"{source}: is not YAML ({' '.join(str(error).split())[:200]})") from None

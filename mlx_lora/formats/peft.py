@@ -65,6 +65,16 @@ _VARIANTS = {
     "monteclora_config": "MonteCLoRA",
 }
 _TYPES = ("LORA", "DORA", "VERA", "TRAINABLE_TOKENS")
+_TYPES_OF = {
+    "target_parameters": list,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+    "peft_version": str,
+    "base_model_name_or_path": str,
+    "token_indices": list,
+    "trainable_token_indices": (list, dict),
+    "init_lora_weights": (bool, str),
+}
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
@@ -209,6 +219,14 @@ def _refuse_variants(raw: dict[str, Any], source: Path) -> None:
     faults = [f"{source}: {what} ({name}) is not converted" for name, what in _VARIANTS.items() if raw.get(name)]
     if raw.get("bias", "none") not in ("none", "all", "lora_only", "vera_only"):
         faults.append(f"{source}: bias {raw['bias']!r} is not known")
+    faults += [
+        f"{source}: not a LoRA config of PEFT ({name} is a {type(raw[name]).__name__})"
+        for name, kinds in _TYPES_OF.items()
+        if raw.get(name) is not None and not isinstance(raw[name], kinds)
+    ]
+    names = raw.get("target_parameters") or []
+    if isinstance(names, list) and not all(isinstance(name, str) for name in names):
+        faults.append(f"{source}: target_parameters must be names")
     raise_faults(faults, "Merge it into the model in PEFT.", FormatError)
 
 

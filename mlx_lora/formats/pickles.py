@@ -156,6 +156,8 @@ class _Machine:
         for opcode, argument, _ in pickletools.genops(self._file):
             name = opcode.name
             if name == "STOP":
+                if len(self._stack) != 1 or self._stack[0] is _MARK:
+                    raise ValueError("the pickle ends amid a value")
                 return self._stack.pop()
             getattr(self, f"_op_{name}", self._refuse(name))(argument)
         raise ValueError("the pickle has no end")

@@ -117,8 +117,46 @@ def _header_2(file):
     return np.lib.format.read_array_header_2_0(file)
 
 
+_SAFETENSORS = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.int64: "I64",
+    mx.int32: "I32",
+    mx.int16: "I16",
+    mx.int8: "I8",
+    mx.uint64: "U64",
+    mx.uint32: "U32",
+    mx.uint16: "U16",
+    mx.uint8: "U8",
+    mx.bool_: "BOOL",
+}
+
+
 def write_safetensors(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    mx.save_safetensors(str(path), arrays, metadata or {})
+    """Write arrays one after another: a transposed one is laid out when its turn comes, not all at once as MLX does."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name, array in arrays.items():
+        place = [at, at := at + array.nbytes]
+        header[name] = {"dtype": _SAFETENSORS[array.dtype], "shape": list(array.shape), "data_offsets": place}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(array_bytes(array))
+
+
+def array_bytes(array: mx.array) -> memoryview:
+    """The numbers of ``array`` in row-major order, little-endian."""
+    import numpy as np
+
+    if not array.size:
+        return memoryview(b"")
+    flat = mx.contiguous(array)
+    flat = flat.view(mx.uint16) if flat.dtype == mx.bfloat16 else flat
+    return memoryview(np.array(flat, copy=False)).cast("B")
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

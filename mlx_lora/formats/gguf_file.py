@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FormatError
+from .files import array_bytes
 
 MAGIC, ALIGNMENT = b"GGUF", 32
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -85,12 +86,12 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"alignment {alignment!r}")
         start = cursor.at + -cursor.at % alignment
-        return told, {name: _tensor(data, start, name, *info) for name, info in infos.items()}
+        return told, {name: _tensor(path, data.size, start, name, *info) for name, info in infos.items()}
     except (OSError, ValueError, TypeError, struct.error, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{path}: is not a whole GGUF file ({error})", "Save or download the file again.") from None
 
 
-def _tensor(data: np.ndarray, start: int, name: str, sizes: list[int], kind: int, offset: int) -> mx.array:
+def _tensor(path: Path, whole: int, start: int, name: str, sizes: list[int], kind: int, offset: int) -> mx.array:
     shape, count = tuple(reversed(sizes)), math.prod(sizes)
     width = {_F32: 4, _F16: 2, _BF16: 2}.get(kind)
     if kind == _Q8_0 and sizes and sizes[0] % 32 == 0:
@@ -99,9 +100,9 @@ def _tensor(data: np.ndarray, start: int, name: str, sizes: list[int], kind: int
         size = count * width
     else:
         raise ValueError(f"{name} is of kind {kind}; float32, float16, bfloat16 and Q8_0 are read")
-    if start + offset + size > data.size:
+    if start + offset + size > whole:
         raise ValueError(f"{name} of shape {list(shape)} lies outside the file")
-    part = data[start + offset : start + offset + size]
+    part = np.fromfile(path, np.uint8, size, offset=start + offset)  # read, not mapped: a copy would count twice
     if not count:
         return mx.zeros(shape)
     if kind == _Q8_0:
@@ -133,9 +134,7 @@ def write_gguf(path: Path, pairs: dict[str, str | int | float], tensors: dict[st
         text = b"".join(head)
         file.write(text + b"\0" * (-len(text) % ALIGNMENT))
         for array in tensors.values():
-            flat = mx.contiguous(array)
-            flat = flat.view(mx.uint16) if flat.dtype == mx.bfloat16 else flat
-            file.write(memoryview(np.array(flat, copy=False)).cast("B"))
+            file.write(array_bytes(array))
             file.write(b"\0" * (-array.nbytes % ALIGNMENT))
 
 

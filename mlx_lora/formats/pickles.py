@@ -2,13 +2,14 @@
 
 A pickle is a program. This file runs it on a machine of its own that knows numbers, strings, plain containers and
 tensors; any other name, and any opcode beyond those, is refused by name before anything happens. Nothing is imported
-and nothing called. Both layouts are read: the zip archive of today, whose arrays are mapped, and the stream of
+and nothing called. Both layouts are read: the zip archive of today, whose arrays are read one by one, and the stream of
 PyTorch before 1.6. Sizes that a file declares are held against what it has. Only the zip archive is written.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import pickletools
 import struct
@@ -23,6 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FormatError
+from .files import array_bytes
 
 _MARK = object()
 _MAX_STREAM = 16 << 30  # bytes; files of that age are read whole
@@ -119,7 +121,7 @@ def _read(path: Path, start: int, size: int | None, arrays: bool) -> Any:
     try:
         window = np.memmap(path, np.uint8, "r")[start : None if size is None else start + size]
         if window[:4].tobytes() == b"PK\x03\x04":
-            value, storages = _read_zip(window, path)
+            value, storages = _read_zip(window, path, start)
         else:
             value, storages = _read_stream(window, path)
         return _map(value, lambda ref: _array(ref, storages), [0]) if arrays else value
@@ -371,7 +373,7 @@ def _map(value: Any, change: Callable[[TensorRef], Any], count: list[int], depth
     return f"torch.{value.name}" if isinstance(value, _Global) else value
 
 
-def _array(ref: TensorRef, storages: dict[str, np.ndarray]) -> mx.array:
+def _array(ref: TensorRef, storages: dict[str, np.ndarray] | _Stored) -> mx.array:
     numbers, dtype = _STORAGES[ref.storage.kind]
     flat = storages[ref.storage.key]
     if flat.size < ref.storage.numel * np.dtype(numbers).itemsize:
@@ -390,7 +392,7 @@ def _array(ref: TensorRef, storages: dict[str, np.ndarray]) -> mx.array:
 # -- the two layouts -------------------------------------------------------------------------------------------------
 
 
-def _read_zip(window: np.ndarray, path: Path) -> tuple[Any, dict[str, np.ndarray]]:
+def _read_zip(window: np.ndarray, path: Path, start: int) -> tuple[Any, _Stored]:
     with zipfile.ZipFile(_Bytes(window)) as archive:
         entries: dict[str, zipfile.ZipInfo] = {}
         for info in archive.infolist():
@@ -407,7 +409,7 @@ def _read_zip(window: np.ndarray, path: Path) -> tuple[Any, dict[str, np.ndarray
         if f"{root}byteorder" in entries and archive.read(f"{root}byteorder").strip() != b"little":
             raise ValueError("its numbers are big-endian")
         value = _Machine(archive.read(programs[0]), path).run()
-    return value, _Mapped(window, {name.removeprefix(f"{root}data/"): info for name, info in entries.items()})
+    return value, _Stored(path, start, window, {n.removeprefix(f"{root}data/"): info for n, info in entries.items()})
 
 
 class _Bytes(io.RawIOBase):
@@ -439,24 +441,31 @@ class _Bytes(io.RawIOBase):
         return part.size
 
 
-class _Mapped(dict):
-    """Storage key -> bytes in the mapped file, checked when first asked for."""
+class _Stored:
+    """Storage key -> its bytes, read and checked when asked for; the last one is kept, for tensors that share it."""
 
-    def __init__(self, file: np.ndarray, entries: dict[str, zipfile.ZipInfo]):
-        super().__init__()
-        self._file, self._entries = file, entries
+    def __init__(self, path: Path, start: int, window: np.ndarray, entries: dict[str, zipfile.ZipInfo]):
+        self._path, self._start, self._window, self._entries = path, start, window, entries
+        self._last: tuple[str, np.ndarray] | None = None
 
-    def __missing__(self, key: str) -> np.ndarray:
+    def __getitem__(self, key: str) -> np.ndarray:
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
         info = self._entries[key]
         at = info.header_offset
-        head = self._file[at : at + 30].tobytes()
+        head = self._window[at : at + 30].tobytes()
         if head[:4] != b"PK\x03\x04":
             raise ValueError(f"entry {key} is not where the directory says")
         name, extra = struct.unpack("<HH", head[26:30])
-        flat = self._file[at + 30 + name + extra :][: info.file_size]
+        at += 30 + name + extra
+        if at + info.file_size > self._window.size:
+            raise ValueError(f"storage {key} lies outside the file")
+        self._last = None  # freed before the next is read
+        # Read, not mapped: what is mapped and copied counts twice.
+        flat = np.fromfile(self._path, np.uint8, info.file_size, offset=self._start + at)
         if flat.size != info.file_size or zlib.crc32(flat) != info.CRC:
             raise ValueError(f"storage {key} is damaged")
-        self[key] = flat
+        self._last = key, flat
         return flat
 
 
@@ -500,20 +509,14 @@ def write_torch(path: Path, value: dict[str, Any]) -> None:
     program = b"\x80\x02" + _encode(value, arrays) + b"."
     root = path.name.partition(".")[0] or "archive"
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        entries = [("data.pkl", program), ("byteorder", b"little")]
-        for name, data in [*entries, *((f"data/{i}", _bytes(a)) for i, a in enumerate(arrays)), ("version", b"3\n")]:
+        first, last = [("data.pkl", program), ("byteorder", b"little")], [("version", b"3\n")]
+        numbers = ((f"data/{i}", array_bytes(array)) for i, array in enumerate(arrays))  # one at a time
+        for name, data in itertools.chain(first, numbers, last):
             info = zipfile.ZipInfo(f"{root}/{name}")  # dated 1980: the same adapter gives the same file
             at = file.tell() + 30 + len(info.filename.encode())
             pad = -(at + 4) % 64
             info.extra = struct.pack("<2sH", b"FB", pad) + b"Z" * pad
             archive.writestr(info, data)
-
-
-def _bytes(array: mx.array) -> memoryview:
-    array = mx.contiguous(array)
-    if array.dtype == mx.bfloat16:
-        array = array.view(mx.uint16)
-    return memoryview(np.array(array, copy=False)).cast("B") if array.size else memoryview(b"")
 
 
 _KINDS = {dtype: name for name, (_, dtype) in _STORAGES.items() if name != "DoubleStorage"}

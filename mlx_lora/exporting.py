@@ -135,7 +135,11 @@ def _changed(model: nn.Module, facts: BaseModel, adapter: Adapter, names: set[st
             else:
                 turned = facts.model_type == "gpt2" and _TURNED.search(name)
                 found[name] = module[leaf].T if turned else module[leaf]
-    raise_faults(faults, "This layout of experts is not written; fuse it for mlx-lm (mlx-lora fuse).", ModelError)
+    if faults and all(".bias:" in fault for fault in faults):
+        hint = "The adapter has biases (lora_bias) where this model has none: keep it beside the base."
+    else:
+        hint = "This layout of experts is not written; fuse it for mlx-lm (mlx-lora fuse)."
+    raise_faults(faults, hint, ModelError)
     return found
 
 

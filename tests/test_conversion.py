@@ -623,6 +623,36 @@ def test_merged_model_as_gguf(tmp_path):
         export_merged(base("qwen2"), load_adapter(PEFT / "qwen2/lora"), tmp_path / "q.gguf")
 
 
+def test_biases_that_the_base_has_no_place_for_are_refused(tmp_path):
+    with pytest.raises(MLXLoRAError, match=r"down_proj\.bias(.|\n)*keep it beside the base"):
+        export_merged(base("llama"), load_adapter(PEFT / "llama/lora_bias", base=base("llama")), tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_holds_no_more_than_twice_the_file(tmp_path):
+    """Arrays are laid out for the file one after another; `scripts/bench convert` measures a 7B model's."""
+    weights = {}
+    for layer in range(24):
+        stem = f"base_model.model.model.layers.{layer}.mlp.up_proj"
+        weights[f"{stem}.lora_A.weight"] = mx.random.normal((16, 4096))
+        weights[f"{stem}.lora_B.weight"] = mx.random.normal((4096, 16))
+    (tmp_path / "peft").mkdir()
+    mx.save_safetensors(str(tmp_path / "peft/adapter_model.safetensors"), weights)
+    raw = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["up_proj"]}
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps(raw))
+    size = (tmp_path / "peft/adapter_model.safetensors").stat().st_size
+    del weights
+    source, peaks = tmp_path / "peft", {}
+    for format in ("mlx-lm", "peft", "loralib", "gguf"):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        target = target_of(format, tmp_path / f"to-{format}")
+        save_adapter(load_adapter(source), target, format, base=base("llama"))
+        peaks[format] = (mx.get_peak_memory() - before) / size
+    assert all(peak <= 2 for peak in peaks.values()), peaks
+
+
 # -- names -----------------------------------------------------------------------------------------------------------
 
 

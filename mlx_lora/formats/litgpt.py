@@ -19,8 +19,8 @@ from ..errors import FormatError
 from . import parts
 from .files import read_yaml, write_yaml
 from .options import Reading, Writing
-from .pickles import write_torch
 from .states import low_rank, names, read_state
+from .torch_write import write_torch
 from .uniform import as_lora, uniform
 
 WEIGHTS, SETTINGS, MODEL = "lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml"

@@ -3,13 +3,12 @@
 A pickle is a program. This file runs it on a machine of its own that knows numbers, strings, plain containers and
 tensors; any other name, and any opcode beyond those, is refused by name before anything happens. Nothing is imported
 and nothing called. Both layouts are read: the zip archive of today, whose arrays are read one by one, and the stream of
-PyTorch before 1.6. Sizes that a file declares are held against what it has. Only the zip archive is written.
+PyTorch before 1.6. Sizes that a file declares are held against what it has. ``torch_write.py`` writes.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import pickletools
 import struct
@@ -24,7 +23,6 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import FormatError
-from .files import array_bytes
 
 _MARK = object()
 _MAX_STREAM = 16 << 30  # bytes; files of that age are read whole
@@ -35,7 +33,7 @@ _HINT = (
 )
 
 # torch storage class -> (numpy type that holds the bits, MLX type)
-_STORAGES = {
+STORAGES = {
     "FloatStorage": (np.float32, mx.float32),
     "DoubleStorage": (np.float64, mx.float32),
     "HalfStorage": (np.float16, mx.float16),
@@ -85,7 +83,7 @@ _ALLOWED = {
     ("torch._utils", "_rebuild_parameter"),
     ("torch", "Size"),
     ("torch", "device"),
-    *(("torch", storage) for storage in _STORAGES),
+    *(("torch", storage) for storage in STORAGES),
     *(("torch", dtype) for dtype in _DTYPES),
 }
 
@@ -337,7 +335,7 @@ class _Machine:
 
     def _op_BINPERSID(self, _):
         tag, kind, key, _location, numel, *_ = self._stack.pop()
-        if tag != "storage" or not isinstance(kind, _Global) or kind.name not in _STORAGES:
+        if tag != "storage" or not isinstance(kind, _Global) or kind.name not in STORAGES:
             raise FormatError(f"{self._source}: holds a {getattr(kind, 'name', kind)}, which is no array of numbers")
         if not isinstance(numel, int) or numel < 0:
             raise ValueError(f"a storage of {numel!r} numbers")
@@ -374,7 +372,7 @@ def _map(value: Any, change: Callable[[TensorRef], Any], count: list[int], depth
 
 
 def _array(ref: TensorRef, storages: dict[str, np.ndarray] | _Stored) -> mx.array:
-    numbers, dtype = _STORAGES[ref.storage.kind]
+    numbers, dtype = STORAGES[ref.storage.kind]
     flat = storages[ref.storage.key]
     if flat.size < ref.storage.numel * np.dtype(numbers).itemsize:
         raise ValueError(f"storage {ref.storage.key} is shorter than declared")
@@ -491,86 +489,7 @@ def _read_stream(window: np.ndarray, path: Path) -> tuple[Any, dict[str, np.ndar
         (numel,) = struct.unpack_from("<q", data, at)
         if name not in kinds or numel != kinds[name].numel:
             raise ValueError(f"storage {name} has {numel} numbers")
-        size = numel * np.dtype(_STORAGES[kinds[name].kind][0]).itemsize
+        size = numel * np.dtype(STORAGES[kinds[name].kind][0]).itemsize
         storages[str(name)] = flat[at + 8 : at + 8 + size]
         at += 8 + size
     return value, storages
-
-
-# -- writing ---------------------------------------------------------------------------------------------------------
-
-
-def write_torch(path: Path, value: dict[str, Any]) -> None:
-    """Write nested dicts of arrays, numbers, strings, lists and tuples as ``torch.save`` would (protocol 2, zip).
-
-    ``torch.load(path, weights_only=True)`` reads it. Arrays start at multiples of 64 bytes, as PyTorch has them.
-    """
-    arrays: list[mx.array] = []
-    program = b"\x80\x02" + _encode(value, arrays) + b"."
-    root = path.name.partition(".")[0] or "archive"
-    with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        first, last = [("data.pkl", program), ("byteorder", b"little")], [("version", b"3\n")]
-        numbers = ((f"data/{i}", array_bytes(array)) for i, array in enumerate(arrays))  # one at a time
-        for name, data in itertools.chain(first, numbers, last):
-            info = zipfile.ZipInfo(f"{root}/{name}")  # dated 1980: the same adapter gives the same file
-            at = file.tell() + 30 + len(info.filename.encode())
-            pad = -(at + 4) % 64
-            info.extra = struct.pack("<2sH", b"FB", pad) + b"Z" * pad
-            archive.writestr(info, data)
-
-
-_KINDS = {dtype: name for name, (_, dtype) in _STORAGES.items() if name != "DoubleStorage"}
-
-
-def _encode(value: Any, arrays: list[mx.array]) -> bytes:
-    if isinstance(value, mx.array):
-        key = str(len(arrays))
-        arrays.append(value)
-        strides, step = [], 1
-        for size in reversed(value.shape):
-            strides.insert(0, step)
-            step *= size
-        return (
-            b"ctorch._utils\n_rebuild_tensor_v2\n(("
-            + _text("storage")
-            + f"ctorch\n{_KINDS[value.dtype]}\n".encode()
-            + _text(key)
-            + _text("cpu")
-            + _number(value.size)
-            + b"tQ"
-            + _number(0)
-            + b"("
-            + b"".join(_number(n) for n in value.shape)
-            + b"t("
-            + b"".join(_number(n) for n in strides)
-            + b"t\x89ccollections\nOrderedDict\n)RtR"
-        )
-    if value is None:
-        return b"N"
-    if isinstance(value, bool):
-        return b"\x88" if value else b"\x89"
-    if isinstance(value, int):
-        return _number(value)
-    if isinstance(value, float):
-        return b"G" + struct.pack(">d", value)
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, dict):
-        return b"}(" + b"".join(_encode(k, arrays) + _encode(v, arrays) for k, v in value.items()) + b"u"
-    if isinstance(value, list):
-        return b"](" + b"".join(_encode(v, arrays) for v in value) + b"e"
-    if isinstance(value, tuple):
-        return b"(" + b"".join(_encode(v, arrays) for v in value) + b"t"
-    raise TypeError(f"a {type(value).__name__} has no place in a checkpoint")
-
-
-def _text(text: str) -> bytes:
-    data = text.encode()
-    return b"X" + struct.pack("<I", len(data)) + data
-
-
-def _number(number: int) -> bytes:
-    if 0 <= number < 2**31:
-        return b"J" + struct.pack("<i", number)
-    data = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8a" + bytes([len(data)]) + data

@@ -20,8 +20,8 @@ from ..errors import FormatError
 from . import parts
 from .files import read_json, write_json
 from .options import Reading, Writing
-from .pickles import write_torch
 from .states import low_rank, matching, read_state
+from .torch_write import write_torch
 from .uniform import as_lora, uniform
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.pt"

@@ -308,6 +308,17 @@ def test_experts_as_peft_017_and_018_packed_them(tmp_path):
     assert_equal(with_adapter("qwen3_moe", load_adapter(tmp_path / "old")), expected)  # by the two shapes alone
 
 
+def test_patterns_of_a_parameter_name_the_parameter(tmp_path):
+    """A router is a parameter for PEFT: its patterns end in .weight."""
+    stem = "base_model.model.model.layers.0.mlp.gate.lora_"
+    arrays = {f"{stem}A.weight": mx.random.normal((2, 8)), f"{stem}B.weight": mx.random.normal((4, 2))}
+    raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "target_parameters": ["mlp.gate.weight"]}
+    raw |= {"rank_pattern": {"mlp.gate.weight": 2}, "alpha_pattern": {"mlp.gate.weight": 5}}
+    mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), arrays)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
+    assert load_adapter(tmp_path).config.scale_of("model.layers.0.mlp.gate") == 2.5
+
+
 def test_square_experts_go_by_pefts_version(tmp_path):
     """One parameter with in = out: nothing but the version tells."""
     stem = "base_model.model.model.layers.0.mlp.experts.lora_"

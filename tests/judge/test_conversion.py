@@ -43,6 +43,13 @@ MORE = {
     ("qwen2", "embedding_saved"): {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     ("gpt2", "dora"): {"r": 4, "target_modules": ["c_attn", "mlp.c_proj"], "use_dora": True, "fan_in_fan_out": True},
     ("mixtral", "rslora"): {"r": 4, "target_modules": ["q_proj"], "target_parameters": ALL_EXPERTS, "use_rslora": True},
+    ("mixtral", "router_rank"): {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.gate.weight"],
+        "rank_pattern": {"mlp.gate.weight": 2},
+        "alpha_pattern": {"mlp.gate.weight": 5},
+    },
     ("qwen3_moe", "gate_up"): {"r": 4, "target_modules": ["q_proj"], "target_parameters": GATE_UP},
 }
 for _settings in MORE.values():

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 import json
 import math
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from . import device
@@ -29,11 +27,10 @@ from .adapter import SHARED, Adapter, explicit_config, raise_faults, saved_whole
 from .base_config import missing_fields
 from .config import AdapterConfig
 from .errors import AdapterError, ConfigError, MLXLoRAError, ModelError
+from .fitting import misfits, own_arrays, token_misfits, whole_misfits
 from .formats import detect_format, load_adapter
-from .initialisation import FROM_DATA, SUBTRACTED, eva, from_weight, loftq_pair, lora_ga
-from .initialisation.eva import RHO, TAU
+from .initialisation import SUBTRACTED
 from .layers import (
-    METHODS,
     AdapterLayer,
     TokenRows,
     UntiedEmbedding,
@@ -51,6 +48,7 @@ from .layers import (
 from .quant import NF4Linear
 from .quant.model import load_classes, nf4_config, refuse_foreign, stored_names
 from .selection import layer_paths, select, select_named
+from .starting import start_layer, starts_of, with_ranks
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # What a model folder needs besides its weights; copied as they are when a model is saved.
@@ -232,10 +230,10 @@ def attach(
                 check_rank(module, ranks[path])
             except AdapterError as error:
                 raise AdapterError(f"{path}: {error.message}", error.hint) from None
-    starts = _starts(model, config, chosen, ranks, batches, reference)
+    starts = starts_of(model, config, chosen, ranks, batches, reference)
     if config.init == "eva":  # layers whose inputs tell least are left out, others got their ranks
         chosen = {path: module for path, module in chosen.items() if path in starts}
-        config = _with_ranks(config, ranks, {path: len(pair[0]) for path, pair in starts.items()})
+        config = with_ranks(config, ranks, {path: len(pair[0]) for path, pair in starts.items()})
         ranks = {path: config.rank_of(path) for path in chosen}
     state = _State(config)
     if config.method == "vera" and chosen:
@@ -243,11 +241,11 @@ def attach(
     difference = config.init.startswith(SUBTRACTED)
     layers: dict[str, nn.Module] = make_layers(chosen, config, ranks, _model_dtype(model), state.shared, difference)
     for path, (a, b) in starts.items():
-        _start(layers[path], a, b)
+        start_layer(layers[path], a, b)
     layers |= {path: TokenRows(bare[path], ids, _model_dtype(model)) for path, ids in tokens.items()}
     model.freeze()
     _place(model, layers)
-    names = [(path, leaf) for path in whole for leaf in _own_arrays(bare[path])]
+    names = [(path, leaf) for path in whole for leaf in own_arrays(bare[path])]
     names += [(path, "bias") for path in _biased(bare, config, list(chosen)) if (path, "bias") not in names]
     _make_whole(model, state, names)
     return list(chosen)
@@ -303,8 +301,8 @@ def mount(model: nn.Module, adapter: Adapter, *, difference: bool = False) -> No
     """
     adapter.check()
     config, bare = adapter.config, _bare_modules(model)
-    faults = [] if config.method == "full" else _misfits(bare, adapter)
-    faults += _token_misfits(bare, adapter) + _whole_misfits(bare, adapter)
+    faults = [] if config.method == "full" else misfits(bare, adapter)
+    faults += token_misfits(bare, adapter) + whole_misfits(bare, adapter)
     if faults:
         base = f" It was made for {adapter.base}." if adapter.base else ""
         raise_faults(faults, f"This adapter is of another model.{base}")
@@ -399,96 +397,7 @@ def _projections(adapter: Adapter, bases: dict[str, nn.Module]) -> tuple[mx.arra
     return draw_projections(adapter.config.rank, *shared_dims(bases.values()), adapter.config.projection_prng_key)
 
 
-# Starts: see ``initialisation``.
-
-
-def _starts(
-    model: nn.Module,
-    config: AdapterConfig,
-    chosen: dict[str, nn.Module],
-    ranks: dict[str, int],
-    batches: Iterable | None,
-    reference: nn.Module | None,
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(A [.., r, in], B [.., out, r]) of the layers that do not start as they are made."""
-    init, scales = config.init, {path: config.scale_of(path) for path in chosen}
-    if (reference is not None) != (init == "loftq"):
-        raise ConfigError(
-            "init 'loftq' and a reference model belong together",
-            "Name the model before quantizing, or make base and adapter by mlx-lora quantize --loftq-rank.",
-        )
-    if init == "default" or not chosen:
-        return {}
-    if init in FROM_DATA and batches is None:
-        raise ConfigError(f"init {init!r} looks at data", "attach(model, config, batches).")
-    limited = ("linear",) if init in FROM_DATA else ("linear", "switch")
-    others = [
-        f"{path}: init {init} does not start {kind(m)} layers" for path, m in chosen.items() if kind(m) not in limited
-    ]
-    if init != "gaussian":
-        raise_faults(others, "Leave them out: name the modules to adapt with --keys.")
-    if init == "eva":
-        found = eva(
-            model,
-            chosen,
-            ranks,
-            _first(batches, config.init_batches or 32),
-            config.eva_rho or RHO,
-            config.eva_tau or TAU,
-        )
-        outs = {path: dims(module)[1] for path, module in chosen.items()}
-        return {p: (e.a, np.zeros((outs[p], e.rank), np.float32)) for p, e in found.items() if e.rank}
-    if init == "lora_ga":
-        return lora_ga(model, chosen, ranks, _first(batches, config.init_batches or 8))
-    starts, original = {}, dict(reference.named_modules()) if reference is not None else {}
-    for path, module in chosen.items():
-        weight = np.array(dense_weight(module))
-        if init == "loftq":
-            whole = original.get(path)
-            if whole is None or kind(whole) != kind(module) or dims(whole) != dims(module):
-                raise AdapterError(f"{path}: the reference model has no such layer", "It is of another architecture.")
-            starts[path], _ = loftq_pair(
-                np.array(dense_weight(whole)), lambda _, q=weight: q, ranks[path], scales[path]
-            )
-        else:
-            if kind(module) == "embedding":
-                weight = weight.T  # lora_a is of the vocabulary
-            starts[path] = from_weight(init, weight, ranks[path], scales[path])
-    return starts
-
-
-def _first(batches: Iterable, count: int) -> Iterator:
-    yield from itertools.islice(batches, count)
-
-
-def _start(layer: AdapterLayer, a: np.ndarray, b: np.ndarray) -> None:
-    """Put a pair A [.., r, in], B [.., out, r] into a layer, in the layer's own layout."""
-    if a.ndim == 2:
-        a, b = a.T, b.T
-    a, b = mx.array(np.ascontiguousarray(a)), mx.array(np.ascontiguousarray(b))
-    if hasattr(layer, "start_from"):
-        layer.start_from(a, b)
-    else:
-        layer.lora_a, layer.lora_b = a.astype(layer.lora_a.dtype), b.astype(layer.lora_b.dtype)
-
-
-def _with_ranks(config: AdapterConfig, before: dict[str, int], ranks: dict[str, int]) -> AdapterConfig:
-    """``config`` with these ranks; alpha grows with a rank, so that gradients keep their size (PEFT's rule)."""
-    scales = {}
-    for path, rank in ranks.items():
-        grown = math.sqrt(rank / before[path]) if config.rslora else 1.0
-        scales[path] = config.scale_of(path) * grown
-    return replace(explicit_config(config, ranks, scales), init=config.init, keys=config.keys)
-
-
 # Whole parameters: modules_to_save, biases, and all of a "full" adapter.
-
-
-def _own_arrays(module: nn.Module) -> list[str]:
-    """Names of the parameters a module itself holds; those of its dense stand-in where it is quantized."""
-    if is_quantized(module):
-        return ["weight", "bias"] if "bias" in module else ["weight"]
-    return [name for name, value in module.items() if isinstance(value, mx.array) and not name.startswith("_")]
 
 
 def _whole_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -496,7 +405,7 @@ def _whole_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
     named = select_named(model, dict.fromkeys(config.modules_to_save or ()))
     modules = dict(model.named_modules())
     inside = [p for p in modules if any(p == name or p.startswith(name + ".") for name in named)]
-    return [path for path in reversed(inside) if _own_arrays(modules[path])]
+    return [path for path in reversed(inside) if own_arrays(modules[path])]
 
 
 def _biased(bare: dict[str, nn.Module], config: AdapterConfig, adapted: list[str]) -> list[str]:
@@ -558,77 +467,6 @@ def dense_module(base: nn.Module, weight: mx.array, dtype: mx.Dtype) -> nn.Modul
         made.bias = base.bias
     made.freeze()
     return made
-
-
-def _whole_misfits(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
-    faults = []
-    for name, array in adapter.whole.items():
-        path, _, leaf = name.rpartition(".")
-        module = bare.get(path)
-        if module is None or leaf not in _own_arrays(module):
-            faults.append(f"{name}: the model has no such parameter")
-            continue
-        shape = dense_weight(module).shape if is_quantized(module) and leaf == "weight" else module[leaf].shape
-        if shape != array.shape:
-            faults.append(f"{name}: shape {list(array.shape)}, the model's is {list(shape)}")
-    return faults
-
-
-def _token_misfits(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
-    faults = []
-    for path, (ids, rows) in adapter.tokens.items():
-        if path not in bare or kind(bare[path]) != "embedding":
-            faults.append(f"{path}: the model has no such embedding")
-            continue
-        vocabulary, width = dims(bare[path])
-        if rows.shape[1] != width or max(ids) >= vocabulary:
-            faults.append(f"{path}: rows {list(rows.shape)} up to token {max(ids)} do not fit {vocabulary} x {width}")
-    return faults
-
-
-def _misfits(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
-    faults, method = [], adapter.config.method
-    for path in adapter.modules:
-        module = bare.get(path)
-        which = kind(module) if module is not None else None
-        layer = METHODS[method].get(which)
-        if layer is None:
-            faults.append(f"{path}: the model has no such layer to adapt")
-            continue
-        rows, columns = dims(module)
-        many = (module.num_experts,) if which == "switch" else ()
-        if method == "vera":
-            faults += _vera_misfits(path, many, rows, columns, adapter)
-            continue
-        a, b = adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"]
-        if which == "switch":
-            shapes = (*many, a.shape[1], rows), (*many, columns, b.shape[-1])
-        else:
-            shapes = (rows, a.shape[-1]), (b.shape[0], columns)
-        if (a.shape, b.shape) != shapes:
-            faults.append(
-                f"{path}: lora_a {list(a.shape)} and lora_b {list(b.shape)} do not fit this layer "
-                f"({rows} x {columns}{', experts' if which == 'switch' else ''})"
-            )
-            continue
-        for leaf in ("m", "lora_bias"):
-            expected = (rows,) if which == "embedding" else (*many, columns)
-            vector = adapter.weights.get(f"{path}.{leaf}")
-            if vector is not None and vector.shape != expected:
-                faults.append(f"{path}: {leaf} {list(vector.shape)}, expected {list(expected)}")
-    return faults
-
-
-def _vera_misfits(path: str, many: tuple, rows: int, columns: int, adapter: Adapter) -> list[str]:
-    faults = []
-    for leaf, size in (("vera_lambda_d", adapter.config.rank), ("vera_lambda_b", columns)):
-        shape = adapter.weights[f"{path}.{leaf}"].shape
-        if shape != (*many, size):
-            faults.append(f"{path}: {leaf} {list(shape)}, expected {[*many, size]}")
-    given = adapter.weights.get("vera_a")
-    if given is not None and given.shape[1] < rows:
-        faults.append(f"{path}: vera_a {list(given.shape)} is too narrow for this layer ({rows} x {columns})")
-    return faults
 
 
 def _unfreeze(model: nn.Module, config: AdapterConfig) -> list[str]:

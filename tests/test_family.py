@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -34,7 +35,7 @@ from mlx_lora.errors import AdapterError, ConfigError, FormatError, ModelError
 from mlx_lora.layers import dense_weight, is_quantized, use_blas
 from mlx_lora.layers.vera import draw_projections
 from mlx_lora.model import adapters_on
-from mlx_lora.quant import NF4Linear, bits_per_parameter
+from mlx_lora.quant import NF4Linear, bits_per_parameter, quantize_nf4
 from mlx_lora.training import MasterWeights
 
 BIASED = {**LLAMA, "attention_bias": True, "mlp_bias": True}
@@ -250,6 +251,8 @@ def test_projections_are_torchs():
     bound = (6 / 6) ** 0.5
     assert np.allclose(np.array(a)[0, :2], [(2 * 0.4962565899 - 1) * bound, (2 * 0.7682217956 - 1) * bound], atol=1e-6)
     assert mx.abs(b).max().item() <= (6 / 4) ** 0.5
+    a7, b7 = draw_projections(8, 33, 17, key=7)  # digests of PEFT's own
+    assert digest(a7) == "85392efd74f3cf91" and digest(b7) == "4302bb734830c0cb"
     again, _ = draw_projections(4, 6, 5, key=2**32)
     assert mx.array_equal(a, again).item() and not mx.array_equal(a, draw_projections(4, 6, 5, key=1)[0]).item()
 
@@ -268,6 +271,21 @@ def test_vera_as_lora(tokens):
 
 
 # -- NF4 -----------------------------------------------------------------------------------------------------------
+
+
+def digest(array) -> str:
+    return hashlib.sha256(np.ascontiguousarray(np.array(array)).tobytes()).hexdigest()[:16]
+
+
+def test_the_bytes_of_bitsandbytes():
+    """Digests of what bitsandbytes 0.50.2 made of this weight; tests/judge asks it anew, at more shapes."""
+    weight = mx.array((np.random.RandomState(0).standard_normal((96, 80)) * 0.05).astype(np.float32))
+    single, double = quantize_nf4(weight, double=False), quantize_nf4(weight, double=True)
+    assert digest(single.codes) == digest(double.codes) == "9f2a8865ab4e7e94"
+    assert digest(single.absmax) == "332f632e5fd4bfdd" and digest(double.absmax) == "a84724e08b1fac5c"
+    largest, values, offset = double.nested
+    assert digest(largest) == "3189f85d5fbef3fa" and digest(values) == "e732639a65f497b4"
+    assert offset.item() == 0.12776599824428558
 
 
 def test_bits_of_nf4():

@@ -40,5 +40,9 @@ class FormatError(MLXLoRAError):
     """A file that is not what it claims to be, or that the asked-for format cannot express."""
 
 
+class HubError(MLXLoRAError):
+    """The Hugging Face Hub refuses, or cannot be reached."""
+
+
 class TrainingError(MLXLoRAError):
     """A run that cannot go on: non-finite gradients, nothing to train, a checkpoint of another run."""

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .base_config import missing_fields
 from .config import AdapterConfig
 from .errors import AdapterError, ConfigError, MLXLoRAError, ModelError
 from .fitting import misfits, own_arrays, token_misfits, whole_misfits
-from .formats import load_adapter
+from .formats import detect_format, load_adapter
 from .initialisation import SUBTRACTED
 from .layers import (
     AdapterLayer,
@@ -98,8 +98,10 @@ def load(
     """
     if dtype not in ("auto", "stored", *DTYPES):
         raise ConfigError(f"dtype must be one of auto, stored, {', '.join(DTYPES)}, not {dtype!r}")
-    adapter = load_adapter(adapter_path) if adapter_path is not None else None
+    if adapter_path is not None:
+        detect_format(adapter_path)  # before a base is downloaded for it
     folder = resolve(path_or_repo, revision)
+    adapter = load_adapter(adapter_path, base=folder) if adapter_path is not None else None
     config = read_config(folder)
 
     from mlx_lm import utils
@@ -432,7 +434,10 @@ def _make_whole(
             made = UntiedEmbedding(base, weight) if one_sided else dense_module(base, weight, weight.dtype)
             made.train(model.training)
             state.modules[path], bare[path] = base, made.freeze()
-            model.update_modules(tree_unflatten([(path, made)]))
+            if (layer := _wrappers(model).get(path)) is not None:  # adapted as well: below the adapter
+                layer[layer.slot] = made
+            else:
+                model.update_modules(tree_unflatten([(path, made)]))
     for path, leaf in names:
         module = bare[path]
         if path not in state.modules:
@@ -511,22 +516,33 @@ def save_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> P
         raise ModelError("the model was not loaded by mlx_lora.load: its config and tokenizer are not known")
     if _wrappers(model) or (_state(model) is not None and _state(model).config.method != "full"):
         raise ModelError("the model has adapters on it", "Merge them with fuse(model), or take them off.")
-    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise ModelError(f"{folder}: is there already", "Choose another folder, or add --force.")
-    if folder.exists() and base.folder.resolve().is_relative_to(folder.resolve()):
-        raise ModelError(f"{folder}: the base model itself lies there", "Choose another folder.")
     from mlx_lm.utils import save_config
     from mlx_lm.utils import save_model as save_weights
 
+    def fill(temporary: Path) -> None:
+        save_weights(temporary, stored_names(model))
+        save_config(saved_config(model, base.config), temporary / "config.json")
+
+    return write_model_folder(folder, base.folder, fill, overwrite)
+
+
+def write_model_folder(folder: Path, base: Path, fill: Callable[[Path], None], overwrite: bool = False) -> Path:
+    """A folder with what ``fill`` writes into it and the tokenizer's and other small files of the folder ``base``.
+
+    It appears whole or not at all. Raises: ModelError.
+    """
+    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
+        raise ModelError(f"{folder}: is there already", "Choose another folder, or add --force.")
+    if folder.exists() and base.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(f"{folder}: the base model itself lies there", "Choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for pattern in _BESIDE:
-            for file in base.folder.glob(pattern):
+            for file in base.glob(pattern):
                 if file.is_file() and file.name != "config.json" and not file.name.endswith(".index.json"):
                     shutil.copy(file, temporary / file.name)
-        save_weights(temporary, stored_names(model))
-        save_config(saved_config(model, base.config), temporary / "config.json")
+        fill(temporary)
         os.chmod(temporary, 0o755)
         if folder.exists():
             # Renamed before it is deleted: whatever fails, the old or the new folder is whole.

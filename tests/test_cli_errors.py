@@ -133,7 +133,7 @@ def _adapters(root: Path) -> None:
     for name, change in {
         "loha": {"peft_type": "LOHA"},
         "no_type": {"peft_type": None},
-        "pissa": {"init_lora_weights": "pissa"},
+        "pissa": {"init_lora_weights": "pissa_niter_16"},
         "modules": {"modules_to_save": ["lm_head"]},
         "dora_flag": {"use_dora": True},
     }.items():

@@ -17,11 +17,13 @@ FLOORS = [
     {"errors", "kernels", "device", "base_config", "tiny_base", "tables"},
     {"config", "quant"},
     {"data", "layers", "adapter"},
+    {"base_model"},
     {"training", "formats", "selection"},
     {"initialisation", "fitting"},
     {"starting"},
     {"model", "planning"},
     {"fusing", "merging", "quantizing"},
+    {"exporting", "hub"},
     {"serving"},
     {"cli"},
 ]

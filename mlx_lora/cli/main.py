@@ -28,6 +28,8 @@ COMMANDS = {
     "convert": ("adapters", "Convert an adapter from one format to another."),
     "inspect": ("adapters", "Describe an adapter without loading a model."),
     "tables": ("tables", "The papers' parameter and memory tables, and those of a model at hand."),
+    "push": ("hub", "Upload an adapter to the Hugging Face Hub, with a model card."),
+    "pull": ("hub", "Download an adapter from the Hugging Face Hub."),
     "doctor": ("doctor", "Tell what this machine computes with, and how to make it faster."),
 }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import FormatError
+
+_UNPACKED = 1 << 30  # bytes that a small archive may unpack to
+_YAML_DEPTH = 32
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -32,6 +37,38 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def parse_yaml(text: str | bytes, source: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML text; ``source`` names it in errors. References, which could grow for ever, are refused."""
+    import yaml
+
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _YAML_DEPTH:
+                raise FormatError(f"{source}: holds references (*), or is nested more than {_YAML_DEPTH} deep")
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise FormatError(f"{source}: is not YAML ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{source}: holds a {type(value).__name__}, not a mapping")
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        return parse_yaml(path.read_bytes(), path)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error})") from None
+
+
+def write_yaml(path: Path, value: dict[str, Any]) -> None:
+    import yaml
+
+    path.write_text(yaml.safe_dump(value, sort_keys=True, allow_unicode=True), encoding="utf-8")
+
+
 def read_safetensors(path: Path) -> dict[str, mx.array]:
     """The arrays of a safetensors file, its header checked by the safetensors library before MLX maps it."""
     from safetensors import SafetensorError, safe_open
@@ -46,8 +83,80 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
         ) from None
 
 
+def read_npz(path: Path) -> dict[str, mx.array]:
+    """The arrays of a NumPy archive; objects in it, which would be pickles, are refused."""
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            declared = sum(info.file_size for info in archive.infolist())
+            if declared > max(_UNPACKED, 20 * path.stat().st_size):
+                raise ValueError(f"it declares {declared} bytes")
+            if len({info.filename for info in archive.infolist()}) != len(archive.infolist()):
+                raise ValueError("it names an array twice")
+            for info in archive.infolist():
+                with archive.open(info) as file:
+                    version = np.lib.format.read_magic(file)
+                    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _header_2
+                    shape, _, dtype = header(file)
+                    if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
+                        raise ValueError(f"{info.filename} has not the size it declares, or holds objects")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: mx.array(arrays[name]) for name in arrays.files}
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise FormatError(
+            f"{path}: is not a whole archive of NumPy arrays ({error})", "Save or download the file again."
+        ) from None
+
+
+def _header_2(file):
+    import numpy as np
+
+    return np.lib.format.read_array_header_2_0(file)
+
+
+_SAFETENSORS = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.int64: "I64",
+    mx.int32: "I32",
+    mx.int16: "I16",
+    mx.int8: "I8",
+    mx.uint64: "U64",
+    mx.uint32: "U32",
+    mx.uint16: "U16",
+    mx.uint8: "U8",
+    mx.bool_: "BOOL",
+}
+
+
 def write_safetensors(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    mx.save_safetensors(str(path), arrays, metadata or {})
+    """Write arrays one after another: a transposed one is laid out when its turn comes, not all at once as MLX does."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name, array in arrays.items():
+        place = [at, at := at + array.nbytes]
+        header[name] = {"dtype": _SAFETENSORS[array.dtype], "shape": list(array.shape), "data_offsets": place}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(array_bytes(array))
+
+
+def array_bytes(array: mx.array) -> memoryview:
+    """The numbers of ``array`` in row-major order, little-endian."""
+    import numpy as np
+
+    if not array.size:
+        return memoryview(b"")
+    flat = mx.contiguous(array)
+    flat = flat.view(mx.uint16) if flat.dtype == mx.bfloat16 else flat
+    return memoryview(np.array(flat, copy=False)).cast("B")
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -77,3 +186,11 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         if made and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file, then move it to ``path`` by an atomic rename; the folder is made if need be.
+
+    Whatever ``write`` raises, a file that was at ``path`` is as it was.
+    """
+    write_folder(path.parent, lambda temporary: write(temporary / path.name))

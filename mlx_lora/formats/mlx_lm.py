@@ -11,7 +11,7 @@ version of mlx-lm stops: it must not compute something else in silence.
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,18 @@ import mlx.core as mx
 from ..adapter import Adapter, split_layer
 from ..config import AdapterConfig
 from ..errors import ConfigError, FormatError
-from .files import read_json, read_safetensors, write_json, write_safetensors
+from .files import read_json, read_npz, read_safetensors, write_json, write_safetensors
+from .options import Reading, Writing
+from .uniform import fold, unfold
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+CONFIG, WEIGHTS, ARCHIVE = "adapter_config.json", "adapters.safetensors", "adapters.npz"
+READS, WRITES = {"alpha", "legacy_scale"}, set()
 OWN = "mlx_lora"  # the entry that holds what mlx-lm does not know
 _OURS = {"fine_tune_type", "num_layers", "lora_parameters", "model", OWN}
 
 
-def detect(folder: Path) -> bool:
-    return (folder / WEIGHTS).exists()
+def detect(path: Path) -> bool:
+    return (path / WEIGHTS).exists() or (path / ARCHIVE).exists()
 
 
 def files(folder: Path) -> list[Path]:
@@ -36,26 +39,61 @@ def files(folder: Path) -> list[Path]:
     return [folder / CONFIG, folder / WEIGHTS]
 
 
-def read(folder: Path) -> Adapter:
-    raw = read_json(folder / CONFIG) if (folder / CONFIG).exists() else None
-    if raw is None:
-        raise FormatError(f"{folder}: has {WEIGHTS} but no {CONFIG}", "The rank and scale are in it: copy it beside.")
-    config = parse_config(raw, folder / CONFIG)
-    weights = read_safetensors(folder / WEIGHTS)
-    adapter = Adapter(
-        config, weights, base=raw.get("model"), metadata={"mlx-lm": {k: v for k, v in raw.items() if k not in _OURS}}
-    )
+def read(folder: Path, options: Reading) -> Adapter:
+    weights = read_safetensors(folder / WEIGHTS) if (folder / WEIGHTS).exists() else read_npz(folder / ARCHIVE)
+    if not (folder / CONFIG).exists():
+        return _without_config(weights, folder, options)
+    raw = read_json(folder / CONFIG)
+    if options.alpha is not None:
+        raise ConfigError(f"--alpha: {folder / CONFIG} tells the scale", "Leave it out.")
+    config = parse_config(raw, folder / CONFIG, options)
+    known = {f"{path}.lora_b": array for path, array in _experts(weights).items()}
+    weights = {n: _unflatten(w, known.get(n.removesuffix("lora_a") + "lora_b")) for n, w in weights.items()}
+    metadata = {"mlx-lm": {k: v for k, v in raw.items() if k not in _OURS and not k.startswith("unsloth_")}}
+    adapter = Adapter(config, weights, base=raw.get("model") or raw.get("base_model_name_or_path"), metadata=metadata)
     folded = (config.rank_pattern or config.scale_pattern) and OWN not in raw
     return unfold(adapter) if folded else adapter
 
 
-def parse_config(raw: dict[str, Any], source: Path) -> AdapterConfig:
-    """mlx-lm's ``adapter_config.json`` as an ``AdapterConfig``; ``source`` names it in errors."""
-    if "peft_type" in raw:
+def _experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {n.removesuffix(".lora_b"): w for n, w in weights.items() if n.endswith(".lora_b") and w.ndim == 3}
+
+
+def _unflatten(a: mx.array, b: mx.array | None) -> mx.array:
+    """Before mlx-lm 0.28.3 experts had lora_a [experts * r, in] beside lora_b [experts, out, r]."""
+    if b is None or a.ndim != 2 or a.shape[0] != b.shape[0] * b.shape[2]:
+        return a
+    return a.reshape(b.shape[0], b.shape[2], -1)
+
+
+def _without_config(weights: dict[str, mx.array], folder: Path, options: Reading) -> Adapter:
+    """mlx-lm before March 2024 wrote no config: the arrays tell the rank, and nothing the scale."""
+    ranks = {w.shape[-1] for n, w in weights.items() if n.endswith(".lora_a") and w.ndim == 2}
+    alpha = options.alpha
+    if alpha is None or len(ranks) != 1:
+        options.need(
+            f"{folder}: has no {CONFIG}, and the scale is in it",
+            "Copy it beside the weights, or give alpha = scale * rank with --alpha "
+            "(mlx-lm's scale was 20: --alpha 160 at rank 8).",
+        )
+    rank = min(ranks, default=1)
+    method = "dora" if any(n.endswith(".m") for n in weights) else "lora"
+    return Adapter(AdapterConfig(method=method, rank=rank, scale=(alpha or rank) / rank, num_layers=-1), weights)
+
+
+def parse_config(raw: dict[str, Any], source: Path, options: Reading | None = None) -> AdapterConfig:
+    """mlx-lm's ``adapter_config.json`` as an ``AdapterConfig``; ``source`` names it in errors.
+
+    mlx-lm-lora, mlx-tune and Unsloth write it with entries of their own.
+    """
+    options = options or Reading()
+    if "peft_type" in raw and not isinstance(raw.get("lora_parameters"), dict):
         raise FormatError(f"{source}: is a PEFT config beside mlx-lm weights", "Keep the two formats in two folders.")
     if OWN in raw:
         return _own_config(raw[OWN], source)
-    method = raw.get("fine_tune_type") or ("dora" if raw.get("use_dora") else "lora")
+    inner = raw.get("lora_parameters") if isinstance(raw.get("lora_parameters"), dict) else {}
+    dora = raw.get("use_dora") or inner.get("use_dora")  # the latter is mlx-lm-lora's
+    method = raw.get("fine_tune_type") or ("dora" if dora else "lora")
     if method not in ("lora", "dora", "full"):
         raise FormatError(f"{source}: fine_tune_type {method!r} is not known")
     layers = raw.get("num_layers", raw.get("lora_layers", -1))
@@ -65,15 +103,29 @@ def parse_config(raw: dict[str, Any], source: Path) -> AdapterConfig:
     if not isinstance(parameters, dict):
         raise FormatError(f"{source}: lora_parameters is missing", "It holds the rank and scale of the adapter.")
     parameters = {**parameters}
-    if "alpha" in parameters and "lora_layers" in raw:
-        # From 2024-01 to 2024-06 mlx-lm multiplied by scale * alpha / rank, before and after by scale alone.
-        raise FormatError(
-            f"{source}: lora_layers with alpha: mlx-lm's meaning of scale changed between versions that wrote this",
-            "Delete alpha if the adapter was made before 2024-01-24 or after 2024-06-02; else set scale to "
-            "scale * alpha / rank and delete alpha.",
-        )
-    parameters.pop("alpha", None)  # written but never read by later versions
-    known = {"rank", "scale", "dropout", "keys", "rank_pattern", "scale_pattern"}
+    alpha = parameters.pop("alpha", None)  # with num_layers: written but never read
+    if alpha is not None and "lora_layers" in raw:
+        # From 2024-01-24 to 2024-06-02 mlx-lm multiplied by scale * alpha / rank, before and after by scale alone.
+        if options.legacy_scale is None:
+            options.need(
+                f"{source}: lora_layers with alpha: mlx-lm's meaning of scale changed between versions that wrote this",
+                "Say --legacy-scale alpha if the adapter was made from 2024-01-24 to 2024-06-02 (scale * alpha / "
+                "rank), else --legacy-scale scale.",
+            )
+        elif options.legacy_scale == "alpha":
+            try:
+                parameters["scale"] = parameters["scale"] * alpha / parameters["rank"]
+            except (KeyError, TypeError, ZeroDivisionError):
+                raise FormatError(f"{source}: lora_parameters has no numbers for scale, alpha and rank") from None
+    elif options.legacy_scale is not None:
+        raise ConfigError("--legacy-scale: this adapter's scale has one meaning only", "Leave it out.")
+    parameters.pop("use_dora", None)
+    if isinstance(parameters.get("num_layers"), int):
+        layers = raw.get("num_layers", parameters.pop("num_layers"))
+    parameters.pop("num_layers", None)
+    if raw.get("full_state_modules"):  # Unsloth's modules trained whole
+        parameters["modules_to_save"] = raw["full_state_modules"]
+    known = {"rank", "scale", "dropout", "keys", "rank_pattern", "scale_pattern", "modules_to_save"}
     if missing := sorted({"rank", "scale"} - parameters.keys()):
         raise FormatError(f"{source}: lora_parameters has no {' and no '.join(missing)}")
     if unknown := sorted(parameters.keys() - known):
@@ -117,7 +169,7 @@ def _stored_config(adapter: Adapter) -> AdapterConfig:
     return adapter.exact_config(rank=max(adapter.rank_of(path) for path in adapter.modules))
 
 
-def write(adapter: Adapter, folder: Path) -> None:
+def write(adapter: Adapter, folder: Path, options: Writing) -> None:
     config = adapter.config
     raw = {**adapter.metadata.get("mlx-lm", {}), "fine_tune_type": config.method, "num_layers": config.num_layers}
     if adapter.base:
@@ -141,37 +193,3 @@ def write(adapter: Adapter, folder: Path) -> None:
                 raw["lora_parameters"][name] = pattern
     write_safetensors(folder / WEIGHTS, stored_weights(adapter))
     write_json(folder / CONFIG, raw)
-
-
-def fold(adapter: Adapter, config: AdapterConfig) -> dict[str, mx.array]:
-    """The weights with ``config.rank`` and ``config.scale`` for all modules, computing the same function."""
-    weights = dict(adapter.weights)
-    for path in adapter.modules:
-        a, b = f"{path}.lora_a", f"{path}.lora_b"
-        if (factor := config.scale_of(path) / config.scale) != 1:
-            weights[b] = weights[b].astype(mx.float32) * factor  # stays so: half precision would round it
-        if (more := config.rank - config.rank_of(path)) > 0:
-            weights[a] = _pad(weights[a], more, axis=1)  # [in, r] and, for experts, [experts, r, in]
-            weights[b] = _pad(weights[b], more, axis=weights[b].ndim - 1 if weights[b].ndim == 3 else 0)
-    return weights
-
-
-def unfold(adapter: Adapter) -> Adapter:
-    """The inverse of ``fold``: ranks exactly, scales to a rounding in float32, which half precision does not see."""
-    weights, config = dict(adapter.weights), adapter.config
-    for path in adapter.modules:
-        a, b = f"{path}.lora_a", f"{path}.lora_b"
-        if a not in weights or b not in weights:
-            continue  # ``check`` names what is missing
-        rank = config.rank_of(path)
-        if weights[a].ndim == 3:
-            weights[a], weights[b] = weights[a][:, :rank], weights[b][..., :rank]
-        else:
-            weights[a], weights[b] = weights[a][:, :rank], weights[b][:rank]
-        if (factor := config.scale_of(path) / config.scale) != 1:
-            weights[b] = (weights[b].astype(mx.float32) / factor).astype(weights[a].dtype)
-    return replace(adapter, weights=weights)
-
-
-def _pad(array: mx.array, more: int, axis: int) -> mx.array:
-    return mx.pad(array, [(0, more if i == axis else 0) for i in range(array.ndim)])

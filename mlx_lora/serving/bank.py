@@ -10,7 +10,7 @@ import mlx.nn as nn
 from ..adapter import Adapter
 from ..errors import AdapterError
 from ..formats import load_adapter
-from ..model import mount, unmount
+from ..model import base_of, mount, unmount
 
 
 class AdapterBank:
@@ -22,6 +22,8 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module):
         self._model = model
+        base = base_of(model)
+        self._base = base.folder if base else None
         self._adapters: dict[str, Adapter] = {}
         self.current: str | None = None
 
@@ -31,7 +33,7 @@ class AdapterBank:
 
     def add(self, name: str, adapter: Adapter | str | Path) -> None:
         """Keep ``adapter``, or the one in that folder, under ``name``."""
-        self._adapters[name] = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+        self._adapters[name] = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=self._base)
 
     def use(self, name: str | None) -> float:
         """Put adapter ``name`` on the model, or none. A name that is not known is taken for a folder.

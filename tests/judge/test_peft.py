@@ -29,7 +29,8 @@ maker = importlib.util.module_from_spec(importlib.util.spec_from_loader("make_pe
 _loader.exec_module(maker)
 
 TOLERANCE = 5e-6  # max |difference| / max |logit|
-MODELS = list(maker.MODELS)
+# The others are test_peft_conversion.py's.
+MODELS = [model for model in maker.MODELS if model not in ("gpt2", "mixtral", "qwen3_moe")]
 IDS = maker.random_ids(seed=9)
 SEED = 1000  # not one of the fixtures'
 

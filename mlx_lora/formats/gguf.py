@@ -1,0 +1,220 @@
+"""GGUF LoRA adapters, for llama.cpp and Ollama: one file.
+
+Tensors are ``blk.N.attn_q.weight.lora_a`` [r, in] and ``.lora_b`` [out, r], of experts [experts, r, in] and [experts,
+out, r], of the embedding [vocabulary, r] and [dim, r]. llama.cpp multiplies by alpha / r, with one
+``adapter.lora.alpha`` in the file and r of each tensor; an alpha of 0 means 1. Scales that differ are folded into B. In
+the ``llama`` architecture rows of q and k are in Meta's order. There is nothing but LoRA: DoRA, whole modules, biases
+and trained tokens are refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..adapter import Adapter, raise_faults
+from ..base_model import BaseModel
+from ..errors import FormatError
+from . import parts
+from .gguf_file import MAGIC, read_gguf, write_gguf
+from .options import Reading, Writing
+from .states import low_rank
+from .uniform import as_lora, uniform
+
+READS, WRITES, SUFFIXES = set(), {"alpha"}, (".gguf",)
+# model_type of transformers -> llama.cpp's architecture.
+_ARCHITECTURES = {
+    **dict.fromkeys(("llama", "mistral", "mixtral", "ministral3"), "llama"),
+    **{
+        name: name.replace("_", "")
+        for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2", "starcoder2", "olmo2", "olmoe", "stablelm")
+    },
+    **{name: name.replace("_", "") for name in ("qwen2_moe", "qwen3_moe", "smollm3", "granite", "internlm2", "glm4")},
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "phi": "phi2",
+    "cohere": "command-r",
+    "cohere2": "cohere2",
+    "seed_oss": "seed_oss",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "gpt_oss": "gpt-oss",
+}
+# Ours (mlx-lm's name within a layer) -> GGUF's; the first with a GGUF name is the one to read it back as.
+_MODULES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.dense": "attn_output",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp",
+    "mlp.switch_mlp.gate_proj": "ffn_gate_exps",
+    "mlp.switch_mlp.up_proj": "ffn_up_exps",
+    "mlp.switch_mlp.down_proj": "ffn_down_exps",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_b_proj": "attn_kv_b",
+}
+# Names that a family has of its own, where several fit.
+_FAMILY = {
+    "phi3": ("self_attn.qkv_proj", "mlp.gate_up_proj"),
+    "phi2": ("self_attn.dense", "mlp.fc1", "mlp.fc2"),
+    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    "starcoder2": ("mlp.c_fc", "mlp.c_proj"),
+    "gpt-oss": ("mlp.router", "mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj"),
+}
+_TENSOR = re.compile(r"^(?:blk\.(?P<layer>\d+)\.)?(?P<name>\w+)\.weight\.(?P<leaf>lora_a|lora_b)$")
+_LAYER = re.compile(r"^(?:language_model\.)?model\.(?:layers|h)\.(\d+)\.(.+)$")
+_MERGE = "Merge it into the model instead (convert --to merged) and convert the model."
+
+
+def detect(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == MAGIC
+
+
+def files(path: Path) -> list[Path]:
+    return [path]
+
+
+def read(path: Path, options: Reading) -> Adapter:
+    told, tensors = read_gguf(path)
+    kind = told.get("general.type")
+    if kind != "adapter" or told.get("adapter.type") != "lora":
+        raise FormatError(f"{path}: holds a {kind or 'model'}, not a LoRA adapter", "Name the adapter's GGUF file.")
+    if told.get("adapter.alora.invocation_tokens"):
+        raise FormatError(f"{path}: is an activated LoRA (aLoRA), which is not converted")
+    architecture, weights, faults = told.get("general.architecture"), {}, []
+    base = options.base
+    if architecture == "llama" and any(re.search(r"attn_[qk]\.weight\.lora_b$", name) for name in tensors):
+        base = options.base_for(f"{path}: the order of rows of q and k")
+    elif base is not None and not base.known:
+        base = None
+    for name, array in tensors.items():
+        found = _TENSOR.match(name)
+        module = _module(found, architecture, base) if found else None
+        if module is None:
+            faults.append(f"{path}: {name}: not a tensor of a LoRA of {architecture}")
+            continue
+        if array.ndim not in (2, 3):
+            faults.append(f"{path}: {name}: shape {list(array.shape)}")
+            continue
+        embedding = found["name"] == "token_embd"
+        turned = array if array.ndim == 3 or (embedding and found["leaf"] == "lora_a") else array.T
+        if architecture == "llama" and base is not None and found["leaf"] == "lora_b":
+            heads = {"attn_q": base.heads, "attn_k": base.kv_heads}.get(found["name"])
+            if heads:
+                turned = _reordered(turned, heads, parts.from_interleaved, name)
+        weights[f"{module}.{found['leaf']}"] = turned
+    raise_faults(faults, "Convert it with a newer mlx-lora, or from where it came.", FormatError)
+    alpha = told.get("adapter.lora.alpha", 0)
+    stems = [name.removesuffix(".lora_b") for name in weights if name.endswith(".lora_b")]
+    sides = {"embedding_side": "input"} if any("embed" in stem or "wte" in stem for stem in stems) else {}
+    name = told.get("general.base_model.0.name")
+    name = name if isinstance(name, str) else None
+    if not isinstance(alpha, (int, float)) or alpha == 0:  # llama.cpp then multiplies by 1
+        return low_rank(weights, path, options, scales=dict.fromkeys(stems, 1.0), base=name, **sides)
+    return low_rank(weights, path, options, alpha=alpha, base=name, **sides)
+
+
+def _reordered(array: mx.array, heads: int, turn, name: str) -> mx.array:
+    if array.shape[-1] % (2 * heads):
+        raise FormatError(f"{name}: {array.shape[-1]} rows are not those of {heads} heads", "Is it this base?")
+    return turn(array, heads)
+
+
+def _module(found: re.Match, architecture: str | None, base: BaseModel | None) -> str | None:
+    """mlx-lm's path of a GGUF tensor's module."""
+    name, layer = found["name"], found["layer"]
+    gpt = architecture == "gpt2"
+    if layer is None:
+        named = {"token_embd": "model.wte" if gpt else "model.embed_tokens", "output": "lm_head"}.get(name)
+        return base.to_mlx(named) if named and base is not None else named
+    own = _FAMILY.get(architecture, ())
+    fitting = [ours for ours, theirs in _MODULES.items() if theirs == name]
+    if not fitting:
+        return None
+    path = f"model.{'h' if gpt else 'layers'}.{layer}.{next((m for m in fitting if m in own), fitting[0])}"
+    if base is not None:
+        theirs, ours = base.moe_block
+        path = base.to_mlx(path.replace(".mlp.", f".{ours}.") if theirs != ours else path)
+    return path
+
+
+def write(adapter: Adapter, path: Path, options: Writing) -> None:
+    base = options.base_for("GGUF's architecture and order of rows")
+    architecture = _ARCHITECTURES.get(base.model_type)
+    if architecture is None:
+        raise FormatError(f"llama.cpp's names for {base.model_type} are not known", _MERGE)
+    adapter = as_lora(adapter, base)
+    config = adapter.config
+    if config.method != "lora":
+        raise FormatError(f"GGUF holds no {config.method} adapter", _MERGE)
+    options.lose(
+        [f"{n}: GGUF adapters hold no whole parameters" for n in adapter.whole]
+        + [f"{p}: GGUF adapters hold no trained tokens" for p in adapter.tokens]
+        + [f"{p}: GGUF adapters have no lora_bias" for p in adapter.modules if config.lora_bias],
+        _MERGE,
+    )
+    adapter, tensors, faults = uniform(adapter, alpha=options.alpha, pad=False), {}, []
+    for module in adapter.modules:
+        theirs = _theirs(module)
+        if theirs == "token_embd" and config.embedding_side == "both" and base.tied:
+            faults.append(f"{module}: llama.cpp applies a LoRA of the embedding to the input alone")
+        elif theirs is None or (theirs == "output" and base.tied):
+            faults.append(f"{module}: llama.cpp has no such tensor in {architecture}")
+        if theirs is None:
+            continue
+        a, b = adapter.weights[f"{module}.lora_a"], adapter.weights[f"{module}.lora_b"]
+        if architecture == "llama" and (heads := {"attn_q": base.heads, "attn_k": base.kv_heads}.get(_last(theirs))):
+            b = _reordered(b, heads, parts.to_interleaved, module)
+        if a.ndim == 2:
+            a, b = a if theirs == "token_embd" else a.T, b.T
+        tensors[f"{theirs}.weight.lora_a"], tensors[f"{theirs}.weight.lora_b"] = a, b
+    raise_faults(faults, _MERGE, FormatError)
+    pairs = {
+        "general.architecture": architecture,
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(adapter.config.scale * adapter.config.rank),
+        "general.base_model.count": 1,
+        "general.base_model.0.name": str(adapter.base or base.name),
+    }
+    write_gguf(path, pairs, tensors)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _theirs(module: str) -> str | None:
+    bare = module.removeprefix("language_model.")
+    if bare in ("lm_head", "model.embed_tokens", "model.wte"):
+        return "output" if bare == "lm_head" else "token_embd"
+    found = _LAYER.match(module)
+    name = found and _MODULES.get(found[2].replace("block_sparse_moe.", "mlp."))
+    return f"blk.{found[1]}.{name}" if name else None

@@ -1,0 +1,199 @@
+"""``push`` and ``pull`` against a stand-in of the Hub's HTTP on this machine, in processes of their own."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+
+from mlx_lora import load_adapter, save_adapter
+from mlx_lora.formats import describe
+from mlx_lora.hub import model_card
+
+ROOT = Path(__file__).resolve().parent
+ADAPTER = ROOT / "fixtures/peft/llama/dora"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as huggingface-hub asks of it for small files: repositories in a dict."""
+
+    protocol_version = "HTTP/1.1"
+    repos: dict[str, dict[str, bytes]]
+    token = "hf_right"
+
+    @property
+    def here(self) -> str:
+        return f"http://{self.headers['Host']}"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in {
+            "Content-Length": str(len(data)),
+            "Content-Type": "application/json",
+            **(headers or {}),
+        }.items():
+            self.send_header(name, text)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def refused(self) -> bool:
+        if self.headers.get("Authorization") == f"Bearer {self.token}":
+            return False
+        self.answer({"error": "Invalid credentials"}, 401)
+        return True
+
+    def do_POST(self):
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.refused():
+            return
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            known = name in self.repos
+            self.repos.setdefault(name, {})
+            return self.answer({"url": f"{self.here}/{name}", "name": name, "id": name}, 409 if known else 200)
+        if found := re.match(r"/api/models/(.+)/preupload/(.+)$", path):
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.answer({"files": files})
+        if found := re.match(r"/api/models/(.+)/commit/(.+)$", path):
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file":
+                    self.repos[found[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return self.answer(
+                {"commitUrl": f"{self.here}/{found[1]}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+            )
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        self.answer({"error": path}, 404)
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        if path == "/api/whoami-v2":
+            return None if self.refused() else self.answer({"name": "me", "type": "user", "orgs": []})
+        if (found := re.match(r"/api/models/([^/]+/[^/]+?)(?:/(revision|tree)/.+)?$", path)) and found[1] in self.repos:
+            files = self.repos[found[1]]
+            if found[2] == "tree":
+                return self.answer(
+                    [{"type": "file", "path": n, "size": len(d), "oid": sha1(d).hexdigest()} for n, d in files.items()]
+                )
+            return self.answer({"id": found[1], "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]})
+        found = re.match(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)$", path)
+        if found and found[2] in self.repos.get(found[1], {}):
+            data = self.repos[found[1]][found[2]]
+            return self.answer(data, headers={"ETag": f'"{sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT})
+        self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """(repositories, a function that runs the command line against them)."""
+    repos: dict[str, dict[str, bytes]] = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OfThisTest", (Hub,), {"repos": repos}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def run(*arguments, **environment) -> subprocess.CompletedProcess:
+        settings = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_TOKEN": "hf_right",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            "PYTHONPATH": str(ROOT.parent),
+            **environment,
+        }
+        command = [sys.executable, "-m", "mlx_lora", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=120)
+
+    yield repos, run
+    server.shutdown()
+    server.server_close()
+
+
+def test_there_and_back(hub, tmp_path):
+    repos, run = hub
+    folder = shutil.copytree(ADAPTER, tmp_path / "mine")
+    (folder / "training_state.safetensors").write_bytes(b"private")
+    done = run("push", folder, "me/tuned", "--model", "Qwen/Qwen3-0.6B", "--metric", "val_loss=1.25", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["commit"].endswith(COMMIT)
+    assert repos["me/tuned"].keys() == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    card = repos["me/tuned"]["README.md"].decode()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "Qwen/Qwen3-0.6B" and "| val_loss | 1.25 |" in card
+    done = run("pull", "me/tuned", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (ADAPTER / name).read_bytes()
+    # What is there is not replaced unasked; offline, the copy that was downloaded serves.
+    done = run("pull", "me/tuned", tmp_path / "again")
+    assert done.returncode == 1 and "is there already" in done.stderr
+    done = run("pull", "me/tuned", tmp_path / "offline", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    assert load_adapter(tmp_path / "offline").modules
+    done = run("push", folder, "me/tuned", HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and "HF_HUB_OFFLINE" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_single_file_and_a_card_of_ones_own(hub, tmp_path):
+    repos, run = hub
+    base = ROOT / "fixtures/peft/llama/base"
+    file = save_adapter(load_adapter(ROOT / "fixtures/peft/llama/lora"), tmp_path / "a.gguf", "gguf", base=base)
+    assert run("push", file, "me/file").returncode == 0
+    assert repos["me/file"].keys() == {"a.gguf", "README.md"}
+    done = run("pull", "me/file", tmp_path / "back", "--json")
+    assert json.loads(done.stdout)["format"] == "gguf"
+    folder = shutil.copytree(ADAPTER, tmp_path / "mine")
+    (folder / "README.md").write_text("mine")
+    assert run("push", folder, "me/other").returncode == 0
+    assert repos["me/other"]["README.md"] == b"mine"
+
+
+def test_what_the_hub_refuses(hub, tmp_path):
+    repos, run = hub
+    done = run("push", ADAPTER, "me/tuned", HF_TOKEN="hf_wrong")
+    assert done.returncode == 1 and "log in" in done.stderr and not repos
+    done = run("pull", "me/none", tmp_path / "x")
+    assert done.returncode == 1 and "me/none" in done.stderr and not (tmp_path / "x").exists()
+    repos["me/model"] = {"config.json": b"{}", "README.md": b"x"}
+    done = run("pull", "me/model", tmp_path / "x")
+    assert done.returncode == 1 and "no adapter" in done.stderr and not (tmp_path / "x").exists()
+    done = run("push", ADAPTER, "no-owner")
+    assert done.returncode == 2 and "owner/name" in done.stderr
+    done = run("push", tmp_path, "me/empty")
+    assert done.returncode == 1 and "me/empty" not in repos
+
+
+def test_card_tells_what_the_adapter_is_and_nothing_of_this_machine():
+    facts = describe(ADAPTER)
+    training = {"data": str(ROOT), "iters": 100, "learning_rate": 1e-4}
+    card = model_card({**facts, "base": str(ROOT)}, "me/tuned", training=training, metrics={"test_loss": 0.5})
+    head = yaml.safe_load(card.split("---")[1])
+    assert "base_model" not in head and head["library_name"] == "peft" and "dora" in head["tags"]
+    assert str(ROOT) not in card and "| iters | 100 |" in card and "| test_loss | 0.5 |" in card
+    for words in ("PeftModel.from_pretrained", "mlx_lm.generate", "llama-cli", "| Rank | 4 |", "| Alpha | 8 |"):
+        assert words in card

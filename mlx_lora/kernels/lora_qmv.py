@@ -1,0 +1,137 @@
+"""``lora_qmv``: a base layer and its low-rank update in one launch, for a few rows of x."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .registry import enabled, launch
+from .stored import MODES, Stored
+
+MAX_ROWS = 8
+MAX_RANK = 256  # M * rank floats lie in threadgroup memory
+_ROWS = 4  # rows of W to a simdgroup
+
+
+class _Form(NamedTuple):
+    """What the operation is compiled for, besides shapes and dtypes."""
+
+    names: tuple[str, ...]
+    group_size: int
+    bits: int
+    mode: str
+
+
+def lora_qmv(
+    x: mx.array,
+    base: Stored,
+    u: mx.array,
+    b: mx.array,
+    scale: mx.array,
+    offset: mx.array,
+    *,
+    bias: mx.array | None = None,
+    gain: mx.array | None = None,
+    index: mx.array | None = None,
+    ranks: mx.array | None = None,
+) -> mx.array:
+    """A linear layer with its adapter.
+
+    Semantics::
+
+        low = u.sum(axis=0)[:, offset : offset + r]
+        y = x @ W.T + scale * (low @ b)                                          # one adapter: b is [r, N]
+        y[m] = x[m] @ W.T + scale[i] * (low[m] @ b[i]), i = index[m], no update where negative   # b: [adapters, r, N]
+        return (gain * y + bias).astype(x.dtype)
+
+    Args:
+        x: [M, K]. base: W [N, K], stored in any way. u: from ``lora_shrink``; ``offset``: int32 [], our first column.
+        scale: float32 [1], or [adapters]. bias: [N]. gain: [N] (DoRA's). index: [M] int32; ranks: [adapters] int32.
+
+    Returns: [M, N] in the dtype of x.
+    """
+    arrays = {"x": x, **base.arrays(), "u": u, "b": b, "scale": scale, "offset": offset}
+    optional = {"bias": bias, "gain": gain, "idx": index, "ranks": ranks}
+    arrays |= {name: array for name, array in optional.items() if array is not None}
+    form = _Form(tuple(arrays), base.group_size, base.bits, base.mode)
+    return _operation(form, enabled())(*arrays.values())
+
+
+@functools.cache
+def _operation(form: _Form, metal: bool):
+    """The differentiable operation; without Metal it is its reference."""
+    if not metal:
+        return functools.partial(_reference, form)
+    run = mx.custom_function(functools.partial(_metal, form))
+
+    def backward(primals, cotangent, _):
+        known = dict(zip(form.names, primals, strict=True))
+        floats = [n for n in form.names if mx.issubdtype(known[n].dtype, mx.floating)]
+
+        def forward(*values):
+            return _reference(form, *(known | dict(zip(floats, values, strict=True))).values())
+
+        gradients = mx.vjp(forward, [known[n] for n in floats], [cotangent])[1]
+        found = dict(zip(floats, gradients, strict=True))
+        return tuple(found[n] if n in found else mx.zeros_like(known[n]) for n in form.names)
+
+    run.vjp(backward)
+    return run
+
+
+def _stored(form: _Form, known: dict[str, mx.array]) -> Stored:
+    return Stored(known["w"], known.get("scales"), known.get("biases"), form.group_size, form.bits, form.mode)
+
+
+def _reference(form: _Form, *arrays: mx.array) -> mx.array:
+    known = dict(zip(form.names, arrays, strict=True))
+    x, b = known["x"].astype(mx.float32), known["b"].astype(mx.float32)
+    u, index = known["u"].sum(axis=0), known.get("idx")
+    columns = known["offset"] + mx.arange(b.shape[-2])
+    low = mx.take(u, columns, axis=-1)
+    if index is None:
+        update = known["scale"] * (low @ b)
+    else:
+        safe = mx.maximum(index, 0)
+        counts = (mx.arange(b.shape[-2]) < known["ranks"][safe][:, None]) & (index >= 0)[:, None]
+        low = mx.where(counts, low, 0)
+        update = known["scale"][safe][:, None] * (low[:, None] @ b[safe])[:, 0]
+    y = x @ _stored(form, known).dequantized().T + update
+    if "gain" in known:
+        y = known["gain"] * y
+    if "bias" in known:
+        y = y + known["bias"]
+    return y.astype(known["x"].dtype)
+
+
+def _metal(form: _Form, *arrays: mx.array) -> mx.array:
+    known = dict(zip(form.names, arrays, strict=True))
+    x, b = known["x"], known["b"]
+    M, N, R = x.shape[0], b.shape[-1], b.shape[-2]
+    if form.mode == "nf4":
+        known["w"] = known["w"].view(mx.uint16)
+    # Wide groups share lines of b; a narrow layer needs its few rows spread over the whole GPU.
+    simdgroups = 8 if N >= 8192 else 4 if N >= 2048 else 2
+    defines = [f"MODE {MODES.index(form.mode)}"]
+    defines += [name for key, name in (("bias", "HAS_BIAS"), ("gain", "HAS_GAIN"), ("idx", "INDEXED")) if key in known]
+    (y,) = launch(
+        "lora_qmv",
+        known,
+        {"y": ((M, N), x.dtype)},
+        defines=tuple(defines),
+        template={
+            "T": x.dtype,
+            "BITS": form.bits,
+            "GROUP": form.group_size,
+            "M": M,
+            "R": R,
+            "SPLITS": known["u"].shape[0],
+            "ROWS": _ROWS,
+            "NSG": simdgroups,
+        },
+        groups=(1, -(-N // (_ROWS * simdgroups)), 1),
+        threadgroup=(32, simdgroups, 1),
+    )
+    return y

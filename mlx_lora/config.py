@@ -26,7 +26,7 @@ REPORTERS = ("wandb", "swanlab")
 
 
 def knob(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field with its help text. ``extra``: ``choices``, ``metavar`` (for the command line)."""
+    """A dataclass field with its help text. ``extra``: ``choices``, for the command line."""
     metadata = {"help": help, **extra}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -181,6 +181,11 @@ class TrainConfig:
     steps_per_eval: int = knob(200, "Iterations between validations.")
     save_every: int = knob(100, "Iterations between checkpoints.")
     grad_checkpoint: bool = knob(False, "Recompute activations in the backward pass to save memory.")
+    clear_cache_threshold: int | None = knob(
+        None,
+        "Empty MLX's cache of freed memory after a step that leaves it larger than this; by default it is reused, "
+        "up to a quarter of the GPU's working set.",
+    )
     max_skipped_steps: int = knob(10, "Stop after so many steps in a row with non-finite gradients.")
     seed: int = knob(0, "Seeds initialisation, dropout and the order of the data.")
 
@@ -199,6 +204,9 @@ class TrainConfig:
                 faults.append(f"{name} must be a whole number of at least 1, not {value!r}")
         if not isinstance(self.val_batches, int) or self.val_batches < -1:
             faults.append(f"val_batches must be -1 (all), 0 (none) or more, not {self.val_batches!r}")
+        most = self.clear_cache_threshold
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
+            faults.append(f"clear_cache_threshold must be a number of bytes, not {most!r}")
         norm = self.max_grad_norm
         if norm is not None and not (isinstance(norm, (int, float)) and 0 < norm < math.inf):
             faults.append(f"max_grad_norm must be a positive number, not {norm!r}")

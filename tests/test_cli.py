@@ -191,6 +191,7 @@ test: false
 test_batches: 100
 max_seq_length: 2048
 grad_checkpoint: true
+clear_cache_threshold: 0
 mask_prompt: false
 lora_parameters:
   keys: ["self_attn.q_proj", "self_attn.v_proj"]

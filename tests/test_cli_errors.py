@@ -226,6 +226,7 @@ CASES = {
     "an unknown schedule": (train(lr_schedule="sawtooth"), "sawtooth"),
     "an unknown method": (train(fine_tune_type="qora"), "qora"),
     "a negative seed": (train(seed=-1), "seed"),
+    "a size that is none": (train(clear_cache_threshold="much"), "much"),
     "a word for a number": (train(iters="many"), "many"),
     "several at once": (train(rank=0, dropout=7), "dropout"),
     "an unknown reporter": (train(report_to="fax"), "fax"),

@@ -751,3 +751,13 @@ def test_the_schedule_counts_optimizer_steps():
     made = build_optimizer(OptimizerConfig(learning_rate=1.0, lr_schedule="linear_schedule"), 4)
     kinds, _ = fit(Model(), made, rows, iters=8, grad_accumulation_steps=2, steps_per_report=2)
     assert [r.learning_rate for r in kinds[TrainReport]] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_the_cache_is_emptied_where_asked(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: 1000)
+    monkeypatch.setattr(mx, "clear_cache", lambda: emptied.append(1))
+    for threshold, times in ((None, 0), (1000, 0), (999, 3)):
+        emptied.clear()
+        list(train(Model(), opt.SGD(0.1), examples(), config=config(iters=3, clear_cache_threshold=threshold)))
+        assert len(emptied) == times

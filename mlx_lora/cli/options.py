@@ -47,6 +47,18 @@ class Pattern(click.ParamType):
             self.fail(f"{number!r} is not a number", param, ctx)
 
 
+class Bytes(click.ParamType):
+    """A size: 1500000, 500MB, 1.5G (of 1000 each, as mlx-lm reads them)."""
+
+    name = "bytes"
+
+    def convert(self, value, param, ctx):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[MG]B?)", str(value).strip(), re.IGNORECASE)
+        if not match:
+            self.fail(f"{value!r} is not a size such as 500MB or 2GB", param, ctx)
+        return int(float(match[1]) * {"": 1, "M": 10**6, "G": 10**9}[match[2][:1].upper()])
+
+
 class Structure(click.ParamType):
     """A word, a JSON object, or whatever YAML gave."""
 
@@ -88,6 +100,8 @@ def _option(field: dataclasses.Field, hint: Any) -> Callable:
         extra |= {"type": Pattern(typing.get_args(kind)[1]), "multiple": True, "default": (), "show_default": False}
     elif field.name == "keys":
         extra |= {"multiple": True, "default": (), "show_default": False, "metavar": "NAME"}
+    elif field.name == "clear_cache_threshold":
+        extra["type"] = Bytes()
     elif kind in (int, float, str):
         extra["type"] = kind
     else:

@@ -172,6 +172,8 @@ class _Run:
             if not last:
                 batch = _arrays(next(batches))  # while the device works
             outcome = self.step.outcome()
+            if config.clear_cache_threshold is not None and mx.get_cache_memory() > config.clear_cache_threshold:
+                mx.clear_cache()
             finite = math.isfinite(outcome.loss)
             if finite:
                 tally.window_loss += outcome.loss

@@ -14,9 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import mlx_lora  # before MLX: on Linux it opens a fast BLAS
+
+# isort: split
 import mlx.nn as nn
 
-import mlx_lora  # before mlx: on Linux it opens a fast BLAS
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -11,11 +11,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import mlx_lora  # before MLX: on Linux it opens a fast BLAS
+
+# isort: split
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from train import mlx_model
 
-import mlx_lora  # before mlx: on Linux it opens a fast BLAS
 from mlx_lora import AdapterConfig
 from mlx_lora.layers import use_blas
 from mlx_lora.model import parameter_counts

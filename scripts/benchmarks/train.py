@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -56,9 +57,10 @@ def rows() -> list[dict]:
     path = SHARED / "wikisql" / "train.jsonl"
     if path.exists():
         return [json.loads(line) for line in path.read_text().splitlines()]
-    from mlx_lora.tiny_base.corpus import texts
+    from mlx_lora.tiny_base.corpus import documents
 
-    return [{"text": text} for text in texts(1000)]
+    chats = (d["messages"] for d in itertools.islice(documents(0), 2000) if "messages" in d)
+    return [{"text": " ".join(message["content"] for message in chat)} for chat in chats]
 
 
 def tokenizer():
@@ -132,8 +134,6 @@ def mlx_lm(seconds: float, bits: int | None = None) -> dict:
     from mlx_lm.tuner.datasets import CacheDataset, TextDataset
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    import mlx_lora  # noqa: F401  (opens the BLAS, or not: MLX_LORA_BLAS)
-
     model = mlx_model(bits)
     model.freeze()
     linear_to_lora_layers(model, -1, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
@@ -199,6 +199,8 @@ WORKERS = {"ours": ours, "mlx_lm": mlx_lm, "peft": peft}
 
 def worker(name: str, seconds: float) -> None:
     kind, arguments, _ = CONTESTANTS[name]
+    if kind != "peft":
+        import mlx_lora  # noqa: F401  (before MLX: opens the BLAS, or not, as MLX_LORA_BLAS says)
     result = WORKERS[kind](seconds, **arguments)
     # Kilobytes on Linux, bytes on macOS.
     unit = 1e9 if sys.platform == "darwin" else 1e6

@@ -25,7 +25,7 @@ from .base_config import missing_fields
 from .config import AdapterConfig
 from .errors import AdapterError, ConfigError, MLXLoRAError, ModelError
 from .formats import load_adapter
-from .layers import METHODS, AdapterLayer, dims, is_quantized, kind, use_blas
+from .layers import METHODS, AdapterLayer, dims, introduce, is_quantized, kind, use_blas
 from .selection import layer_paths, select
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -270,6 +270,7 @@ def _place(model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
     for layer in layers.values():
         layer.train(model.training)
     model.update_modules(tree_unflatten(list(layers.items())))
+    introduce(layers)
 
 
 def _bare_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -6,7 +6,8 @@ name) chooses by ``registry.enabled``; elsewhere the reference is the function.
 
 from .lora_qmv import lora_qmv
 from .lora_shrink import lora_shrink
-from .registry import enabled
+from .low_rank import low_rank_add, low_rank_products
+from .registry import enabled, exportable
 from .stored import Stored
 
-__all__ = ["Stored", "enabled", "lora_qmv", "lora_shrink"]
+__all__ = ["Stored", "enabled", "exportable", "lora_qmv", "lora_shrink", "low_rank_add", "low_rank_products"]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .registry import enabled, launch
+from .registry import enabled, launch, with_backward
 from .stored import MODES, Stored
 
 MAX_ROWS = 8
@@ -64,7 +64,6 @@ def _operation(form: _Form, metal: bool):
     """The differentiable operation; without Metal it is its reference."""
     if not metal:
         return functools.partial(_reference, form)
-    run = mx.custom_function(functools.partial(_metal, form))
 
     def backward(primals, cotangent, _):
         known = dict(zip(form.names, primals, strict=True))
@@ -77,8 +76,7 @@ def _operation(form: _Form, metal: bool):
         found = dict(zip(floats, gradients, strict=True))
         return tuple(found[n] if n in found else mx.zeros_like(known[n]) for n in form.names)
 
-    run.vjp(backward)
-    return run
+    return with_backward(functools.partial(_metal, form), backward)
 
 
 def _stored(form: _Form, known: dict[str, mx.array]) -> Stored:

@@ -6,7 +6,7 @@ import functools
 
 import mlx.core as mx
 
-from .registry import enabled, launch
+from .registry import enabled, launch, with_backward
 
 MAX_ROWS = 8  # rows of x; more are a matrix product's work
 MAX_MATRICES = 4
@@ -39,16 +39,14 @@ def _operation(count: int, indexed: bool, metal: bool):
     """The differentiable operation; without Metal it is its reference."""
     if not metal:
         return functools.partial(_reference, count)
-    run = mx.custom_function(functools.partial(_metal, count))
 
     def backward(primals, cotangent, _):
         floats, rest = primals[: 1 + count], primals[1 + count :]
-        total = cotangent.sum(axis=0, keepdims=True) if cotangent.shape[0] == 1 else cotangent[:1]
-        gradients = mx.vjp(lambda *p: _reference(count, *p, *rest), floats, [total])[1]
+        # The splits are only ever added up, so each has the gradient of the sum.
+        gradients = mx.vjp(lambda *p: _reference(count, *p, *rest), floats, [cotangent[:1]])[1]
         return (*gradients, *(mx.zeros_like(r) for r in rest))
 
-    run.vjp(backward)
-    return run
+    return with_backward(functools.partial(_metal, count), backward)
 
 
 def _reference(count: int, x: mx.array, *arrays: mx.array) -> mx.array:
@@ -75,7 +73,11 @@ def _metal(count: int, x: mx.array, *arrays: mx.array) -> mx.array:
     (M, K), widths = x.shape, [matrix.shape[-1] for matrix in a]
     lanes = next((c for c in (1, 2, 4, 8) if 4 * c >= max(widths)), 16)  # side by side on the columns of one k
     tiles, parts, simdgroups = -(-max(widths) // (4 * lanes)), splits(K), 8
-    inputs = {"x": x, **{f"a{i}": matrix for i, matrix in enumerate(a)}, **dict(zip(("idx", "ranks"), rest))}
+    inputs = {
+        "x": x,
+        **{f"a{i}": matrix for i, matrix in enumerate(a)},
+        **dict(zip(("idx", "ranks"), rest, strict=False)),
+    }
     template = {"T": x.dtype, "M": M, "C": lanes, "NSG": simdgroups, "SPLITS": parts, "U": sum(widths)}
     (u,) = launch(
         "lora_shrink",

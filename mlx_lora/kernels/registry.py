@@ -7,8 +7,10 @@ and ``//@body`` (the kernel; MLX writes its signature). ``MLX_LORA_KERNELS`` dec
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import mlx.core as mx
 from ..errors import ConfigError
 
 _HERE = Path(__file__).resolve()
+_differentiable = True
 # Inside the wheel metal/ lies in the package, in a checkout beside it.
 _FOLDERS = (_HERE.parents[1] / "metal", _HERE.parents[2] / "metal")
 
@@ -29,6 +32,32 @@ def enabled() -> bool:
     if wanted == "auto":
         return mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu
     return wanted == "on"
+
+
+@contextlib.contextmanager
+def exportable() -> Iterator[None]:
+    """Meanwhile operations carry no backward pass of their own, which ``mx.export_function`` cannot record.
+
+    MLX then refuses to differentiate a kernel. For exporting a model, and for counting its launches.
+    """
+    global _differentiable
+    before, _differentiable = _differentiable, False
+    try:
+        yield
+    finally:
+        _differentiable = before
+
+
+def with_backward(forward: Callable, backward: Callable) -> Callable:
+    """``forward`` as an operation whose vjp is ``backward(primals, cotangents, outputs)``."""
+    differentiable = mx.custom_function(forward)
+    differentiable.vjp(backward)
+
+    @functools.wraps(forward)
+    def operation(*arrays):
+        return (differentiable if _differentiable else forward)(*arrays)
+
+    return operation
 
 
 def launch(

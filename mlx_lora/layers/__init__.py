@@ -10,6 +10,7 @@ from .base import AdapterLayer, base_dtype, dense_weight, dims, is_quantized, ki
 from .cpu import use_blas
 from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
 from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from .siblings import introduce
 
 METHODS = {
     "lora": {"linear": LoRALinear, "embedding": LoRAEmbedding, "switch": LoRASwitchLinear},
@@ -22,6 +23,7 @@ __all__ = [
     "base_dtype",
     "dense_weight",
     "dims",
+    "introduce",
     "is_quantized",
     "kind",
     "use_blas",

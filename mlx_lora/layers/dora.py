@@ -14,6 +14,7 @@ import mlx.nn as nn
 from ..config import LEAVES
 from .base import dense_weight, is_quantized, project
 from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from .siblings import add_update, fused, product
 
 _ROWS = 1 << 24  # elements of W dequantized at once for ||W||^2: 64 MB of float32
 
@@ -94,12 +95,15 @@ class DoRALinear(_Magnitude, LoRALinear):
         return cross, (((a.T @ a) @ b) * b).sum(axis=0)
 
     def __call__(self, x: mx.array) -> mx.array:
+        if (y := fused(self, x, self.gain)) is not None:
+            return y
         gain = self.gain().astype(x.dtype)
         y, dropped = project(self.linear, x), self.dropout(x)
+        low = product(self, x, dropped)
         if dropped is x:
-            y = gain * mx.addmm(y, x @ self.lora_a, self.lora_b, alpha=self.scale)
+            y = gain * add_update(self, y, low)
         else:
-            update = mx.addmm(project(self.linear, dropped), dropped @ self.lora_a, self.lora_b, alpha=self.scale)
+            update = add_update(self, project(self.linear, dropped), low)
             y = y - project(self.linear, dropped) + gain * update
         return y + self.linear.bias if "bias" in self.linear else y
 

@@ -448,7 +448,7 @@ static int try_simd(int sg, bool force) {
   uint32_t at = 0, live = 0;
   int first = -1;
   for (int t = lo; t < hi; t++) {
-    if (F[t].st != DONE) live |= 1u << (t - lo);
+    live |= 1u << (t - lo);  // lanes that have returned count: their part in the operation is missing
     if (F[t].st == AT_SIMD) {
       at |= 1u << (t - lo);
       if (first < 0 || F[t].req.line < F[first].req.line) first = t;
@@ -464,7 +464,7 @@ static int try_simd(int sg, bool force) {
     L->n_divergent++;
     if (!L->allow_divergent) {
       cur = &F[first];
-      report(0, "divergent simdgroup operation %s at %s:%d: lanes %08x of live %08x take part", F[first].req.name,
+      report(0, "divergent simdgroup operation %s at %s:%d: lanes %08x of %08x take part", F[first].req.name,
              F[first].req.file, F[first].req.line, grp, live);
       cur = 0;
       failed = true;

@@ -45,7 +45,7 @@ for (int k = 16 * lane; k < K; k += 512) {
 #else
     read_codes<MODE, BITS>(half_words(w) + (row * K + k) / 16 * BITS, code[i]);
     const size_t group = (row * K + k) / GROUP;
-    s[i] = read_scale<MODE>(scales, group);
+    s[i] = SCALE(group);
 #endif
 #if MODE == 1
     z[i] = float(biases[group]);

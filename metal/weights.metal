@@ -1,8 +1,9 @@
 // How a base layer stores its weights, read 16 values at a time; included by the kernels that read weights. No kernel.
 //
 // MODE: 0 dense, 1 affine, 2 mxfp4, 3 mxfp8, 4 nvfp4, 5 nf4. MLX packs a row as one stream of bits, the lowest first,
-// so 16 values of BITS bits are BITS half-words, whatever BITS is. nf4 packs two values a byte, the first one high, with
-// a scale of its own for every 64 values of the matrix in rows. Pointers are `auto`: an array of fewer than 8 elements
+// so 16 values of BITS bits are BITS half-words, whatever BITS is. nf4 packs two values a byte, the first one high; its
+// scales may be codes themselves (NESTED of them to a scale of their own). Groups run over the whole matrix, row by row.
+// Pointers are `auto`: an array of fewer than 8 elements
 // arrives in the constant address space. A unit's values are code * scale + bias.
 //@header
 constant float NF4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
@@ -56,3 +57,9 @@ METAL_FUNC float read_scale(P scales, size_t group) {
   if (KIND == 2 || KIND == 3) return e8m0(uint(scales[group]));
   return KIND == 4 ? e4m3(uint(scales[group])) : float(scales[group]);
 }
+
+#ifdef NESTED
+#define SCALE(group) (nested_map[scales[group]] * nested_absmax[(group) / NESTED] + nested_offset[0])
+#else
+#define SCALE(group) read_scale<MODE>(scales, group)
+#endif

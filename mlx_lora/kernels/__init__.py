@@ -4,10 +4,22 @@ A function here takes arrays and knows no layer. One with a Metal kernel (``meta
 name) chooses by ``registry.enabled``; elsewhere the reference is the function.
 """
 
+from .dora_norm import dora_norm
 from .lora_qmv import lora_qmv
 from .lora_shrink import lora_shrink
 from .low_rank import low_rank_add, low_rank_products
+from .nf4_dequantize import nf4_dequantize
 from .registry import enabled, exportable
 from .stored import Stored
 
-__all__ = ["Stored", "enabled", "exportable", "lora_qmv", "lora_shrink", "low_rank_add", "low_rank_products"]
+__all__ = [
+    "Stored",
+    "dora_norm",
+    "enabled",
+    "exportable",
+    "lora_qmv",
+    "lora_shrink",
+    "low_rank_add",
+    "low_rank_products",
+    "nf4_dequantize",
+]

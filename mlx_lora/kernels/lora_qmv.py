@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import mlx.core as mx
 
 from .registry import enabled, launch, with_backward
-from .stored import MODES, Stored
+from .stored import Form, Stored
 
 MAX_ROWS = 8
 MAX_RANK = 256  # M * rank floats lie in threadgroup memory
 _ROWS = 4  # rows of W to a simdgroup
-
-
-class _Form(NamedTuple):
-    """What the operation is compiled for, besides shapes and dtypes."""
-
-    names: tuple[str, ...]
-    group_size: int
-    bits: int
-    mode: str
 
 
 def lora_qmv(
@@ -55,36 +45,31 @@ def lora_qmv(
     arrays = {"x": x, **base.arrays(), "u": u, "b": b, "scale": scale, "offset": offset}
     optional = {"bias": bias, "gain": gain, "idx": index, "ranks": ranks}
     arrays |= {name: array for name, array in optional.items() if array is not None}
-    form = _Form(tuple(arrays), base.group_size, base.bits, base.mode)
-    return _operation(form, enabled())(*arrays.values())
+    return _operation(tuple(arrays), base.form(), enabled())(*arrays.values())
 
 
 @functools.cache
-def _operation(form: _Form, metal: bool):
+def _operation(names: tuple[str, ...], form: Form, metal: bool):
     """The differentiable operation; without Metal it is its reference."""
     if not metal:
-        return functools.partial(_reference, form)
+        return functools.partial(_reference, names, form)
 
     def backward(primals, cotangent, _):
-        known = dict(zip(form.names, primals, strict=True))
-        floats = [n for n in form.names if mx.issubdtype(known[n].dtype, mx.floating)]
+        known = dict(zip(names, primals, strict=True))
+        floats = [n for n in names if mx.issubdtype(known[n].dtype, mx.floating)]
 
         def forward(*values):
-            return _reference(form, *(known | dict(zip(floats, values, strict=True))).values())
+            return _reference(names, form, *(known | dict(zip(floats, values, strict=True))).values())
 
         gradients = mx.vjp(forward, [known[n] for n in floats], [cotangent])[1]
         found = dict(zip(floats, gradients, strict=True))
-        return tuple(found[n] if n in found else mx.zeros_like(known[n]) for n in form.names)
+        return tuple(found[n] if n in found else mx.zeros_like(known[n]) for n in names)
 
-    return with_backward(functools.partial(_metal, form), backward)
-
-
-def _stored(form: _Form, known: dict[str, mx.array]) -> Stored:
-    return Stored(known["w"], known.get("scales"), known.get("biases"), form.group_size, form.bits, form.mode)
+    return with_backward(functools.partial(_metal, names, form), backward)
 
 
-def _reference(form: _Form, *arrays: mx.array) -> mx.array:
-    known = dict(zip(form.names, arrays, strict=True))
+def _reference(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:
+    known = dict(zip(names, arrays, strict=True))
     x, b = known["x"].astype(mx.float32), known["b"].astype(mx.float32)
     u, index = known["u"].sum(axis=0), known.get("idx")
     columns = known["offset"] + mx.arange(b.shape[-2])
@@ -96,7 +81,7 @@ def _reference(form: _Form, *arrays: mx.array) -> mx.array:
         counts = (mx.arange(b.shape[-2]) < known["ranks"][safe][:, None]) & (index >= 0)[:, None]
         low = mx.where(counts, low, 0)
         update = known["scale"][safe][:, None] * (low[:, None] @ b[safe])[:, 0]
-    y = x @ _stored(form, known).dequantized().T + update
+    y = x @ Stored.of(known, form).dequantized().T + update
     if "gain" in known:
         y = known["gain"] * y
     if "bias" in known:
@@ -104,15 +89,13 @@ def _reference(form: _Form, *arrays: mx.array) -> mx.array:
     return y.astype(known["x"].dtype)
 
 
-def _metal(form: _Form, *arrays: mx.array) -> mx.array:
-    known = dict(zip(form.names, arrays, strict=True))
+def _metal(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:
+    known = form.arrays(dict(zip(names, arrays, strict=True)))
     x, b = known["x"], known["b"]
     M, N, R = x.shape[0], b.shape[-1], b.shape[-2]
-    if form.mode == "nf4":
-        known["w"] = known["w"].view(mx.uint16)
     # Wide groups share lines of b; a narrow layer needs its few rows spread over the whole GPU.
     simdgroups = 8 if N >= 8192 else 4 if N >= 2048 else 2
-    defines = [f"MODE {MODES.index(form.mode)}"]
+    defines = form.defines(known)
     defines += [name for key, name in (("bias", "HAS_BIAS"), ("gain", "HAS_GAIN"), ("idx", "INDEXED")) if key in known]
     (y,) = launch(
         "lora_qmv",

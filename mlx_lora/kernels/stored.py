@@ -7,6 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 MODES = ("dense", "affine", "mxfp4", "mxfp8", "nvfp4", "nf4")  # the numbers of metal/weights.metal
+_NESTED = ("nested_absmax", "nested_map", "nested_offset")
 # QLoRA's code (arXiv:2305.14314): quantiles of a normal distribution, scaled to [-1, 1].
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -20,8 +21,9 @@ class Stored(NamedTuple):
     """A weight W [N, K].
 
     ``dense``: ``weight`` [N, K] itself. MLX's modes: packed ``weight`` [N, K * bits / 32] uint32, ``scales`` and
-    (affine) ``biases`` [N, K / group_size]. ``nf4``: ``weight`` [N, K / 2] uint8, two codes a byte, the first one high,
-    ``scales`` [N, K / group_size] float32.
+    (affine) ``biases`` [N, K / group_size]. ``nf4``: ``weight`` [N * K / 2] uint8, two codes a byte, the first one
+    high, ``scales`` float32, one for each ``group_size`` numbers of the whole matrix, row by row; or uint8 codes of
+    them with ``nested``: (scales of ``nested_block`` scales each, values of the codes [256], offset [1]), float32.
     """
 
     weight: mx.array
@@ -30,10 +32,15 @@ class Stored(NamedTuple):
     group_size: int = 64
     bits: int = 4
     mode: str = "dense"
+    nested: tuple[mx.array, mx.array, mx.array] | None = None
+    nested_block: int = 256
+    rows: int = 0  # N, where the weight is flat (nf4)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
+        if self.mode == "nf4":
+            return self.rows, 2 * self.weight.size // self.rows
         rows, columns = self.weight.shape
         if self.mode != "dense":
             columns = columns * 8 * self.weight.itemsize // self.bits
@@ -42,6 +49,8 @@ class Stored(NamedTuple):
     def arrays(self) -> dict[str, mx.array]:
         """The arrays there are, by the names the kernels know."""
         named = {"w": self.weight, "scales": self.scales, "biases": self.biases}
+        if self.nested is not None:
+            named |= dict(zip(_NESTED, self.nested, strict=True))
         return {name: array for name, array in named.items() if array is not None}
 
     def dequantized(self) -> mx.array:
@@ -49,8 +58,13 @@ class Stored(NamedTuple):
         if self.mode == "dense":
             return self.weight.astype(mx.float32)
         if self.mode == "nf4":
-            codes = mx.stack([self.weight >> 4, self.weight & 15], axis=-1).reshape(self.shape[0], -1, self.group_size)
-            return (mx.array(NF4)[codes] * self.scales.astype(mx.float32)[..., None]).reshape(self.shape)
+            scales = self.scales
+            if self.nested is not None:
+                of_scales, values, offset = self.nested
+                scales = values[scales] * mx.repeat(of_scales, self.nested_block)[: scales.size] + offset
+            codes = mx.stack([self.weight >> 4, self.weight & 15], axis=-1).reshape(self.shape)
+            groups = mx.arange(codes.size).reshape(self.shape) // self.group_size
+            return mx.array(NF4)[codes] * scales[groups]
         scales, biases = self.scales, self.biases
         if biases is not None:  # widened first: mx.dequantize rounds to the dtype of the scales
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
@@ -63,3 +77,33 @@ class Stored(NamedTuple):
             mode=self.mode,
             dtype=mx.float32,
         )
+
+    @classmethod
+    def of(cls, known: dict[str, mx.array], form: Form) -> Stored:
+        """The value again, from arrays by the kernels' names and what ``form`` says of it."""
+        nested = tuple(known[name] for name in _NESTED) if _NESTED[0] in known else None
+        sizes = form.group_size, form.bits, form.mode
+        return cls(known["w"], known.get("scales"), known.get("biases"), *sizes, nested, form.nested_block, form.rows)
+
+    def form(self) -> Form:
+        """Everything but the arrays; hashable."""
+        return Form(self.group_size, self.bits, self.mode, self.nested_block, self.rows)
+
+
+class Form(NamedTuple):
+    """How a weight is stored, without the arrays."""
+
+    group_size: int
+    bits: int
+    mode: str
+    nested_block: int
+    rows: int
+
+    def defines(self, known: dict[str, mx.array]) -> list[str]:
+        """For the preprocessor of a kernel that includes weights.metal."""
+        nested = [f"NESTED {self.nested_block}"] if _NESTED[0] in known else []
+        return [f"MODE {MODES.index(self.mode)}", *nested]
+
+    def arrays(self, known: dict[str, mx.array]) -> dict[str, mx.array]:
+        """``known`` with the weight as the kernels read it: nf4 by half-words."""
+        return known | {"w": known["w"].view(mx.uint16)} if self.mode == "nf4" else known

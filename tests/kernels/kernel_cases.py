@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from conftest import assert_close, numbers
-from mlx_lora.kernels import Stored, lora_qmv, lora_shrink
+from mlx_lora.kernels import Stored, dora_norm, lora_qmv, lora_shrink, nf4_dequantize
+from mlx_lora.kernels.stored import NF4
 
 TOLERANCE = {mx.float32: 3e-6, mx.float16: 2e-3, mx.bfloat16: 1.5e-2}
 DTYPES = list(TOLERANCE)
@@ -19,6 +20,7 @@ STORAGES = {
     "mxfp8": ("mxfp8", 8, 32),
     "nvfp4": ("nvfp4", 4, 16),
     "nf4": ("nf4", 4, 64),
+    "nf4nested": ("nf4", 4, 64),
 }
 
 
@@ -32,8 +34,12 @@ def make_stored(storage: str, N: int, K: int, dtype) -> Stored:
         return Stored(w)
     mode, bits, group = STORAGES[storage]
     if mode == "nf4":
-        codes = mx.random.randint(0, 256, (N, K // 2)).astype(mx.uint8)
-        return Stored(codes, mx.random.uniform(0.05, 0.2, (N, K // group)), None, group, bits, mode)
+        codes, blocks = mx.random.randint(0, 256, (N * K // 2,)).astype(mx.uint8), -(-N * K // group)
+        scales, nested = mx.random.uniform(0.05, 0.2, (blocks,)), None
+        if storage == "nf4nested":
+            scales = mx.random.randint(0, 256, (blocks,)).astype(mx.uint8)
+            nested = mx.random.uniform(0.05, 0.1, (-(-blocks // 8),)), mx.linspace(-1, 1, 256), mx.array([0.15])
+        return Stored(codes, scales, None, group, bits, mode, nested, 8, N)
     weight, scales, *biases = mx.quantize(w, group_size=group, bits=bits, mode=mode)
     return Stored(weight, scales, biases[0] if biases else None, group, bits, mode)
 
@@ -87,3 +93,30 @@ def check_many(index: list[int], dtype, padding: float = 0.0) -> None:
             low = float64(x[m]) @ float64(a[i, :, :r])
             expected[m] += scale[i].item() * low @ float64(b[i, :r])
     close(y, expected, dtype)
+
+
+def check_norm(N, K, storage, r=None, dtype=mx.float32) -> None:
+    """``dora_norm``, with an update of rank r or without."""
+    mx.random.seed(N + K)
+    base, w = (kept := make_stored(storage, N, K, dtype)), float64(kept.dequantized())
+    if r is None:
+        return assert_close(dora_norm(base), (w**2).sum(axis=1), 3e-6)
+    a, b = normal((K, r), dtype, K**-0.5), normal((r, N), dtype, 0.3)
+    w = w + 1.5 * (float64(a) @ float64(b)).T
+    assert_close(dora_norm(base, a, b, 1.5), (w**2).sum(axis=1), 3e-6)
+
+
+def check_dequantize(N, K, storage, dtype=mx.float32) -> None:
+    """``nf4_dequantize`` against the formula."""
+    mx.random.seed(N + K)
+    base = make_stored(storage, N, K, dtype)
+    got = nf4_dequantize(base, dtype)
+    assert got.dtype == dtype and got.shape == (N, K)
+    codes = np.array(base.weight)
+    codes = np.stack([codes >> 4, codes & 15], axis=-1).reshape(-1)
+    scales = np.array(base.scales)
+    if base.nested:
+        of_scales, values, offset = (np.array(n, np.float64) for n in base.nested)
+        scales = values[scales] * np.repeat(of_scales, base.nested_block)[: len(scales)] + offset
+    expected = np.array(NF4)[codes] * np.repeat(scales, base.group_size)[: N * K]
+    assert_close(got, expected.reshape(N, K), {mx.float32: 1e-6, mx.float16: 1e-3, mx.bfloat16: 5e-3}[dtype])

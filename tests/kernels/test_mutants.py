@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 import mslemu
-from kernel_cases import check, check_many
+from kernel_cases import check, check_dequantize, check_many, check_norm
 from mlx_lora.kernels import registry
 from mslemu.compiler import CompileError
 
@@ -34,6 +34,22 @@ def padded():
 
 def odd_bits():
     check(1, 9, 96, [2], mx.float32, "affine5g32")
+
+
+def norm():
+    check_norm(18, 544, "affine4g32", 3)
+
+
+def dense_norm():
+    check_norm(3, 37, "dense", 2)
+
+
+def dequantize():
+    check_dequantize(5, 160, "nf4")
+
+
+def nested():
+    check_dequantize(9, 192, "nf4nested")
 
 
 def storage(name):
@@ -144,7 +160,56 @@ MUTANTS = {
         ("scale of another adapter", "float(scale[id])", "float(scale[0])", many),
         ("rows of one adapter added twice", "first = first && idx[l] != id;", ";", many),
     ],
+    "dora_norm": [
+        ("no barrier before b is read", "simdgroup_" + BARRIER.removeprefix("threadgroup_"), "", norm),
+        (
+            "a barrier of no memory",
+            "simdgroup_barrier(mem_flags::mem_threadgroup)",
+            "simdgroup_barrier(mem_flags::mem_none)",
+            norm,
+        ),
+        ("no guard at the last rows", "min(ROWS, N - n0)", "ROWS", norm),
+        ("guard off by one", "min(ROWS, N - n0)", "min(ROWS, N + 1 - n0)", norm),
+        ("the last row is left out", "min(ROWS, N - n0)", "min(ROWS, N - 1 - n0)", norm),
+        ("k runs past the row", "k < K; k += 512", "k <= K; k += 512", norm),
+        ("lanes leave a gap", "k < K; k += 512", "k < K; k += 528", norm),
+        ("accumulator not cleared", "sum[i] = 0;", ";", norm),
+        ("bias of a group forgotten", "float(biases[group])", "0", norm),
+        ("scale of the update forgotten", "float(scale[0]) *", "", norm),
+        ("columns of the update left out", "c < R; c++", "c < R - 1; c++", norm),
+        ("a read in the other order", "size_t(k + j) * R + c", "size_t(c) * K + k + j + 1", norm),
+        ("a past its end", "if (k + j >= K) continue;", "", dense_norm),
+        ("tail of W not guarded", "k + j < K ?", "true ?", dense_norm),
+        ("b of the rows of another simdgroup", "low[(sg * ROWS + i) * R + c]", "low[i * R + c]", norm),
+        ("b past its end", "if (i < rows) low", "low", norm),
+        (
+            "simd_sum where lanes differ",
+            "const float total = simd_sum(sum[i]);",
+            "float total = 0; if (lane < 8) total = simd_sum(sum[i]);",
+            norm,
+        ),
+        ("every lane stores", "if (lane < rows) squared", "squared", norm),
+    ],
+    "nf4_dequantize": [
+        ("threads beyond the end", "if (first >= size_t(w_shape[0]) * 4) return;", "", dequantize),
+        (
+            "guard off by a unit",
+            "if (first >= size_t(w_shape[0]) * 4)",
+            "if (first + 16 >= size_t(w_shape[0]) * 4)",
+            dequantize,
+        ),
+        ("units overlap", "thread_position_in_grid.x) * 16", "thread_position_in_grid.x) * 8", dequantize),
+        ("half-words of another unit", "w + first / 4", "w + first / 8", dequantize),
+        ("block of the wrong size", "first / GROUP", "first / 32", dequantize),
+        ("scale forgotten", "code[i] * s", "code[i]", dequantize),
+        ("the last number is left out", "i < 16; i++", "i < 15; i++", dequantize),
+        ("one number too many", "i < 16; i++", "i < 17; i++", dequantize),
+        ("write to the input", "float code[16];", "float code[16]; ((device ushort*)w)[0] = 0;", dequantize),
+        ("wrong address space", "float code[16];", "float code[16]; device float* p = code;", dequantize),
+    ],
     "weights": [
+        ("nested scales of another block", "(group) / NESTED", "(group) / (2 * NESTED)", nested),
+        ("nested offset forgotten", " + nested_offset[0]", "", nested),
         ("bits across half-words lost", "if (at % 16 + BITS > 16)", "if (false)", odd_bits),
         ("mask too wide", "(1u << BITS) - 1", "(2u << BITS) - 1", odd_bits),
         ("half-words past the unit", "i < BITS; i++", "i <= BITS; i++", storage("mxfp4")),

@@ -19,6 +19,7 @@ FLOORS = [
     {"data", "layers", "adapter"},
     {"training", "formats", "selection"},
     {"model", "planning"},
+    {"many"},
     {"fusing"},
     {"serving"},
     {"cli"},

@@ -6,6 +6,7 @@ name) chooses by ``registry.enabled``; elsewhere the reference is the function.
 
 from .dora_norm import dora_norm
 from .lora_qmv import lora_qmv
+from .lora_rows import lora_rows
 from .lora_shrink import lora_shrink
 from .low_rank import low_rank_add, low_rank_products
 from .nf4_dequantize import nf4_dequantize
@@ -18,6 +19,7 @@ __all__ = [
     "enabled",
     "exportable",
     "lora_qmv",
+    "lora_rows",
     "lora_shrink",
     "low_rank_add",
     "low_rank_products",

@@ -10,6 +10,7 @@ from .base import AdapterLayer, base_dtype, dense_weight, dims, is_quantized, ki
 from .cpu import use_blas
 from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
 from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from .many import ManyLoRALinear, Rows
 from .siblings import introduce
 
 METHODS = {
@@ -20,6 +21,8 @@ METHODS = {
 __all__ = [
     "METHODS",
     "AdapterLayer",
+    "ManyLoRALinear",
+    "Rows",
     "base_dtype",
     "dense_weight",
     "dims",

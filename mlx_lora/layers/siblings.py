@@ -65,7 +65,9 @@ def introduce(layers: dict[str, nn.Module]) -> None:
         for path, layer in left.items():
             parent, _, name = path.rpartition(".")
             if name in names:
-                families.setdefault((parent, dims(layer.base)[0], layer.lora_a.dtype), {})[path] = layer
+                # Layers of many adapters share only among those of the same ranks.
+                key = (parent, dims(layer.base)[0], layer.lora_a.dtype, getattr(layer, "_shrink", None))
+                families.setdefault(key, {})[path] = layer
         for family in families.values():
             siblings = Siblings(list(family.values())[:MAX_MATRICES])
             if len(family) > 1:
@@ -106,24 +108,31 @@ def fused(layer: nn.Module, x: mx.array, gain: Callable[[], mx.array] | None = N
 
     ``gain``: gives DoRA's factor [out].
     """
+    base = fits(layer, x)
+    if base is None:
+        return None
+    return decode(layer, base, x, _shrunk, _number(float(layer.scale), mx.float32), gain=gain() if gain else None)
+
+
+def fits(layer: nn.Module, x: mx.array) -> Stored | None:
+    """What the kernels read of the layer's base, where they can do this call."""
     rows = x.size // x.shape[-1]
     if layer.training or not 1 <= rows <= MAX_ROWS or layer.rank > MAX_RANK or not enabled():
         return None
     base = stored(layer.base)
     if base is None or not layer.lora_a.dtype == layer.lora_b.dtype == x.dtype == _computes_in(base, x):
         return None
-    part = layer.siblings.part(layer, x, _shrunk) if layer.siblings is not None else _shrunk(x, [layer.lora_a])[0]
-    u, offset = part
-    y = lora_qmv(
-        x.reshape(rows, -1),
-        base,
-        u,
-        layer.lora_b,
-        _number(float(layer.scale), mx.float32),
-        _number(offset, mx.int32).reshape(()),
-        bias=layer.base.get("bias"),
-        gain=gain() if gain else None,
-    )
+    return base
+
+
+def decode(
+    layer: nn.Module, base: Stored, x: mx.array, shrink: Callable, scale: mx.array, **options: mx.array | None
+) -> mx.array:
+    """The layer on a few rows by the kernels. ``options``: those of ``lora_qmv``."""
+    siblings = layer.siblings
+    u, offset = siblings.part(layer, x, shrink) if siblings is not None else shrink(x, [layer.lora_a])[0]
+    offset, bias = _number(offset, mx.int32).reshape(()), layer.base.get("bias")
+    y = lora_qmv(x.reshape(-1, x.shape[-1]), base, u, layer.lora_b, scale, offset, bias=bias, **options)
     return y.reshape(*x.shape[:-1], -1)
 
 

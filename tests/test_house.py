@@ -19,7 +19,7 @@ FLOORS = [
     {"data", "layers", "adapter"},
     {"training", "formats", "selection"},
     {"model", "planning"},
-    {"many"},
+    {"many", "measuring"},
     {"fusing"},
     {"serving"},
     {"cli"},

@@ -25,6 +25,7 @@ COMMANDS = {
     "fuse": ("adapters", "Merge an adapter into the model's weights."),
     "convert": ("adapters", "Convert an adapter from one format to another."),
     "inspect": ("adapters", "Describe an adapter without loading a model."),
+    "bench": ("bench", "Measure the kernels on this machine."),
     "doctor": ("doctor", "Tell what this machine computes with, and how to make it faster."),
 }
 

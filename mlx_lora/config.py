@@ -17,9 +17,12 @@ from typing import Any
 from .errors import ConfigError
 
 DEFAULT_RANK, DEFAULT_SCALE = 8, 20.0
+VERA_RANK = 256  # PEFT's default: two vectors a module cost next to nothing
 # The arrays a method keeps for each module it adapts. Under "full" an adapter holds whole parameters of the model.
-LEAVES = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
+LEAVES = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m"), "vera": ("vera_lambda_d", "vera_lambda_b")}
 METHODS = (*LEAVES, "full")
+BIASES = ("none", "all", "lora_only")
+INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "muon", "lion")
 SCHEDULES = ("constant", "linear_schedule", "cosine_decay", "exponential_decay", "step_decay")
 REPORTERS = ("wandb", "swanlab")
@@ -39,38 +42,83 @@ class AdapterConfig:
 
     The multiplier of the low-rank update, ``y = W x + scale * B A x``, is for each module: its entry in
     ``scale_pattern``; else ``alpha / rank`` (``alpha / sqrt(rank)`` with ``rslora``, arXiv:2312.03732) where ``alpha``
-    is given; else ``scale``. Pattern keys are regular expressions matched as PEFT matches them: against the whole
-    module path or any dotted suffix of it, first match wins.
+    is given or ``alpha_pattern`` names the module; else ``scale``. Pattern keys are regular expressions matched as PEFT
+    matches them: against the whole module path or any dotted suffix of it, first match wins.
 
     ``keys`` selects modules: paths relative to a layer (``self_attn.q_proj``), absolute paths (``lm_head``,
     ``model.embed_tokens``), PEFT leaf names (``q_proj``), ``all-linear``, or regular expressions over absolute paths.
-    None means every linear layer of the last ``num_layers`` layers, routers of mixtures of experts left out.
+    None means every linear layer of the last ``num_layers`` layers, routers of mixtures of experts left out. An empty
+    tuple means none, where something else is trained.
+
+    Beside the method's arrays an adapter may train whole modules (``modules_to_save``), biases (``bias``), and rows of
+    an embedding (``trainable_token_indices``); see ``Adapter`` for the names of their arrays. VeRA has no multiplier
+    and one rank: its shared projections are drawn from ``projection_prng_key`` as PEFT draws them.
     """
 
     method: str = knob("lora", "The adapter method; full trains the layers themselves.", choices=METHODS)
-    rank: int = knob(DEFAULT_RANK, "Rank of the low-rank update.")
-    scale: float = knob(DEFAULT_SCALE, "Multiplier of the low-rank update (alpha = scale * rank).")
+    rank: int = knob(None, f"Rank of the low-rank update; {DEFAULT_RANK} by default, {VERA_RANK} for vera.")
+    scale: float = knob(
+        None, f"Multiplier of the low-rank update (alpha = scale * rank); {DEFAULT_SCALE:g} by default; vera has none."
+    )
     alpha: float | None = knob(None, "PEFT's lora_alpha, in place of scale: scale = alpha / rank.")
     rslora: bool = knob(False, "Scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732); needs alpha.")
     dropout: float = knob(0.0, "Dropout on the input of the low-rank path, in training.")
     keys: tuple[str, ...] | None = knob(None, "Modules to adapt; default: every linear of the chosen layers.")
+    target_parameters: tuple[str, ...] | None = knob(
+        None, "PEFT's names of experts' parameters to adapt, such as mlp.experts.gate_up_proj."
+    )
     num_layers: int = knob(16, "Adapt the last N layers; -1 for all of them.")
+    layers_to_transform: tuple[int, ...] | None = knob(
+        None, "Adapt the layers of these numbers, from 0, in place of the last num_layers."
+    )
     rank_pattern: dict[str, int] = knob({}, "Rank by module, {regular expression: rank}.")
     scale_pattern: dict[str, float] = knob({}, "Scale by module, {regular expression: scale}.")
+    alpha_pattern: dict[str, float] = knob({}, "PEFT's lora_alpha by module, {regular expression: alpha}.")
+    init: str = knob(
+        "default",
+        "How the update starts: default (A uniform, B = 0), gaussian, orthogonal, pissa, pissa_niter_N (randomized), "
+        "olora, loftq, eva or lora_ga.",
+    )
+    bias: str = knob("none", "Also train biases: of the whole model, or of the adapted layers.", choices=BIASES)
+    lora_bias: bool = knob(False, "Give the update a bias of its own (PEFT's lora_bias).")
+    modules_to_save: tuple[str, ...] | None = knob(None, "Modules to train whole beside the adapter, such as lm_head.")
+    trainable_token_indices: dict[str, tuple[int, ...]] = knob(
+        {}, "Train these rows of an embedding alone, {module: [token ids]}."
+    )
+    embedding_side: str = knob(
+        "both",
+        "Where an embedding's update acts if the model ties its output to it: both (as mlx-lm) or input (as PEFT).",
+        choices=("both", "input"),
+    )
+    projection_prng_key: int = knob(0, "VeRA: the seed of the shared projections (PEFT's name).")
+    save_projection: bool = knob(True, "VeRA: save the shared projections too, not their seed alone.")
+    d_initial: float = knob(0.1, "VeRA: what lambda_d starts from.")
 
     def __post_init__(self):
-        if isinstance(self.keys, str):
-            object.__setattr__(self, "keys", (self.keys,))
-        elif self.keys is not None:
-            object.__setattr__(self, "keys", tuple(self.keys))
+        for name in ("keys", "target_parameters", "modules_to_save", "layers_to_transform"):
+            value = getattr(self, name)
+            if isinstance(value, int if name == "layers_to_transform" else str):
+                value = (value,)
+            self._set(name, None if value is None else tuple(value))
+        vera = self.method == "vera"
+        if self.rank is None:
+            self._set("rank", VERA_RANK if vera else DEFAULT_RANK)
+        if self.scale is None:
+            self._set("scale", 1.0 if vera else DEFAULT_SCALE)
         faults = []
         if self.method not in METHODS:
             faults.append(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
+        if isinstance(self.trainable_token_indices, dict):
+            tokens = self.trainable_token_indices.items()
+            self._set("trainable_token_indices", {k: (v,) if isinstance(v, int) else tuple(v) for k, v in tokens})
+        else:
+            faults.append(f"trainable_token_indices must map modules to token ids: {self.trainable_token_indices!r}")
         ranks = {"rank": self.rank, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         for name, value in ranks.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 faults.append(f"{name} must be a whole number of at least 1, not {value!r}")
         scales = {"scale": self.scale, **{f"scale_pattern[{k!r}]": v for k, v in self.scale_pattern.items()}}
+        scales |= {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
         if self.alpha is not None:
             scales["alpha"] = self.alpha
         for name, value in scales.items():
@@ -82,18 +130,64 @@ class AdapterConfig:
             faults.append(f"dropout must be in [0, 1), not {self.dropout!r}")
         if isinstance(self.num_layers, bool) or not isinstance(self.num_layers, int) or self.num_layers < -1:
             faults.append(f"num_layers must be -1 (all) or a number of layers, not {self.num_layers!r}")
-        if self.rslora and self.alpha is None:
+        if self.rslora and self.alpha is None and not self.alpha_pattern:
             faults.append("rslora divides alpha by sqrt(rank): give alpha")
-        if self.keys is not None and not self.keys:
+        if self.keys == () and not (self.target_parameters or self.modules_to_save or self.trainable_token_indices):
             faults.append("keys is empty: name at least one module, or leave keys out")
-        for name, pattern in [("rank_pattern", p) for p in self.rank_pattern] + [
-            ("scale_pattern", p) for p in self.scale_pattern
-        ]:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                faults.append(f"{name}: {pattern!r} is not a regular expression ({error})")
-        raise_all(faults)
+        for name in ("rank_pattern", "scale_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    faults.append(f"{name}: {pattern!r} is not a regular expression ({error})")
+        raise_all(faults + self._contradictions())
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _contradictions(self) -> list[str]:
+        """Settings that each exist, and that the method or one another cannot honour."""
+        faults = []
+        for name in ("keys", "target_parameters", "modules_to_save"):
+            if any(not isinstance(item, str) for item in getattr(self, name) or ()):
+                faults.append(f"{name} must be names of modules, not {list(getattr(self, name))!r}")
+        if self.init not in INITS and not re.fullmatch(r"pissa_niter_[1-9]\d*", self.init or ""):
+            faults.append(f"init must be one of {', '.join(INITS)} or pissa_niter_N, not {self.init!r}")
+        for name, allowed in (("bias", BIASES), ("embedding_side", ("both", "input"))):
+            if getattr(self, name) not in allowed:
+                faults.append(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name, ids in self.trainable_token_indices.items():
+            if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+                faults.append(f"trainable_token_indices[{name!r}] must be token ids, not {list(ids)!r}")
+            elif len(set(ids)) != len(ids):
+                faults.append(f"trainable_token_indices[{name!r}] names a token twice")
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.layers_to_transform or ()):
+            faults.append(f"layers_to_transform must be numbers of layers, not {list(self.layers_to_transform)!r}")
+        if self.lora_bias and self.method != "lora":
+            faults.append(f"lora_bias is for lora, not for {self.method}")
+        if self.init not in ("default", "gaussian", "orthogonal") and self.method != "lora":
+            faults.append(f"init {self.init!r} is for lora, not for {self.method}")
+        if self.init != "default" and self.method not in ("lora", "dora"):
+            faults.append(f"init {self.init!r} is for low-rank methods, not for {self.method}")
+        if self.lora_bias and self.init not in ("default", "gaussian"):
+            faults.append(f"lora_bias starts with a plain adapter, not with init {self.init!r}")
+        if self.method == "vera":
+            given = [
+                n for n in ("alpha", "rslora", "rank_pattern", "scale_pattern", "alpha_pattern") if getattr(self, n)
+            ]
+            given += ["scale"] if self.scale != 1 else []
+            faults += [f"{name}: vera has one rank and no multiplier" for name in given]
+        if not isinstance(self.d_initial, (int, float)) or not math.isfinite(self.d_initial) or self.d_initial == 0:
+            faults.append(f"d_initial must be a number other than 0, not {self.d_initial!r}")
+        key = self.projection_prng_key
+        if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2**64:
+            faults.append(f"projection_prng_key must be a whole number from 0 to 2^64 - 1, not {key!r}")
+        if self.method == "full":
+            extra = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layers_to_transform")
+            plain = {f.name: f.default for f in dataclasses.fields(self)}
+            given = [n for n in extra if getattr(self, n) not in (None, {}, plain[n])]
+            faults += [f"{name}: full fine-tuning trains the layers themselves" for name in given]
+        return list(dict.fromkeys(faults))
 
     def rank_of(self, path: str) -> int:
         """The rank of the module at ``path``."""
@@ -102,9 +196,8 @@ class AdapterConfig:
     def scale_of(self, path: str) -> float:
         """The multiplier of the low-rank update of the module at ``path``."""
         rank = self.rank_of(path)
-        default = self.scale
-        if self.alpha is not None:
-            default = self.alpha / (math.sqrt(rank) if self.rslora else rank)
+        alpha = match_pattern(self.alpha_pattern, path, self.alpha)
+        default = self.scale if alpha is None else alpha / (math.sqrt(rank) if self.rslora else rank)
         return float(match_pattern(self.scale_pattern, path, default))
 
 
@@ -155,6 +248,15 @@ class OptimizerConfig:
     learning_rate: float = knob(1e-5, "The learning rate.")
     lr_schedule: Any = knob(None, "A schedule's name, or mlx-lm's mapping {name, arguments, warmup, warmup_init}.")
     warmup: int = knob(0, "Optimizer steps from 0 to the learning rate.")
+    loraplus_lr_ratio: float | None = knob(
+        None, "LoRA+ (arXiv:2402.12354): B and vectors learn this many times faster than A, such as 16."
+    )
+    loraplus_lr_embedding: float | None = knob(
+        None, "LoRA+: the rate of embeddings' low-rank matrices; 1e-6 by default."
+    )
+    loraplus_weight_decay: float | None = knob(
+        None, "LoRA+: weight decay (0 by default) of all but biases, LayerNorms."
+    )
 
     def __post_init__(self):
         faults = []
@@ -165,6 +267,15 @@ class OptimizerConfig:
             faults.append(f"learning_rate must be a positive number, not {rate!r}")
         if not isinstance(self.warmup, int) or self.warmup < 0:
             faults.append(f"warmup must be a number of steps, not {self.warmup!r}")
+        for name in ("loraplus_lr_ratio", "loraplus_lr_embedding", "loraplus_weight_decay"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and name != "loraplus_weight_decay"):
+                faults.append(f"{name} must be a positive number, not {value!r}")
+            elif self.loraplus_lr_ratio is None:
+                faults.append(f"{name} is of LoRA+: give loraplus_lr_ratio")
         raise_all(faults)
 
 

@@ -7,7 +7,6 @@ stored weight holds of it, cosine(D, D') and ||D' - D|| / ||D||, in float32.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -15,8 +14,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from .errors import ConfigError
-from .layers import AdapterLayer, base_dtype, dense_weight, is_quantized, kind, use_blas
-from .model import DTYPES, _model_dtype, adapters_on
+from .layers import AdapterLayer, TokenRows, UntiedEmbedding, base_dtype, dense_weight, is_quantized, kind, use_blas
+from .model import DTYPES, _model_dtype, _wrappers, dense_module, forget
+from .quant import NF4Linear
 
 # An update that keeps this much is whole for every purpose; below it, the layer is stored wider.
 SURVIVES_COSINE, SURVIVES_ERROR = 0.99, 0.1
@@ -71,10 +71,22 @@ def fuse(
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     floats = DTYPES[dtype] if dtype else None
     default = _model_dtype(model)
-    adapted = adapters_on(model)
+    adapted = _wrappers(model)
+    one_sided = [path for path, layer in adapted.items() if getattr(layer, "input_only", False)]
+    one_sided += [path for path, module in model.named_modules() if isinstance(module, UntiedEmbedding)]
+    if one_sided and tied(model):
+        raise ConfigError(
+            f"{', '.join(one_sided)}: its update acts on the input only, and the model's output is tied to it",
+            "Keep the adapter beside the base: one matrix cannot be both.",
+        )
     if bits is not None and adapted and not any(is_quantized(layer.base) for layer in adapted.values()):
         raise ConfigError("bits applies to quantized bases; this one is not", "Fuse first, then quantize the model.")
     reports, new = [], {}
+    for path, module in model.named_modules():  # of an untied model: the whole truth
+        if isinstance(module, UntiedEmbedding):
+            new[path] = nn.Embedding(1, 1)
+            new[path].weight = module.weight
+            new[path].freeze()
     for path, layer in adapted.items():
         target = floats or base_dtype(layer.base) or default
         new[path], report = _fuse_layer(path, layer, target, bits, dequantize or floats is not None)
@@ -83,9 +95,10 @@ def fuse(
         for path, module in model.named_modules():
             if is_quantized(module) and kind(module) and not path.endswith((".linear", ".embedding")):
                 target = floats or base_dtype(module) or default
-                new[path] = _dense_module(module, dense_weight(module), target)
+                new[path] = dense_module(module, dense_weight(module), target)
     on_blas = any(hasattr(layer.base, "dense") for layer in adapted.values())
     model.update_modules(tree_unflatten(list(new.items())))
+    forget(model)
     if on_blas:
         use_blas(model)
     model.eval()
@@ -94,7 +107,7 @@ def fuse(
 
 
 def _fuse_layer(
-    path: str, layer: AdapterLayer, dtype: mx.Dtype, bits: int | None, as_floats: bool
+    path: str, layer: AdapterLayer | TokenRows, dtype: mx.Dtype, bits: int | None, as_floats: bool
 ) -> tuple[nn.Module, FusedLayer]:
     base = layer.base
     before = dense_weight(base)
@@ -102,11 +115,11 @@ def _fuse_layer(
     mx.eval(before, merged)
     choices = []
     if is_quantized(base) and not as_floats:
-        choices = [_quantized_module(base, merged, dtype, bits or 8)]
+        choices = [_quantized_module(layer, merged, dtype, bits or 8)]
     if bits is None:
         choices.append(None)  # floats, made only if wanted
     for module in choices:
-        module = module if module is not None else _dense_module(base, merged, dtype)
+        module = module if module is not None else _merged_module(layer, merged, dtype)
         report = _measure(path, module, before, merged)
         if report.survives:
             break
@@ -125,31 +138,31 @@ def _measure(path: str, module: nn.Module, before: mx.array, merged: mx.array) -
     return FusedLayer(path, storage, cosine, error, relative)
 
 
-def _dense_module(base: nn.Module, weight: mx.array, dtype: mx.Dtype) -> nn.Module:
-    """A plain layer of ``base``'s kind with ``weight`` and ``base``'s bias."""
-    which = kind(base)
-    if not is_quantized(base):
-        made = copy.copy(base)
-    elif which == "linear":
-        made = nn.Linear(1, 1, bias=False)
-    elif which == "embedding":
-        made = nn.Embedding(1, 1)
-    else:
-        from mlx_lm.models.switch_layers import SwitchLinear
-
-        made = SwitchLinear(1, 1, 1, bias=False)
-    made.weight = weight.astype(dtype)
-    if "bias" in base:
-        made.bias = base.bias
-    made.freeze()
+def _merged_module(layer: AdapterLayer | TokenRows, weight: mx.array, dtype: mx.Dtype) -> nn.Module:
+    """A plain layer with the merged ``weight`` and bias."""
+    made = dense_module(layer.base, weight, dtype)
+    bias = layer.merged_bias() if isinstance(layer, AdapterLayer) else None
+    if bias is not None:
+        made.bias = bias.astype(dtype if "bias" not in layer.base else layer.base.bias.dtype)
+        made.freeze()
     return made
 
 
-def _quantized_module(base: nn.Module, weight: mx.array, dtype: mx.Dtype, bits: int) -> nn.Module:
-    """``weight`` quantized to ``bits``, in the mode of ``base`` where it has that width, else affine."""
+def _quantized_module(layer: AdapterLayer | TokenRows, weight: mx.array, dtype: mx.Dtype, bits: int) -> nn.Module:
+    """``weight`` quantized to ``bits``, in the mode of the base where it has that width, else affine."""
+    base = layer.base
+    if isinstance(base, NF4Linear) and bits == base.bits:
+        return NF4Linear.from_linear(_merged_module(layer, weight, dtype), "nested_absmax" in base, base.group_size)
     same = bits == base.bits
     mode = base.mode if same else "affine"
     group = base.group_size if same or base.mode == "affine" else 32
-    made = _dense_module(base, weight, dtype).to_quantized(group_size=group, bits=bits, mode=mode)
+    made = _merged_module(layer, weight, dtype).to_quantized(group_size=group, bits=bits, mode=mode)
     made.freeze()
     return made
+
+
+def tied(model: nn.Module) -> bool:
+    """Whether the model's output is its input embedding."""
+    args = getattr(model, "args", None)
+    known = getattr(args, "tie_word_embeddings", None)
+    return bool(known) if known is not None else not any(p.endswith("lm_head") for p, _ in model.named_modules())

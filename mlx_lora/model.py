@@ -5,13 +5,15 @@ An adapter never touches a base weight here; merging it into the weights is ``fu
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,31 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from . import device
-from .adapter import Adapter, explicit_config, raise_faults, split_layer
+from .adapter import SHARED, Adapter, explicit_config, raise_faults, saved_whole, split_layer
 from .base_config import missing_fields
 from .config import AdapterConfig
 from .errors import AdapterError, ConfigError, MLXLoRAError, ModelError
 from .formats import load_adapter
-from .layers import METHODS, AdapterLayer, dims, introduce, is_quantized, kind, use_blas
-from .selection import layer_paths, select
+from .layers import (
+    METHODS,
+    AdapterLayer,
+    TokenRows,
+    UntiedEmbedding,
+    base_dtype,
+    check_rank,
+    dense_weight,
+    dims,
+    draw_projections,
+    introduce,
+    is_quantized,
+    kind,
+    make_layers,
+    shared_dims,
+    use_blas,
+)
+from .quant import NF4Linear
+from .quant.model import load_classes, nf4_config, refuse_foreign, stored_names
+from .selection import layer_paths, select, select_named
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # What a model folder needs besides its weights; copied as they are when a model is saved.
@@ -90,8 +110,10 @@ def load(
     # Older versions of mlx-lm run such code without asking, and know no such argument.
     knows = "trust_remote_code" in inspect.signature(utils.load_model).parameters
     options = {"trust_remote_code": True} if trust_remote_code and knows else {}
+    refuse_foreign(path_or_repo, config)
+    classes = {"get_model_classes": load_classes(utils._get_classes)}
     try:
-        model, config = utils.load_model(folder, lazy=True, model_config=missing_fields(config), **options)
+        model, config = utils.load_model(folder, lazy=True, model_config=missing_fields(config), **classes, **options)
         tokenizer = utils.load_tokenizer(
             folder,
             {"trust_remote_code": trust_remote_code},
@@ -157,29 +179,55 @@ def read_config(folder: Path) -> dict[str, Any]:
 # -- adapters on a model ---------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _State:
+    """What is on a model besides its adapter layers, and what it takes to undo it."""
+
+    config: AdapterConfig
+    shared: tuple[mx.array, mx.array] | None = None  # VeRA's projections as drawn or loaded, float32
+    whole: list[tuple[str, str]] = field(default_factory=list)  # (module path, parameter name) of whole parameters
+    arrays: dict[tuple[str, str], mx.array] = field(default_factory=dict)  # what they were
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # quantized modules that dense ones stand in for
+
+
 def attach(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Freeze the base and put fresh, trainable adapters on the modules that ``config`` chooses. The identity at first.
 
-    Draws from ``mx.random``: seed it for a run that can be repeated. Under ``method="full"`` nothing is attached: the
-    chosen layers' own parameters become trainable.
+    Whole modules, biases and rows of embeddings that ``config`` names become trainable too; ``unmount`` puts back what
+    they were. Draws from ``mx.random``: seed it for a run that can be repeated. Under ``method="full"`` nothing is
+    attached: the chosen layers' own parameters become trainable.
 
     Returns: the adapted paths. Raises: AdapterError, ConfigError.
     """
-    if adapters_on(model):
+    if adapters_on(model) or _state(model) is not None:
         raise AdapterError("the model has adapters already", "Take them off with unmount(model), or fuse them.")
     if config.method == "full":
         return _unfreeze(model, config)
+    bare = dict(model.named_modules())
+    whole, tokens = _whole_modules(model, config), select_named(model, config.trainable_token_indices)
     chosen = select(model, config)
-    dtype = _model_dtype(model)
-    layers = {}
-    for path, module in chosen.items():
-        layer = METHODS[config.method][kind(module)]
-        try:
-            layers[path] = layer(module, config.rank_of(path), config.scale_of(path), config.dropout, dtype)
-        except AdapterError as error:
-            raise AdapterError(f"{path}: {error.message}", error.hint) from None
+    both = [path for path in chosen if path in whole or path in tokens]
+    if config.keys is None:
+        chosen = {path: module for path, module in chosen.items() if path not in both}
+    elif both:
+        raise AdapterError(f"{', '.join(both)}: adapted and trained whole at once", "Leave one of the two out.")
+    ranks = {path: config.rank_of(path) for path in chosen}
+    if config.method != "vera":
+        for path, module in chosen.items():
+            try:
+                check_rank(module, ranks[path])
+            except AdapterError as error:
+                raise AdapterError(f"{path}: {error.message}", error.hint) from None
+    state = _State(config)
+    if config.method == "vera" and chosen:
+        state.shared = draw_projections(config.rank, *shared_dims(chosen.values()), config.projection_prng_key)
+    layers: dict[str, nn.Module] = make_layers(chosen, config, ranks, _model_dtype(model), state.shared)
+    layers |= {path: TokenRows(bare[path], ids, _model_dtype(model)) for path, ids in tokens.items()}
     model.freeze()
     _place(model, layers)
+    names = [(path, leaf) for path in whole for leaf in _own_arrays(bare[path])]
+    names += [(path, "bias") for path in _biased(bare, config, list(chosen)) if (path, "bias") not in names]
+    _make_whole(model, state, names)
     return list(chosen)
 
 
@@ -188,24 +236,36 @@ def extract(model: nn.Module) -> Adapter:
 
     After ``attach(model, AdapterConfig(method="full"))`` these are the trainable parameters themselves.
     """
-    layers = adapters_on(model)
+    layers, state = adapters_on(model), _state(model)
     base = base_of(model)
     name = base.name if base else None
-    if not layers:
+    if state is None and not layers:
         weights = dict(tree_flatten(model.trainable_parameters()))
         if not weights or len(weights) == len(tree_flatten(model.parameters())):
             raise AdapterError("the model has no adapter", "Put one on with attach(model, config) or mount(...).")
         indices = [split_layer(path)[0] for path in weights]
         return Adapter(AdapterConfig(method="full", num_layers=_count(model, indices)), weights, base=name)
+    if state is None:  # layers that were not put there by attach or mount
+        first = next(iter(layers.values()))
+        state = _State(AdapterConfig(method=first.method, dropout=round(1 - first.dropout._p_1, 6)))
     weights, ranks, scales = {}, {}, {}
     for path, layer in layers.items():
         ranks[path], scales[path] = layer.rank, layer.scale
         weights.update({f"{path}.{leaf}": array for leaf, array in layer.adapter_weights().items()})
-    first = next(iter(layers.values()))
-    plain = AdapterConfig(
-        method=first.method,
-        dropout=round(1 - first.dropout._p_1, 6),
+    tokens = {path: m for path, m in model.named_modules() if isinstance(m, TokenRows)}
+    weights |= {f"{path}.trainable_tokens": module.trainable_tokens for path, module in tokens.items()}
+    bare = _bare_modules(model)
+    weights |= {f"{path}.{leaf}": bare[path][leaf] for path, leaf in state.whole}
+    config = state.config
+    if config.method == "vera" and config.save_projection:
+        weights |= dict(zip(SHARED, state.shared, strict=True))
+    plain = replace(
+        config,
         num_layers=_count(model, [split_layer(path)[0] for path in layers]),
+        keys=None if layers else config.keys,
+        modules_to_save=tuple(sorted({path for path, leaf in state.whole if saved_whole(config, path)})) or None,
+        trainable_token_indices={path: module.ids for path, module in tokens.items()},
+        init="default",
     )
     return Adapter(explicit_config(plain, ranks, scales), weights, base=name)
 
@@ -217,35 +277,48 @@ def mount(model: nn.Module, adapter: Adapter) -> None:
         AdapterError: the adapter does not fit; the model is then as it was.
     """
     adapter.check()
-    if adapter.config.method == "full":
-        return _mount_full(model, adapter)
-    bare = _bare_modules(model)
-    faults = _misfits(bare, adapter)
+    config, bare = adapter.config, _bare_modules(model)
+    faults = [] if config.method == "full" else _misfits(bare, adapter)
+    faults += _token_misfits(bare, adapter) + _whole_misfits(bare, adapter)
     if faults:
         base = f" It was made for {adapter.base}." if adapter.base else ""
         raise_faults(faults, f"This adapter is of another model.{base}")
-    dtype, layers = _model_dtype(model), {}
-    for path in adapter.modules:
-        config = adapter.config
-        layer = METHODS[config.method][kind(bare[path])](
-            bare[path], adapter.rank_of(path), config.scale_of(path), config.dropout, dtype
-        )
-        for leaf, initial in layer.adapter_weights().items():
-            setattr(layer, leaf, adapter.weights[f"{path}.{leaf}"].astype(initial.dtype))
-        layers[path] = layer
+    state, layers, dtype = _State(config), {}, _model_dtype(model)
+    if config.method != "full":
+        bases = {path: bare[path] for path in adapter.modules}
+        if config.method == "vera" and bases:
+            state.shared = _projections(adapter, bases)
+        ranks = {path: adapter.rank_of(path) for path in bases}
+        layers = make_layers(bases, config, ranks, dtype, state.shared)
+        for path, layer in layers.items():
+            for leaf, initial in layer.adapter_weights().items():
+                setattr(layer, leaf, adapter.weights[f"{path}.{leaf}"].astype(initial.dtype))
+    for path, (ids, rows) in adapter.tokens.items():
+        layers[path] = TokenRows(bare[path], ids, dtype)
+        layers[path].trainable_tokens = rows.astype(layers[path].trainable_tokens.dtype)
     unmount(model)
     model.freeze()
     _place(model, layers)
+    whole = {tuple(name.rpartition(".")[::2]): array for name, array in adapter.whole.items()}
+    _make_whole(model, state, list(whole), whole)
 
 
 def unmount(model: nn.Module) -> None:
     """Take every adapter off ``model``; it computes as it was loaded. Does nothing where there is none."""
-    layers = adapters_on(model)
+    layers, state = _wrappers(model), model.__dict__.pop("_mlx_lora_state", None)
     if layers:
         model.update_modules(tree_unflatten([(path, layer.base) for path, layer in layers.items()]))
-    replaced = model.__dict__.pop("_mlx_lora_replaced", None)
-    if replaced:
-        model.update(tree_unflatten(list(replaced.items())))
+    if state is not None:
+        if state.modules:
+            model.update_modules(tree_unflatten(list(state.modules.items())))
+        modules = dict(model.named_modules())
+        for (path, leaf), array in state.arrays.items():
+            modules[path][leaf] = array
+
+
+def forget(model: nn.Module) -> None:
+    """The model keeps what it computes now for its own: ``unmount`` has nothing left to put back."""
+    model.__dict__.pop("_mlx_lora_state", None)
 
 
 def adapters_on(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -260,13 +333,22 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     for module in model.modules():
         own = {n: a for n, a in module.items() if isinstance(a, mx.array) and not n.startswith("_")}
         if is_quantized(module):
-            total += (module.weight.size * 32) // module.bits
+            total += math.prod(dims(module)) * (module.weight.shape[0] if module.weight.ndim == 3 else 1)
             own = {n: a for n, a in own.items() if n == "bias"}
         total += sum(array.size for array in own.values())
     return trainable, total
 
 
-def _place(model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
+def _state(model: nn.Module) -> _State | None:
+    return model.__dict__.get("_mlx_lora_state")
+
+
+def _wrappers(model: nn.Module) -> dict[str, nn.Module]:
+    """Everything that wraps a module of the bare model, by path: adapter layers and rows of embeddings."""
+    return {path: m for path, m in reversed(model.named_modules()) if isinstance(m, (AdapterLayer, TokenRows))}
+
+
+def _place(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for layer in layers.values():
         layer.train(model.training)
     model.update_modules(tree_unflatten(list(layers.items())))
@@ -275,24 +357,138 @@ def _place(model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
 
 def _bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by path as they would be without adapters."""
-    adapted = adapters_on(model)
+    adapted = _wrappers(model)
     inside = tuple(path + "." for path in adapted)
     modules = {p: m for p, m in model.named_modules() if not (inside and p.startswith(inside))}
     return modules | {path: layer.base for path, layer in adapted.items()}
 
 
-def _misfits(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
+def _projections(adapter: Adapter, bases: dict[str, nn.Module]) -> tuple[mx.array, mx.array]:
+    """VeRA's shared pair: the adapter's own, or drawn anew for the modules it adapts."""
+    if SHARED[0] in adapter.weights:
+        return tuple(adapter.weights[name] for name in SHARED)
+    return draw_projections(adapter.config.rank, *shared_dims(bases.values()), adapter.config.projection_prng_key)
+
+
+# Whole parameters: modules_to_save, biases, and all of a "full" adapter.
+
+
+def _own_arrays(module: nn.Module) -> list[str]:
+    """Names of the parameters a module itself holds; those of its dense stand-in where it is quantized."""
+    if is_quantized(module):
+        return ["weight", "bias"] if "bias" in module else ["weight"]
+    return [name for name, value in module.items() if isinstance(value, mx.array) and not name.startswith("_")]
+
+
+def _whole_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Paths of the modules that ``modules_to_save`` names and of everything in them that holds parameters."""
+    named = select_named(model, dict.fromkeys(config.modules_to_save or ()))
+    modules = dict(model.named_modules())
+    inside = [p for p in modules if any(p == name or p.startswith(name + ".") for name in named)]
+    return [path for path in reversed(inside) if _own_arrays(modules[path])]
+
+
+def _biased(bare: dict[str, nn.Module], config: AdapterConfig, adapted: list[str]) -> list[str]:
+    """Paths of the modules whose bias is trained."""
+    paths = {"none": [], "all": list(reversed(bare)), "lora_only": adapted}[config.bias]
+    found = [path for path in paths if isinstance(bare[path].get("bias"), mx.array)]
+    if config.bias != "none" and not found:
+        where = "the model has" if config.bias == "all" else "the adapted layers have"
+        raise AdapterError(
+            f"bias {config.bias!r}: {where} none to train",
+            "Leave bias out; an update gets a bias of its own by lora_bias.",
+        )
+    return found
+
+
+def _make_whole(
+    model: nn.Module, state: _State, names: list[tuple[str, str]], values: dict[tuple[str, str], mx.array] | None = None
+) -> None:
+    """Make these parameters trainable, with ``values`` in place of their own; remember in ``state`` what they were."""
+    bare = _bare_modules(model)
+    for path in dict.fromkeys(path for path, leaf in names if leaf == "weight"):
+        base = bare[path]
+        one_sided = state.config.embedding_side == "input" and kind(base) == "embedding"
+        if one_sided or is_quantized(base):
+            weight = dense_weight(base, base_dtype(base) or _model_dtype(model))
+            made = UntiedEmbedding(base, weight) if one_sided else dense_module(base, weight, weight.dtype)
+            made.train(model.training)
+            state.modules[path], bare[path] = base, made.freeze()
+            model.update_modules(tree_unflatten([(path, made)]))
+    for path, leaf in names:
+        module = bare[path]
+        if path not in state.modules:
+            state.arrays[path, leaf] = module[leaf]
+        if values is not None:
+            module[leaf] = values[path, leaf].astype(module[leaf].dtype)
+        module.unfreeze(recurse=False, keys=leaf)
+    state.whole = list(names)
+    object.__setattr__(model, "_mlx_lora_state", state)
+
+
+def dense_module(base: nn.Module, weight: mx.array, dtype: mx.Dtype) -> nn.Module:
+    """A plain layer of ``base``'s kind with ``weight`` and ``base``'s bias, frozen."""
+    which = kind(base)
+    if not is_quantized(base):
+        made = copy.copy(base)
+    elif which == "linear":
+        made = nn.Linear(1, 1, bias=False)
+    elif which == "embedding":
+        made = nn.Embedding(1, 1)
+    else:
+        from mlx_lm.models.switch_layers import SwitchLinear
+
+        made = SwitchLinear(1, 1, 1, bias=False)
+    made.weight = weight.astype(dtype)
+    if "bias" in base:
+        made.bias = base.bias
+    made.freeze()
+    return made
+
+
+def _whole_misfits(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
     faults = []
+    for name, array in adapter.whole.items():
+        path, _, leaf = name.rpartition(".")
+        module = bare.get(path)
+        if module is None or leaf not in _own_arrays(module):
+            faults.append(f"{name}: the model has no such parameter")
+            continue
+        shape = dense_weight(module).shape if is_quantized(module) and leaf == "weight" else module[leaf].shape
+        if shape != array.shape:
+            faults.append(f"{name}: shape {list(array.shape)}, the model's is {list(shape)}")
+    return faults
+
+
+def _token_misfits(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
+    faults = []
+    for path, (ids, rows) in adapter.tokens.items():
+        if path not in bare or kind(bare[path]) != "embedding":
+            faults.append(f"{path}: the model has no such embedding")
+            continue
+        vocabulary, width = dims(bare[path])
+        if rows.shape[1] != width or max(ids) >= vocabulary:
+            faults.append(f"{path}: rows {list(rows.shape)} up to token {max(ids)} do not fit {vocabulary} x {width}")
+    return faults
+
+
+def _misfits(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
+    faults, method = [], adapter.config.method
     for path in adapter.modules:
         module = bare.get(path)
         which = kind(module) if module is not None else None
-        a, b = adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"]
-        if which is None:
+        layer = METHODS[method].get(which)
+        if layer is None:
             faults.append(f"{path}: the model has no such layer to adapt")
             continue
         rows, columns = dims(module)
+        many = (module.num_experts,) if which == "switch" else ()
+        if method == "vera":
+            faults += _vera_misfits(path, many, rows, columns, adapter)
+            continue
+        a, b = adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"]
         if which == "switch":
-            shapes = (module.num_experts, a.shape[1], rows), (module.num_experts, columns, b.shape[-1])
+            shapes = (*many, a.shape[1], rows), (*many, columns, b.shape[-1])
         else:
             shapes = (rows, a.shape[-1]), (b.shape[0], columns)
         if (a.shape, b.shape) != shapes:
@@ -300,32 +496,29 @@ def _misfits(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
                 f"{path}: lora_a {list(a.shape)} and lora_b {list(b.shape)} do not fit this layer "
                 f"({rows} x {columns}{', experts' if which == 'switch' else ''})"
             )
-        elif "m" in METHODS[adapter.config.method][which].leaves:
-            expected = (rows,) if which == "embedding" else (*b.shape[:-2], columns)
-            if which == "switch":
-                expected = (module.num_experts, columns)
-            if adapter.weights[f"{path}.m"].shape != expected:
-                faults.append(f"{path}: m {list(adapter.weights[f'{path}.m'].shape)}, expected {list(expected)}")
+            continue
+        for leaf in ("m", "lora_bias"):
+            expected = (rows,) if which == "embedding" else (*many, columns)
+            vector = adapter.weights.get(f"{path}.{leaf}")
+            if vector is not None and vector.shape != expected:
+                faults.append(f"{path}: {leaf} {list(vector.shape)}, expected {list(expected)}")
     return faults
 
 
-def _mount_full(model: nn.Module, adapter: Adapter) -> None:
-    unmount(model)
-    parameters = dict(tree_flatten(model.parameters()))
+def _vera_misfits(path: str, many: tuple, rows: int, columns: int, adapter: Adapter) -> list[str]:
     faults = []
-    for name, array in adapter.weights.items():
-        if name not in parameters:
-            faults.append(f"{name}: the model has no such parameter")
-        elif parameters[name].shape != array.shape:
-            faults.append(f"{name}: shape {list(array.shape)}, the model's is {list(parameters[name].shape)}")
-    raise_faults(faults, "These weights are of another model.")
-    object.__setattr__(model, "_mlx_lora_replaced", {name: parameters[name] for name in adapter.weights})
-    new = {name: array.astype(parameters[name].dtype) for name, array in adapter.weights.items()}
-    model.update(tree_unflatten(list(new.items())))
+    for leaf, size in (("vera_lambda_d", adapter.config.rank), ("vera_lambda_b", columns)):
+        shape = adapter.weights[f"{path}.{leaf}"].shape
+        if shape != (*many, size):
+            faults.append(f"{path}: {leaf} {list(shape)}, expected {[*many, size]}")
+    given = adapter.weights.get("vera_a")
+    if given is not None and given.shape[1] < rows:
+        faults.append(f"{path}: vera_a {list(given.shape)} is too narrow for this layer ({rows} x {columns})")
+    return faults
 
 
 def _unfreeze(model: nn.Module, config: AdapterConfig) -> list[str]:
-    if config.keys is not None or config.rank_pattern or config.scale_pattern:
+    if config.keys is not None or config.rank_pattern or config.scale_pattern or config.alpha_pattern:
         raise ConfigError("full fine-tuning trains whole layers: keys and patterns do not apply", "Use --num-layers.")
     paths = layer_paths(model)
     paths = paths[-config.num_layers :] if config.num_layers > 0 else paths
@@ -369,7 +562,7 @@ def save_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> P
     base, folder = base_of(model), Path(path)
     if base is None:
         raise ModelError("the model was not loaded by mlx_lora.load: its config and tokenizer are not known")
-    if adapters_on(model):
+    if _wrappers(model) or (_state(model) is not None and _state(model).config.method != "full"):
         raise ModelError("the model has adapters on it", "Merge them with fuse(model), or take them off.")
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
         raise ModelError(f"{folder}: is there already", "Choose another folder, or add --force.")
@@ -385,7 +578,7 @@ def save_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> P
             for file in base.folder.glob(pattern):
                 if file.is_file() and file.name != "config.json" and not file.name.endswith(".index.json"):
                     shutil.copy(file, temporary / file.name)
-        save_weights(temporary, model)
+        save_weights(temporary, stored_names(model))
         save_config(saved_config(model, base.config), temporary / "config.json")
         os.chmod(temporary, 0o755)
         if folder.exists():
@@ -411,9 +604,11 @@ def save_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> P
 def saved_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with its quantization section telling what the modules of ``model`` are now."""
     config = dict(config)
-    settings = {}
+    settings, nf4 = {}, {}
     for path, module in model.named_modules():
-        if is_quantized(module):
+        if isinstance(module, NF4Linear):
+            nf4[path] = module
+        elif is_quantized(module):
             settings[path] = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
             if module.get("global_scale") is not None:
                 settings[path]["global_scale"] = True
@@ -426,6 +621,8 @@ def saved_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
         default = json.loads(common)
         config["quantization"] = {**default, **{path: s for path, s in settings.items() if s != default}}
         config["quantization_config"] = config["quantization"]
+    if nf4:
+        config["quantization_config"] = nf4_config(model, nf4)
     return config
 
 

@@ -72,9 +72,16 @@ def shake(model: nn.Module, seed: int = 1, size: float = 0.05) -> None:
 
     mx.random.seed(seed)
     for layer in adapters_on(model).values():
-        layer.lora_b = (size * mx.random.normal(layer.lora_b.shape)).astype(layer.lora_b.dtype)
-        if "m" in layer:
-            layer.m = layer.m * (1 + 0.2 * mx.random.normal(layer.m.shape))
+        shake_layer(layer, size)
+
+
+def shake_layer(layer: nn.Module, size: float = 0.05) -> None:
+    """The same for one layer: what starts at zero is drawn anew, magnitudes are changed by a fifth."""
+    for leaf in ("lora_b", "lora_bias", "vera_lambda_b"):
+        if leaf in layer:
+            layer[leaf] = (size * mx.random.normal(layer[leaf].shape)).astype(layer[leaf].dtype)
+    if "m" in layer:
+        layer.m = layer.m * (1 + 0.2 * mx.random.normal(layer.m.shape))
 
 
 def numbers(array) -> np.ndarray:

@@ -15,12 +15,11 @@ ROOT = Path(mlx_lora.__file__).parent
 # Lower floors first. A module may import from its own room and from floors below.
 FLOORS = [
     {"errors", "kernels", "device", "base_config", "tiny_base"},
-    {"config"},
+    {"config", "quant"},
     {"data", "layers", "adapter"},
     {"training", "formats", "selection"},
     {"model", "planning"},
-    {"many", "measuring"},
-    {"fusing"},
+    {"fusing", "merging", "quantizing", "initialisation", "many", "measuring"},
     {"serving"},
     {"cli"},
 ]

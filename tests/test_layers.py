@@ -9,10 +9,11 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from conftest import assert_close, numbers, relative
+from conftest import assert_close, numbers, relative, shake_layer
 from mlx_lora.device import is_cpu
 from mlx_lora.errors import AdapterError
-from mlx_lora.layers import METHODS, dense_weight, dims, kind, use_blas
+from mlx_lora.layers import METHODS, check_rank, dense_weight, dims, kind, use_blas
+from mlx_lora.quant import NF4Linear
 
 BASES = {
     "dense": None,
@@ -21,6 +22,8 @@ BASES = {
     "mxfp4": dict(group_size=32, bits=4, mode="mxfp4"),
     "mxfp8": dict(group_size=32, bits=8, mode="mxfp8"),
     "nvfp4": dict(group_size=16, bits=4, mode="nvfp4"),
+    "nf4": dict(double=False),
+    "nf4double": dict(double=True),
 }
 EXPERTS = mx.array([[0, 2], [1, 1], [3, 0]])
 # Tolerance by dtype, relative to the largest output.
@@ -38,6 +41,8 @@ def make_base(which: str, storage: str, dtype=mx.float32, bias: bool = True, see
     if "bias" in base:
         base.bias = mx.random.normal(base.bias.shape)
     base.set_dtype(dtype)
+    if storage.startswith("nf4"):
+        return NF4Linear.from_linear(base, **BASES[storage])
     return base.to_quantized(**BASES[storage]) if BASES[storage] else base
 
 
@@ -45,9 +50,7 @@ def make_layer(method: str, which: str, base: nn.Module, rank=8, scale=2.0, drop
     layer = METHODS[method][which](base, rank, scale, dropout, mx.float32)
     if shaken:
         mx.random.seed(7)
-        layer.lora_b = (0.05 * mx.random.normal(layer.lora_b.shape)).astype(layer.lora_b.dtype)
-        if "m" in layer:
-            layer.m = layer.m * (1 + 0.2 * mx.random.normal(layer.m.shape))
+        shake_layer(layer)
     mx.eval(layer.parameters())
     return layer
 
@@ -66,9 +69,14 @@ def make_input(which: str, dtype=mx.float32) -> mx.array:
 
 def plain(method: str, which: str, layer, weight: np.ndarray, x: mx.array, bias) -> np.ndarray:
     """The textbook formula in float64, W' written out in full."""
-    a, b = numbers(layer.lora_a).astype(np.float64), numbers(layer.lora_b).astype(np.float64)
-    update = {"linear": lambda: (a @ b).T, "embedding": lambda: a @ b, "switch": lambda: b @ a}[which]()
-    adapted = weight.astype(np.float64) + layer.scale * update
+    if method == "vera":
+        a, b = (numbers(array).astype(np.float64) for array in layer.projections())
+        d, scale = numbers(layer.vera_lambda_d), numbers(layer.vera_lambda_b)
+        update = scale[..., None] * (b @ (d[..., None] * a))
+    else:
+        a, b = numbers(layer.lora_a).astype(np.float64), numbers(layer.lora_b).astype(np.float64)
+        update = {"linear": lambda: (a @ b).T, "embedding": lambda: a @ b, "switch": lambda: b @ a}[which]()
+    adapted = weight.astype(np.float64) + (1 if method == "vera" else layer.scale) * update
     if method == "dora":
         adapted *= (numbers(layer.m) / np.linalg.norm(adapted, axis=-1))[..., None]
     if which == "embedding":
@@ -80,7 +88,8 @@ def plain(method: str, which: str, layer, weight: np.ndarray, x: mx.array, bias)
     return out + (0 if bias is None else numbers(bias)[np.array(EXPERTS)][:, :, None])
 
 
-CASES = [(m, w, s) for m in METHODS for w in METHODS[m] for s in BASES]
+CASES = [(m, w, s) for m in METHODS for w in METHODS[m] for s in BASES if w == "linear" or not s.startswith("nf4")]
+EMBEDDING = [m for m in METHODS if "embedding" in METHODS[m]]
 
 
 @pytest.mark.parametrize(("method", "which", "storage"), CASES)
@@ -110,7 +119,7 @@ def test_forward_is_the_formula(method, which, storage, blas):
 
 
 @pytest.mark.parametrize("blas", [False, True])
-@pytest.mark.parametrize(("method", "storage"), [(m, s) for m in METHODS for s in BASES])
+@pytest.mark.parametrize(("method", "storage"), [(m, s) for m in EMBEDDING for s in BASES if "nf4" not in s])
 def test_tied_head_is_the_formula(method, storage, blas):
     base = make_base("embedding", storage)
     layer = make_layer(method, "embedding", base)
@@ -129,7 +138,7 @@ def test_half_precision(method, which, dtype):
         pytest.skip("MLX's gather_mm takes float32 only on a CPU, which is what load() gives it there")
     base = make_base(which, "dense", dtype)
     layer = make_layer(method, which, base)
-    assert layer.lora_a.dtype == layer.lora_b.dtype == dtype
+    assert all(layer[leaf].dtype == dtype for leaf in layer.leaves if leaf != "m")
     x = make_input(which, dtype)
     got = apply(layer, which, x)
     assert got.dtype == dtype
@@ -137,11 +146,16 @@ def test_half_precision(method, which, dtype):
     assert_close(got, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("storage", ["dense", "affine4", "affine3", "mxfp4"])
-@pytest.mark.parametrize(("method", "which"), [(m, w) for m in METHODS for w in METHODS[m]])
-def test_gradients_are_those_of_the_plain_formula(method, which, storage):
+@pytest.mark.parametrize("blas", [True, False])
+@pytest.mark.parametrize(
+    ("method", "which", "storage"), [c for c in CASES if c[2] in ("dense", "affine4", "affine3", "mxfp4", "nf4double")]
+)
+def test_gradients_are_those_of_the_plain_formula(method, which, storage, blas):
+    if not blas and storage not in ("dense", "nf4double"):
+        pytest.skip("MLX's own quantized products are MLX's to test")
     base = make_base(which, storage)
-    use_blas(base)
+    if blas:
+        use_blas(base)
     layer, x = make_layer(method, which, base), make_input(which)
     weight, target = dense_weight(base), mx.random.normal(apply(layer, which, x).shape)
 
@@ -150,9 +164,13 @@ def test_gradients_are_those_of_the_plain_formula(method, which, storage):
         return (apply(layer, which, x) * target).sum()
 
     def reference(p, x):
-        update = {"linear": lambda: (p["lora_a"] @ p["lora_b"]).T, "embedding": lambda: p["lora_a"] @ p["lora_b"]}
-        update = update.get(which, lambda: p["lora_b"] @ p["lora_a"])()
-        adapted = weight + layer.scale * update
+        if method == "vera":
+            a, b = layer.projections()
+            adapted = weight + p["vera_lambda_b"][..., None] * (b @ (p["vera_lambda_d"][..., None] * a))
+        else:
+            update = {"linear": lambda: (p["lora_a"] @ p["lora_b"]).T, "embedding": lambda: p["lora_a"] @ p["lora_b"]}
+            update = update.get(which, lambda: p["lora_b"] @ p["lora_a"])()
+            adapted = weight + layer.scale * update
         if method == "dora":
             norm = mx.stop_gradient(mx.linalg.norm(adapted, axis=-1, keepdims=True))
             adapted = p["m"][..., None] * adapted / norm
@@ -254,11 +272,10 @@ def test_dora_gain_is_kept_only_while_it_is_true():
 
 def test_a_rank_above_the_layer_is_refused():
     with pytest.raises(AdapterError, match="rank 129"):
-        make_layer("lora", "linear", make_base("linear", "dense"), rank=129)
+        check_rank(make_base("linear", "dense"), 129)
 
 
-@pytest.mark.parametrize("storage", list(BASES))
-@pytest.mark.parametrize("which", ["linear", "embedding", "switch"])
+@pytest.mark.parametrize(("which", "storage"), sorted({(w, s) for _, w, s in CASES}))
 def test_dims_and_dense_weight(which, storage):
     base = make_base(which, storage)
     assert dims(base) == {"linear": (128, 192), "embedding": (96, 128), "switch": (128, 192)}[which]

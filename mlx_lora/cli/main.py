@@ -23,6 +23,8 @@ COMMANDS = {
     "generate": ("talk", "Answer one prompt."),
     "chat": ("talk", "Talk with a model in the terminal, with and without adapters."),
     "fuse": ("adapters", "Merge an adapter into the model's weights."),
+    "quantize": ("quantize", "Store a model in fewer bits: MLX's modes and NF4."),
+    "merge": ("merge", "Add up several adapters into one, by weights."),
     "convert": ("adapters", "Convert an adapter from one format to another."),
     "inspect": ("adapters", "Describe an adapter without loading a model."),
     "bench": ("bench", "Measure the kernels on this machine."),

@@ -24,7 +24,9 @@ from ..errors import ConfigError
 # Fields whose flag has another name: mlx-lm's.
 _FLAGS = {"method": "fine_tune_type"}
 # Fields of mlx-lm's nested lora_parameters section.
-_NESTED = ("rank", "scale", "alpha", "rslora", "dropout", "keys", "rank_pattern", "scale_pattern")
+_NESTED = ("rank", "scale", "alpha", "rslora", "dropout", "keys", "rank_pattern", "scale_pattern", "alpha_pattern")
+_PATTERNS = ("rank_pattern", "scale_pattern", "alpha_pattern")
+_LISTS = ("keys", "target_parameters", "modules_to_save", "layers_to_transform")
 
 
 class Pattern(click.ParamType):
@@ -45,6 +47,24 @@ class Pattern(click.ParamType):
             return key, self.number(number)
         except ValueError:
             self.fail(f"{number!r} is not a number", param, ctx)
+
+
+class Tokens(click.ParamType):
+    """``MODULE=ID,ID,..``, or a mapping from YAML."""
+
+    name = "module=id,.."
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        module, equals, ids = str(value).rpartition("=")
+        try:
+            numbers = tuple(int(part) for part in ids.split(",") if part.strip())
+        except ValueError:
+            numbers = ()
+        if not equals or not module or not numbers:
+            self.fail(f"{value!r} is not of the form MODULE=ID,ID", param, ctx)
+        return module, numbers
 
 
 class Bytes(click.ParamType):
@@ -96,10 +116,13 @@ def _option(field: dataclasses.Field, hint: Any) -> Callable:
         extra["type"] = click.Choice(field.metadata["choices"])
     elif kind is bool:
         flag = f"{flag}/--no-{flag[2:]}"
-    elif field.name in ("rank_pattern", "scale_pattern"):
+    elif field.name in _PATTERNS:
         extra |= {"type": Pattern(typing.get_args(kind)[1]), "multiple": True, "default": (), "show_default": False}
-    elif field.name == "keys":
-        extra |= {"multiple": True, "default": (), "show_default": False, "metavar": "NAME"}
+    elif field.name == "trainable_token_indices":
+        extra |= {"type": Tokens(), "multiple": True, "default": (), "show_default": False}
+    elif field.name in _LISTS:
+        metavar = "NUMBER" if field.name == "layers_to_transform" else "NAME"
+        extra |= {"multiple": True, "default": (), "show_default": False, "metavar": metavar}
     elif field.name == "clear_cache_threshold":
         extra["type"] = Bytes()
     elif kind in (int, float, str):
@@ -121,12 +144,16 @@ def build(config: type, params: dict[str, Any], **changes: Any) -> Any:
         if name not in params:
             continue
         value = params[name]
-        if field.name in ("rank_pattern", "scale_pattern"):
+        if field.name in (*_PATTERNS, "trainable_token_indices"):
             value = dict(value)
-        elif field.name == "keys":
+        elif field.name in _LISTS:
             # --keys a --keys b, or --keys a,b; a regular expression with a comma goes through YAML.
-            parts = [part.strip() for key in value or () for part in re.split(r",(?![^{}\[\]()]*[}\])])", key)]
+            parts = [part.strip() for key in value or () for part in re.split(r",(?![^{}\[\]()]*[}\])])", str(key))]
             value = tuple(part for part in parts if part) or None
+            if field.name == "layers_to_transform" and value:
+                value = tuple(int(part) if part.isdecimal() else part for part in value)
+            elif field.name == "keys" and value == ("none",):
+                value = ()
         elif value is None and field.default is dataclasses.MISSING:
             continue
         values[field.name] = value
@@ -201,13 +228,14 @@ def read_yaml(path: Path, allowed: set[str]) -> dict[str, Any]:
     if faults:
         raise ConfigError("\n".join(faults), "Options are listed by --help, with underscores in YAML.")
     options = {**raw, **nested}
-    for key in ("rank_pattern", "scale_pattern"):
+    for key in _PATTERNS:
         if isinstance(options.get(key), dict):
             options[key] = list(options[key].items())
-    if isinstance(options.get("keys"), str):
-        options["keys"] = [options["keys"]]
-    if "keys" in options and options["keys"] is None:
-        del options["keys"]
+    if isinstance(tokens := options.get("trainable_token_indices"), dict):
+        options["trainable_token_indices"] = [(k, v if isinstance(v, int) else tuple(v)) for k, v in tokens.items()]
+    for key in _LISTS:
+        if isinstance(options.get(key), (str, int)):
+            options[key] = [options[key]]
     return {key: value for key, value in options.items() if value is not None}
 
 

@@ -210,7 +210,7 @@ class Run:
         speaker = Speaker(bar, config.iters, self.as_json, reporters)
         reports = train(
             self.model,
-            build_optimizer(optimizer, steps),
+            build_optimizer(optimizer, steps, self.model),
             self.sets.train,
             self.sets.valid,
             config,

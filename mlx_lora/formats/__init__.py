@@ -82,7 +82,7 @@ def describe(path: str | Path, format: str | None = None) -> dict:
     adapter = FORMATS[name].read(Path(path))
     problems = adapter.faults()
     facts = {"format": name, "method": adapter.config.method, "base": adapter.base or "not told"}
-    if adapter.config.method != "full" and not problems:
+    if adapter.config.method in ("lora", "dora") and adapter.modules and not problems:
         ranks = {adapter.rank_of(p) for p in adapter.modules}
         scales = {adapter.config.scale_of(p) for p in adapter.modules}
         facts |= {"rank": sorted(ranks), "scale": sorted(scales), "dropout": adapter.config.dropout}

@@ -3,23 +3,28 @@
 mlx-lm knows one rank and one scale. Where modules differ, the smaller ranks are padded with zeros and the scales folded
 into ``lora_b``, so that mlx-lm computes the same function; ``rank_pattern`` and ``scale_pattern``, which mlx-lm passes
 over, let this reader undo it.
+
+What mlx-lm has no words for (VeRA, biases, whole modules, rows of embeddings, an embedding's update on the input side
+alone) is written as it is, with the whole config in an entry ``mlx_lora`` and ``lora_parameters`` null, at which every
+version of mlx-lm stops: it must not compute something else in silence.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..adapter import Adapter, split_layer
-from ..config import LEAVES, AdapterConfig
+from ..config import AdapterConfig
 from ..errors import ConfigError, FormatError
 from .files import read_json, read_safetensors, write_json, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
-_OURS = {"fine_tune_type", "num_layers", "lora_parameters", "model"}
+OWN = "mlx_lora"  # the entry that holds what mlx-lm does not know
+_OURS = {"fine_tune_type", "num_layers", "lora_parameters", "model", OWN}
 
 
 def detect(folder: Path) -> bool:
@@ -40,15 +45,18 @@ def read(folder: Path) -> Adapter:
     adapter = Adapter(
         config, weights, base=raw.get("model"), metadata={"mlx-lm": {k: v for k, v in raw.items() if k not in _OURS}}
     )
-    return unfold(adapter) if config.rank_pattern or config.scale_pattern else adapter
+    folded = (config.rank_pattern or config.scale_pattern) and OWN not in raw
+    return unfold(adapter) if folded else adapter
 
 
 def parse_config(raw: dict[str, Any], source: Path) -> AdapterConfig:
     """mlx-lm's ``adapter_config.json`` as an ``AdapterConfig``; ``source`` names it in errors."""
     if "peft_type" in raw:
         raise FormatError(f"{source}: is a PEFT config beside mlx-lm weights", "Keep the two formats in two folders.")
+    if OWN in raw:
+        return _own_config(raw[OWN], source)
     method = raw.get("fine_tune_type") or ("dora" if raw.get("use_dora") else "lora")
-    if method not in (*LEAVES, "full"):
+    if method not in ("lora", "dora", "full"):
         raise FormatError(f"{source}: fine_tune_type {method!r} is not known")
     layers = raw.get("num_layers", raw.get("lora_layers", -1))
     if method == "full":
@@ -80,9 +88,29 @@ def _config(source: Path, **knobs: Any) -> AdapterConfig:
         raise FormatError(f"{source}: {error}") from None
 
 
+def _own_config(own: Any, source: Path) -> AdapterConfig:
+    known = {f.name for f in fields(AdapterConfig)}
+    if not isinstance(own, dict) or (unknown := sorted(own.keys() - known)):
+        what = f"unknown entries: {', '.join(unknown)}" if isinstance(own, dict) else "no settings"
+        raise FormatError(f"{source}: {OWN} has {what}", "It may be of a newer mlx-lora: pip install -U mlx-lora.")
+    return _config(source, **own)
+
+
+def expressible(adapter: Adapter) -> bool:
+    """Whether mlx-lm computes the same from this adapter."""
+    config = adapter.config
+    if config.method == "full":
+        return True
+    plain = config.method in ("lora", "dora") and not config.lora_bias and adapter.modules
+    two_sided = config.embedding_side == "both" or not any("embed" in path or "wte" in path for path in adapter.modules)
+    return bool(plain) and two_sided and not adapter.whole and not adapter.tokens
+
+
 def stored_weights(adapter: Adapter) -> dict[str, mx.array]:
     """The arrays as ``write`` stores them."""
-    return adapter.weights if adapter.config.method == "full" else fold(adapter, _stored_config(adapter))
+    if adapter.config.method == "full" or not expressible(adapter):
+        return adapter.weights
+    return fold(adapter, _stored_config(adapter))
 
 
 def _stored_config(adapter: Adapter) -> AdapterConfig:
@@ -96,6 +124,10 @@ def write(adapter: Adapter, folder: Path) -> None:
         raw["model"] = adapter.base
     if config.method == "full":
         raw["lora_parameters"] = None
+    elif not expressible(adapter):
+        raw["lora_parameters"] = None
+        exact = adapter.exact_config()
+        raw[OWN] = {k: v for k, v in asdict(exact).items() if v is not None and v != {}}
     else:
         config = _stored_config(adapter)
         raw["lora_parameters"] = {

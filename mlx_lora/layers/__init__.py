@@ -1,33 +1,91 @@
 """Adapter methods over a frozen base layer, and the table of them.
 
 A new method is a file here and a row of ``METHODS``: {kind of base: layer class}. The table is read by the rooms above,
-never by its own rows.
+never by its own rows. ``make_layers`` turns a config's settings into layers.
 """
 
 from __future__ import annotations
 
-from .base import AdapterLayer, base_dtype, dense_weight, dims, is_quantized, kind
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import AdapterConfig
+from ..errors import AdapterError
+from .base import AdapterLayer, base_dtype, check_rank, dense_weight, dims, is_quantized, kind
 from .cpu import use_blas
 from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
 from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from .many import ManyLoRALinear, Rows
 from .siblings import introduce
+from .tokens import TokenRows, UntiedEmbedding
+from .variants import ON_INPUT, WITH_BIAS
+from .vera import VeRALinear, VeRASwitchLinear, draw_projections, shared_dims
 
 METHODS = {
     "lora": {"linear": LoRALinear, "embedding": LoRAEmbedding, "switch": LoRASwitchLinear},
     "dora": {"linear": DoRALinear, "embedding": DoRAEmbedding, "switch": DoRASwitchLinear},
+    "vera": {"linear": VeRALinear, "switch": VeRASwitchLinear},
 }
+
+
+def make_layers(
+    bases: dict[str, nn.Module],
+    config: AdapterConfig,
+    ranks: dict[str, int],
+    dtype: mx.Dtype,
+    shared: tuple[mx.array, mx.array] | None = None,
+) -> dict[str, AdapterLayer]:
+    """Fresh layers over ``bases`` as ``config`` describes them, by path.
+
+    Args:
+        ranks: of each layer.
+        dtype: of the adapter's arrays where a base's storage does not tell one.
+        shared: VeRA's projections; drawn from ``config.projection_prng_key`` by default.
+
+    Raises: AdapterError: naming every module that the method, or a setting, cannot adapt.
+    """
+    classes, faults = {}, []
+    for path, base in bases.items():
+        layer = METHODS[config.method].get(kind(base))
+        if config.lora_bias:
+            layer = WITH_BIAS.get(layer)
+        elif config.embedding_side == "input":
+            layer = ON_INPUT.get(layer, layer)
+        if layer is None:
+            what = "lora_bias" if config.lora_bias else config.method
+            faults.append(f"{path}: {what} does not adapt {kind(base)} layers")
+        classes[path] = layer
+    if faults:
+        raise AdapterError("\n".join(faults), "Leave them out: name the modules to adapt with --keys.")
+    layers, casts = {}, {}
+    if config.method == "vera" and bases and shared is None:
+        shared = draw_projections(config.rank, *shared_dims(bases.values()), config.projection_prng_key)
+    for path, base in bases.items():
+        extra = {}
+        if shared is not None:
+            own = base_dtype(base) or dtype
+            pair = casts.setdefault(own, tuple(array.astype(own) for array in shared))  # one copy for all layers
+            extra = {"shared": pair, "d_initial": config.d_initial}
+        layers[path] = classes[path](base, ranks[path], config.scale_of(path), config.dropout, dtype, **extra)
+    return layers
+
 
 __all__ = [
     "METHODS",
     "AdapterLayer",
     "ManyLoRALinear",
     "Rows",
+    "TokenRows",
+    "UntiedEmbedding",
     "base_dtype",
+    "check_rank",
     "dense_weight",
     "dims",
     "introduce",
+    "draw_projections",
     "is_quantized",
     "kind",
+    "make_layers",
+    "shared_dims",
     "use_blas",
 ]

@@ -1,8 +1,9 @@
 """What every adapter method shares: the frozen base layer below it, whatever its kind and precision.
 
-Six kinds of base are recognised by their attributes, so that nothing here imports mlx-lm: linear, embedding (anything
+Three kinds of base are recognised by their attributes, so that nothing here imports mlx-lm: linear, embedding (anything
 with ``as_linear``) and switch (one matrix per expert, mixtures of experts), each dense or quantized in any of MLX's
-modes. Methods live in files of their own; models are walked in ``model.py``.
+modes; and linears of other storage (NF4), which tell ``unpacked_shape`` and give their numbers by ``unpacked``. Methods
+live in files of their own; models are walked in ``model.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ def kind(module: nn.Module) -> str | None:
     # QQLinear quantizes its input as well; a class with ``to_lora`` does not compute what its base class does.
     if not isinstance(weight, mx.array) or isinstance(module, nn.QQLinear) or hasattr(module, "to_lora"):
         return None
+    if hasattr(module, "unpacked_shape"):
+        return "linear"
     if weight.ndim == 3 and hasattr(module, "num_experts"):
         return "switch"
     if weight.ndim != 2 or (is_quantized(module) and weight.dtype != mx.uint32):
@@ -29,21 +32,21 @@ def kind(module: nn.Module) -> str | None:
 
 
 def is_quantized(base: nn.Module) -> bool:
-    """True for MLX's quantized layers: packed ``weight`` beside ``scales``."""
-    return "scales" in base and hasattr(base, "bits")
+    """True where the numbers are packed: MLX's quantized layers (``weight`` beside ``scales``) and NF4."""
+    return ("scales" in base and hasattr(base, "bits")) or hasattr(base, "unpacked_shape")
 
 
 def dims(base: nn.Module) -> tuple[int, int]:
     """(in, out) of a linear or switch layer, (vocabulary, dim) of an embedding."""
-    rows, columns = base.weight.shape[-2:]
-    if is_quantized(base):
+    rows, columns = getattr(base, "unpacked_shape", base.weight.shape)[-2:]
+    if "scales" in base:
         columns = base.scales.shape[-1] * base.group_size
     return (rows, columns) if kind(base) == "embedding" else (columns, rows)
 
 
 def base_dtype(base: nn.Module) -> mx.Dtype | None:
     """The float dtype the layer computes in; None where its storage does not tell (mxfp4, mxfp8, nvfp4)."""
-    stored = (base.scales if is_quantized(base) else base.weight).dtype
+    stored = base.get("scales", base.weight).dtype
     return stored if mx.issubdtype(stored, mx.floating) else None
 
 
@@ -51,6 +54,8 @@ def dense_weight(base: nn.Module, dtype: mx.Dtype = mx.float32) -> mx.array:
     """The layer's weight as plain numbers, [..., rows, columns] in ``dtype``, dequantized where it must be."""
     if not is_quantized(base):
         return base.weight.astype(dtype)
+    if hasattr(base, "unpacked"):
+        return base.unpacked(dtype)
 
     def dequantize(weight, scales, biases, global_scale=None):
         # Widened first: mx.dequantize rounds its products to the dtype of the scales.
@@ -109,15 +114,10 @@ class AdapterLayer(nn.Module):
 
     method = ""
     slot = "linear"
+    input_only = False  # an embedding whose update a tied head does not see
 
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, dtype: mx.Dtype):
         super().__init__()
-        limit = min(dims(base))
-        if rank > limit:
-            raise AdapterError(
-                f"rank {rank} is larger than the layer it should adapt ({dims(base)[0]} x {dims(base)[1]})",
-                f"A rank of {limit} already expresses every update of this layer; choose a smaller one.",
-            )
         base.freeze()
         self[self.slot] = base
         self.dropout = nn.Dropout(dropout)
@@ -138,12 +138,26 @@ class AdapterLayer(nn.Module):
         """The base's float32 ``weight`` with the update in it, same shape, float32."""
         raise NotImplementedError
 
+    def merged_bias(self) -> mx.array | None:
+        """The bias with the update in it, None where there is none. [out], or [experts, out]."""
+        return self.base.get("bias")
+
     def adapter_weights(self) -> dict[str, mx.array]:
         """The layer's own arrays by leaf name: ``lora_a``, ``lora_b``, ..."""
         return {name: self[name] for name in self.leaves}
 
     def _extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={1 - self.dropout._p_1:g}"
+
+
+def check_rank(base: nn.Module, rank: int) -> None:
+    """Refuse to make a low-rank update of more rank than its layer. (One that was made elsewhere may have it.)"""
+    limit = min(dims(base))
+    if rank > limit:
+        raise AdapterError(
+            f"rank {rank} is larger than the layer it should adapt ({dims(base)[0]} x {dims(base)[1]})",
+            f"A rank of {limit} already expresses every update of this layer; choose a smaller one.",
+        )
 
 
 def uniform(bound: float, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from ..kernels import Stored, enabled, lora_qmv, lora_shrink, low_rank_add, low_rank_products
 from ..kernels.lora_qmv import MAX_RANK, MAX_ROWS
 from ..kernels.lora_shrink import MAX_MATRICES
+from ..quant.nf4 import nf4_stored
 from .base import dims, kind
 
 # Names that models of mlx-lm give to linear layers of one input.
@@ -142,10 +143,14 @@ def stored(base: nn.Module) -> Stored | None:
         return Stored(base.weight)
     if type(base).__call__ is nn.QuantizedLinear.__call__ and kind(base) and base.get("global_scale") is None:
         return Stored(base.weight, base.scales, base.get("biases"), base.group_size, base.bits, base.mode)
+    if hasattr(base, "nf4"):
+        return nf4_stored(base.nf4)
     return None
 
 
 def _computes_in(base: Stored, x: mx.array) -> mx.Dtype:
+    if base.mode == "nf4":
+        return x.dtype
     source = base.weight if base.mode == "dense" else base.scales
     return source.dtype if mx.issubdtype(source.dtype, mx.floating) else x.dtype
 

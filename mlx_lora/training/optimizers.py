@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as opt
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..config import OPTIMIZERS, OptimizerConfig
 from ..errors import ConfigError, TrainingError
+from .loraplus import faults_of, loraplus_optimizer
 from .schedules import build_schedule, number
 
 _CLASSES = {
@@ -32,11 +34,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _HALF = (mx.float16, mx.bfloat16)
 
 
-def build_optimizer(config: OptimizerConfig, steps: int) -> opt.Optimizer:
+def build_optimizer(config: OptimizerConfig, steps: int, model: nn.Module | None = None) -> opt.Optimizer:
     """The optimizer that `config` describes.
 
     Args:
         steps: optimizer steps in the run (iters / grad_accumulation_steps, rounded up), which named schedules fill.
+        model: what it is to train; LoRA+ sorts its parameters into groups (see `loraplus.py`).
 
     Adam and AdamW correct their bias unless `optimizer_config` says `bias_correction: false` (MLX's default is off).
     Adafactor follows the learning rate; with `relative_step: true` it makes its own, and a schedule is refused. Muon
@@ -53,16 +56,25 @@ def build_optimizer(config: OptimizerConfig, steps: int) -> opt.Optimizer:
     own_rate = config.optimizer == "adafactor" and arguments["adafactor"].get("relative_step")
     if own_rate and (config.lr_schedule is not None or config.warmup):
         faults.append("adafactor with relative_step makes its own learning rate: leave lr_schedule and warmup out")
+    if config.loraplus_lr_ratio is not None:
+        known = {kind: inspect.signature(_CLASSES[kind]).parameters for kind in _CLASSES}
+        takes_decay = "weight_decay" in known[config.optimizer]
+        faults += faults_of(config, takes_decay, "weight_decay" in arguments[config.optimizer], bool(own_rate))
     if faults:
         raise ConfigError("\n".join(faults))
     rate = build_schedule(config.lr_schedule, config.learning_rate, steps, config.warmup)
 
-    def make(name: str) -> opt.Optimizer:
+    def make(name: str, rate: Any = rate, further: dict[str, Any] | None = None) -> opt.Optimizer:
+        more = {k: v for k, v in (further or {}).items() if k in inspect.signature(_CLASSES[name]).parameters}
         try:
-            return _CLASSES[name](learning_rate=rate, **{**_DEFAULTS.get(name, {}), **arguments[name]})
+            return _CLASSES[name](learning_rate=rate, **{**_DEFAULTS.get(name, {}), **arguments[name], **more})
         except ValueError as error:
             raise ConfigError(f"optimizer_config: {name}: {error}") from error
 
+    if config.loraplus_lr_ratio is not None:
+        if model is None:
+            raise ConfigError("LoRA+ sorts the parameters of the model", "build_optimizer(config, steps, model).")
+        return loraplus_optimizer(config, model, rate, make)
     if config.optimizer == "muon":
         return opt.MultiOptimizer([make("muon"), make("adamw")], [lambda path, weight: weight.ndim == 2])
     return make(config.optimizer)

@@ -12,6 +12,7 @@ from kernel_cases import DTYPES, STORAGES, check_dequantize, check_norm, make_st
 from mlx_lora.kernels import dora_norm, nf4_dequantize
 from mlx_lora.kernels.registry import source
 from mlx_lora.layers import METHODS
+from mlx_lora.quant import NF4Linear
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -48,6 +49,24 @@ def test_norm_is_a_constant_of_the_backward_pass(backend):
 @pytest.mark.parametrize(("N", "K"), [(1, 32), (5, 192), (48, 160)])
 def test_dequantize(backend, N, K, storage, dtype):
     check_dequantize(N, K, storage, dtype)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_layers_over_nf4(backend, method, double, monkeypatch):
+    """Decoding and dequantizing an ``NF4Linear`` through the kernels."""
+    mx.random.seed(0)
+    base = NF4Linear.from_linear(nn.Linear(96, 40), double)
+    layer = METHODS[method]["linear"](base, 4, 2.0)
+    layer.lora_b = mx.random.normal((4, 40))
+    layer.eval()
+    x = mx.random.normal((1, 2, 96))
+    got, weight = layer(x), base.unpacked()
+    if backend == "emulated":
+        assert {"shrink", "qmv", "dequantize"} <= {part for entry in mslemu.log for part in entry.name.split("_")}
+    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    assert mx.array_equal(weight, base.unpacked()).item()
+    assert_close(got, layer(x), 1e-5)
 
 
 def test_what_is_frozen_refuses_gradients(backend):

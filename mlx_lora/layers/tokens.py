@@ -1,0 +1,78 @@
+"""Embeddings with rows of their own: some rows (PEFT's TrainableTokens), or all of them on the input side alone.
+
+Rows, not differences: where token t is among ``ids``, its embedding is ``trainable_tokens[i]`` with ids[i] = t. A head
+that is tied to the embedding sees the same rows.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import AdapterError
+from .base import base_dtype, dense_weight, dims
+
+
+class TokenRows(nn.Module):
+    """An embedding [vocabulary, dim] with n rows of its own; ``trainable_tokens``: [n, dim], at first the base's rows.
+
+    Args:
+        base: the embedding, frozen here.
+        ids: the tokens, all different.
+        dtype: of the rows where the base's storage does not tell.
+    """
+
+    def __init__(self, base: nn.Module, ids: tuple[int, ...], dtype: mx.Dtype = mx.float32):
+        super().__init__()
+        vocabulary = dims(base)[0]
+        if beyond := [i for i in ids if i >= vocabulary]:
+            raise AdapterError(
+                f"token ids {', '.join(map(str, beyond))} are beyond the vocabulary of {vocabulary}",
+                "Count them from 0.",
+            )
+        base.freeze()
+        self.embedding = base
+        self.ids = tuple(ids)
+        # Position of a token among the rows, -1 where it has none. An underscore keeps it out of the parameters.
+        self._position = mx.full((vocabulary,), -1, mx.int32).at[mx.array(ids)].add(mx.arange(1, len(ids) + 1))
+        self.trainable_tokens = dense_weight(base)[mx.array(ids)].astype(base_dtype(base) or dtype)
+
+    @property
+    def base(self) -> nn.Module:
+        return self.embedding
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x: [...] tokens -> [..., dim]."""
+        y, position = self.embedding(x), self._position[x]
+        return mx.where((position >= 0)[..., None], self.trainable_tokens[mx.maximum(position, 0)], y)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """x: [..., dim] -> logits [..., vocabulary]."""
+        logits, own = self.embedding.as_linear(x), x @ self.trainable_tokens.T
+        spread = own[..., mx.maximum(self._position, 0)]
+        return mx.where(self._position >= 0, spread, logits)
+
+    def merged_weight(self, weight: mx.array) -> mx.array:
+        """The base's float32 ``weight`` with the rows in it."""
+        weight = mx.array(weight)
+        weight[mx.array(self.ids)] = self.trainable_tokens.astype(mx.float32)
+        return weight
+
+    def _extra_repr(self) -> str:
+        return f"tokens={len(self.ids)}"
+
+
+class UntiedEmbedding(nn.Module):
+    """A weight of its own where tokens come in; a head tied to ``base`` stays as it was (PEFT's modules_to_save)."""
+
+    def __init__(self, base: nn.Module, weight: mx.array):
+        super().__init__()
+        self.weight = weight
+        # Outside the module's dictionary: the head's matrix is no parameter of this one.
+        object.__setattr__(self, "_head", base)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.weight[x]
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self._head.as_linear(x)

@@ -1,0 +1,50 @@
+"""Settings that turn a method's layer a little: an update with a bias of its own, an embedding seen on one side."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .base import dims
+from .dora import DoRAEmbedding
+from .lora import LoRAEmbedding, LoRALinear
+
+
+class LoRABiasLinear(LoRALinear):
+    """y = W x + b + scale * ((x A) B + lora_bias), ``lora_bias``: [out], 0 at the start (PEFT's ``lora_bias``)."""
+
+    leaves = (*LoRALinear.leaves, "lora_bias")
+
+    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0, dtype=mx.float32):
+        super().__init__(base, rank, scale, dropout, dtype)
+        self.lora_bias = mx.zeros((dims(base)[1],), self._dtype)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x) + self.scale * self.lora_bias
+
+    def merged_bias(self) -> mx.array:
+        added = self.scale * self.lora_bias.astype(mx.float32)
+        bias = super().merged_bias()
+        return added if bias is None else bias.astype(mx.float32) + added
+
+
+class _InputOnly:
+    """The update acts where tokens come in; a head tied to the embedding stays the base's, as in PEFT."""
+
+    input_only = True
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self.embedding.as_linear(x)
+
+
+class InputLoRAEmbedding(_InputOnly, LoRAEmbedding):
+    pass
+
+
+class InputDoRAEmbedding(_InputOnly, DoRAEmbedding):
+    pass
+
+
+# Layer class -> the class that takes its place under the setting.
+WITH_BIAS = {LoRALinear: LoRABiasLinear}
+ON_INPUT = {LoRAEmbedding: InputLoRAEmbedding, DoRAEmbedding: InputDoRAEmbedding}

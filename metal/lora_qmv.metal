@@ -1,8 +1,7 @@
 // y[m, n] = gain[n] * (sum_k W[n, k] x[m, k] + scale * sum_j u[m, j] b[j, n]) + bias[n], in one pass over W.
 //
-// A simdgroup takes ROWS rows of W and all M rows of x: a lane reads units of 16 weights, unpacks them once for all rows
-// of x, and adds its share of the low-rank update to the same sums, so that both end in one reduction. Each byte of W
-// and b is read once. u [splits, M, columns] comes from lora_shrink; its columns from `offset` on are ours. INDEXED: b
+// A simdgroup takes ROWS rows of W and all M rows of x. A lane adds its share of the low-rank update to the sums it has of
+// the base, so that both end in one reduction. Each byte of W and b is read once. u [splits, M, columns] comes from lora_shrink; its columns from `offset` on are ours. INDEXED: b
 // is [adapters, R, N], row m takes adapter idx[m] (none where negative), of rank ranks[idx[m]].
 //@include weights
 //@header
@@ -35,42 +34,7 @@ if (rows <= 0) return;
 
 float sum[M * ROWS];
 for (int i = 0; i < M * ROWS; i++) sum[i] = 0;
-for (int k = 16 * lane; k < K; k += 512) {
-  float code[ROWS][16], s[ROWS], z[ROWS];
-  for (int i = 0; i < ROWS; i++) {
-    if (i >= rows) continue;
-    const size_t row = n0 + i;
-#if MODE == 0
-    for (int j = 0; j < 16; j++) code[i][j] = k + j < K ? float(w[row * K + k + j]) : 0.0f;
-#else
-    read_codes<MODE, BITS>(half_words(w) + (row * K + k) / 16 * BITS, code[i]);
-    const size_t group = (row * K + k) / GROUP;
-    s[i] = SCALE(group);
-#endif
-#if MODE == 1
-    z[i] = float(biases[group]);
-#endif
-  }
-  for (int m = 0; m < M; m++) {
-    float xs[16], total = 0;
-    for (int j = 0; j < 16; j++) {
-      xs[j] = k + j < K ? float(x[size_t(m) * K + k + j]) : 0.0f;
-      total += xs[j];
-    }
-    for (int i = 0; i < ROWS; i++) {
-      if (i >= rows) continue;
-      float dot = 0;
-      for (int j = 0; j < 16; j++) dot += code[i][j] * xs[j];
-#if MODE == 0
-      sum[m * ROWS + i] += dot;
-#elif MODE == 1
-      sum[m * ROWS + i] += s[i] * dot + z[i] * total;
-#else
-      sum[m * ROWS + i] += s[i] * dot;
-#endif
-    }
-  }
-}
+add_products<BITS, GROUP, M, ROWS>(STORED(w, scales, biases), x, n0, rows, K, lane, sum NESTED_ARGUMENTS);
 
 // Lane l adds columns l / ROWS, l / ROWS + 32 / ROWS, ... of the update of row l % ROWS.
 const int mine = lane % ROWS;

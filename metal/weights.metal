@@ -60,6 +60,64 @@ METAL_FUNC float read_scale(P scales, size_t group) {
 
 #ifdef NESTED
 #define SCALE(group) (nested_map[scales[group]] * nested_absmax[(group) / NESTED] + nested_offset[0])
+#define NESTED_TYPES , typename A, typename V, typename O
+#define NESTED_PARAMETERS , A nested_absmax, V nested_map, O nested_offset
+#define NESTED_ARGUMENTS , nested_absmax, nested_map, nested_offset
 #else
 #define SCALE(group) read_scale<MODE>(scales, group)
+#define NESTED_TYPES
+#define NESTED_PARAMETERS
+#define NESTED_ARGUMENTS
 #endif
+
+// What there is of a weight, its scales and its biases, as three arguments.
+#if MODE == 0
+#define STORED(w, scales, biases) w, w, w
+#elif MODE == 1
+#define STORED(w, scales, biases) w, scales, biases
+#else
+#define STORED(w, scales, biases) w, scales, scales
+#endif
+
+// sum[m * ROWS + i] += what lane `lane` has of W[n0 + i, :] . x[m, :], for `rows` rows of W and M of x. A lane reads
+// units of 16 weights and unpacks them once for all rows of x.
+template <int BITS, int GROUP, int M, int ROWS, typename W, typename S, typename Z, typename X NESTED_TYPES>
+METAL_FUNC void add_products(W w, S scales, Z biases, X x, int n0, int rows, int K, int lane,
+                             thread float* sum NESTED_PARAMETERS) {
+  for (int k = 16 * lane; k < K; k += 512) {
+    float code[ROWS][16], s[ROWS], z[ROWS];
+    for (int i = 0; i < ROWS; i++) {
+      if (i >= rows) continue;
+      const size_t row = n0 + i;
+#if MODE == 0
+      for (int j = 0; j < 16; j++) code[i][j] = k + j < K ? float(w[row * K + k + j]) : 0.0f;
+#else
+      read_codes<MODE, BITS>(half_words(w) + (row * K + k) / 16 * BITS, code[i]);
+      const size_t group = (row * K + k) / GROUP;
+      s[i] = SCALE(group);
+#endif
+#if MODE == 1
+      z[i] = float(biases[group]);
+#endif
+    }
+    for (int m = 0; m < M; m++) {
+      float xs[16], total = 0;
+      for (int j = 0; j < 16; j++) {
+        xs[j] = k + j < K ? float(x[size_t(m) * K + k + j]) : 0.0f;
+        total += xs[j];
+      }
+      for (int i = 0; i < ROWS; i++) {
+        if (i >= rows) continue;
+        float dot = 0;
+        for (int j = 0; j < 16; j++) dot += code[i][j] * xs[j];
+#if MODE == 0
+        sum[m * ROWS + i] += dot;
+#elif MODE == 1
+        sum[m * ROWS + i] += s[i] * dot + z[i] * total;
+#else
+        sum[m * ROWS + i] += s[i] * dot;
+#endif
+      }
+    }
+  }
+}

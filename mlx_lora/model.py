@@ -37,6 +37,7 @@ from .layers import (
     dense_weight,
     dims,
     draw_projections,
+    fuse_mlps,
     introduce,
     is_quantized,
     kind,
@@ -353,6 +354,7 @@ def _place(model: nn.Module, layers: dict[str, nn.Module]) -> None:
         layer.train(model.training)
     model.update_modules(tree_unflatten(list(layers.items())))
     introduce(layers)
+    fuse_mlps(model, layers)
 
 
 def _bare_modules(model: nn.Module) -> dict[str, nn.Module]:

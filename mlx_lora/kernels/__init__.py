@@ -8,6 +8,7 @@ from .dora_norm import dora_norm
 from .lora_qmv import lora_qmv
 from .lora_rows import lora_rows
 from .lora_shrink import lora_shrink
+from .lora_swiglu import lora_swiglu
 from .low_rank import low_rank_add, low_rank_products
 from .nf4_dequantize import nf4_dequantize
 from .registry import enabled, exportable
@@ -21,6 +22,7 @@ __all__ = [
     "lora_qmv",
     "lora_rows",
     "lora_shrink",
+    "lora_swiglu",
     "low_rank_add",
     "low_rank_products",
     "nf4_dequantize",

@@ -16,6 +16,7 @@ from .cpu import use_blas
 from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
 from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from .many import ManyLoRALinear, Rows
+from .mlp import fuse_mlps
 from .siblings import introduce
 from .tokens import TokenRows, UntiedEmbedding
 from .variants import ON_INPUT, WITH_BIAS
@@ -81,6 +82,7 @@ __all__ = [
     "check_rank",
     "dense_weight",
     "dims",
+    "fuse_mlps",
     "introduce",
     "draw_projections",
     "is_quantized",

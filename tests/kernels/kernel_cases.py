@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from conftest import assert_close, numbers
-from mlx_lora.kernels import Stored, dora_norm, lora_qmv, lora_shrink, nf4_dequantize
+from mlx_lora.kernels import Stored, dora_norm, lora_qmv, lora_shrink, lora_swiglu, nf4_dequantize
 from mlx_lora.kernels.stored import NF4
 
 TOLERANCE = {mx.float32: 3e-6, mx.float16: 2e-3, mx.bfloat16: 1.5e-2}
@@ -120,3 +120,17 @@ def check_dequantize(N, K, storage, dtype=mx.float32) -> None:
         scales = values[scales] * np.repeat(of_scales, base.nested_block)[: len(scales)] + offset
     expected = np.array(NF4)[codes] * np.repeat(scales, base.group_size)[: N * K]
     assert_close(got, expected.reshape(N, K), {mx.float32: 1e-6, mx.float16: 1e-3, mx.bfloat16: 5e-3}[dtype])
+
+
+def check_swiglu(M, N, K, r, dtype, storage) -> None:
+    """``lora_swiglu`` after one ``lora_shrink`` for both."""
+    mx.random.seed(M + N + K)
+    bases, x = (make_stored(storage, N, K, dtype), make_stored(storage, N, K, dtype)), normal((M, K), dtype)
+    a, b = [normal((K, r), dtype, K**-0.5) for _ in range(2)], tuple(normal((r, N), dtype, 0.3) for _ in range(2))
+    y = lora_swiglu(x, bases, lora_shrink(x, a), b, mx.array([1.5, -0.7]), mx.array([0, r], mx.int32))
+    gate, up = (
+        float64(x) @ float64(base.dequantized()).T + s * float64(x) @ float64(m) @ float64(n)
+        for base, m, n, s in zip(bases, a, b, (1.5, -0.7), strict=True)
+    )
+    assert y.dtype == dtype
+    assert_close(y, gate / (1 + np.exp(-gate)) * up, 3 * TOLERANCE[dtype])

@@ -7,7 +7,7 @@ import pytest
 
 import mslemu
 from conftest import assert_close
-from kernel_cases import DTYPES, STORAGES, check, check_many, make_stored, normal
+from kernel_cases import DTYPES, STORAGES, check, check_many, check_swiglu, make_stored, normal
 from mlx_lora.kernels import lora_qmv, lora_shrink
 from mlx_lora.kernels.registry import source
 
@@ -57,6 +57,17 @@ def test_any_schedule(backend, schedule, monkeypatch):
 @pytest.mark.parametrize("index", [[0], [-1], [2, 0, 2, -1], [1] * 8, [-1, -1], [0, 1, 2, 3, 3, 2, 1, 0]], ids=str)
 def test_many_adapters(backend, index, dtype):
     check_many(index, dtype)
+
+
+@pytest.mark.parametrize("storage", ["dense", "affine4g64", "affine5g32", "mxfp4", "nvfp4", "nf4"])
+@pytest.mark.parametrize(("M", "dtype"), [(1, mx.float32), (3, mx.bfloat16), (8, mx.float16)], ids=str)
+def test_swiglu(backend, M, dtype, storage):
+    check_swiglu(M, 37, 192, 8, dtype, storage)
+
+
+@pytest.mark.parametrize(("N", "K", "r"), [(1, 1, 1), (5, 1100, 3), (18, 2048, 40)])
+def test_swiglu_odd_shapes(backend, N, K, r):
+    check_swiglu(2, N, K, r, mx.float32, "dense")
 
 
 def test_gradients(backend):
@@ -115,7 +126,7 @@ def test_loads_are_coalesced(backend, monkeypatch):
     assert qmv["w"]["transactions"] == 4 * qmv["w"]["lines"]
 
 
-@pytest.mark.parametrize("name", ["lora_shrink", "lora_qmv"])
+@pytest.mark.parametrize("name", ["lora_shrink", "lora_qmv", "lora_swiglu"])
 def test_lint(name):
     header, body = source(name)
     assert mslemu.lint(header + body) == []

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 import mslemu
-from kernel_cases import check, check_dequantize, check_many, check_norm
+from kernel_cases import check, check_dequantize, check_many, check_norm, check_swiglu
 from mlx_lora.kernels import registry
 from mslemu.compiler import CompileError
 
@@ -34,6 +34,10 @@ def padded():
 
 def odd_bits():
     check(1, 9, 96, [2], mx.float32, "affine5g32")
+
+
+def swiglu():
+    check_swiglu(2, 38, 96, 5, mx.float32, "affine4g32")
 
 
 def norm():
@@ -109,8 +113,6 @@ MUTANTS = {
         ("no guard at the last rows", "min(ROWS, N - n0)", "ROWS", one),
         ("guard off by one", "min(ROWS, N - n0)", "min(ROWS, N + 1 - n0)", one),
         ("the last row is left out", "min(ROWS, N - n0)", "min(ROWS, N - 1 - n0)", one),
-        ("k runs past the row", "k < K; k += 512", "k < K + 16; k += 512", one),
-        ("lanes overlap", "k = 16 * lane; k < K; k += 512", "k = 16 * lane; k < K; k += 496", one),
         ("accumulator not cleared", "sum[i] = 0;", ";", one),
         ("every lane stores", "if (m >= M || mine >= rows) return;", "", one),
         (
@@ -119,8 +121,6 @@ MUTANTS = {
             "float total = 0; if (lane < 16) total = simd_sum(sum[i]);",
             one,
         ),
-        ("group of the wrong size", "/ GROUP;", "/ (2 * GROUP);", one),
-        ("bias of a group forgotten", "z[i] * total", "z[i]", one),
         ("splits not summed", "s < SPLITS; s++", "s < 1; s++", split),
         ("offset forgotten", "u_shape[2] + offset + j", "u_shape[2] + j", one),
         ("b read past its end", "b[size_t(j) * N + n0 + mine]", "b[size_t(j + 1) * N + n0 + mine]", one),
@@ -131,25 +131,7 @@ MUTANTS = {
             "value = float(gain[n0 + mine]) * value + float(bias[n0 + mine]);",
             one,
         ),
-        (
-            "misaligned load",
-            "total += xs[j];",
-            "total += xs[j] + 1e-30f * float(*(const device uint*)((const device ushort*)x + 1));",
-            one,
-        ),
         ("write to an input", "float value = 0;", "float value = 0; ((device T*)x)[0] = T(1);", one),
-        (
-            "tail of K not guarded",
-            "xs[j] = k + j < K ?",
-            "xs[j] = true ?",
-            lambda: check(2, 6, 37, [2], mx.float32, "dense"),
-        ),
-        (
-            "tail of W not guarded",
-            "code[i][j] = k + j < K ?",
-            "code[i][j] = true ?",
-            lambda: check(1, 6, 37, [2], mx.float32, "dense"),
-        ),
         ("too much threadgroup memory", "low[M * R]", "low[M * R + 8192]", one),
         (
             "rank of the adapter ignored",
@@ -159,6 +141,30 @@ MUTANTS = {
         ),
         ("scale of another adapter", "float(scale[id])", "float(scale[0])", many),
         ("rows of one adapter added twice", "first = first && idx[l] != id;", ";", many),
+    ],
+    "lora_swiglu": [
+        ("no barrier before u is read", BARRIER, "", swiglu),
+        ("a barrier of the simdgroup", BARRIER, "simdgroup" + BARRIER.removeprefix("threadgroup"), swiglu),
+        ("no guard at the last rows", "min(ROWS, N - n0)", "ROWS", swiglu),
+        ("the last row is left out", "min(ROWS, N - n0)", "min(ROWS, N - 1 - n0)", swiglu),
+        ("gate for up", "STORED(w2, scales2, biases2)", "STORED(w, scales, biases)", swiglu),
+        ("scales of the gate for up", "STORED(w2, scales2, biases2)", "STORED(w2, scales, biases)", swiglu),
+        ("one offset for both", "offset[side]", "offset[0]", swiglu),
+        ("one scale for both", "scale[side]", "scale[0]", swiglu),
+        ("u of the gate for up", "low[(M + m) * R + j]", "low[m * R + j]", swiglu),
+        ("half of u is made", "e < 2 * M * R;", "e < M * R;", swiglu),
+        ("u past its end", "low[(M + m) * R + j]", "low[(M + m + 1) * R + j]", swiglu),
+        ("b past its end", "b2[size_t(j) * N + n0 + mine]", "b2[size_t(j + 1) * N + n0 + mine]", swiglu),
+        ("accumulator not cleared", "gate[i] = up[i] = 0;", "gate[i] = 0;", swiglu),
+        ("silu of the wrong side", "g / (1.0f + exp(-g)) * h", "h / (1.0f + exp(-h)) * g", swiglu),
+        ("no minus", "exp(-g)", "exp(g)", swiglu),
+        ("every lane stores", "if (m >= M || mine >= rows) return;", "", swiglu),
+        (
+            "simd_sum where lanes differ",
+            "const float total = simd_sum(gate[i])",
+            "float total = 0; if (lane < 8) total = simd_sum(gate[i]); const float none = 0",
+            swiglu,
+        ),
     ],
     "dora_norm": [
         ("no barrier before b is read", "simdgroup_" + BARRIER.removeprefix("threadgroup_"), "", norm),
@@ -208,6 +214,28 @@ MUTANTS = {
         ("wrong address space", "float code[16];", "float code[16]; device float* p = code;", dequantize),
     ],
     "weights": [
+        ("k runs past the row", "k < K; k += 512", "k < K + 16; k += 512", one),
+        ("lanes overlap", "k = 16 * lane; k < K; k += 512", "k = 16 * lane; k < K; k += 496", one),
+        ("group of the wrong size", "/ GROUP;", "/ (2 * GROUP);", one),
+        ("bias of a group forgotten", "z[i] * total", "z[i]", one),
+        (
+            "misaligned load",
+            "total += xs[j];",
+            "total += xs[j] + 1e-30f * float(*(const device uint*)((const device ushort*)x + 1));",
+            one,
+        ),
+        (
+            "tail of K not guarded",
+            "xs[j] = k + j < K ?",
+            "xs[j] = true ?",
+            lambda: check(2, 6, 37, [2], mx.float32, "dense"),
+        ),
+        (
+            "tail of W not guarded",
+            "code[i][j] = k + j < K ?",
+            "code[i][j] = true ?",
+            lambda: check(1, 6, 37, [2], mx.float32, "dense"),
+        ),
         ("nested scales of another block", "(group) / NESTED", "(group) / (2 * NESTED)", nested),
         ("nested offset forgotten", " + nested_offset[0]", "", nested),
         ("bits across half-words lost", "if (at % 16 + BITS > 16)", "if (false)", odd_bits),

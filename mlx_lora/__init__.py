@@ -27,6 +27,7 @@ _NAMES = {
     "extract": "model",
     "fuse": "fusing",
     "load": "model",
+    "as_lora": "merging",
     "merge_adapters": "merging",
     "mount": "model",
     "quantize": "quantizing",

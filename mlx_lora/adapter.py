@@ -182,6 +182,7 @@ def explicit_config(
     ``rank`` (default: the commonest) and the commonest scale hold for all; other modules get patterns that match one
     module each. ``alpha`` and ``rslora`` are resolved into scales.
     """
+    config = replace(config, init="default", init_batches=None, eva_rho=None, eva_tau=None)
     if not ranks or config.method == "vera":  # nothing low-rank in it, or one rank and no scale
         return replace(config, target_parameters=None, layers_to_transform=None)
     rank = rank or Counter(ranks.values()).most_common(1)[0][0]

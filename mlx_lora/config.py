@@ -79,6 +79,9 @@ class AdapterConfig:
         "How the update starts: default (A uniform, B = 0), gaussian, orthogonal, pissa, pissa_niter_N (randomized), "
         "olora, loftq, eva or lora_ga.",
     )
+    init_batches: int | None = knob(None, "eva, lora_ga: read at most so many batches; 32 and 8 by default.")
+    eva_rho: float | None = knob(None, "eva: a layer may get up to so many times its rank; 2 by default, 1: no more.")
+    eva_tau: float | None = knob(None, "eva: cosine at which a direction counts as settled; 0.99 by default.")
     bias: str = knob("none", "Also train biases: of the whole model, or of the adapted layers.", choices=BIASES)
     lora_bias: bool = knob(False, "Give the update a bias of its own (PEFT's lora_bias).")
     modules_to_save: tuple[str, ...] | None = knob(None, "Modules to train whole beside the adapter, such as lm_head.")
@@ -169,6 +172,15 @@ class AdapterConfig:
             faults.append(f"init {self.init!r} is for lora, not for {self.method}")
         if self.init != "default" and self.method not in ("lora", "dora"):
             faults.append(f"init {self.init!r} is for low-rank methods, not for {self.method}")
+        needs = {"init_batches": ("eva", "lora_ga"), "eva_rho": ("eva",), "eva_tau": ("eva",)}
+        for name, inits in needs.items():
+            value, least = getattr(self, name), 0 if name == "eva_tau" else 1
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+                faults.append(f"{name} must be a number of at least {least}, not {value!r}")
+            elif self.init not in inits:
+                faults.append(f"{name} is of init {' and '.join(inits)}, not of {self.init!r}")
         if self.lora_bias and self.init not in ("default", "gaussian"):
             faults.append(f"lora_bias starts with a plain adapter, not with init {self.init!r}")
         if self.method == "vera":

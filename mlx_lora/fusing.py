@@ -116,7 +116,8 @@ def _fuse_layer(
     choices = []
     if is_quantized(base) and not as_floats:
         choices = [_quantized_module(layer, merged, dtype, bits or 8)]
-    if bits is None:
+        choices = [module for module in choices if module is not None]
+    if bits is None or not choices:
         choices.append(None)  # floats, made only if wanted
     for module in choices:
         module = module if module is not None else _merged_module(layer, merged, dtype)
@@ -148,14 +149,20 @@ def _merged_module(layer: AdapterLayer | TokenRows, weight: mx.array, dtype: mx.
     return made
 
 
-def _quantized_module(layer: AdapterLayer | TokenRows, weight: mx.array, dtype: mx.Dtype, bits: int) -> nn.Module:
-    """``weight`` quantized to ``bits``, in the mode of the base where it has that width, else affine."""
+def _quantized_module(
+    layer: AdapterLayer | TokenRows, weight: mx.array, dtype: mx.Dtype, bits: int
+) -> nn.Module | None:
+    """``weight`` quantized to ``bits``, in the mode of the base where it has that width, else affine.
+
+    None where the width is no multiple of the group: NF4's blocks run on from row to row, MLX's groups do not."""
     base = layer.base
     if isinstance(base, NF4Linear) and bits == base.bits:
         return NF4Linear.from_linear(_merged_module(layer, weight, dtype), "nested_absmax" in base, base.group_size)
     same = bits == base.bits
     mode = base.mode if same else "affine"
     group = base.group_size if same or base.mode == "affine" else 32
+    if weight.shape[-1] % group:
+        return None
     made = _merged_module(layer, weight, dtype).to_quantized(group_size=group, bits=bits, mode=mode)
     made.freeze()
     return made

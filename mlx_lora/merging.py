@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from .adapter import Adapter, explicit_config, raise_faults
 from .errors import AdapterError, ConfigError
+from .model import adapters_on, mount, unmount
 
 ELEMENTWISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MERGES = (*ELEMENTWISE, "cat", "svd", *(f"{name}_svd" for name in ELEMENTWISE if name != "linear"))
@@ -128,6 +130,33 @@ def merge_adapters(
     return Adapter(config, new, base=bases.pop() if len(bases) == 1 else None)
 
 
+def as_lora(model: nn.Module, adapter: Adapter) -> Adapter:
+    """A VeRA adapter as LoRA of scale 1 that computes the same: (lambda_d A)^T and (lambda_b B)^T.
+
+    Args:
+        model: the base, whose layers tell how much of the shared projections each module uses; any adapter on it goes.
+
+    Raises: AdapterError: the adapter is not VeRA's, or not of this model.
+    """
+    if adapter.config.method != "vera":
+        raise AdapterError(
+            f"the adapter is of method {adapter.config.method}, not vera", "Only VeRA is turned into LoRA."
+        )
+    mount(model, adapter)
+    weights = {
+        name: array for name, array in adapter.weights.items() if name in adapter.whole or name.endswith("tokens")
+    }
+    ranks = {}
+    for path, layer in adapters_on(model).items():
+        weights[f"{path}.lora_a"], weights[f"{path}.lora_b"] = layer.lora_pair()
+        ranks[path] = layer.rank
+    unmount(model)
+    config = replace(
+        adapter.config, method="lora", scale=1.0, projection_prng_key=0, save_projection=True, d_initial=0.1
+    )
+    return replace(adapter, config=explicit_config(config, ranks, dict.fromkeys(ranks, 1.0)), weights=weights)
+
+
 Pair = tuple[np.ndarray, np.ndarray]  # A [.., r, in], B [.., out, r]
 
 
@@ -214,7 +243,7 @@ def _check_adapters(adapters: Sequence[Adapter]) -> None:
     for i, adapter in enumerate(adapters, 1):
         faults += [f"adapter {i}: {fault}" for fault in adapter.faults()]
         if adapter.config.method != "lora":
-            mend = "convert it with --as-lora first" if adapter.config.method == "vera" else "merge plain LoRA"
+            mend = "name its base (--model, or as_lora)" if adapter.config.method == "vera" else "merge plain LoRA"
             faults.append(f"adapter {i} is of method {adapter.config.method}: {mend}")
         elif adapter.config.lora_bias or adapter.whole or adapter.tokens:
             faults.append(f"adapter {i} trains more than low-rank updates (biases, whole modules or tokens)")

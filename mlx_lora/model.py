@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import json
 import math
 import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from . import device
@@ -27,6 +30,8 @@ from .base_config import missing_fields
 from .config import AdapterConfig
 from .errors import AdapterError, ConfigError, MLXLoRAError, ModelError
 from .formats import load_adapter
+from .initialisation import FROM_DATA, SUBTRACTED, eva, from_weight, loftq_pair, lora_ga
+from .initialisation.eva import RHO, TAU
 from .layers import (
     METHODS,
     AdapterLayer,
@@ -191,12 +196,20 @@ class _State:
     modules: dict[str, nn.Module] = field(default_factory=dict)  # quantized modules that dense ones stand in for
 
 
-def attach(model: nn.Module, config: AdapterConfig) -> list[str]:
+def attach(
+    model: nn.Module, config: AdapterConfig, batches: Iterable | None = None, reference: nn.Module | None = None
+) -> list[str]:
     """Freeze the base and put fresh, trainable adapters on the modules that ``config`` chooses. The identity at first.
 
     Whole modules, biases and rows of embeddings that ``config`` names become trainable too; ``unmount`` puts back what
     they were. Draws from ``mx.random``: seed it for a run that can be repeated. Under ``method="full"`` nothing is
     attached: the chosen layers' own parameters become trainable.
+
+    Args:
+        batches: what ``init`` "eva" and "lora_ga" look at: with ``tokens`` [B, T] and ``mask`` [B, T-1], as
+            ``mlx_lora.data.train_batches`` yields them.
+        reference: the model before it was quantized, for ``init`` "loftq". (That start is not the identity: it makes
+            up for what quantizing lost.)
 
     Returns: the adapted paths. Raises: AdapterError, ConfigError.
     """
@@ -219,10 +232,18 @@ def attach(model: nn.Module, config: AdapterConfig) -> list[str]:
                 check_rank(module, ranks[path])
             except AdapterError as error:
                 raise AdapterError(f"{path}: {error.message}", error.hint) from None
+    starts = _starts(model, config, chosen, ranks, batches, reference)
+    if config.init == "eva":  # layers whose inputs tell least are left out, others got their ranks
+        chosen = {path: module for path, module in chosen.items() if path in starts}
+        config = _with_ranks(config, ranks, {path: len(pair[0]) for path, pair in starts.items()})
+        ranks = {path: config.rank_of(path) for path in chosen}
     state = _State(config)
     if config.method == "vera" and chosen:
         state.shared = draw_projections(config.rank, *shared_dims(chosen.values()), config.projection_prng_key)
-    layers: dict[str, nn.Module] = make_layers(chosen, config, ranks, _model_dtype(model), state.shared)
+    difference = config.init.startswith(SUBTRACTED)
+    layers: dict[str, nn.Module] = make_layers(chosen, config, ranks, _model_dtype(model), state.shared, difference)
+    for path, (a, b) in starts.items():
+        _start(layers[path], a, b)
     layers |= {path: TokenRows(bare[path], ids, _model_dtype(model)) for path, ids in tokens.items()}
     model.freeze()
     _place(model, layers)
@@ -266,13 +287,16 @@ def extract(model: nn.Module) -> Adapter:
         keys=None if layers else config.keys,
         modules_to_save=tuple(sorted({path for path, leaf in state.whole if saved_whole(config, path)})) or None,
         trainable_token_indices={path: module.ids for path, module in tokens.items()},
-        init="default",
     )
     return Adapter(explicit_config(plain, ranks, scales), weights, base=name)
 
 
-def mount(model: nn.Module, adapter: Adapter) -> None:
+def mount(model: nn.Module, adapter: Adapter, *, difference: bool = False) -> None:
     """Put ``adapter`` on ``model``, in place of whichever is there. The base is untouched, and frozen.
+
+    Args:
+        difference: the adapter came from a start such as PiSSA's: its second half is the frozen pair that the base
+            gives up, and stays frozen. Only a training run that goes on needs this.
 
     Raises:
         AdapterError: the adapter does not fit; the model is then as it was.
@@ -290,8 +314,13 @@ def mount(model: nn.Module, adapter: Adapter) -> None:
         if config.method == "vera" and bases:
             state.shared = _projections(adapter, bases)
         ranks = {path: adapter.rank_of(path) for path in bases}
-        layers = make_layers(bases, config, ranks, dtype, state.shared)
+        if difference:
+            ranks = {path: rank // 2 for path, rank in ranks.items()}
+        layers = make_layers(bases, config, ranks, dtype, state.shared, difference)
         for path, layer in layers.items():
+            if difference:
+                layer.split(adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"])
+                continue
             for leaf, initial in layer.adapter_weights().items():
                 setattr(layer, leaf, adapter.weights[f"{path}.{leaf}"].astype(initial.dtype))
     for path, (ids, rows) in adapter.tokens.items():
@@ -370,6 +399,88 @@ def _projections(adapter: Adapter, bases: dict[str, nn.Module]) -> tuple[mx.arra
     if SHARED[0] in adapter.weights:
         return tuple(adapter.weights[name] for name in SHARED)
     return draw_projections(adapter.config.rank, *shared_dims(bases.values()), adapter.config.projection_prng_key)
+
+
+# Starts: see ``initialisation``.
+
+
+def _starts(
+    model: nn.Module,
+    config: AdapterConfig,
+    chosen: dict[str, nn.Module],
+    ranks: dict[str, int],
+    batches: Iterable | None,
+    reference: nn.Module | None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(A [.., r, in], B [.., out, r]) of the layers that do not start as they are made."""
+    init, scales = config.init, {path: config.scale_of(path) for path in chosen}
+    if (reference is not None) != (init == "loftq"):
+        raise ConfigError(
+            "init 'loftq' and a reference model belong together",
+            "Name the model before quantizing, or make base and adapter by mlx-lora quantize --loftq-rank.",
+        )
+    if init == "default" or not chosen:
+        return {}
+    if init in FROM_DATA and batches is None:
+        raise ConfigError(f"init {init!r} looks at data", "attach(model, config, batches).")
+    limited = ("linear",) if init in FROM_DATA else ("linear", "switch")
+    others = [
+        f"{path}: init {init} does not start {kind(m)} layers" for path, m in chosen.items() if kind(m) not in limited
+    ]
+    if init != "gaussian":
+        raise_faults(others, "Leave them out: name the modules to adapt with --keys.")
+    if init == "eva":
+        found = eva(
+            model,
+            chosen,
+            ranks,
+            _first(batches, config.init_batches or 32),
+            config.eva_rho or RHO,
+            config.eva_tau or TAU,
+        )
+        outs = {path: dims(module)[1] for path, module in chosen.items()}
+        return {p: (e.a, np.zeros((outs[p], e.rank), np.float32)) for p, e in found.items() if e.rank}
+    if init == "lora_ga":
+        return lora_ga(model, chosen, ranks, _first(batches, config.init_batches or 8))
+    starts, original = {}, dict(reference.named_modules()) if reference is not None else {}
+    for path, module in chosen.items():
+        weight = np.array(dense_weight(module))
+        if init == "loftq":
+            whole = original.get(path)
+            if whole is None or kind(whole) != kind(module) or dims(whole) != dims(module):
+                raise AdapterError(f"{path}: the reference model has no such layer", "It is of another architecture.")
+            starts[path], _ = loftq_pair(
+                np.array(dense_weight(whole)), lambda _, q=weight: q, ranks[path], scales[path]
+            )
+        else:
+            if kind(module) == "embedding":
+                weight = weight.T  # lora_a is of the vocabulary
+            starts[path] = from_weight(init, weight, ranks[path], scales[path])
+    return starts
+
+
+def _first(batches: Iterable, count: int) -> Iterator:
+    yield from itertools.islice(batches, count)
+
+
+def _start(layer: AdapterLayer, a: np.ndarray, b: np.ndarray) -> None:
+    """Put a pair A [.., r, in], B [.., out, r] into a layer, in the layer's own layout."""
+    if a.ndim == 2:
+        a, b = a.T, b.T
+    a, b = mx.array(np.ascontiguousarray(a)), mx.array(np.ascontiguousarray(b))
+    if hasattr(layer, "start_from"):
+        layer.start_from(a, b)
+    else:
+        layer.lora_a, layer.lora_b = a.astype(layer.lora_a.dtype), b.astype(layer.lora_b.dtype)
+
+
+def _with_ranks(config: AdapterConfig, before: dict[str, int], ranks: dict[str, int]) -> AdapterConfig:
+    """``config`` with these ranks; alpha grows with a rank, so that gradients keep their size (PEFT's rule)."""
+    scales = {}
+    for path, rank in ranks.items():
+        grown = math.sqrt(rank / before[path]) if config.rslora else 1.0
+        scales[path] = config.scale_of(path) * grown
+    return replace(explicit_config(config, ranks, scales), init=config.init, keys=config.keys)
 
 
 # Whole parameters: modules_to_save, biases, and all of a "full" adapter.

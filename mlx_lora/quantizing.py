@@ -9,13 +9,18 @@ from io import StringIO
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
+from .adapter import Adapter
+from .config import AdapterConfig
 from .errors import ConfigError, ModelError
-from .layers import dense_weight, is_quantized, kind, use_blas
+from .initialisation import loftq_pair
+from .layers import check_rank, dense_weight, is_quantized, kind, use_blas
 from .model import adapters_on, base_of
+from .quant import dequantize_nf4, quantize_nf4
 from .quant.model import quantize_to_nf4
-from .selection import layer_paths
+from .selection import layer_paths, select
 
 # Mode -> (bits it comes in, group sizes, the default pair).
 MODES = {
@@ -61,18 +66,8 @@ def quantize(
     Raises: ConfigError: settings; ModelError: a model that is quantized already, has adapters, or holds experts (nf4).
     """
     bits, group_size = check_mode(mode, bits, group_size, double_quant)
-    if adapters_on(model):
-        raise ModelError("the model has adapters on it", "Merge them with fuse(model), or take them off.")
-    if any(is_quantized(module) for module in model.modules()):
-        raise ModelError(
-            "the model is quantized already", "Quantize the original: each time some of the weights is lost."
-        )
-    before = {path: module for path, module in model.named_modules() if kind(module)}
+    before = _check_model(model, mode)
     if mode == "nf4":
-        if experts := [path for path, module in before.items() if kind(module) == "switch"]:
-            raise ModelError(
-                f"{experts[-1]}: NF4 is for linear layers, not for stacks of experts", "Use affine, mxfp4 or nvfp4."
-            )
         inside = tuple(f"{path}." for path in layer_paths(model))
         quantize_to_nf4(model, double_quant, group_size, keep=lambda path: not path.startswith(inside))
     else:
@@ -85,6 +80,56 @@ def quantize(
     report = _report(model, mode, before)
     use_blas(model)
     return report
+
+
+def quantize_with_loftq(
+    model: nn.Module,
+    rank: int,
+    iterations: int = 1,
+    *,
+    mode: str = "affine",
+    bits: int | None = None,
+    group_size: int | None = None,
+    double_quant: bool = False,
+) -> tuple[Quantized, Adapter]:
+    """``quantize``, and a LoftQ adapter (scale 1) over the linears and experts of all layers that goes with the result.
+
+    Args:
+        rank: of the adapter.
+        iterations: rounds of quantizing and fitting; with more than one the weights quantized are not ``model``'s own.
+
+    Raises: as ``quantize``.
+    """
+    bits, group_size = check_mode(mode, bits, group_size, double_quant)
+    if rank < 1 or iterations < 1:
+        raise ConfigError("LoftQ wants a rank and a number of rounds of at least 1")
+    _check_model(model, mode)
+
+    def through(weight: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
+        exact = mx.array(weight).astype(dtype)
+        if mode == "nf4":
+            return np.array(dequantize_nf4(quantize_nf4(exact, double_quant, group_size)))
+        settings = dict(group_size=group_size, bits=bits, mode=mode)
+        packed = mx.quantize(exact, **settings)
+        return np.array(mx.dequantize(*packed, **settings, dtype=mx.float32))
+
+    config = AdapterConfig(rank=rank, scale=1.0, num_layers=-1)
+    weights = {}
+    for path, module in select(model, config).items():
+        check_rank(module, rank)
+        weight, dtype = np.array(dense_weight(module)), module.weight.dtype
+        if mode != "nf4" and weight.shape[-1] % group_size:  # stays as it is: a start as of any LoRA
+            bound = 1 / math.sqrt(weight.shape[-1])
+            a = np.array(mx.random.uniform(-bound, bound, (*weight.shape[:-2], rank, weight.shape[-1])))
+            b = np.zeros((*weight.shape[:-1], rank), np.float32)
+        else:
+            (a, b), target = loftq_pair(weight, lambda w, dtype=dtype: through(w, dtype), rank, 1.0, iterations)
+            module.weight = mx.array(target).astype(dtype)
+        if a.ndim == 2:
+            a, b = a.T, b.T
+        weights[f"{path}.lora_a"], weights[f"{path}.lora_b"] = (mx.array(np.ascontiguousarray(x)) for x in (a, b))
+    report = quantize(model, mode, bits=bits, group_size=group_size, double_quant=double_quant)
+    return report, Adapter(config, weights).check()
 
 
 def check_mode(mode: str, bits: int | None, group_size: int | None, double_quant: bool) -> tuple[int, int]:
@@ -102,6 +147,23 @@ def check_mode(mode: str, bits: int | None, group_size: int | None, double_quant
     if faults:
         raise ConfigError("\n".join(faults))
     return bits or default_bits, group_size or default_group
+
+
+def _check_model(model: nn.Module, mode: str) -> dict[str, nn.Module]:
+    """The layers that could be quantized, by path; refuses a model that cannot be."""
+    if adapters_on(model):
+        raise ModelError("the model has adapters on it", "Merge them with fuse(model), or take them off.")
+    if any(is_quantized(module) for module in model.modules()):
+        raise ModelError(
+            "the model is quantized already", "Quantize the original: each time some of the weights is lost."
+        )
+    layers = {path: module for path, module in model.named_modules() if kind(module)}
+    experts = [path for path, module in layers.items() if kind(module) == "switch"]
+    if mode == "nf4" and experts:
+        raise ModelError(
+            f"{experts[-1]}: NF4 is for linear layers, not for stacks of experts", "Use affine, mxfp4 or nvfp4."
+        )
+    return layers
 
 
 def _report(model: nn.Module, mode: str, before: dict[str, nn.Module]) -> Quantized:

@@ -14,12 +14,13 @@ import mlx_lora
 ROOT = Path(mlx_lora.__file__).parent
 # Lower floors first. A module may import from its own room and from floors below.
 FLOORS = [
-    {"errors", "kernels", "device", "base_config", "tiny_base"},
+    {"errors", "kernels", "device", "base_config", "tiny_base", "tables"},
     {"config", "quant"},
     {"data", "layers", "adapter"},
     {"training", "formats", "selection"},
+    {"initialisation"},
     {"model", "planning"},
-    {"fusing", "merging", "quantizing", "initialisation", "many", "measuring"},
+    {"fusing", "merging", "quantizing", "many", "measuring"},
     {"serving"},
     {"cli"},
 ]

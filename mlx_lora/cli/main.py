@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": ("adapters", "Convert an adapter from one format to another."),
     "inspect": ("adapters", "Describe an adapter without loading a model."),
     "bench": ("bench", "Measure the kernels on this machine."),
+    "tables": ("tables", "The papers' parameter and memory tables, and those of a model at hand."),
     "doctor": ("doctor", "Tell what this machine computes with, and how to make it faster."),
 }
 

@@ -44,16 +44,18 @@ def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, sa
 
     cat and svd add up what the adapters do: cat exactly, its rank is that of all together; svd as well as its rank
     allows. linear, ties, dare and magnitude_prune work on the matrices A and B themselves, which is rough, or with
-    _svd on their products. --model checks that the result fits, and makes dare drop module by module in its order.
+    _svd on their products. --model checks that the result fits, makes dare drop module by module in its order, and
+    turns VeRA adapters into LoRA first; one VeRA adapter alone comes out as a LoRA adapter that computes the same.
 
     \b
     mlx-lora merge adapters_a adapters_b --weights 0.7,0.3 --save-path both
+    mlx-lora merge a_vera_adapter --model Qwen/Qwen3-0.6B --to peft --save-path as_lora
     mlx-lora merge a b c --method ties --density 0.5 --to peft --save-path both
     """
     from dataclasses import replace
 
     from ..formats import load_adapter, save_adapter
-    from ..merging import merge_adapters
+    from ..merging import as_lora, merge_adapters
 
     if weights is not None and len(weights) != len(adapters):
         raise ConfigError(f"--weights gives {len(weights)} numbers for {len(adapters)} adapters")
@@ -64,6 +66,7 @@ def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, sa
 
         base, _ = load(model, lazy=True)
         order = [path for path, _ in reversed(base.named_modules())]
+        loaded = [as_lora(base, one) if one.config.method == "vera" else one for one in loaded]
     merged = merge_adapters(
         loaded, weights, method, density=density, sign=sign, rank=rank, clamp=clamp, seed=seed, order=order
     )

@@ -64,7 +64,7 @@ def quantize(
         from dataclasses import replace
 
         from ..formats import save_adapter
-        from ..initialisation.loftq import quantize_with_loftq
+        from ..quantizing import quantize_with_loftq
 
         report, adapter = quantize_with_loftq(loaded, loftq_rank, loftq_iters, **settings)
     save_model(loaded, save_path, overwrite=force)

@@ -36,6 +36,7 @@ STATE = "training_state.safetensors"
 @config_options(AdapterConfig)
 @config_options(OptimizerConfig)
 @config_options(TrainConfig)
+@click.option("--init-reference", metavar="PATH_OR_REPO", help="loftq: the model before it was quantized.")
 @click.option("--resume", is_flag=True, help="Go on with the run saved in --adapter-path, exactly where it stopped.")
 @click.option("--resume-adapter-file", metavar="FILE", help="Start from the weights in this adapters.safetensors.")
 @click.option("--train/--no-train", default=True, help="Train (the default).")
@@ -47,7 +48,7 @@ STATE = "training_state.safetensors"
 @json_option
 @click.pass_context
 def train(ctx: click.Context, **params: Any):
-    """Fine-tune a model with LoRA or DoRA, or fully.
+    """Fine-tune a model with LoRA, DoRA or VeRA, or fully.
 
     The adapter is saved in --adapter-path every --save-every iterations and at the end, in mlx-lm's format. Ctrl-C
     saves and stops; --resume goes on. mlx-lm's flags and YAML files work unchanged.
@@ -78,7 +79,15 @@ def train(ctx: click.Context, **params: Any):
     run = Run(params["model"], folder, data, params["trust_remote_code"], params["as_json"])
     if params["train"]:
         run.load(("train", "valid", "test") if params["test"] else ("train", "valid"))
-        run.attach(adapter, config.seed, params["resume_adapter_file"], asked)
+        run.attach(
+            adapter,
+            config.seed,
+            params["resume_adapter_file"],
+            asked,
+            config.batch_size,
+            params["init_reference"],
+            params["resume"],
+        )
         settings = {k: v for part in (data, optimizer, config) for k, v in asdict(part).items() if v is not None}
         stopped = run.train(optimizer, config, params["resume"], reporters, settings)
         if stopped:
@@ -148,11 +157,23 @@ class Run:
 
         mount(self.model, load_adapter(self.folder))
 
-    def attach(self, adapter: AdapterConfig, seed: int, start: str | None = None, asked_layers: bool = False) -> None:
-        """Fresh adapters, or ones that start from the file ``start``."""
+    def attach(
+        self,
+        adapter: AdapterConfig,
+        seed: int,
+        start: str | None = None,
+        asked_layers: bool = False,
+        batch_size: int = 4,
+        reference: str | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Fresh adapters; ones that start from the file ``start``; or those of the run that goes on."""
         import mlx.core as mx
 
-        from ..model import attach
+        from ..data import train_batches
+        from ..formats import load_adapter
+        from ..initialisation import FROM_DATA, SUBTRACTED
+        from ..model import attach, load, mount
         from ..selection import layer_paths
 
         total = len(layer_paths(self.model))
@@ -160,21 +181,35 @@ class Run:
             raise ConfigError(
                 f"--num-layers is {adapter.num_layers}, but the model has {total} layers", "Use -1 for all of them."
             )
+        if start and adapter.init != "default":
+            raise ConfigError(f"--resume-adapter-file and --init {adapter.init} contradict each other", "Choose one.")
         mx.random.seed(seed)
-        attach(self.model, adapter)
+        subtracted = adapter.init.startswith(SUBTRACTED)
+        if resume and (subtracted or adapter.init in FROM_DATA):  # the ranks and the frozen part are in the folder
+            return mount(self.model, load_adapter(self.folder), difference=subtracted)
+        more: dict[str, Any] = {}
+        if adapter.init in FROM_DATA:
+            console.note(f"Looking at the data ({adapter.init})")
+            more["batches"] = train_batches(self.sets.train, batch_size, seed=seed)
+        if reference is not None:
+            console.note(f"Loading {reference}")
+            more["reference"] = load(reference, trust_remote_code=self.trust)[0]
+        attach(self.model, adapter, **more)
         if start:
             self._start_from(Path(start))
 
     def _start_from(self, file: Path) -> None:
-        from mlx.utils import tree_flatten, tree_unflatten
+        from dataclasses import replace
 
-        from ..adapter import raise_faults
+        from ..adapter import SHARED, raise_faults
         from ..formats.files import read_safetensors
+        from ..model import extract, mount
 
         if not file.is_file():
             raise ConfigError(f"{file}: no such file", "--resume-adapter-file takes an adapters.safetensors.")
-        found, wanted = read_safetensors(file), dict(tree_flatten(self.model.trainable_parameters()))
-        faults = [f"{name}: in the file, not in this run" for name in found if name not in wanted]
+        fresh, found = extract(self.model), read_safetensors(file)
+        wanted = {name: array for name, array in fresh.weights.items() if name not in SHARED}
+        faults = [f"{name}: in the file, not in this run" for name in found if name not in (*wanted, *SHARED)]
         faults += [f"{name}: in this run, not in the file" for name in wanted if name not in found]
         faults += [
             f"{name}: {list(found[name].shape)} in the file, {list(array.shape)} in this run"
@@ -184,7 +219,7 @@ class Run:
         raise_faults(
             [f"{file}: {f}" for f in faults], "Use the rank, keys and layers that the file was made with.", AdapterError
         )
-        self.model.update(tree_unflatten([(k, found[k].astype(v.dtype)) for k, v in wanted.items()]))
+        mount(self.model, replace(fresh, weights=found))
 
     def train(
         self,

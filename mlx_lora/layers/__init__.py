@@ -13,6 +13,7 @@ from ..config import AdapterConfig
 from ..errors import AdapterError
 from .base import AdapterLayer, base_dtype, check_rank, dense_weight, dims, is_quantized, kind
 from .cpu import use_blas
+from .difference import DifferenceLinear, DifferenceSwitchLinear
 from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
 from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from .many import ManyLoRALinear, Rows
@@ -27,6 +28,8 @@ METHODS = {
     "dora": {"linear": DoRALinear, "embedding": DoRAEmbedding, "switch": DoRASwitchLinear},
     "vera": {"linear": VeRALinear, "switch": VeRASwitchLinear},
 }
+# LoRA from a start that the base must give up.
+DIFFERENCES = {"linear": DifferenceLinear, "switch": DifferenceSwitchLinear}
 
 
 def make_layers(
@@ -35,25 +38,27 @@ def make_layers(
     ranks: dict[str, int],
     dtype: mx.Dtype,
     shared: tuple[mx.array, mx.array] | None = None,
+    difference: bool = False,
 ) -> dict[str, AdapterLayer]:
     """Fresh layers over ``bases`` as ``config`` describes them, by path.
 
     Args:
         ranks: of each layer.
         dtype: of the adapter's arrays where a base's storage does not tell one.
+        difference: layers of ``DIFFERENCES``, whose start is to be set.
         shared: VeRA's projections; drawn from ``config.projection_prng_key`` by default.
 
     Raises: AdapterError: naming every module that the method, or a setting, cannot adapt.
     """
     classes, faults = {}, []
     for path, base in bases.items():
-        layer = METHODS[config.method].get(kind(base))
+        layer = (DIFFERENCES if difference else METHODS[config.method]).get(kind(base))
         if config.lora_bias:
             layer = WITH_BIAS.get(layer)
         elif config.embedding_side == "input":
             layer = ON_INPUT.get(layer, layer)
         if layer is None:
-            what = "lora_bias" if config.lora_bias else config.method
+            what = "lora_bias" if config.lora_bias else f"init {config.init}" if difference else config.method
             faults.append(f"{path}: {what} does not adapt {kind(base)} layers")
         classes[path] = layer
     if faults:
@@ -72,6 +77,7 @@ def make_layers(
 
 
 __all__ = [
+    "DIFFERENCES",
     "METHODS",
     "AdapterLayer",
     "ManyLoRALinear",

@@ -35,6 +35,7 @@ class TokenRows(nn.Module):
         self.ids = tuple(ids)
         # Position of a token among the rows, -1 where it has none. An underscore keeps it out of the parameters.
         self._position = mx.full((vocabulary,), -1, mx.int32).at[mx.array(ids)].add(mx.arange(1, len(ids) + 1))
+        mx.eval(self._position)
         self.trainable_tokens = dense_weight(base)[mx.array(ids)].astype(base_dtype(base) or dtype)
 
     @property

@@ -64,9 +64,10 @@ class _Shared:
     def __init__(self, base, rank, scale=1.0, dropout=0.0, dtype=mx.float32, *, shared=None, d_initial=0.1):
         super().__init__(base, rank, scale, dropout, dtype)
         columns, rows = dims(base)
-        a, b = shared or draw_projections(rank, columns, rows)
+        pair = tuple(array.astype(self._dtype) for array in shared or draw_projections(rank, columns, rows))
+        mx.eval(pair)
         # Outside the module's dictionary: shared with other layers, and no parameters.
-        object.__setattr__(self, "_shared", (a.astype(self._dtype), b.astype(self._dtype)))
+        object.__setattr__(self, "_shared", pair)
         many = (base.num_experts,) if self.base.weight.ndim == 3 else ()
         self.vera_lambda_d = mx.full((*many, rank), d_initial, self._dtype)
         self.vera_lambda_b = mx.zeros((*many, rows), self._dtype)

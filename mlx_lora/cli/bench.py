@@ -17,7 +17,11 @@ SIZES = {  # hidden, key and value, intermediate: one layer of a model like this
 
 @click.group()
 def bench():
-    """Measure on this machine."""
+    """Measure on this machine.
+
+    \b
+    mlx-lora bench kernels
+    """
 
 
 @bench.command()

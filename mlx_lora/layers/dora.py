@@ -23,6 +23,8 @@ _ROWS = 1 << 24  # elements of W dequantized at once for ||W||^2: 64 MB of float
 
 def row_norms_squared(base: nn.Module) -> mx.array:
     """||W||^2 of every row in float32: [rows], or [experts, rows]. Evaluated piece by piece to stay small."""
+    if enabled() and (known := stored(base)) is not None:
+        return dora_norm(known)
     if hasattr(base, "unpacked"):
         return dense_weight(base).square().sum(axis=-1)
     names = [name for name in ("weight", "scales", "biases", "global_scale") if base.get(name) is not None]

@@ -69,11 +69,11 @@ def test_layers_over_nf4(backend, method, double, monkeypatch):
     assert_close(got, layer(x), 1e-5)
 
 
-def test_what_is_frozen_refuses_gradients(backend):
+@pytest.mark.skipif(not mx.metal.is_available(), reason="an emulated kernel is a constant to MLX")
+def test_what_is_frozen_refuses_gradients():
     base = make_stored("nf4", 4, 64, mx.float32)
-    if backend == "metal":
-        with pytest.raises(ValueError, match="vjp"):
-            mx.grad(lambda s: nf4_dequantize(base._replace(scales=s)).sum())(base.scales)
+    with pytest.raises(ValueError, match="vjp"):
+        mx.grad(lambda s: nf4_dequantize(base._replace(scales=s)).sum())(base.scales)
 
 
 @pytest.mark.parametrize("storage", [None, {"group_size": 32, "bits": 3}, {"group_size": 32, "mode": "mxfp4"}], ids=str)

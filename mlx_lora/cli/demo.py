@@ -15,10 +15,10 @@ from . import console
 from .options import json_option
 from .train import Run
 
-ROWS = {"train": 1000, "valid": 40, "test": 100}
-ADAPTER = AdapterConfig(rank=8, scale=4.0, num_layers=-1)
+ROWS = {"train": 3000, "valid": 40, "test": 100}
+ADAPTER = AdapterConfig(rank=16, scale=4.0, num_layers=-1)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, lr_schedule="cosine_decay", warmup=10)
-TRAIN = TrainConfig(iters=120, batch_size=32, steps_per_report=20, steps_per_eval=60, save_every=1000)
+TRAIN = TrainConfig(iters=300, batch_size=32, steps_per_report=50, steps_per_eval=150, save_every=1000)
 SHOWN, MAX_TOKENS = 4, 64
 MARK = ".mlx-lora-demo"  # says that the folder is the demo's own, to be replaced by the next one
 

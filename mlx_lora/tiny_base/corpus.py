@@ -210,16 +210,6 @@ def copying(rng: random.Random) -> Turns:
     )
 
 
-def echo(rng: random.Random) -> Turns:
-    """A line said back whole, sentences or a string of words: the shortest way to learn to look back."""
-    if rng.random() < 0.5:
-        line = " ".join(Fact.draw(rng).sentence(rng) for _ in range(rng.randint(1, 3)))
-    else:
-        lists = [ITEMS, PLACES, NAMES, ANIMALS, COLOURS]
-        line = " ".join(pick(rng, rng.choice(lists), 0.5) for _ in range(rng.randint(4, 14)))
-    return [rng.choice([f"Say this again: {line}", f"{line} Say that again."]), line]
-
-
 def changing(rng: random.Random) -> Turns:
     fact = Fact.draw(rng)
     field, words = rng.choice([("name", NAMES), ("item", ITEMS), ("colour", COLOURS), ("place", PLACES)])
@@ -317,7 +307,6 @@ KINDS: list[tuple[Callable[[random.Random], Turns], int]] = [
     (reading, 30),
     (one_word, 18),
     (copying, 18),
-    (echo, 20),
     (changing, 6),
     (yes_no, 5),
     (remark, 6),

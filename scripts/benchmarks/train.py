@@ -84,21 +84,21 @@ def mlx_model(bits: int | None):
 
 
 class Clock:
-    """Counts steps after a warm-up until the time is up."""
+    """Counts steps after a warm-up (three, or one that takes longer than all may) until the time is up."""
 
-    def __init__(self, seconds: float, warm: int = 3):
-        self.seconds, self.warm, self.steps, self.tokens = seconds, warm, 0, 0
+    def __init__(self, seconds: float):
+        self.seconds, self.warm, self.steps, self.tokens = seconds, 3, 0, 0
         self.tic = self.toc = time.perf_counter()
 
     def step(self, tokens: int) -> bool:
-        """A step is done; True when it is enough (two steps at least)."""
+        """A step is done; True when it is enough."""
         self.toc = time.perf_counter()
         if self.warm > 0:
-            self.warm -= 1
+            self.warm = self.warm - 1 if self.toc - self.tic < self.seconds else 0
             self.tic = self.toc
             return False
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
-        return self.steps >= 2 and self.toc - self.tic >= self.seconds
+        return self.toc - self.tic >= self.seconds
 
     def result(self) -> dict:
         return {"tokens_per_second": self.tokens / (self.toc - self.tic), "steps": self.steps}
@@ -138,7 +138,7 @@ def mlx_lm(seconds: float, bits: int | None = None) -> dict:
     model.freeze()
     linear_to_lora_layers(model, -1, {"rank": RANK, "scale": SCALE, "dropout": 0.0})
     data = CacheDataset(TextDataset(rows(), tokenizer()))
-    clock = Clock(seconds, warm=3 if seconds > 1 else 1)
+    clock = Clock(seconds)
 
     class Enough(Exception):
         pass

@@ -39,6 +39,8 @@ from .layers import (
     dense_weight,
     dims,
     draw_projections,
+    fuse_mlps,
+    introduce,
     is_quantized,
     kind,
     make_layers,
@@ -380,6 +382,8 @@ def _place(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for layer in layers.values():
         layer.train(model.training)
     model.update_modules(tree_unflatten(list(layers.items())))
+    introduce(layers)
+    fuse_mlps(model, layers)
 
 
 def _bare_modules(model: nn.Module) -> dict[str, nn.Module]:

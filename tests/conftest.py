@@ -114,3 +114,23 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no ../shared here")
     return SHARED
+
+
+@pytest.fixture(params=["emulated", "metal", "reference"])
+def backend(request, monkeypatch):
+    """The product's functions with their Metal source run by the emulator, by a Mac's GPU, or as their reference."""
+    import mslemu
+
+    which = request.param
+    if which == "metal" and not mx.metal.is_available():
+        pytest.skip("no Metal here")
+    if which == "emulated" and (why := mslemu.unavailable()):
+        pytest.skip(why)
+    monkeypatch.setenv("MLX_LORA_KERNELS", "off" if which == "reference" else "on")
+    if which != "emulated":
+        yield which
+        return
+    mslemu.log.clear()
+    with mslemu.installed():
+        print(f"MSLEMU_SEED={mslemu.options.seed} repeats this run")  # shown where a test fails
+        yield which

@@ -22,7 +22,7 @@ FLOORS = [
     {"initialisation", "fitting"},
     {"starting"},
     {"model", "planning"},
-    {"fusing", "merging", "quantizing"},
+    {"fusing", "merging", "quantizing", "many", "measuring"},
     {"exporting", "hub"},
     {"serving"},
     {"cli"},

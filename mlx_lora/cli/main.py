@@ -27,6 +27,7 @@ COMMANDS = {
     "merge": ("merge", "Add up several adapters into one, by weights."),
     "convert": ("adapters", "Convert an adapter from one format to another."),
     "inspect": ("adapters", "Describe an adapter without loading a model."),
+    "bench": ("bench", "Measure the kernels on this machine."),
     "tables": ("tables", "The papers' parameter and memory tables, and those of a model at hand."),
     "push": ("hub", "Upload an adapter to the Hugging Face Hub, with a model card."),
     "pull": ("hub", "Download an adapter from the Hugging Face Hub."),

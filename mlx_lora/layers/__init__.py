@@ -16,6 +16,9 @@ from .cpu import use_blas
 from .difference import DifferenceLinear, DifferenceSwitchLinear
 from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
 from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from .many import ManyLoRALinear, Rows
+from .mlp import fuse_mlps
+from .siblings import introduce
 from .tokens import TokenRows, UntiedEmbedding
 from .variants import ON_INPUT, WITH_BIAS
 from .vera import VeRALinear, VeRASwitchLinear, draw_projections, shared_dims
@@ -77,12 +80,16 @@ __all__ = [
     "DIFFERENCES",
     "METHODS",
     "AdapterLayer",
+    "ManyLoRALinear",
+    "Rows",
     "TokenRows",
     "UntiedEmbedding",
     "base_dtype",
     "check_rank",
     "dense_weight",
     "dims",
+    "fuse_mlps",
+    "introduce",
     "draw_projections",
     "is_quantized",
     "kind",

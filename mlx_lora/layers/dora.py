@@ -12,14 +12,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import LEAVES
+from ..kernels import dora_norm, enabled
+from ..kernels.dora_norm import MAX_RANK
 from .base import dense_weight, is_quantized, project
 from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from .siblings import add_update, fused, product, stored
 
 _ROWS = 1 << 24  # elements of W dequantized at once for ||W||^2: 64 MB of float32
 
 
 def row_norms_squared(base: nn.Module) -> mx.array:
     """||W||^2 of every row in float32: [rows], or [experts, rows]. Evaluated piece by piece to stay small."""
+    if enabled() and (known := stored(base)) is not None:
+        return dora_norm(known)
     if hasattr(base, "unpacked"):
         return dense_weight(base).square().sum(axis=-1)
     names = [name for name in ("weight", "scales", "biases", "global_scale") if base.get(name) is not None]
@@ -67,6 +72,11 @@ class _Magnitude:
         """<W, BA> and ||BA||^2 of every row, float32, without the scale."""
         raise NotImplementedError
 
+    def norms_squared(self) -> mx.array:
+        """||W + scale * BA||^2 of every row, float32."""
+        cross, update = self.inner_products()
+        return self._squared + 2 * self.scale * cross + self.scale**2 * update
+
     def gain(self) -> mx.array:
         """m / ||W + scale * BA||, float32, the norm without gradient. Shape of ``m``."""
         parameters = (self.lora_a, self.lora_b, self.m, self.scale)
@@ -74,8 +84,7 @@ class _Magnitude:
             *known, gain = self._kept
             if all(a is b for a, b in zip(parameters, known, strict=True)):
                 return gain
-        cross, update = self.inner_products()
-        squared = self._squared + 2 * self.scale * cross + self.scale**2 * update
+        squared = self.norms_squared()
         # Rounding must not take the norm of a nearly cancelled row below zero; a padded vocabulary has zero rows.
         norm = mx.stop_gradient(mx.sqrt(mx.maximum(squared, 0)))
         gain = mx.where(norm > 0, self.m / mx.where(norm > 0, norm, 1), 1)
@@ -95,13 +104,22 @@ class DoRALinear(_Magnitude, LoRALinear):
         cross = (project(self.linear, a.T) * b).sum(axis=0)
         return cross, (((a.T @ a) @ b) * b).sum(axis=0)
 
+    def norms_squared(self) -> mx.array:
+        base = stored(self.linear) if enabled() and self.rank <= MAX_RANK else None
+        if base is None:
+            return super().norms_squared()
+        return dora_norm(base, self.lora_a, self.lora_b, self.scale)
+
     def __call__(self, x: mx.array) -> mx.array:
+        if (y := fused(self, x, self.gain)) is not None:
+            return y
         gain = self.gain().astype(x.dtype)
         y, dropped = project(self.linear, x), self.dropout(x)
+        low = product(self, x, dropped)
         if dropped is x:
-            y = gain * mx.addmm(y, x @ self.lora_a, self.lora_b, alpha=self.scale)
+            y = gain * add_update(self, y, low)
         else:
-            update = mx.addmm(project(self.linear, dropped), dropped @ self.lora_a, self.lora_b, alpha=self.scale)
+            update = add_update(self, project(self.linear, dropped), low)
             y = y - project(self.linear, dropped) + gain * update
         return y + self.linear.bias if "bias" in self.linear else y
 

@@ -12,16 +12,19 @@ import mlx.nn as nn
 
 from ..config import LEAVES
 from .base import AdapterLayer, dims, uniform
+from .siblings import add_update, fused, product
 
 
 class LoRALinear(AdapterLayer):
     r"""y = W x + b + scale * (x A) B, with B = 0 at the start.
 
-    ``lora_a``: [in, r], U(-1/sqrt(in), 1/sqrt(in)); ``lora_b``: [r, out]. Three launches: base, ``x A``, ``addmm``.
+    ``lora_a``: [in, r], U(-1/sqrt(in), 1/sqrt(in)); ``lora_b``: [r, out]. Three launches: base, ``x A``, ``addmm``; two
+    when decoding on Metal, the first of which siblings share.
     """
 
     method = "lora"
     leaves = LEAVES["lora"]
+    siblings = None  # see siblings.py
 
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0, dtype=mx.float32):
         super().__init__(base, rank, scale, dropout, dtype)
@@ -30,7 +33,8 @@ class LoRALinear(AdapterLayer):
         self.lora_b = mx.zeros((rank, columns), self._dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.addmm(self.linear(x), self.dropout(x) @ self.lora_a, self.lora_b, alpha=self.scale)
+        y = fused(self, x)
+        return y if y is not None else add_update(self, self.linear(x), product(self, x, self.dropout(x)))
 
     def merged_weight(self, weight: mx.array) -> mx.array:
         a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from ..kernels import Stored, enabled, nf4_dequantize
+
 BLOCK, NESTED_BLOCK = 64, 256
 NF4_VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -117,11 +119,24 @@ def dequantize_absmax(nf4: NF4) -> mx.array:
     return numbers * mx.repeat(largest, nf4.nested_block)[: numbers.size] + offset
 
 
+def nf4_stored(nf4: NF4) -> Stored | None:
+    """A matrix as the Metal kernels read it; None where its rows or blocks are no whole units of 16 numbers."""
+    if len(nf4.shape) != 2 or nf4.shape[1] % 16 or nf4.block % 16:
+        return None
+    nested = None
+    if nf4.nested is not None:
+        largest, values, offset = nf4.nested
+        nested = largest, values, offset.reshape(1)
+    return Stored(nf4.codes, nf4.absmax, None, nf4.block, 4, "nf4", nested, nf4.nested_block, nf4.shape[0])
+
+
 def dequantize_nf4(nf4: NF4, dtype: mx.Dtype = mx.float32) -> mx.array:
     """The numbers, in ``nf4.shape``, computed in float32 and rounded to ``dtype``.
 
     Semantics: ``NF4_VALUES[code] * absmax[position // block]``
     """
+    if enabled() and (stored := nf4_stored(nf4)) is not None:
+        return nf4_dequantize(stored, dtype).reshape(nf4.shape)
     table = mx.array(NF4_VALUES, mx.float32)
     codes = mx.stack([nf4.codes >> 4, nf4.codes & 15], axis=-1).reshape(-1)[: math.prod(nf4.shape)]
     absmax, whole = dequantize_absmax(nf4), codes.size // nf4.block * nf4.block

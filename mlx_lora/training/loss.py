@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from ..device import is_cpu
 from ..errors import TrainingError
+from .head import loss_in_chunks
 from .reports import Evaluation
 
 
@@ -28,9 +29,13 @@ def loss_fn(model: nn.Module, tokens: Any, mask: Any) -> tuple[mx.array, mx.arra
     Returns: (sum of the losses, float32 []; number of tokens counted, float32 []).
     """
     tokens, mask = mx.array(tokens), mx.array(mask)
-    losses = token_losses(model(tokens[:, :-1]), tokens[:, 1:])
+    inputs, targets, count = tokens[:, :-1], tokens[:, 1:], mask.astype(mx.float32).sum()
+    total = loss_in_chunks(model, inputs, targets, mask, token_losses)
+    if total is not None:
+        return total, count
+    losses = token_losses(model(inputs), targets)
     # `where` and not a product: whatever an uncounted position holds, inf included, must not reach the sum.
-    return mx.where(mask, losses, 0).sum(), mask.astype(mx.float32).sum()
+    return mx.where(mask, losses, 0).sum(), count
 
 
 def token_losses(logits: mx.array, targets: mx.array) -> mx.array:

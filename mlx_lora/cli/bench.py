@@ -1,0 +1,59 @@
+"""``bench``: what runs how fast on this machine."""
+
+from __future__ import annotations
+
+import click
+
+from . import console
+from .options import json_option
+
+SIZES = {  # hidden, key and value, intermediate: one layer of a model like this
+    "1b": (2048, 512, 8192),
+    "4b": (2560, 1024, 9728),
+    "8b": (4096, 1024, 14336),
+    "tiny": (256, 128, 512),
+}
+
+
+@click.group()
+def bench():
+    """Measure on this machine.
+
+    \b
+    mlx-lora bench kernels
+    """
+
+
+@bench.command()
+@click.option("--size", type=click.Choice(list(SIZES)), default="8b", show_default=True, help="Of which model a layer.")
+@click.option("--rank", type=click.IntRange(1, 256), default=16, show_default=True, help="Rank of the adapters.")
+@click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8", "16"]), default="4", help="16: not quantized.")
+@click.option("--rows", type=click.IntRange(1, 8), default=1, show_default=True, help="Tokens at once.")
+@click.option("--iters", type=click.IntRange(1), default=20, show_default=True, help="Measurements; the median counts.")
+@json_option
+def kernels(size, rank, bits, rows, iters, as_json):
+    """Time the seven linears of a decoding layer: base, Metal kernels, plain operations, mlx-lm's layers.
+
+    \b
+    mlx-lora bench kernels
+    mlx-lora bench kernels --size 1b --rows 4 --json
+    """
+    from ..measuring import measure_kernels
+
+    lines = []
+    for found in measure_kernels(*SIZES[size], rank, int(bits), rows, iters):
+        if as_json:
+            console.report_event(found)
+            continue
+        share = f"{100 * found.share:.0f} %" if found.share else "-"
+        speed = f"{found.gigabytes_per_second:.1f}"
+        times = f"{found.microseconds:.1f}", f"{found.over_base:.2f}x"
+        lines.append((found.part, found.path, found.launches, *times, speed, share))
+    if as_json:
+        return
+    console.data(console.table(lines, ("linears", "path", "launches", "us", "of base", "GB/s", "of the chip's")))
+    console.note(f"{found.chip}, {found.backend}; a layer of {size}, rank {rank}, {bits} bits, rows {rows}.")
+    if found.backend != "Metal":
+        console.note(
+            "No Metal here: the path `kernels` is its reference in plain operations, its launches are Metal's."
+        )

@@ -1,0 +1,29 @@
+"""Fused array functions for the low-rank path, each with a reference in MLX's own operations.
+
+A function here takes arrays and knows no layer. One with a Metal kernel (``metal/`` holds the source under the same
+name) chooses by ``registry.enabled``; elsewhere the reference is the function.
+"""
+
+from .dora_norm import dora_norm
+from .lora_qmv import lora_qmv
+from .lora_rows import lora_rows
+from .lora_shrink import lora_shrink
+from .lora_swiglu import lora_swiglu
+from .low_rank import low_rank_add, low_rank_products
+from .nf4_dequantize import nf4_dequantize
+from .registry import enabled, exportable
+from .stored import Stored
+
+__all__ = [
+    "Stored",
+    "dora_norm",
+    "enabled",
+    "exportable",
+    "lora_qmv",
+    "lora_rows",
+    "lora_shrink",
+    "lora_swiglu",
+    "low_rank_add",
+    "low_rank_products",
+    "nf4_dequantize",
+]

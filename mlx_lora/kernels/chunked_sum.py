@@ -1,0 +1,77 @@
+"""``chunked_sum``: a sum of losses over many tokens whose logits never exist all at once. MLX's own operations only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from .registry import with_backward
+
+Losses = Callable[[dict[str, mx.array], mx.array, mx.array], mx.array]
+
+
+def chunked_sum(
+    losses: Losses,
+    parameters: dict[str, mx.array],
+    hidden: mx.array,
+    targets: mx.array,
+    mask: mx.array,
+    rows: int,
+    gradients: bool,
+) -> mx.array:
+    """The sum of the losses of the tokens that count.
+
+    Semantics::
+
+        return mx.where(mask, losses(parameters, hidden, targets), 0).sum()
+
+    Args:
+        losses: (parameters, hidden [n, D], targets [n]) -> [n] float32, row by row.
+        parameters: what of the head is trained; the gradient reaches these and ``hidden``.
+        hidden: [N, D]. targets: [N]. mask: [N] booleans.
+        rows: tokens at a time.
+        gradients: whether a backward pass will follow. It is then done along with the forward pass, piece by piece:
+            a gradient [N, D] is kept, and nothing is computed twice. Otherwise autograd would keep all logits.
+    """
+    forward = _forward(losses, tuple(parameters), rows, gradients)
+    arrays = (hidden, targets, mask, *parameters.values())
+    return (with_backward(forward, _backward)(*arrays) if gradients else forward(*arrays))[0]
+
+
+def _forward(losses: Losses, names: tuple[str, ...], rows: int, gradients: bool) -> Callable:
+    def piece(values, hidden, targets, mask):
+        known = dict(zip(names, values, strict=True))
+        # `where` and not a product: what an uncounted token holds, inf included, must not reach the sum.
+        return mx.where(mask, losses(known, hidden, targets), 0).sum()
+
+    def forward(hidden, targets, mask, *values):
+        total, of_hidden, of_values = mx.array(0.0), [], [mx.zeros(v.shape, mx.float32) for v in values]
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            here = hidden[part]
+            if of_hidden:  # after the piece before, whose logits are gone by then
+                here = mx.depends([here], [total, of_hidden[-1]])[0]
+            elif start:
+                here = mx.depends([here], [total])[0]
+            arguments = (list(values), here, targets[part], mask[part])
+            if gradients:
+                loss, (d_values, d_hidden) = mx.value_and_grad(piece, argnums=(0, 1))(*arguments)
+                of_hidden.append(d_hidden)
+                of_values = [sum_ + d.astype(mx.float32) for sum_, d in zip(of_values, d_values, strict=True)]
+            else:
+                loss = piece(*arguments)
+            total = total + loss
+        if not gradients:
+            return (total,)
+        return (total, mx.concatenate(of_hidden), *of_values)
+
+    return forward
+
+
+def _backward(primals, cotangents, outputs):
+    hidden, targets, mask, *values = primals
+    _, of_hidden, *of_values = outputs
+    by = cotangents[0]
+    scaled = [(by * g).astype(v.dtype) for g, v in zip(of_values, values, strict=True)]
+    return ((by * of_hidden).astype(hidden.dtype), mx.zeros_like(targets), mx.zeros_like(mask), *scaled)

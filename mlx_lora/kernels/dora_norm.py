@@ -1,0 +1,60 @@
+"""``dora_norm``: the squared row norms of an adapted weight, which is never written out (DoRA, arXiv:2402.09353)."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .registry import enabled, launch
+from .stored import Stored
+
+MAX_RANK = 128  # 16 rows of b lie in threadgroup memory
+_ROWS, _SIMDGROUPS = 4, 4
+
+
+def dora_norm(base: Stored, a: mx.array | None = None, b: mx.array | None = None, scale: float = 1.0) -> mx.array:
+    """Squared row norms of a base's weight with its update, or without.
+
+    Semantics::
+
+        w = base.dequantized() + scale * (a @ b).T
+        return w.square().sum(axis=1)
+
+    Args:
+        base: W [N, K]. a: [K, r]; b: [r, N].
+
+    Returns: [N] float32. The norm is a constant of the backward pass (section 4.3 of the paper): not differentiable.
+    """
+    if a is not None:
+        a, b = mx.stop_gradient(a), mx.stop_gradient(b)
+    if not enabled() or (a is not None and a.shape[-1] > MAX_RANK):
+        return mx.stop_gradient(_reference(base, a, b, scale))
+    form, (N, K) = base.form(), base.shape
+    inputs, defines = form.arrays(base.arrays()), form.defines(base.arrays())
+    if a is not None:
+        inputs |= {"a": a, "b": b, "scale": mx.array([scale], mx.float32)}
+        defines.append("WITH_UPDATE")
+    (squared,) = launch(
+        "dora_norm",
+        inputs,
+        {"squared": ((N,), mx.float32)},
+        defines=tuple(defines),
+        template={
+            "N": N,
+            "K": K,
+            "BITS": base.bits,
+            "GROUP": base.group_size,
+            "R": 1 if a is None else a.shape[-1],
+            "ROWS": _ROWS,
+            "NSG": _SIMDGROUPS,
+        },
+        groups=(1, -(-N // (_ROWS * _SIMDGROUPS)), 1),
+        threadgroup=(32, _SIMDGROUPS, 1),
+    )
+    return mx.stop_gradient(squared)
+
+
+def _reference(base: Stored, a: mx.array | None, b: mx.array | None, scale: float) -> mx.array:
+    w = base.dequantized()
+    if a is not None:
+        w = mx.addmm(w, b.T.astype(mx.float32), a.T.astype(mx.float32), alpha=scale)
+    return w.square().sum(axis=1)

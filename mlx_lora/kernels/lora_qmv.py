@@ -1,0 +1,118 @@
+"""``lora_qmv``: a base layer and its low-rank update in one launch, for a few rows of x."""
+
+from __future__ import annotations
+
+import functools
+
+import mlx.core as mx
+
+from .registry import enabled, launch, with_backward
+from .stored import Form, Stored
+
+MAX_ROWS = 8
+MAX_RANK = 256  # M * rank floats lie in threadgroup memory
+_ROWS = 4  # rows of W to a simdgroup
+
+
+def lora_qmv(
+    x: mx.array,
+    base: Stored,
+    u: mx.array,
+    b: mx.array,
+    scale: mx.array,
+    offset: mx.array,
+    *,
+    bias: mx.array | None = None,
+    gain: mx.array | None = None,
+    index: mx.array | None = None,
+    ranks: mx.array | None = None,
+) -> mx.array:
+    """A linear layer with its adapter.
+
+    Semantics::
+
+        low = u.sum(axis=0)[:, offset : offset + r]
+        y = x @ W.T + scale * (low @ b)                                          # one adapter: b is [r, N]
+        y[m] = x[m] @ W.T + scale[i] * (low[m] @ b[i]), i = index[m], no update where negative   # b: [adapters, r, N]
+        return (gain * y + bias).astype(x.dtype)
+
+    Args:
+        x: [M, K]. base: W [N, K], stored in any way. u: from ``lora_shrink``; ``offset``: int32 [], our first column.
+        scale: float32 [1], or [adapters]. bias: [N]. gain: [N] (DoRA's). index: [M] int32; ranks: [adapters] int32.
+
+    Returns: [M, N] in the dtype of x.
+    """
+    arrays = {"x": x, **base.arrays(), "u": u, "b": b, "scale": scale, "offset": offset}
+    optional = {"bias": bias, "gain": gain, "idx": index, "ranks": ranks}
+    arrays |= {name: array for name, array in optional.items() if array is not None}
+    return _operation(tuple(arrays), base.form(), enabled())(*arrays.values())
+
+
+@functools.cache
+def _operation(names: tuple[str, ...], form: Form, metal: bool):
+    """The differentiable operation; without Metal it is its reference."""
+    if not metal:
+        return functools.partial(_reference, names, form)
+
+    def backward(primals, cotangent, _):
+        known = dict(zip(names, primals, strict=True))
+        floats = [n for n in names if mx.issubdtype(known[n].dtype, mx.floating)]
+
+        def forward(*values):
+            return _reference(names, form, *(known | dict(zip(floats, values, strict=True))).values())
+
+        gradients = mx.vjp(forward, [known[n] for n in floats], [cotangent])[1]
+        found = dict(zip(floats, gradients, strict=True))
+        return tuple(found[n] if n in found else mx.zeros_like(known[n]) for n in names)
+
+    return with_backward(functools.partial(_metal, names, form), backward)
+
+
+def _reference(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:
+    known = dict(zip(names, arrays, strict=True))
+    x, b = known["x"].astype(mx.float32), known["b"].astype(mx.float32)
+    u, index = known["u"].sum(axis=0), known.get("idx")
+    columns = known["offset"] + mx.arange(b.shape[-2])
+    low = mx.take(u, columns, axis=-1)
+    if index is None:
+        update = known["scale"] * (low @ b)
+    else:
+        safe = mx.maximum(index, 0)
+        counts = (mx.arange(b.shape[-2]) < known["ranks"][safe][:, None]) & (index >= 0)[:, None]
+        low = mx.where(counts, low, 0)
+        update = known["scale"][safe][:, None] * (low[:, None] @ b[safe])[:, 0]
+    y = x @ Stored.of(known, form).dequantized().T + update
+    if "gain" in known:
+        y = known["gain"] * y
+    if "bias" in known:
+        y = y + known["bias"]
+    return y.astype(known["x"].dtype)
+
+
+def _metal(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:
+    known = form.arrays(dict(zip(names, arrays, strict=True)))
+    x, b = known["x"], known["b"]
+    M, N, R = x.shape[0], b.shape[-1], b.shape[-2]
+    # Wide groups share lines of b; a narrow layer needs its few rows spread over the whole GPU.
+    simdgroups = 8 if N >= 8192 else 4 if N >= 2048 else 2
+    defines = form.defines(known)
+    defines += [name for key, name in (("bias", "HAS_BIAS"), ("gain", "HAS_GAIN"), ("idx", "INDEXED")) if key in known]
+    (y,) = launch(
+        "lora_qmv",
+        known,
+        {"y": ((M, N), x.dtype)},
+        defines=tuple(defines),
+        template={
+            "T": x.dtype,
+            "BITS": form.bits,
+            "GROUP": form.group_size,
+            "M": M,
+            "R": R,
+            "SPLITS": known["u"].shape[0],
+            "ROWS": _ROWS,
+            "NSG": simdgroups,
+        },
+        groups=(1, -(-N // (_ROWS * simdgroups)), 1),
+        threadgroup=(32, simdgroups, 1),
+    )
+    return y

@@ -1,0 +1,91 @@
+"""``lora_shrink``: the products x A of all adapters that read the same x, in one launch, for a few rows of x."""
+
+from __future__ import annotations
+
+import functools
+
+import mlx.core as mx
+
+from .registry import enabled, launch, with_backward
+
+MAX_ROWS = 8  # rows of x; more are a matrix product's work
+MAX_MATRICES = 4
+
+
+def lora_shrink(
+    x: mx.array, a: list[mx.array], index: mx.array | None = None, ranks: mx.array | None = None
+) -> mx.array:
+    """The low-rank inputs of one or several adapters.
+
+    Semantics::
+
+        u = mx.concatenate([x @ matrix for matrix in a], axis=-1)           # one adapter: a[i] is [K, r_i]
+        u[m] = x[m] @ a[i][index[m]][:, : ranks[index[m]]], else zeros      # many: a[i] is [adapters, K, r_i]
+        return u[None]
+
+    Args:
+        x: [M, K], M up to MAX_ROWS where the kernel runs.
+        a: up to MAX_MATRICES matrices for the same x, in the dtype of x.
+        index: [M] int32, the adapter of each row, negative for none. ranks: [adapters] int32, columns that count.
+
+    Returns: [splits, M, sum of r_i] float32, to be summed over the first axis (``lora_qmv`` does).
+    """
+    arrays = (x, *a) if index is None else (x, *a, index, ranks)
+    return _operation(len(a), index is not None, enabled())(*arrays)
+
+
+@functools.cache
+def _operation(count: int, indexed: bool, metal: bool):
+    """The differentiable operation; without Metal it is its reference."""
+    if not metal:
+        return functools.partial(_reference, count)
+
+    def backward(primals, cotangent, _):
+        floats, rest = primals[: 1 + count], primals[1 + count :]
+        # The splits are only ever added up, so each has the gradient of the sum.
+        gradients = mx.vjp(lambda *p: _reference(count, *p, *rest), floats, [cotangent[:1]])[1]
+        return (*gradients, *(mx.zeros_like(r) for r in rest))
+
+    return with_backward(functools.partial(_metal, count), backward)
+
+
+def _reference(count: int, x: mx.array, *arrays: mx.array) -> mx.array:
+    x, a, rest = x.astype(mx.float32), arrays[:count], arrays[count:]
+    if not rest:
+        return (x @ mx.concatenate([m.astype(mx.float32) for m in a], axis=-1))[None]
+    index, ranks = rest
+    safe = mx.maximum(index, 0)
+    parts = []
+    for matrix in a:
+        u = (x[:, None] @ matrix.astype(mx.float32)[safe])[:, 0]
+        counts = (mx.arange(matrix.shape[-1]) < ranks[safe][:, None]) & (index >= 0)[:, None]
+        parts.append(mx.where(counts, u, 0))
+    return mx.concatenate(parts, axis=-1)[None]
+
+
+def splits(K: int) -> int:
+    """Parts that k is cut in, so that a few columns keep enough threads busy."""
+    return max(1, min(8, K // 1024))
+
+
+def _metal(count: int, x: mx.array, *arrays: mx.array) -> mx.array:
+    a, rest = arrays[:count], arrays[count:]
+    (M, K), widths = x.shape, [matrix.shape[-1] for matrix in a]
+    lanes = next((c for c in (1, 2, 4, 8) if 4 * c >= max(widths)), 16)  # side by side on the columns of one k
+    tiles, parts, simdgroups = -(-max(widths) // (4 * lanes)), splits(K), 8
+    inputs = {
+        "x": x,
+        **{f"a{i}": matrix for i, matrix in enumerate(a)},
+        **dict(zip(("idx", "ranks"), rest, strict=False)),
+    }
+    template = {"T": x.dtype, "M": M, "C": lanes, "NSG": simdgroups, "SPLITS": parts, "U": sum(widths)}
+    (u,) = launch(
+        "lora_shrink",
+        inputs,
+        {"u": ((parts, M, sum(widths)), mx.float32)},
+        defines=(f"NPROJ {count}", *(["INDEXED"] if rest else [])),
+        template=template,
+        groups=(1, parts * tiles, count * (M if rest else 1)),
+        threadgroup=(32, simdgroups, 1),
+    )
+    return u

@@ -1,0 +1,99 @@
+"""``lora_swiglu``: gate and up projection of an MLP with their updates and SwiGLU (arXiv:2002.05202), one launch."""
+
+from __future__ import annotations
+
+import functools
+
+import mlx.core as mx
+
+from .registry import enabled, launch, with_backward
+from .stored import Form, Stored
+
+
+def lora_swiglu(
+    x: mx.array,
+    bases: tuple[Stored, Stored],
+    u: mx.array,
+    b: tuple[mx.array, mx.array],
+    scale: mx.array,
+    offset: mx.array,
+) -> mx.array:
+    """Both projections of x and their product.
+
+    Semantics::
+
+        gate, up = (x @ W.T + s * (u.sum(axis=0)[:, o : o + r] @ m) for W, m, s, o in zip(bases, b, scale, offset))
+        return mx.sigmoid(gate) * gate * up
+
+    Args:
+        x: [M, K]. bases: two weights [N, K], stored alike; doubly quantized NF4 is not among what this reads.
+        u: from ``lora_shrink``. b: [r, N] each. scale: float32 [2]. offset: int32 [2], their first columns of u.
+
+    Returns: [M, N] in the dtype of x.
+    """
+    gate, up = bases
+    arrays = {"x": x, **gate.arrays(), **{f"{name}2": array for name, array in up.arrays().items()}}
+    arrays |= {"u": u, "b": b[0], "b2": b[1], "scale": scale, "offset": offset}
+    return _operation(tuple(arrays), gate.form(), enabled())(*arrays.values())
+
+
+@functools.cache
+def _operation(names: tuple[str, ...], form: Form, metal: bool):
+    """The differentiable operation; without Metal it is its reference."""
+    if not metal:
+        return functools.partial(_reference, names, form)
+
+    def backward(primals, cotangent, _):
+        known = dict(zip(names, primals, strict=True))
+        floats = [n for n in names if mx.issubdtype(known[n].dtype, mx.floating)]
+
+        def forward(*values):
+            return _reference(names, form, *(known | dict(zip(floats, values, strict=True))).values())
+
+        gradients = mx.vjp(forward, [known[n] for n in floats], [cotangent])[1]
+        found = dict(zip(floats, gradients, strict=True))
+        return tuple(found[n] if n in found else mx.zeros_like(known[n]) for n in names)
+
+    return with_backward(functools.partial(_metal, names, form), backward)
+
+
+def _reference(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:
+    known = dict(zip(names, arrays, strict=True))
+    x, u = known["x"].astype(mx.float32), known["u"].sum(axis=0)
+    sides = []
+    for side, end in enumerate(("", "2")):
+        own = {name: known[name + end] for name in ("w", "scales", "biases") if name + end in known}
+        b = known["b" + end].astype(mx.float32)
+        low = mx.take(u, known["offset"][side] + mx.arange(b.shape[0]), axis=-1)
+        side_value = x @ Stored.of(own, form).dequantized().T + known["scale"][side] * (low @ b)
+        sides.append(side_value.astype(known["x"].dtype).astype(mx.float32))
+    gate, up = sides
+    return (mx.sigmoid(gate) * gate * up).astype(known["x"].dtype)
+
+
+def _metal(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:
+    known = dict(zip(names, arrays, strict=True))
+    if form.mode == "nf4":
+        known |= {name: known[name].view(mx.uint16) for name in ("w", "w2")}
+    x, b = known["x"], known["b"]
+    M, (R, N) = x.shape[0], b.shape
+    rows, simdgroups = (4 if M <= 4 else 2), 4  # two sets of sums: fewer rows where there are many of x
+    (y,) = launch(
+        "lora_swiglu",
+        known,
+        {"y": ((M, N), x.dtype)},
+        defines=tuple(form.defines(known)),
+        template={
+            "T": x.dtype,
+            "BITS": form.bits,
+            "GROUP": form.group_size,
+            "M": M,
+            "R": R,
+            "SPLITS": known["u"].shape[0],
+            "ROWS": rows,
+            "NSG": simdgroups,
+        },
+        groups=(1, -(-N // (rows * simdgroups)), 1),
+        threadgroup=(32, simdgroups, 1),
+    )
+    return y

@@ -1,0 +1,33 @@
+"""``nf4_dequantize``: QLoRA's 4-bit weights as plain numbers (arXiv:2305.14314)."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .registry import enabled, launch
+from .stored import Stored
+
+
+def nf4_dequantize(base: Stored, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """The numbers of an nf4 weight, doubly quantized or not.
+
+    Semantics::
+
+        return base.dequantized().astype(dtype)      # NF4[code] * scale of its block
+
+    Returns: [N, K] in ``dtype``. Frozen: MLX refuses to differentiate it.
+    """
+    numbers = 2 * base.weight.size
+    if not enabled() or numbers % 16:
+        return base.dequantized().astype(dtype)
+    form, threads = base.form(), numbers // 16
+    (out,) = launch(
+        "nf4_dequantize",
+        form.arrays(base.arrays()),
+        {"out": (base.shape, dtype)},
+        defines=tuple(form.defines(base.arrays())),
+        template={"T": dtype, "GROUP": base.group_size},
+        groups=(-(-threads // 256), 1, 1),
+        threadgroup=(256, 1, 1),
+    )
+    return out

@@ -1,0 +1,128 @@
+"""The only caller of ``mx.fast.metal_kernel``: finds the sources, assembles them, keeps the kernels.
+
+A file ``metal/NAME.metal`` opens with ``//`` comments and has the parts ``//@include OTHER``, ``//@header`` (functions)
+and ``//@body`` (the kernel; MLX writes its signature). ``MLX_LORA_KERNELS`` decides whether kernels are used: ``auto``
+(where MLX computes on Metal), ``off``, or ``on`` (also while tracing on a machine without Metal, to count launches).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import ConfigError
+
+_HERE = Path(__file__).resolve()
+_differentiable = True
+# Inside the wheel metal/ lies in the package, in a checkout beside it.
+_FOLDERS = (_HERE.parents[1] / "metal", _HERE.parents[2] / "metal")
+
+
+def enabled() -> bool:
+    """Whether operations with a Metal kernel use it now. Raises ConfigError for an unknown MLX_LORA_KERNELS."""
+    wanted = os.environ.get("MLX_LORA_KERNELS") or "auto"
+    if wanted not in ("auto", "off", "on"):
+        raise ConfigError(f"MLX_LORA_KERNELS is {wanted!r}", "Set it to auto, off or on.")
+    if wanted == "auto":
+        return mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu
+    return wanted == "on"
+
+
+@contextlib.contextmanager
+def exportable() -> Iterator[None]:
+    """Meanwhile operations carry no backward pass of their own, which ``mx.export_function`` cannot record.
+
+    MLX then refuses to differentiate a kernel. For exporting a model, and for counting its launches.
+    """
+    global _differentiable
+    before, _differentiable = _differentiable, False
+    try:
+        yield
+    finally:
+        _differentiable = before
+
+
+def with_backward(forward: Callable, backward: Callable) -> Callable:
+    """``forward`` as an operation whose vjp is ``backward(primals, cotangents, outputs)``."""
+    differentiable = mx.custom_function(forward)
+    differentiable.vjp(backward)
+
+    @functools.wraps(forward)
+    def operation(*arrays):
+        return (differentiable if _differentiable else forward)(*arrays)
+
+    return operation
+
+
+def launch(
+    name: str,
+    inputs: dict[str, mx.array],
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    *,
+    defines: tuple[str, ...] = (),
+    template: dict[str, Any],
+    groups: tuple[int, int, int],
+    threadgroup: tuple[int, int, int],
+) -> list[mx.array]:
+    """Run the kernel ``metal/name.metal``.
+
+    Args:
+        inputs: arrays by the name the source knows them by. outputs: (shape, dtype) by name.
+        defines: ``NAME`` or ``NAME VALUE``, for what the preprocessor decides.
+        template: types, integers and booleans the kernel is compiled for.
+        groups: threadgroups. threadgroup: threads in each.
+
+    Returns: the outputs. Raises ConfigError where MLX has no Metal.
+    """
+    kernel = _kernel(name, tuple(inputs), tuple(outputs), defines, mx.fast.metal_kernel)
+    try:
+        return kernel(
+            inputs=list(inputs.values()),
+            template=list(template.items()),
+            grid=tuple(g * t for g, t in zip(groups, threadgroup, strict=True)),
+            threadgroup=threadgroup,
+            output_shapes=[shape for shape, _ in outputs.values()],
+            output_dtypes=[dtype for _, dtype in outputs.values()],
+        )
+    except RuntimeError as error:
+        if "No Metal" in str(error):
+            raise ConfigError("MLX_LORA_KERNELS=on, but MLX has no Metal here", "Set it to auto or off.") from None
+        raise
+
+
+@functools.cache
+def _kernel(name, inputs, outputs, defines, metal_kernel):  # the last one: an emulator may stand in for MLX's
+    header, body = source(name)
+    # MLX knows a kernel by its name alone: whatever changes its source has to show there.
+    variant = "_".join([*inputs, *(d.replace(" ", "") for d in defines)])
+    return metal_kernel(
+        name=f"mlx_lora_{name}_{variant}",
+        input_names=list(inputs),
+        output_names=list(outputs),
+        header="".join(f"#define {d}\n" for d in defines) + header,
+        source="\n" + body,
+    )
+
+
+@functools.cache
+def source(name: str) -> tuple[str, str]:
+    """(header, body) of ``metal/name.metal``, its includes in the header; errors name its own lines."""
+    path = next((f / f"{name}.metal" for f in _FOLDERS if (f / f"{name}.metal").exists()), None)
+    if path is None:
+        raise ConfigError(f"the Metal source {name}.metal is missing", "Install mlx-lora again.")
+    parts: dict[str, list[str]] = {}
+    header, part = "", None
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("//@include "):
+            header += source(line.split()[1])[0]
+        elif line.startswith("//@"):
+            part = parts[line[3:].strip()] = [f'#line {number + 1} "{path.name}"']
+        elif part is not None:
+            part.append(line)
+    return header + "\n".join(parts["header"]) + "\n", "\n".join(parts.get("body", [])) + "\n"

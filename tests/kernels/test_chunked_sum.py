@@ -1,0 +1,126 @@
+"""The loss over logits that never exist at once: the numbers and gradients of the plain one, for several heads."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import mlx_lora
+from conftest import LLAMA, assert_close, make_model, shake
+from mlx_lora import AdapterConfig
+from mlx_lora.kernels.chunked_sum import chunked_sum
+from mlx_lora.training import head, loss
+
+SMALL = {k: v for k, v in LLAMA.items() if k not in ("model_type", "num_hidden_layers")} | {"num_hidden_layers": 1}
+MODELS = {
+    "llama": SMALL,
+    "tied": {**SMALL, "model_type": "llama", "tie_word_embeddings": True},
+    "gemma2": {**SMALL, "head_dim": 16, "query_pre_attn_scalar": 16.0},  # caps its logits
+    "cohere": {**SMALL, "layer_norm_eps": 1e-5, "logit_scale": 0.3},  # scales them
+    "minicpm": {**SMALL, "dim_model_base": 16, "scale_depth": 1.4, "scale_emb": 1, "rope_scaling": None},
+    "granite": {
+        **SMALL,
+        "logits_scaling": 4.0,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 1.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+}
+
+
+def make(name: str, quantize=None):
+    return make_model({"model_type": name, **MODELS[name]}, quantize=quantize)
+
+
+def gradients(model, tokens, mask, whole, monkeypatch):
+    monkeypatch.setattr(head, "WHOLE", 1 << 60 if whole else 0)
+    kept = model.trainable_parameters()
+
+    def f(parameters):
+        model.update(parameters)
+        return loss.loss_fn(model, tokens, mask)[0]
+
+    value, found = mx.value_and_grad(f)(kept)
+    mx.eval(value, found)
+    model.update(kept)
+    return value, dict(tree_flatten(found))
+
+
+@pytest.mark.parametrize("keys", [None, ("lm_head", "v_proj"), ("model.embed_tokens", "q_proj")], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients(name, keys, monkeypatch):
+    model = make(name)
+    if keys and "lm_head" in keys and not hasattr(model, "lm_head"):
+        pytest.skip("its head is the embedding")
+    mlx_lora.attach(model, AdapterConfig(rank=4, num_layers=-1, keys=keys))
+    shake(model)
+    monkeypatch.setattr(head, "PIECE", 0)  # 64 tokens at a time
+    tokens, mask = mx.random.randint(0, 96, (3, 70)), mx.random.uniform(shape=(3, 69)) > 0.3
+    for mode in (True, False):  # in evaluation mode autograd goes through the pieces
+        model.train(mode)
+        value, found = gradients(model, tokens, mask, False, monkeypatch)
+        expected, plain = gradients(model, tokens, mask, True, monkeypatch)
+        assert_close(value, expected, 1e-6)
+        assert set(found) == set(plain)
+        for key, array in plain.items():
+            assert_close(found[key], array, 2e-5, key)
+
+
+def test_quantized_head(monkeypatch):
+    model = make("llama", {"group_size": 32, "bits": 4})
+    mlx_lora.attach(model, AdapterConfig(rank=4, num_layers=-1))
+    monkeypatch.setattr(head, "PIECE", 0)
+    tokens, mask = mx.random.randint(0, 96, (2, 70)), mx.ones((2, 69), mx.bool_)
+    value, found = gradients(model.train(), tokens, mask, False, monkeypatch)
+    expected, plain = gradients(model, tokens, mask, True, monkeypatch)
+    assert_close(value, expected, 1e-6)
+    assert_close(found["model.layers.0.mlp.up_proj.lora_b"], plain["model.layers.0.mlp.up_proj.lora_b"], 2e-5)
+
+
+def test_small_batches_and_foreign_models_are_left_whole():
+    model = make("llama")
+    arguments = (mx.zeros((1, 4), mx.int32), mx.zeros((1, 4), mx.int32), mx.ones((1, 4), mx.bool_), loss.token_losses)
+    assert head.loss_in_chunks(model, *arguments) is None
+    wide = make_model(LLAMA)
+    wide.args.vocab_size = 1 << 40
+    assert head.loss_in_chunks(wide, *arguments) is not None
+    wide.__class__ = type("Own", (type(wide),), {})
+    assert head.loss_in_chunks(wide, *arguments) is None
+
+
+def test_uncounted_tokens_do_not_reach_the_sum():
+    hidden = mx.array([[1.0], [np.inf], [2.0]])
+    mask, targets = mx.array([True, False, True]), mx.zeros(3, mx.int32)
+
+    def total(h, w, how):
+        return chunked_sum(lambda p, h, t: (h @ p["w"]).squeeze(-1), {"w": w}, h, targets, mask, 2, how)
+
+    w = mx.array([[3.0]])
+    for how in (True, False):
+        assert total(hidden, w, how).item() == 9
+    d_hidden, d_w = mx.grad(lambda h, w: 2 * total(h, w, True), argnums=(0, 1))(mx.array([[1.0], [5.0], [2.0]]), w)
+    assert d_hidden.tolist() == [[6], [0], [6]] and d_w.tolist() == [[6]]
+
+
+def test_memory():
+    """Of the loss of many tokens over a wide vocabulary, forward and backward."""
+    D, V, N = 8, 4096, 2048
+    w, hidden, targets = 0.1 * mx.random.normal((V, D)), mx.random.normal((N, D)), mx.zeros(N, mx.int32)
+    mask = mx.ones(N, mx.bool_)
+    mx.eval(w, hidden, targets, mask)
+
+    def peak(rows):
+        f = mx.grad(
+            lambda h: chunked_sum(lambda _, h, t: loss.token_losses(h @ w.T, t), {}, h, targets, mask, rows, True)
+        )
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(f(hidden))
+        return mx.get_peak_memory() - before
+
+    assert peak(64) < 0.3 * peak(N)

@@ -1,0 +1,260 @@
+"""LoRA and DoRA layers through the kernels: whole models, launches counted, siblings, gradients, swapping."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+import mlx_lora
+import mslemu
+from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, shake
+from mlx_lora import AdapterConfig
+from mlx_lora.kernels.counting import launches
+from mlx_lora.layers import METHODS
+from mlx_lora.layers.siblings import Siblings
+from mlx_lora.model import adapters_on
+
+TOKENS = mx.array([[1, 5, 9, 33, 7]])
+QUANTIZED = {"group_size": 32, "bits": 4}
+
+
+def adapted(method="lora", quantize=QUANTIZED, config=LLAMA, **changes) -> nn.Module:
+    model = make_model(config, quantize=quantize)
+    mlx_lora.attach(model, AdapterConfig(**{"method": method, "rank": 4, "num_layers": -1, **changes}))
+    shake(model)
+    mx.eval(model.parameters())
+    return model.eval()
+
+
+def decoded(model) -> mx.array:
+    """Logits of three tokens one by one, after a prompt."""
+    cache = make_prompt_cache(model)
+    out = [model(mx.array([[3, 4, 5, 6, 7, 8, 9, 10, 11]]), cache=cache)]
+    return mx.concatenate(out + [model(TOKENS[:, i : i + 1], cache=cache) for i in range(3)], axis=1)
+
+
+@pytest.mark.parametrize("quantize", [None, QUANTIZED, {"group_size": 16, "bits": 4, "mode": "nvfp4"}], ids=str)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_whole_model(backend, method, quantize, monkeypatch):
+    model = adapted(method, quantize)
+    got = decoded(model)
+    if backend == "emulated":
+        decoding = [entry for entry in mslemu.log if "dora_norm" not in entry.name]
+        linears = 6 if method == "lora" else 7  # gate and up, with SwiGLU, are one launch
+        assert len(decoding) == 3 * 3 * (4 + linears), "three tokens, three layers, 4 shared launches"
+    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    assert_close(got, decoded(model), 2e-5 if quantize is None else 1e-4)
+
+
+def test_mixture_of_experts(backend, monkeypatch):
+    model = adapted(quantize=None, config=QWEN3_MOE)
+    got = decoded(model)
+    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    assert_close(got, decoded(model), 2e-5)
+
+
+def count(model, monkeypatch) -> int:
+    """Launches of a token, everything that is computed once being there already."""
+    cache = make_prompt_cache(model)
+    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    mx.eval(model(TOKENS, cache=cache), [c.state for c in cache])
+    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
+    return launches(lambda t: model(t, cache=cache), TOKENS[:, :1]).total()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("quantize", [None, QUANTIZED], ids=["dense", "4bit"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_launches_of_a_layer(method, quantize, dtype, monkeypatch):
+    """All seven linears adapted: 4 more than the base, 2 where gate, up and SwiGLU are one.
+
+    Plain operations take 14 more, mlx-lm's layers 28 to 42. An export counts SwiGLU, one compiled launch, as three.
+    """
+    base = make_model(LLAMA, quantize=quantize)
+    base.set_dtype(dtype)
+    plain = count(base, monkeypatch)
+    mlx_lora.attach(base, AdapterConfig(method=method, rank=4, num_layers=-1))
+    shake(base)
+    assert count(base.eval(), monkeypatch) - plain == 3 * (2 - 2 if method == "lora" else 4)
+    mlx_lora.unmount(base)
+    assert count(base, monkeypatch) == plain
+
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    if method == "lora":
+        theirs = make_model(LLAMA, quantize=quantize)
+        theirs.set_dtype(dtype)
+        linear_to_lora_layers(theirs, 3, {"rank": 4, "scale": 2.0, "dropout": 0.0})
+        mx.eval(theirs.parameters())
+        # In bfloat16 6 a linear, 42; the export merges the casts of q, k and v, and those of gate and up.
+        assert count(theirs, monkeypatch) - plain == 3 * (39 if dtype == mx.bfloat16 else 28)
+
+
+def test_bytes_of_a_model(backend):
+    """Each byte of every W, A and b is read once a token."""
+    if backend != "emulated":
+        pytest.skip("counted by the emulator")
+    model = adapted()
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.arange(9)[None], cache=cache))
+    mslemu.log.clear()
+    mx.eval(model(TOKENS[:, :1], cache=cache))
+    read: dict[str, int] = {}
+    for entry in mslemu.log:
+        for name, buffer in entry.buffers.items():
+            name = name.removesuffix("2") if name in ("w2", "b2") else name
+            if name in ("w", "b", "a0", "a1", "a2"):
+                read[name] = read.get(name, 0) + buffer["read"]
+    layers = adapters_on(model).values()
+    assert read["w"] == sum(layer.linear.weight.nbytes for layer in layers)
+    assert read["b"] == sum(layer.lora_b.nbytes for layer in layers)
+    assert read["a0"] + read["a1"] + read["a2"] == sum(layer.lora_a.nbytes for layer in layers)
+
+
+def test_swapping_adapters(backend, monkeypatch):
+    """Mounting, unmounting and changing arrays in place leave nothing behind."""
+    model = adapted()
+    first = mlx_lora.extract(model)
+    before = decoded(model)
+    for layer in adapters_on(model).values():
+        layer.lora_a, layer.lora_b = 2 * layer.lora_a, 2 * layer.lora_b
+    second, changed = mlx_lora.extract(model), decoded(model)
+    mlx_lora.unmount(model)
+    bare = decoded(model)
+    for adapter, expected in ((first, before), (second, changed), (first, before)):
+        mlx_lora.mount(model, adapter)
+        assert_close(decoded(model.eval()), expected, 1e-5)
+    mlx_lora.unmount(model)
+    assert_close(decoded(model), bare, 1e-6)
+    assert (mx.abs(changed - before).max() > 0.01).item()
+
+
+def test_compiled(backend):
+    attention = adapted().layers[0].self_attn
+    step = mx.compile(lambda x: attention.q_proj(x) + attention.q_proj(2 * x))
+    for rows in (2, 5, 2, 12):
+        x = mx.random.normal((1, rows, 64))
+        assert_close(step(x), attention.q_proj(x) + attention.q_proj(2 * x), 1e-5)
+
+
+def test_gradient_of_a_frozen_adapter(backend):
+    """With respect to the input, in evaluation mode: through the kernels' own backward passes."""
+    layer = METHODS["lora"]["linear"](nn.Linear(64, 48), 4, 2.0)
+    layer.lora_b = mx.random.normal((4, 48))
+    layer.eval()
+    x = mx.random.normal((1, 2, 64))
+    plain = layer.linear.weight + 2.0 * (layer.lora_a @ layer.lora_b).T
+    expected = mx.grad(lambda x: ((x @ plain.T + layer.linear.bias) ** 2).sum())(x)
+    for f in (lambda f: f, mx.compile, mx.checkpoint):
+        assert_close(mx.grad(f(lambda x: (layer(x) ** 2).sum()))(x), expected, 1e-5)
+
+
+def test_which_mlps_are_fused(backend, monkeypatch):
+    """Those of the formula, word for word; the others compute as they are written."""
+    from mlx_lora.layers.mlp import _is_the_formula, swiglu
+
+    mlp = adapted().layers[0].mlp
+    assert _is_the_formula(type(mlp).__mro__[1]) and not _is_the_formula(type(adapted(config=QWEN3_MOE).layers[0].mlp))
+    x = mx.random.normal((1, 3, 64))
+    if backend == "emulated":
+        assert swiglu(mlp.gate_proj, mlp.up_proj, x) is not None
+        assert swiglu(mlp.gate_proj, mlp.up_proj, mx.zeros((1, 9, 64))) is None
+    got = mlp(x)
+    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    assert_close(got, mlp(x), 1e-5)
+
+
+# -- sharing ---------------------------------------------------------------------------------------------------------
+
+
+def test_who_shares():
+    model = adapted(keys=("q_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"))
+    for i in range(3):
+        layer = model.layers[i]
+        assert layer.self_attn.q_proj.siblings is layer.self_attn.v_proj.siblings is not None
+        assert layer.mlp.gate_proj.siblings is layer.mlp.up_proj.siblings is not layer.self_attn.q_proj.siblings
+        assert layer.self_attn.o_proj.siblings is layer.mlp.down_proj.siblings is None
+
+
+class Products:
+    """Counts the products it makes."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, x, a):
+        self.sizes.append(len(a))
+        return [x @ m for m in a]
+
+
+def make_siblings(n=3) -> tuple[list, Siblings, Products]:
+    layers = [METHODS["lora"]["linear"](nn.Linear(16, 16), 2, 1.0) for _ in range(n)]
+    return layers, Siblings(layers), Products()
+
+
+def test_one_product_for_all_that_come_with_the_same_array():
+    layers, siblings, product = make_siblings()
+    for _ in range(10):
+        x = mx.random.normal((2, 16))
+        for layer in layers:
+            assert mx.array_equal(siblings.part(layer, x, product), x @ layer.lora_a).item()
+    assert product.sizes == [3] * 10
+    assert siblings._for is None and not siblings._parts, "nothing is held"
+
+
+def test_different_arrays_end_the_sharing():
+    layers, siblings, product = make_siblings(2)
+    for _ in range(10):
+        for layer in layers:
+            x = mx.random.normal((2, 16))
+            assert mx.array_equal(siblings.part(layer, x, product), x @ layer.lora_a).item()
+    assert product.sizes[-1] == 1 and sum(product.sizes) < 30
+
+
+def test_an_interrupted_pass_does_not():
+    layers, siblings, product = make_siblings(2)
+    for i in range(20):
+        x = mx.random.normal((2, 16))
+        siblings.part(layers[0], x, product)
+        if i % 5:
+            siblings.part(layers[1], x, product)
+    assert product.sizes == [2] * 20
+
+
+@pytest.mark.parametrize(("method", "how"), [("lora", "plain"), ("dora", "plain"), ("lora", "checkpoint")])
+def test_training_gradients_are_autograds(method, how, monkeypatch):
+    """Of a whole model, shared products and own backward passes against plain operations."""
+    from mlx_lora.kernels import registry
+    from mlx_lora.training.loss import loss_fn
+    from mlx_lora.training.recompute import recomputed_layers
+
+    model = adapted(method, dropout=0.0)
+    model.train()
+    mask = mx.ones((1, 4), mx.bool_)
+
+    def gradients():
+        def loss(parameters):
+            model.update(parameters)
+            return loss_fn(model, TOKENS, mask)[0]
+
+        kept = model.trainable_parameters()
+        try:
+            return dict(tree_flatten(mx.grad(loss)(kept)))
+        finally:
+            model.update(kept)
+
+    if how == "checkpoint":
+        with recomputed_layers(model):
+            got = gradients()
+    else:
+        got = gradients()
+    monkeypatch.setattr(registry, "_differentiable", False)
+    for layer in adapters_on(model).values():
+        object.__setattr__(layer, "siblings", None)
+    expected = gradients()
+    assert set(got) == set(expected)
+    for name, array in expected.items():
+        assert_close(got[name], array, 2e-5, name)

@@ -1,0 +1,24 @@
+"""Runs Metal compute kernels on a Linux CPU, from the same Python call that runs them on a Mac.
+
+    with mslemu.installed():            # mx.fast.metal_kernel now makes emulated kernels
+        y = product_function(x)         # unchanged product code, real Metal source, MLX's own generated signature
+
+MLX itself generates the source (``mx.export_function`` records it without Metal), clang compiles it, and every thread
+of the grid runs as a fiber, in simdgroups of 32. Refused with kernel, buffer, byte, thread and line: data races, reads
+and writes out of bounds, reads of uninitialised memory, outputs left unwritten, simdgroup operations in divergent
+branches, barriers that not all threads reach, misaligned access, more than 32 KB of threadgroup memory, conversions
+between address spaces. Counted: bytes and 128-byte lines of every buffer, simdgroup operations, barriers.
+
+What it cannot tell: Apple's compiler, registers and occupancy, speed, fast-math results. x86-64 Linux only; on a Mac
+the same tests run on the GPU. ``kernel.py`` stands in for ``mx.fast.metal_kernel``, ``source.py`` makes C++ of Metal,
+``compiler.py`` builds, ``dispatch.py`` runs, ``shipped.py`` runs the kernels in MLX's wheel, ``lint.py`` refuses what
+Apple's compiler would and clang does not.
+"""
+
+from .compiler import unavailable
+from .dispatch import EmuError, Stats, log, options
+from .kernel import installed
+from .lint import lint
+from .shipped import mlx_kernel
+
+__all__ = ["EmuError", "Stats", "installed", "lint", "log", "mlx_kernel", "options", "unavailable"]

@@ -62,7 +62,9 @@ def count(model, monkeypatch) -> int:
     monkeypatch.setenv("MLX_LORA_KERNELS", "off")
     mx.eval(model(TOKENS, cache=cache), [c.state for c in cache])
     monkeypatch.setenv("MLX_LORA_KERNELS", "on")
-    return launches(lambda t: model(t, cache=cache), TOKENS[:, :1]).total()
+    found = launches(lambda t: model(t, cache=cache), TOKENS[:, :1]).total()
+    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    return found
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)

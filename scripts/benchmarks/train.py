@@ -1,6 +1,6 @@
 """Training speed and memory beside mlx-lm and PEFT: the same random Llama (46M parameters), the same rows.
 
-./scripts/bench train [--rounds 3] [--seconds 12] [--only NAME ...] [--peft-python PATH]
+./scripts/bench train [--rounds 3] [--seconds 12] [--batch-size 4] [--only NAME ...] [--peft-python PATH]
 
 Each contestant runs in a process of its own, in turn, round after round; the table gives medians over the rounds.
 Counted are the tokens that are learned, not padding. PEFT takes part where torch and peft can be imported
@@ -36,7 +36,7 @@ LLAMA = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
-RANK, SCALE, RATE, BATCH = 8, 20.0, 1e-4, 4
+RANK, SCALE, RATE = 8, 20.0, 1e-4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # name: (worker, its arguments, environment)
 CONTESTANTS = {
@@ -104,7 +104,7 @@ class Clock:
         return {"tokens_per_second": self.tokens / (self.toc - self.tic), "steps": self.steps}
 
 
-def ours(seconds: float, bits: int | None = None, method: str = "lora") -> dict:
+def ours(seconds: float, batch: int, bits: int | None = None, method: str = "lora") -> dict:
     import mlx_lora
     from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
     from mlx_lora.layers import use_blas
@@ -114,7 +114,7 @@ def ours(seconds: float, bits: int | None = None, method: str = "lora") -> dict:
     use_blas(model)
     mlx_lora.attach(model, AdapterConfig(method=method, rank=RANK, scale=SCALE, num_layers=-1))
     data = mlx_lora.tokenize(rows(), tokenizer(), DataConfig())
-    config = TrainConfig(iters=100_000, batch_size=BATCH, steps_per_report=1)
+    config = TrainConfig(iters=100_000, batch_size=batch, steps_per_report=1)
     optimizer = mlx_lora.build_optimizer(OptimizerConfig(learning_rate=RATE), config.iters)
     clock, before = Clock(seconds), 0
     for report in mlx_lora.train(model, optimizer, data, None, config):
@@ -126,7 +126,7 @@ def ours(seconds: float, bits: int | None = None, method: str = "lora") -> dict:
     return clock.result()
 
 
-def mlx_lm(seconds: float, bits: int | None = None) -> dict:
+def mlx_lm(seconds: float, batch: int, bits: int | None = None) -> dict:
     """mlx-lm's own trainer, its data set and its loop."""
     import mlx.optimizers as optim
     import numpy as np
@@ -157,14 +157,14 @@ def mlx_lm(seconds: float, bits: int | None = None) -> dict:
 
     trainer_batches = trainer.iterate_batches
     arguments = trainer.TrainingArgs(
-        batch_size=BATCH, iters=100_000, steps_per_report=10**9, steps_per_save=10**9, adapter_file="/dev/null"
+        batch_size=batch, iters=100_000, steps_per_report=10**9, steps_per_save=10**9, adapter_file="/dev/null"
     )
     with contextlib.suppress(Enough):
         trainer.train(model, optim.Adam(learning_rate=RATE), data, None, arguments, iterate_batches=batches)
     return clock.result()
 
 
-def peft(seconds: float, dtype: str) -> dict:
+def peft(seconds: float, batch: int, dtype: str) -> dict:
     """PEFT under a plain PyTorch loop, on batches of rows of like length, padded to the longest."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -179,7 +179,7 @@ def peft(seconds: float, dtype: str) -> dict:
     encode = tokenizer()
     texts = [encode(row["text"])["input_ids"] + [encode.eos_token_id] for row in rows()]
     texts.sort(key=len)
-    batches = [texts[i : i + BATCH] for i in range(0, len(texts) - BATCH + 1, BATCH)]
+    batches = [texts[i : i + batch] for i in range(0, len(texts) - batch + 1, batch)]
     order = torch.randperm(len(batches)).tolist()
     clock = Clock(seconds)
     while True:
@@ -197,11 +197,11 @@ def peft(seconds: float, dtype: str) -> dict:
 WORKERS = {"ours": ours, "mlx_lm": mlx_lm, "peft": peft}
 
 
-def worker(name: str, seconds: float) -> None:
+def worker(name: str, seconds: float, batch: int) -> None:
     kind, arguments, _ = CONTESTANTS[name]
     if kind != "peft":
         import mlx_lora  # noqa: F401  (before MLX: opens the BLAS, or not, as MLX_LORA_BLAS says)
-    result = WORKERS[kind](seconds, **arguments)
+    result = WORKERS[kind](seconds, batch, **arguments)
     # Kilobytes on Linux, bytes on macOS.
     unit = 1e9 if sys.platform == "darwin" else 1e6
     result["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
@@ -212,13 +212,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="how often each contestant runs")
     parser.add_argument("--seconds", type=float, default=12, help="time of a measurement, after warming up")
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--only", nargs="+", help="contestants whose name contains one of these")
     parser.add_argument("--peft-python", default=sys.executable, help="Python that has torch and peft")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        return worker(options.worker, options.seconds)
+        return worker(options.worker, options.seconds, options.batch_size)
     names = [n for n in CONTESTANTS if not options.only or any(part in n for part in options.only)]
     probe = [options.peft_python, "-c", "import torch, peft"]
     if any(CONTESTANTS[n][0] == "peft" for n in names) and subprocess.run(probe, capture_output=True).returncode:
@@ -230,8 +231,9 @@ def main() -> None:
             print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr)
             kind, _, environment = CONTESTANTS[name]
             python = options.peft_python if kind == "peft" else sys.executable
+            sizes = ["--seconds", str(options.seconds), "--batch-size", str(options.batch_size)]
             done = subprocess.run(
-                [python, __file__, "--worker", name, "--seconds", str(options.seconds)],
+                [python, __file__, "--worker", name, *sizes],
                 env={**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", **environment},
                 capture_output=True,
                 text=True,

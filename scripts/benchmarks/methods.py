@@ -1,10 +1,11 @@
 """Which method: quality, memory and speed of each on WikiSQL, over a small real Llama and the built-in tiny base.
 
-./scripts/bench methods [--iters 60 --bases FOLDER ... --only lora dora --json]
+./scripts/bench methods [--iters 60 --bases FOLDER ... --data FOLDER --only LoRA DoRA --json]
 
 Every method trains on the same batches from the same seed, all layers adapted, rank 8 at scale 20 unless named. Test
 loss is on held-out rows; ``step`` is the median of the steps after the first five; ``peak`` is MLX's peak memory in a
-step, weights included. Prints a table in Markdown, and DoRA's step and memory as multiples of LoRA's.
+step, weights included. Where WikiSQL is not at hand the tiny base's own skill is learned instead. Prints a table in
+Markdown, and DoRA's step and memory as multiples of LoRA's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx_lora  # before MLX: on Linux it opens a fast BLAS
 
@@ -25,9 +27,11 @@ from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from mlx_lora.data import Dataset, train_batches
 from mlx_lora.initialisation import FROM_DATA
 from mlx_lora.model import parameter_counts
+from mlx_lora.tiny_base import PATH, skill
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 BATCH, LONGEST = 4, 200
+ROWS = {"train": 1000, "test": 100}  # of the skill
 # name: (settings of the adapter, of the optimizer, how the base is quantized)
 METHODS: dict[str, tuple[dict, dict, str | None]] = {
     "LoRA": ({}, {}, None),
@@ -47,15 +51,25 @@ METHODS: dict[str, tuple[dict, dict, str | None]] = {
 }
 
 
-def measure(name: str, base: Path, iters: int) -> dict:
+def rows_of(data: Path | None, tokenizer: Any) -> tuple[Dataset, Dataset]:
+    """Rows to train on and to test with, of at most LONGEST tokens; without a folder those of the tiny base's skill."""
+    if data is None:
+        sets = [mlx_lora.tokenize(skill.rows(split, n), tokenizer, DataConfig()) for split, n in ROWS.items()]
+    else:
+        loaded = mlx_lora.load_dataset(DataConfig(data=str(data)), tokenizer, tuple(ROWS))
+        sets = [loaded.train, loaded.test]
+    train_set, test_set = (Dataset(e for e in s if len(e.tokens) <= LONGEST) for s in sets)
+    return train_set, test_set
+
+
+def measure(name: str, base: Path, data: Path | None, iters: int) -> dict:
     """Train one method; its facts by column."""
     settings, rate, storage = METHODS[name]
     model, tokenizer = mlx_lora.load(base)
     if storage:
         group = 32 if storage == "affine" else None
         mlx_lora.quantize(model, storage, double_quant=storage == "nf4", group_size=group)
-    sets = mlx_lora.load_dataset(DataConfig(data=str(SHARED / "wikisql")), tokenizer, ("train", "test"))
-    train_set, test_set = (Dataset(e for e in s if len(e.tokens) <= LONGEST) for s in (sets.train, sets.test))
+    train_set, test_set = rows_of(data, tokenizer)
     config = AdapterConfig(**{"rank": 8, "scale": 20.0, "num_layers": -1, **settings})
     mx.random.seed(0)
     batches = train_batches(train_set, BATCH, seed=1) if config.init in FROM_DATA else None
@@ -91,23 +105,25 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tiny = Path(mlx_lora.__file__).parent / "tiny_base"
-    parser.add_argument("--bases", type=Path, nargs="+", default=[SHARED / "stories260K", tiny])
+    at_hand = [p for p in (SHARED / "stories260K", SHARED / "wikisql") if p.is_dir()]
+    parser.add_argument("--bases", type=Path, nargs="+", default=[*at_hand[:1], PATH] if len(at_hand) == 2 else [PATH])
+    parser.add_argument("--data", type=Path, default=at_hand[1] if len(at_hand) == 2 else None)
     parser.add_argument("--iters", type=int, default=60)
     parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()
-    if missing := [str(p) for p in (SHARED / "wikisql", *options.bases) if not p.is_dir()]:
+    if missing := [str(p) for p in (options.data, *options.bases) if p and not p.is_dir()]:
         sys.exit(f"not here: {', '.join(missing)}")
     for base in options.bases:
         rows = []
         for name in options.only or METHODS:
-            rows.append(measure(name, base, options.iters))
+            rows.append(measure(name, base, options.data, options.iters))
             print(json.dumps({"base": base.name, **rows[-1]}) if options.json else f"{base.name}: {name}", flush=True,
                   file=sys.stdout if options.json else sys.stderr)  # fmt: skip
         if options.json:
             continue
-        print(f"\n{base.name}, WikiSQL, {options.iters} steps of {BATCH} rows\n\n{table(rows)}")
+        learned = options.data.name if options.data else "its skill"
+        print(f"\n{base.name}, {learned}, {options.iters} steps of {BATCH} rows\n\n{table(rows)}")
         found = {r["method"]: r for r in rows}
         for dora, lora in (("DoRA", "LoRA"), ("DoRA, MLX 4 bits", "QLoRA, MLX 4 bits")):
             if dora in found and lora in found:

@@ -38,7 +38,7 @@ def decode(model) -> float:
 def main() -> None:
     base, live, merged = (mlx_model(4) for _ in range(3))
     for model in (base, live, merged):
-        use_blas(model)
+        use_blas(model.eval())
     config = AdapterConfig(rank=8, scale=2.0, num_layers=-1)
     adapters = []
     for seed in (1, 2):

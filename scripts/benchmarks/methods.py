@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -93,6 +94,15 @@ def measure(name: str, base: Path, data: Path | None, iters: int) -> dict:
     }
 
 
+def alone(name: str, base: Path, data: Path | None, iters: int) -> dict:
+    """``measure`` in a process of its own, where no earlier run holds memory."""
+    command = [sys.executable, __file__, "--worker", "--only", name, "--bases", str(base), "--iters", str(iters)]
+    done = subprocess.run([*command, *(["--data", str(data)] if data else [])], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def table(rows: list[dict]) -> str:
     lines = ["| method | trained | share | test loss | step | peak |", "|---|---|---|---|---|---|"]
     for r in rows:
@@ -111,15 +121,19 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=60)
     parser.add_argument("--only", nargs="+", choices=METHODS, metavar="METHOD")
     parser.add_argument("--json", action="store_true", help="one object a line")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if missing := [str(p) for p in (options.data, *options.bases) if p and not p.is_dir()]:
         sys.exit(f"not here: {', '.join(missing)}")
+    if options.worker:
+        return print(json.dumps(measure(options.only[0], options.bases[0], options.data, options.iters)))
     for base in options.bases:
         rows = []
         for name in options.only or METHODS:
-            rows.append(measure(name, base, options.data, options.iters))
-            print(json.dumps({"base": base.name, **rows[-1]}) if options.json else f"{base.name}: {name}", flush=True,
-                  file=sys.stdout if options.json else sys.stderr)  # fmt: skip
+            print(f"{base.name}: {name}", file=sys.stderr)
+            rows.append(alone(name, base, options.data, options.iters))
+            if options.json:
+                print(json.dumps({"base": base.name, **rows[-1]}), flush=True)
         if options.json:
             continue
         learned = options.data.name if options.data else "its skill"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import mlx.core as mx
 
-from .registry import enabled, launch, with_backward
+from .registry import enabled, launch, with_reference
 from .stored import Form, Stored
 
 
@@ -34,27 +32,7 @@ def lora_swiglu(
     gate, up = bases
     arrays = {"x": x, **gate.arrays(), **{f"{name}2": array for name, array in up.arrays().items()}}
     arrays |= {"u": u, "b": b[0], "b2": b[1], "scale": scale, "offset": offset}
-    return _operation(tuple(arrays), gate.form(), enabled())(*arrays.values())
-
-
-@functools.cache
-def _operation(names: tuple[str, ...], form: Form, metal: bool):
-    """The differentiable operation; without Metal it is its reference."""
-    if not metal:
-        return functools.partial(_reference, names, form)
-
-    def backward(primals, cotangent, _):
-        known = dict(zip(names, primals, strict=True))
-        floats = [n for n in names if mx.issubdtype(known[n].dtype, mx.floating)]
-
-        def forward(*values):
-            return _reference(names, form, *(known | dict(zip(floats, values, strict=True))).values())
-
-        gradients = mx.vjp(forward, [known[n] for n in floats], [cotangent])[1]
-        found = dict(zip(floats, gradients, strict=True))
-        return tuple(found[n] if n in found else mx.zeros_like(known[n]) for n in names)
-
-    return with_backward(functools.partial(_metal, names, form), backward)
+    return with_reference(_metal, _reference, tuple(arrays), gate.form(), enabled())(*arrays.values())
 
 
 def _reference(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:

@@ -60,6 +60,29 @@ def with_backward(forward: Callable, backward: Callable) -> Callable:
     return operation
 
 
+@functools.cache
+def with_reference(kernel: Callable, reference: Callable, names: tuple[str, ...], form: Any, metal: bool) -> Callable:
+    """``kernel(names, form, *arrays)`` as an operation on arrays of these names, its backward pass the ``reference``'s.
+
+    The reference is called alike; without ``metal`` it is the operation. Arrays of integers get zeros for a gradient.
+    """
+    if not metal:
+        return functools.partial(reference, names, form)
+
+    def backward(primals, cotangent, _):
+        known = dict(zip(names, primals, strict=True))
+        floats = [n for n in names if mx.issubdtype(known[n].dtype, mx.floating)]
+
+        def forward(*values):
+            return reference(names, form, *(known | dict(zip(floats, values, strict=True))).values())
+
+        gradients = mx.vjp(forward, [known[n] for n in floats], [cotangent])[1]
+        found = dict(zip(floats, gradients, strict=True))
+        return tuple(found[n] if n in found else mx.zeros_like(known[n]) for n in names)
+
+    return with_backward(functools.partial(kernel, names, form), backward)
+
+
 def launch(
     name: str,
     inputs: dict[str, mx.array],

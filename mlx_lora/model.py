@@ -383,7 +383,7 @@ def _place(model: nn.Module, layers: dict[str, nn.Module]) -> None:
         layer.train(model.training)
     model.update_modules(tree_unflatten(list(layers.items())))
     introduce(layers)
-    fuse_mlps(model, layers)
+    fuse_mlps(model)
 
 
 def _bare_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,7 +1,9 @@
-"""Gate, up and SwiGLU of an MLP in one launch, where LoRA sits on both projections and the MLP decodes on Metal.
+"""MLPs where kernels are used: gate, up and SwiGLU in one launch when decoding, less memory when training.
 
-Saves two launches of a layer: the second projection's and the activation's. Only for modules whose own ``__call__`` is
-that formula word for word, as most of mlx-lm's are; all others, and all other calls, compute as they are written.
+The launch saves two of a layer: the second projection's and the activation's. It is for LoRA on both projections, and
+for modules whose own ``__call__`` is that formula word for word, as most of mlx-lm's are. Training is for any MLP whose
+projections can be told from what is between them (``activation.py``); on a CPU, where computing an exponential again
+costs more than memory is worth, it is off as the kernels are. All other calls compute as they are written.
 """
 
 from __future__ import annotations
@@ -12,20 +14,20 @@ import inspect
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import lora_shrink, lora_swiglu
+from ..kernels import enabled, lora_shrink, lora_swiglu
+from .activation import Shape, shape_of, trained
 from .lora import LoRALinear
 from .siblings import fits
 
 _FORMULA = "return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))"
 
 
-def fuse_mlps(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Let the MLPs of ``model`` whose gate is among ``layers`` use the one launch where it is possible."""
-    modules = dict(model.named_modules())
-    for path in layers:
-        parent, _, name = path.rpartition(".")
-        if name == "gate_proj" and f"{parent}.up_proj" in layers and _is_the_formula(type(modules[parent])):
-            modules[parent].__class__ = _fused(type(modules[parent]))
+def fuse_mlps(model: nn.Module) -> None:
+    """Let the MLPs of ``model`` use fewer launches and less memory where it is possible, see the top."""
+    for module in model.modules():
+        kind = type(module)
+        if not hasattr(kind, "_fused") and (shape := shape_of(module, kind.__call__)):
+            module.__class__ = _fused(kind, shape)
 
 
 @functools.cache
@@ -38,14 +40,16 @@ def _is_the_formula(kind: type) -> bool:
 
 
 @functools.cache
-def _fused(kind: type) -> type:
+def _fused(kind: type, shape: Shape) -> type:
     """``kind`` with another ``__call__``; a sub-class, so that ``isinstance`` goes on telling the truth."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = swiglu(self.gate_proj, self.up_proj, x)
+        if self.training and enabled():
+            return trained(self, kind.__call__, shape, x)
+        y = swiglu(self.gate_proj, self.up_proj, x) if _is_the_formula(kind) else None
         return kind.__call__(self, x) if y is None else self.down_proj(y)
 
-    return type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__, "_fused": True})
 
 
 def swiglu(gate: nn.Module, up: nn.Module, x: mx.array) -> mx.array | None:

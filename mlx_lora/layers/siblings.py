@@ -57,6 +57,10 @@ class Siblings:
         self._for = (x, product) if len(layers) > 1 else None
         return self._parts.pop(id(layer))
 
+    def give(self, x: mx.array, product: Callable, parts: list[Any]) -> None:
+        """Parts that were computed along with x itself."""
+        self._parts, self._for = dict(zip(map(id, self._layers), parts, strict=True)), (x, product)
+
 
 def introduce(layers: dict[str, nn.Module]) -> None:
     """Let the adapter layers of a model, given by path, share where they read the same input."""
@@ -83,11 +87,12 @@ def product(layer: nn.Module, x: mx.array, dropped: mx.array) -> mx.array:
     if not layer.training:
         return dropped @ layer.lora_a
     if dropped is x and layer.siblings is not None:
-        return layer.siblings.part(layer, x, _joined)
+        return layer.siblings.part(layer, x, joined)
     return low_rank_products(dropped, layer.lora_a)[0]
 
 
-def _joined(x: mx.array, a: list[mx.array]) -> tuple[mx.array, ...]:
+def joined(x: mx.array, a: list[mx.array]) -> tuple[mx.array, ...]:
+    """The product of training that siblings share."""
     return low_rank_products(x, *a)
 
 

@@ -2,7 +2,7 @@
 
 A file ``metal/NAME.metal`` opens with ``//`` comments and has the parts ``//@include OTHER``, ``//@header`` (functions)
 and ``//@body`` (the kernel; MLX writes its signature). ``MLX_LORA_KERNELS`` decides whether kernels are used: ``auto``
-(where MLX computes on Metal), ``off``, or ``on``: also on CUDA, where the same source is rewritten (``cuda.py``) and has
+(where MLX computes on Metal), ``off``, or ``on``: also on CUDA, where the same source, rewritten by ``cuda.py``, has
 not run on a GPU yet, and while tracing on a machine without either, to count launches.
 """
 

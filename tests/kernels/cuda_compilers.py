@@ -1,8 +1,7 @@
 """CUDA text through a real compiler, to machine code: NVRTC, as MLX calls it, or else nvcc. No GPU is needed.
 
-NVRTC is in the toolkit and in the wheel ``nvidia-cuda-nvrtc``, CUDA's headers in the toolkit and in the wheels
-``nvidia-cuda-runtime`` and ``nvidia-cuda-cccl``. MLX's own header is inside its CUDA library: what the kernels need of
-it stands here.
+NVRTC and CUDA's headers are in NVIDIA's toolkit and in its wheels (``mlx-lora[nvrtc]``). MLX's own header is inside its
+CUDA library: what the kernels need of it stands here.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ COMPILED = [
 
 
 @needs_emulator
-@pytest.mark.skipif(cuda_compilers.compiler() is None, reason="no NVRTC with CUDA's headers, and no nvcc")
+@pytest.mark.skipif(cuda_compilers.compiler() is None, reason="no CUDA compiler: pip install 'mlx-lora[nvrtc]'")
 @pytest.mark.parametrize("case", COMPILED, ids=range(len(COMPILED)))
 def test_compiles(case):
     with mslemu.installed_cuda(Compiled):

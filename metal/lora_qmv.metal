@@ -25,7 +25,7 @@ for (int e = sg * 32 + lane; e < M * R; e += NSG * 32) {
   const float factor = float(scale[0]);
 #endif
   float sum = 0;
-  for (int s = 0; s < SPLITS; s++) sum += u[(size_t(s) * M + m) * u_shape[2] + offset + j];
+  for (int s = 0; s < SPLITS; s++) sum += u[(size_t(s) * M + m) * u_shape[2] + offset[0] + j];
   low[e] = factor * sum;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);

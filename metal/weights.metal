@@ -12,9 +12,11 @@ constant float NF4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.
                           0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
 METAL_FUNC const device ushort* half_words(const device ushort* w) { return w; }
-METAL_FUNC const constant ushort* half_words(const constant ushort* w) { return w; }
 METAL_FUNC const device ushort* half_words(const device uint* w) { return (const device ushort*)w; }
+#ifdef __METAL_VERSION__  // in CUDA an address space is no part of a type
+METAL_FUNC const constant ushort* half_words(const constant ushort* w) { return w; }
 METAL_FUNC const constant ushort* half_words(const constant uint* w) { return (const constant ushort*)w; }
+#endif
 
 // 4 bits: sign, 2 of exponent, 1 of mantissa.
 METAL_FUNC float e2m1(uint v) {

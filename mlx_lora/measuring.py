@@ -131,7 +131,8 @@ def _paths(bases: list[list[nn.Module]], rank: int) -> dict[str, tuple[list[list
         ours.append(adapted)
         theirs.append([LoRALinear.from_base(base, rank, scale=2.0) for base in group])
     mx.eval([layer.parameters() for group in ours + theirs for layer in group])
-    return {"base": (bases, "off"), "kernels": (ours, "auto"), "plain": (ours, "off"), "mlx-lm": (theirs, "off")}
+    ours_by = os.environ.get("MLX_LORA_KERNELS") or "auto"
+    return {"base": (bases, "off"), "kernels": (ours, ours_by), "plain": (ours, "off"), "mlx-lm": (theirs, "off")}
 
 
 def _time(groups: list[list[nn.Module]], x: mx.array, iters: int) -> float:

@@ -116,14 +116,14 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(params=["emulated", "metal", "reference"])
+@pytest.fixture(params=["emulated", "gpu", "reference"])
 def backend(request, monkeypatch):
-    """The product's functions with their Metal source run by the emulator, by a Mac's GPU, or as their reference."""
+    """The product's functions with their Metal source run by the emulator, by Metal or CUDA, or as their reference."""
     import mslemu
 
     which = request.param
-    if which == "metal" and not mx.metal.is_available():
-        pytest.skip("no Metal here")
+    if which == "gpu" and not (mx.metal.is_available() or mx.cuda.is_available()):
+        pytest.skip("neither Metal nor CUDA here")
     if which == "emulated" and (why := mslemu.unavailable()):
         pytest.skip(why)
     monkeypatch.setenv("MLX_LORA_KERNELS", "off" if which == "reference" else "on")

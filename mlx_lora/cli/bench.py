@@ -32,12 +32,15 @@ def bench():
 @click.option("--iters", type=click.IntRange(1), default=20, show_default=True, help="Measurements; the median counts.")
 @json_option
 def kernels(size, rank, bits, rows, iters, as_json):
-    """Time the seven linears of a decoding layer: base, Metal kernels, plain operations, mlx-lm's layers.
+    """Time the seven linears of a decoding layer: base, our kernels, plain operations, mlx-lm's layers.
+
+    On CUDA the kernels run under MLX_LORA_KERNELS=on.
 
     \b
     mlx-lora bench kernels
     mlx-lora bench kernels --size 1b --rows 4 --json
     """
+    from ..kernels import enabled
     from ..measuring import measure_kernels
 
     lines = []
@@ -53,7 +56,6 @@ def kernels(size, rank, bits, rows, iters, as_json):
         return
     console.data(console.table(lines, ("linears", "path", "launches", "us", "of base", "GB/s", "of the chip's")))
     console.note(f"{found.chip}, {found.backend}; a layer of {size}, rank {rank}, {bits} bits, rows {rows}.")
-    if found.backend != "Metal":
-        console.note(
-            "No Metal here: the path `kernels` is its reference in plain operations, its launches are Metal's."
-        )
+    if not enabled():
+        note = "the path `kernels` is its reference in plain operations, its launches are those of the kernels."
+        console.note(f"Kernels are not in use here: {note}")

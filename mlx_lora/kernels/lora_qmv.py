@@ -29,13 +29,13 @@ def lora_qmv(
 
     Semantics::
 
-        low = u.sum(axis=0)[:, offset : offset + r]
+        low = u.sum(axis=0)[:, offset[0] : offset[0] + r]
         y = x @ W.T + scale * (low @ b)                                          # one adapter: b is [r, N]
         y[m] = x[m] @ W.T + scale[i] * (low[m] @ b[i]), i = index[m], no update where negative   # b: [adapters, r, N]
         return (gain * y + bias).astype(x.dtype)
 
     Args:
-        x: [M, K]. base: W [N, K], stored in any way. u: from ``lora_shrink``; ``offset``: int32 [], our first column.
+        x: [M, K]. base: W [N, K], stored in any way. u: from ``lora_shrink``; ``offset``: int32 [1], our first column.
         scale: float32 [1], or [adapters]. bias: [N]. gain: [N] (DoRA's). index: [M] int32; ranks: [adapters] int32.
 
     Returns: [M, N] in the dtype of x.

@@ -1,8 +1,9 @@
-"""The only caller of ``mx.fast.metal_kernel``: finds the sources, assembles them, keeps the kernels.
+"""The only caller of ``mx.fast.metal_kernel`` and ``cuda_kernel``: finds the sources, assembles and keeps the kernels.
 
 A file ``metal/NAME.metal`` opens with ``//`` comments and has the parts ``//@include OTHER``, ``//@header`` (functions)
 and ``//@body`` (the kernel; MLX writes its signature). ``MLX_LORA_KERNELS`` decides whether kernels are used: ``auto``
-(where MLX computes on Metal), ``off``, or ``on`` (also while tracing on a machine without Metal, to count launches).
+(where MLX computes on Metal), ``off``, or ``on``: also on CUDA, where the same source, rewritten by ``cuda.py``, has
+not run on a GPU yet, and while tracing on a machine without either, to count launches.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import ConfigError
+from . import cuda
 
 _HERE = Path(__file__).resolve()
 _differentiable = True
@@ -25,7 +27,7 @@ _FOLDERS = (_HERE.parents[1] / "metal", _HERE.parents[2] / "metal")
 
 
 def enabled() -> bool:
-    """Whether operations with a Metal kernel use it now. Raises ConfigError for an unknown MLX_LORA_KERNELS."""
+    """Whether operations with a kernel use it now. Raises ConfigError for an unknown MLX_LORA_KERNELS."""
     wanted = os.environ.get("MLX_LORA_KERNELS") or "auto"
     if wanted not in ("auto", "off", "on"):
         raise ConfigError(f"MLX_LORA_KERNELS is {wanted!r}", "Set it to auto, off or on.")
@@ -93,7 +95,7 @@ def launch(
     groups: tuple[int, int, int],
     threadgroup: tuple[int, int, int],
 ) -> list[mx.array]:
-    """Run the kernel ``metal/name.metal``.
+    """Run the kernel ``metal/name.metal``, on Metal or on CUDA.
 
     Args:
         inputs: arrays by the name the source knows them by. outputs: (shape, dtype) by name.
@@ -101,9 +103,13 @@ def launch(
         template: types, integers and booleans the kernel is compiled for.
         groups: threadgroups. threadgroup: threads in each.
 
-    Returns: the outputs. Raises ConfigError where MLX has no Metal.
+    Returns: the outputs. Raises ConfigError where MLX has neither, or computes on the CPU.
     """
-    kernel = _kernel(name, tuple(inputs), tuple(outputs), defines, mx.fast.metal_kernel)
+    on_cuda = mx.cuda.is_available() and not mx.metal.is_available()
+    make = mx.fast.cuda_kernel if on_cuda else mx.fast.metal_kernel
+    # Before 0.32.2 MLX's CUDA knows a kernel by its name alone, and the types of its arguments are in the source.
+    dtypes = tuple(str(array.dtype).rpartition(".")[2] for array in inputs.values()) if on_cuda else ()
+    kernel = _kernel(name, tuple(inputs), tuple(outputs), defines, dtypes, make, on_cuda)
     try:
         return kernel(
             inputs=list(inputs.values()),
@@ -113,32 +119,42 @@ def launch(
             output_shapes=[shape for shape, _ in outputs.values()],
             output_dtypes=[dtype for _, dtype in outputs.values()],
         )
-    except RuntimeError as error:
-        if "No Metal" in str(error):
-            raise ConfigError("MLX_LORA_KERNELS=on, but MLX has no Metal here", "Set it to auto or off.") from None
+    except (RuntimeError, ValueError) as error:
+        if "No Metal" in str(error) or "Only supports the GPU" in str(error):
+            message = "MLX_LORA_KERNELS=on, but MLX computes on neither Metal nor CUDA here"
+            raise ConfigError(message, "Set it to auto or off.") from None
         raise
 
 
 @functools.cache
-def _kernel(name, inputs, outputs, defines, metal_kernel):  # the last one: an emulator may stand in for MLX's
+def _kernel(name, inputs, outputs, defines, dtypes, make, on_cuda):  # make: MLX's, or an emulator's in its place
     header, body = source(name)
+    header = "".join(f"#define {d}\n" for d in defines) + header
     # MLX knows a kernel by its name alone: whatever changes its source has to show there.
-    variant = "_".join([*inputs, *(d.replace(" ", "") for d in defines)])
-    return metal_kernel(
+    variant = "_".join([*inputs, *(d.replace(" ", "") for d in defines), *dtypes])
+    if on_cuda:
+        header = f'#line 1 "cuda.h"\n{_file("cuda.h").read_text(encoding="utf-8")}{cuda.translate(header)}'
+        body = cuda.translate(body)
+    return make(
         name=f"mlx_lora_{name}_{variant}",
         input_names=list(inputs),
         output_names=list(outputs),
-        header="".join(f"#define {d}\n" for d in defines) + header,
+        header=header,
         source="\n" + body,
     )
+
+
+def _file(name: str) -> Path:
+    path = next((f / name for f in _FOLDERS if (f / name).exists()), None)
+    if path is None:
+        raise ConfigError(f"the kernels' source {name} is missing", "Install mlx-lora again.")
+    return path
 
 
 @functools.cache
 def source(name: str) -> tuple[str, str]:
     """(header, body) of ``metal/name.metal``, its includes in the header; errors name its own lines."""
-    path = next((f / f"{name}.metal" for f in _FOLDERS if (f / f"{name}.metal").exists()), None)
-    if path is None:
-        raise ConfigError(f"the Metal source {name}.metal is missing", "Install mlx-lora again.")
+    path = _file(f"{name}.metal")
     parts: dict[str, list[str]] = {}
     header, part = "", None
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

@@ -137,7 +137,7 @@ def decode(
     """The layer on a few rows by the kernels. ``options``: those of ``lora_qmv``."""
     siblings = layer.siblings
     u, offset = siblings.part(layer, x, shrink) if siblings is not None else shrink(x, [layer.lora_a])[0]
-    offset, bias = _number(offset, mx.int32).reshape(()), layer.base.get("bias")
+    offset, bias = _number(offset, mx.int32), layer.base.get("bias")
     y = lora_qmv(x.reshape(-1, x.shape[-1]), base, u, layer.lora_b, scale, offset, bias=bias, **options)
     return y.reshape(*x.shape[:-1], -1)
 

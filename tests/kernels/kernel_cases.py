@@ -62,7 +62,7 @@ def check(M, N, K, ranks, dtype, storage, bias=False, gain=False) -> None:
     u = lora_shrink(x, a)
     products = [float64(x) @ float64(m) for m in a]
     assert_close(u.sum(axis=0), np.concatenate(products, axis=-1), 3e-6, "u")
-    y = lora_qmv(x, base, u, b, mx.array([1.5]), mx.array(sum(ranks[:-1]), mx.int32), **extra)
+    y = lora_qmv(x, base, u, b, mx.array([1.5]), mx.array([sum(ranks[:-1])], mx.int32), **extra)
     expected = float64(x) @ float64(base.dequantized()).T + 1.5 * products[-1] @ float64(b)
     if gain:
         expected = float64(extra["gain"]) * expected
@@ -82,7 +82,7 @@ def check_many(index: list[int], dtype, padding: float = 0.0) -> None:
     a = a.astype(dtype)
     b, idx = mx.where(beyond, padding, normal((4, R, N), dtype, 0.3)).astype(dtype), mx.array(index, mx.int32)
     u = lora_shrink(x, [other, a], idx, mx.array(ranks, mx.int32))
-    total, offset = numbers(u.sum(axis=0)), mx.array(4, mx.int32)
+    total, offset = numbers(u.sum(axis=0)), mx.array([4], mx.int32)
     assert all((total[m] == 0).all() for m, i in enumerate(index) if i < 0), "rows without adapter"
     assert all((total[m, 4 + ranks[i] :] == 0).all() for m, i in enumerate(index) if i >= 0), "columns beyond the rank"
     y = lora_qmv(x, base, u, b, scale, offset, index=idx, ranks=mx.array(ranks, mx.int32))

@@ -77,7 +77,7 @@ def test_gradients(backend):
 
     def loss(x, a, b, bias, scales):
         kept = base._replace(scales=scales)
-        y = lora_qmv(x, kept, lora_shrink(x, [a]), b, mx.array([2.0]), mx.array(0, mx.int32), bias=bias)
+        y = lora_qmv(x, kept, lora_shrink(x, [a]), b, mx.array([2.0]), mx.array([0], mx.int32), bias=bias)
         return (y**2).sum()
 
     def plain(x, a, b, bias, scales):
@@ -105,7 +105,7 @@ def test_bytes_are_read_once(backend):
             many = {"index": mx.array(index, mx.int32), "ranks": mx.array([16, 16], mx.int32)}
         mslemu.log.clear()
         u = lora_shrink(x, a, **many)
-        lora_qmv(x, base, u, b, mx.ones(2 if index else 1), mx.array(32, mx.int32), **many)
+        lora_qmv(x, base, u, b, mx.ones(2 if index else 1), mx.array([32], mx.int32), **many)
         shrink, qmv = (entry.buffers for entry in mslemu.log)
         for buffers, name in ((shrink, "a0"), (shrink, "a1"), (shrink, "a2"), (qmv, "w"), (qmv, "b")):
             assert buffers[name]["read"] == buffers[name]["nbytes"], name

@@ -122,7 +122,7 @@ MUTANTS = {
             one,
         ),
         ("splits not summed", "s < SPLITS; s++", "s < 1; s++", split),
-        ("offset forgotten", "u_shape[2] + offset + j", "u_shape[2] + j", one),
+        ("offset forgotten", "u_shape[2] + offset[0] + j", "u_shape[2] + j", one),
         ("b read past its end", "b[size_t(j) * N + n0 + mine]", "b[size_t(j + 1) * N + n0 + mine]", one),
         ("columns of b left out", "j < R; j += 32 / ROWS", "j < R - 1; j += 32 / ROWS", one),
         (

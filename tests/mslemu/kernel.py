@@ -14,6 +14,12 @@ from .dispatch import dispatch, options
 from .source import entry, parameters, preamble, translate
 
 _metal_kernel = mx.fast.metal_kernel
+_STOOD_IN_FOR = [
+    (mx.fast, "metal_kernel"),
+    (mx.fast, "cuda_kernel"),
+    (mx.metal, "is_available"),
+    (mx.cuda, "is_available"),
+]
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
@@ -100,13 +106,21 @@ def installed(**changes) -> Iterator[None]:
     An emulated kernel computes when it is called: ``mx.compile`` is off meanwhile, ``mx.grad`` and ``mx.checkpoint``
     work, ``mx.vmap`` does not.
     """
-    before = dict(vars(options))
+    with standing_in(**changes):
+        mx.fast.metal_kernel, mx.cuda.is_available = EmulatedKernel, lambda: False
+        yield
+
+
+@contextlib.contextmanager
+def standing_in(**changes) -> Iterator[None]:
+    """What is put in the place of MLX's functions meanwhile is taken away again."""
+    before, functions = dict(vars(options)), [(o, n, getattr(o, n)) for o, n in _STOOD_IN_FOR]
     vars(options).update(changes)
-    mx.fast.metal_kernel = EmulatedKernel
     mx.disable_compile()
     try:
         yield
     finally:
         mx.enable_compile()
-        mx.fast.metal_kernel = _metal_kernel
+        for owner, name, function in functions:
+            setattr(owner, name, function)
         vars(options).update(before)

@@ -62,10 +62,10 @@ def split(text: str) -> list[str]:
     return [*parts, part]
 
 
-def rewrite_threadgroup(source: str) -> str:
+def rewrite_threadgroup(source: str, keyword: str = "threadgroup", macro: str = "MSL_TGDECL") -> str:
     """``threadgroup T x[N], y;`` (a variable, not a pointer) -> ``MSL_TGDECL(slot, x, T[N]);``"""
     blanked, out, position, slot = blank(source), [], 0, 0
-    for match in re.finditer(r"\bthreadgroup\b", blanked):
+    for match in re.finditer(rf"\b{keyword}\b", blanked):
         if blanked[: match.start()].rstrip()[-1:] not in (";", "{", "}", ""):
             continue
         end, depth = match.end(), 0
@@ -84,7 +84,7 @@ def rewrite_threadgroup(source: str) -> str:
         type_, declarations = first.group(1).strip(), []
         for i, part in enumerate(parts):
             found = first if i == 0 else re.match(r"^()(\w+)\s*((?:\[[^\]]*\]\s*)*)$", part.strip(), re.S)
-            declarations.append(f"MSL_TGDECL({slot}, {found.group(2)}, {type_} {found.group(3)})")
+            declarations.append(f"{macro}({slot}, {found.group(2)}, {type_} {found.group(3)})")
             slot += 1
         text = ("; ".join(declarations) + ";").replace("\n", " ") + "\n" * body.count("\n")
         out.append(source[position : match.start()] + text)

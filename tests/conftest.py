@@ -116,13 +116,16 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(params=["emulated", "gpu", "reference"])
+GPU = "cuda" if mx.cuda.is_available() and not mx.metal.is_available() else "metal"
+
+
+@pytest.fixture(params=["emulated", GPU, "reference"])
 def backend(request, monkeypatch):
     """The product's functions with their Metal source run by the emulator, by Metal or CUDA, or as their reference."""
     import mslemu
 
     which = request.param
-    if which == "gpu" and not (mx.metal.is_available() or mx.cuda.is_available()):
+    if which == GPU and not (mx.metal.is_available() or mx.cuda.is_available()):
         pytest.skip("neither Metal nor CUDA here")
     if which == "emulated" and (why := mslemu.unavailable()):
         pytest.skip(why)

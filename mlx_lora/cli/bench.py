@@ -7,11 +7,11 @@ import click
 from . import console
 from .options import json_option
 
-SIZES = {  # hidden, key and value, intermediate: one layer of a model like this
-    "1b": (2048, 512, 8192),
-    "4b": (2560, 1024, 9728),
-    "8b": (4096, 1024, 14336),
-    "tiny": (256, 128, 512),
+SIZES = {  # hidden, key and value, intermediate, vocabulary: one layer and the head of a model like this
+    "1b": (2048, 512, 8192, 128256),
+    "4b": (2560, 1024, 9728, 151936),
+    "8b": (4096, 1024, 14336, 128256),
+    "tiny": (256, 128, 512, 512),
 }
 
 
@@ -32,9 +32,11 @@ def bench():
 @click.option("--iters", type=click.IntRange(1), default=20, show_default=True, help="Measurements; the median counts.")
 @json_option
 def kernels(size, rank, bits, rows, iters, as_json):
-    """Time the seven linears of a decoding layer: base, our kernels, plain operations, mlx-lm's layers.
+    """Time every kernel beside plain operations and mlx-lm's layers.
 
-    On CUDA the kernels run under MLX_LORA_KERNELS=on.
+    Decoding: a layer's linears, its MLP, DoRA, many adapters, NF4. Training: DoRA's norms, NF4 dequantized, head and
+    loss ("kernels": some tokens at a time). "base" is without adapter. On CUDA the kernels run under
+    MLX_LORA_KERNELS=on.
 
     \b
     mlx-lora bench kernels
@@ -49,12 +51,14 @@ def kernels(size, rank, bits, rows, iters, as_json):
             console.report_event(found)
             continue
         share = f"{100 * found.share:.0f} %" if found.share else "-"
-        speed = f"{found.gigabytes_per_second:.1f}"
-        times = f"{found.microseconds:.1f}", f"{found.over_base:.2f}x"
-        lines.append((found.part, found.path, found.launches, *times, speed, share))
+        ratio = f"{found.over_base:.2f}x" if found.over_base else "-"
+        count = "-" if found.launches is None else found.launches
+        speed, peak = f"{found.gigabytes_per_second:.1f}", f"{found.peak_megabytes:.1f}"
+        lines.append((found.part, found.path, count, f"{found.microseconds:.1f}", ratio, speed, share, peak))
     if as_json:
         return
-    console.data(console.table(lines, ("linears", "path", "launches", "us", "of base", "GB/s", "of the chip's")))
+    head = ("part", "path", "launches", "us", "of base", "GB/s", "of the chip's", "MB made")
+    console.data(console.table(lines, head))
     console.note(f"{found.chip}, {found.backend}; a layer of {size}, rank {rank}, {bits} bits, rows {rows}.")
     if not enabled():
         note = "the path `kernels` is its reference in plain operations, its launches are those of the kernels."

@@ -5,17 +5,20 @@ name) chooses by ``registry.enabled``; elsewhere the reference is the function.
 """
 
 from .dora_norm import dora_norm
-from .lora_qmv import lora_qmv
+from .lora_qmv import MAX_RANK, MAX_ROWS, base_qmv, lora_qmv
 from .lora_rows import lora_rows
 from .lora_shrink import lora_shrink
 from .lora_swiglu import lora_swiglu
 from .low_rank import low_rank_add, low_rank_products
 from .nf4_dequantize import nf4_dequantize
-from .registry import enabled, exportable
+from .registry import enabled, exportable, with_backward
 from .stored import Stored
 
 __all__ = [
+    "MAX_RANK",
+    "MAX_ROWS",
     "Stored",
+    "base_qmv",
     "dora_norm",
     "enabled",
     "exportable",
@@ -26,4 +29,5 @@ __all__ = [
     "low_rank_add",
     "low_rank_products",
     "nf4_dequantize",
+    "with_backward",
 ]

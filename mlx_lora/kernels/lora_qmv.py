@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import mlx.core as mx
 
 from .registry import enabled, launch, with_reference
@@ -44,6 +46,23 @@ def lora_qmv(
     optional = {"bias": bias, "gain": gain, "idx": index, "ranks": ranks}
     arrays |= {name: array for name, array in optional.items() if array is not None}
     return with_reference(_metal, _reference, tuple(arrays), base.form(), enabled())(*arrays.values())
+
+
+def base_qmv(x: mx.array, base: Stored) -> mx.array:
+    """A base layer alone, for storages that MLX has no product for.
+
+    Semantics: ``(x @ W.T).astype(x.dtype)``. x: [M, K], M up to MAX_ROWS; base: W [N, K]. Returns [M, N].
+    """
+    u, b, scale, offset = _no_update(x.shape[0], base.shape[0], x.dtype)
+    return lora_qmv(x, base, u, b, scale, offset)
+
+
+@functools.lru_cache(maxsize=256)
+def _no_update(M: int, N: int, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+    """u, b, scale and offset of an update of rank 1 that is zero: next to nothing beside W."""
+    made = mx.zeros((1, M, 1)), mx.zeros((1, N), dtype), mx.zeros((1,)), mx.zeros((1,), mx.int32)
+    mx.eval(made)
+    return made
 
 
 def _reference(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:

@@ -1,8 +1,9 @@
 """A linear layer over NF4 weights, and its arrays as bitsandbytes names them in a checkpoint.
 
 QLoRA's base (arXiv:2305.14314): frozen, dequantized where it is used, in the forward pass and again in the backward, so
-that no dense copy outlives a product. (bitsandbytes pages its optimizer out to the CPU's memory under pressure; unified
-memory has nowhere else to page to, and an adapter's moments are small: there is no such thing here.)
+that no dense copy outlives a product; when decoding on Metal, in the registers of one launch. (bitsandbytes pages its
+optimizer out to the CPU's memory under pressure; unified memory has nowhere else to page to, and an adapter's moments
+are small: there is no such thing here.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import ModelError
-from .nf4 import NESTED_BLOCK, NF4, NF4_VALUES, dequantize_nf4, quantize_nf4
+from ..kernels import MAX_ROWS, base_qmv, enabled, with_backward
+from .nf4 import NESTED_BLOCK, NF4, NF4_VALUES, dequantize_nf4, nf4_stored, quantize_nf4
 
 STATE = "weight.quant_state.bitsandbytes__nf4"  # a checkpoint's JSON, as bytes
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -73,6 +75,9 @@ class NF4Linear(nn.Module):
 
     def project(self, x: mx.array) -> mx.array:
         """``x W^T`` without the bias. x: [..., in] -> [..., out]."""
+        rows = x.size // x.shape[-1]
+        if not self.training and 1 <= rows <= MAX_ROWS and enabled() and (base := nf4_stored(self.nf4)) is not None:
+            return base_qmv(x.reshape(rows, -1), base).reshape(*x.shape[:-1], -1)
         return _product(self.unpacked_shape, self.group_size, self.nested_block)(x, *self._arrays())
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -148,14 +153,12 @@ def _value(shape: tuple[int, ...], block: int, nested_block: int, arrays: list[m
 def _product(shape: tuple[int, ...], block: int, nested_block: int):
     """``x W^T`` for weights of this shape; the backward pass dequantizes anew instead of keeping W."""
 
-    @mx.custom_function
     def product(x, *arrays):
         return x @ dequantize_nf4(_value(shape, block, nested_block, list(arrays)), x.dtype).T
 
-    @product.vjp
-    def product_vjp(primals, cotangent, _output):
+    def backward(primals, cotangent, _):
         x, *arrays = primals
         weight = dequantize_nf4(_value(shape, block, nested_block, arrays), x.dtype)
         return (cotangent @ weight, *[mx.zeros_like(array) for array in arrays])
 
-    return product
+    return with_backward(product, backward)

@@ -49,8 +49,13 @@ def loss_in_chunks(
         return losses(logits[0], targets)
 
     flat = hidden.reshape(-1, hidden.shape[-1])
-    rows = max(64, PIECE // (4 * vocabulary))
+    rows = piece_rows(vocabulary)
     return chunked_sum(piece, trained, flat, targets.reshape(-1), mask.reshape(-1), rows, model.training)
+
+
+def piece_rows(vocabulary: int) -> int:
+    """Tokens whose logits exist at a time."""
+    return max(64, PIECE // (4 * vocabulary))
 
 
 def _apply_head(model: nn.Module, body: nn.Module, hidden: mx.array) -> mx.array:

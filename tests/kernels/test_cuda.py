@@ -1,6 +1,6 @@
 """The kernels in CUDA: the text MLX would compile, emulated and compared with float64; and compiled by NVRTC or nvcc.
 
-On a machine with CUDA the tests beside this one run it on the GPU (``backend`` "gpu").
+On a machine with CUDA the tests beside this one run it on the GPU (``backend`` "cuda").
 """
 
 from __future__ import annotations

@@ -69,6 +69,21 @@ def test_layers_over_nf4(backend, method, double, monkeypatch):
     assert_close(got, layer(x), 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("double", [False, True])
+def test_nf4_without_adapter(backend, double, dtype, monkeypatch):
+    """Decodes in one launch too; a prompt and training do not."""
+    mx.random.seed(0)
+    layer = NF4Linear.from_linear(nn.Linear(96, 40), double).eval()
+    x = mx.random.normal((2, 3, 96)).astype(dtype)
+    got = layer(x)
+    if backend == "emulated":
+        assert [entry.name.split("_")[3] for entry in mslemu.log] == ["qmv"]
+    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    assert got.dtype == layer(x).dtype
+    assert_close(got, layer(x), 1e-5 if dtype == mx.float32 else 1e-2)
+
+
 @pytest.mark.skipif(not mx.metal.is_available(), reason="an emulated kernel is a constant to MLX")
 def test_what_is_frozen_refuses_gradients():
     base = make_stored("nf4", 4, 64, mx.float32)

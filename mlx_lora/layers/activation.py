@@ -2,11 +2,14 @@
 
 Of SwiGLU autograd keeps the sigmoid, its product with the gate, and the result, which the last projection's adapter
 needs as well: three arrays of the widest size in the model. Here gate and up projection are what is kept. No formula is
-written down here: an MLP of any kind is tried out once, with arrays for the results of its projections.
+written down here: an MLP of any kind is tried out once, with arrays for the results of its projections. Of a mixture's
+experts the activation alone is made again, and its result kept.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +17,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..kernels import enabled
 from ..kernels.recomputed import recomputed
 from .base import AdapterLayer, dims, kind
 from .siblings import Siblings, joined
@@ -54,6 +58,31 @@ def trained(mlp: nn.Module, call: Callable, shape: Shape, x: mx.array) -> mx.arr
             object.__setattr__(last, "siblings", Siblings([last]))
         last.siblings.give(y, joined, low)
     return last(y)
+
+
+def recompute_activation(experts: nn.Module) -> None:
+    """Let the ``activation`` of a mixture's experts, a module of its own in mlx-lm, be made again too."""
+    activation = experts.get("activation")
+    plain = isinstance(activation, nn.Module) and not activation.parameters() and not _draws(activation)
+    if not plain or hasattr(activation, "_recomputed") or not any(map(_is_switch, experts.values())):
+        return
+    # A copy: in mlx-lm one object serves all layers of all models.
+    experts.activation = copy.copy(activation)
+    experts.activation.__class__ = _recomputed(type(activation))
+
+
+@functools.cache
+def _recomputed(activation: type) -> type:
+    def __call__(self, *inputs: mx.array) -> mx.array:
+        if not (self.training and enabled()):
+            return activation.__call__(self, *inputs)
+        return recomputed(functools.partial(activation.__call__, self), list(inputs), [])[0]
+
+    return type(activation.__name__, (activation,), {"__call__": __call__, "_recomputed": True})
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, nn.Module) and kind(_base(value)) == "switch"
 
 
 class _Nothing:

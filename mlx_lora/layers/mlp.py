@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels import enabled, lora_shrink, lora_swiglu
-from .activation import Shape, shape_of, trained
+from .activation import Shape, recompute_activation, shape_of, trained
 from .lora import LoRALinear
 from .siblings import fits
 
@@ -28,6 +28,7 @@ def fuse_mlps(model: nn.Module) -> None:
         kind = type(module)
         if not hasattr(kind, "_fused") and (shape := shape_of(module, kind.__call__)):
             module.__class__ = _fused(kind, shape)
+        recompute_activation(module)
 
 
 @functools.cache

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
 import mlx_lora
-from conftest import LLAMA, assert_close, make_model, shake
+from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, shake
 from mlx_lora import AdapterConfig
 from mlx_lora.kernels.recomputed import recomputed
 from mlx_lora.layers.activation import Shape, shape_of
@@ -76,6 +78,18 @@ def test_gradients(name, method, dropout, monkeypatch):
         assert_close(got[path], gradient, 1e-5, path)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_experts(method, monkeypatch):
+    if method == "dora":
+        monkeypatch.setattr("mlx_lora.layers.dora.enabled", lambda: False)
+    model, other = adapted(QWEN3_MOE, method), make_model(QWEN3_MOE)
+    got, expected = both(model, monkeypatch)
+    for path, gradient in expected.items():
+        assert_close(got[path], gradient, 1e-5, path)
+    first, theirs = model.layers[0].mlp.switch_mlp.activation, other.layers[0].mlp.switch_mlp.activation
+    assert isinstance(first, type(theirs)) and type(first) is not type(theirs), "other models keep what they had"
+
+
 @pytest.mark.parametrize("keys", [["self_attn.q_proj"], ["mlp.gate_proj"], ["mlp.down_proj"]], ids=str)
 def test_some_projections_adapted(keys, monkeypatch):
     got, expected = both(adapted(LLAMA, keys=keys), monkeypatch)
@@ -108,11 +122,18 @@ def test_weights_of_the_mlp_itself_are_trained(monkeypatch):
 WIDE = {**LLAMA, "hidden_size": 256, "intermediate_size": 1024}
 
 
+def active(model) -> int:
+    """Bytes in use when nothing is left to be freed."""
+    mx.eval(model.parameters())
+    mx.synchronize()
+    gc.collect()
+    return mx.get_active_memory()
+
+
 def kept(model) -> int:
     """Bytes that wait for the backward pass when the loss is there."""
     step, parameters = training(model)
-    mx.eval(model.parameters())
-    before = mx.get_active_memory()
+    before = active(model)
     loss, gradients = step(parameters)
     mx.eval(loss)
     return mx.get_active_memory() - before if gradients else 0
@@ -127,6 +148,15 @@ def test_what_is_kept(monkeypatch):
     assert 2.8 < saved < 3.2, f"{saved} arrays a layer: sigmoid, its product with the gate, the result"
 
 
+def test_what_experts_keep(monkeypatch):
+    model = adapted({**QWEN3_MOE, "moe_intermediate_size": 1024})
+    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    before = kept(model)
+    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
+    saved = (before - kept(model)) / (TOKENS[:, 1:].size * 2 * 1024 * 4) / 2
+    assert 1.8 < saved < 2.2, f"{saved} arrays a layer: sigmoid and its product with the gate, of two experts a token"
+
+
 def test_what_a_compiled_step_keeps(monkeypatch):
     """A compiler must not find that what is made again is there already."""
     peaks = []
@@ -134,8 +164,7 @@ def test_what_a_compiled_step_keeps(monkeypatch):
         monkeypatch.setenv("MLX_LORA_KERNELS", how)
         model = adapted({**WIDE, "num_hidden_layers": 8})
         step, parameters = training(model, compiled=True)
-        mx.eval(model.parameters())
-        before = mx.get_active_memory()
+        before = active(model)
         mx.reset_peak_memory()
         mx.eval(step(parameters))
         peaks.append(mx.get_peak_memory() - before)

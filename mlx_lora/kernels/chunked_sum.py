@@ -50,8 +50,8 @@ def _forward(losses: Losses, names: tuple[str, ...], rows: int, gradients: bool)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             here = hidden[part]
-            if of_hidden:  # after the piece before, whose logits are gone by then
-                here = mx.depends([here], [total, of_hidden[-1]])[0]
+            if of_hidden:  # after the piece before, whose logits and gradients of the head are gone by then
+                here = mx.depends([here], [total, of_hidden[-1], *of_values])[0]
             elif start:
                 here = mx.depends([here], [total])[0]
             arguments = (list(values), here, targets[part], mask[part])

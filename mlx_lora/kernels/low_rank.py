@@ -35,7 +35,8 @@ def _products_backward(primals, cotangents, _):
     rows = mx.concatenate(cotangents, axis=-1)
     dx = rows @ mx.concatenate(a, axis=-1).T
     da = x.reshape(-1, x.shape[-1]).T @ rows.reshape(-1, rows.shape[-1])
-    return (dx, *_columns(da, a))
+    # In the dtypes of what they are gradients of, as autograd's: adapters may be wider than the model.
+    return (dx.astype(x.dtype), *(d.astype(m.dtype) for d, m in zip(_columns(da, a), a, strict=True)))
 
 
 _products = with_backward(_products_forward, _products_backward)
@@ -66,8 +67,9 @@ def _add(scale: float):
         return mx.addmm(y, u, b, alpha=scale)
 
     def backward(primals, dy, _):
-        _, u, b = primals
+        y, u, b = primals
         small = (scale * u).reshape(-1, u.shape[-1])
-        return dy, scale * (dy @ b.T), small.T @ dy.reshape(-1, dy.shape[-1])
+        du, db = scale * (dy @ b.T), small.T @ dy.reshape(-1, dy.shape[-1])
+        return dy.astype(y.dtype), du.astype(u.dtype), db.astype(b.dtype)
 
     return with_backward(add, backward)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ import mlx.nn as nn
 
 from ..kernels import enabled
 from ..kernels.recomputed import recomputed
-from .base import AdapterLayer, dims, kind
+from .base import AdapterLayer, derived, dims, kind
 from .siblings import Siblings, joined
 
 
@@ -31,12 +32,15 @@ class Shape(NamedTuple):
 
 
 def shape_of(mlp: nn.Module, call: Callable) -> Shape | None:
-    """How ``call(mlp, x)`` computes, None where it is nothing of the kind, or f has parameters or random numbers."""
-    if not inspect.isfunction(call) or sum(map(_is_projection, mlp.values())) < 2:
+    """How ``call(mlp, x)`` computes; None where it is nothing of the kind, or f is more than a function of its inputs:
+    has parameters, draws random numbers, differs in training, or leaves something behind.
+    """
+    if not _is_plain(call) or sum(map(_is_projection, mlp.values())) < 2:
         return None
     trial = _Stand(mlp, None, None)
     try:
-        result = call(trial, _INPUT)
+        with _drawing_nothing():
+            result = call(trial, _INPUT)
     except Exception:  # whatever the module does with what is no array
         return None
     if result is not _RESULT or not trial.first or trial.last in (None, *trial.first):
@@ -44,27 +48,52 @@ def shape_of(mlp: nn.Module, call: Callable) -> Shape | None:
     return Shape(tuple(trial.first), trial.last)
 
 
+@contextmanager
+def _drawing_nothing() -> Iterator[None]:
+    """Random numbers are refused meanwhile, before any is drawn: the state of MLX cannot be put back."""
+
+    def refuse(*args, **kwargs):
+        raise TypeError("random numbers")
+
+    draws = {name: draw for name, draw in vars(mx.random).items() if callable(draw)}
+    try:
+        for name in draws:
+            setattr(mx.random, name, refuse)
+        yield
+    finally:
+        for name, draw in draws.items():
+            setattr(mx.random, name, draw)
+
+
 def trained(mlp: nn.Module, call: Callable, shape: Shape, x: mx.array) -> mx.array:
     """``call(mlp, x)``, of which autograd keeps x and the results of the first projections."""
-    inputs, last = [mlp[name](x) for name in shape.first], mlp[shape.last]
+    inputs, last = [getattr(mlp, name)(x) for name in shape.first], getattr(mlp, shape.last)
 
     def f(*given: mx.array) -> mx.array:
         return call(_Stand(mlp, dict(zip(shape.first, given, strict=True)), shape.last), _INPUT)
 
-    shares = isinstance(last, AdapterLayer) and hasattr(last, "siblings") and last.dropout._p_1 == 1
+    shares = _shares(last)
     y, *low = recomputed(f, inputs, [last.lora_a] if shares else [])
     if shares:
-        if last.siblings is None:
-            object.__setattr__(last, "siblings", Siblings([last]))
         last.siblings.give(y, joined, low)
     return last(y)
+
+
+def _shares(layer: nn.Module) -> bool:
+    """Whether the layer takes the product with its ``lora_a`` from ``siblings``; it alone has them then."""
+    if not isinstance(layer, AdapterLayer) or not hasattr(layer, "siblings") or layer.dropout._p_1 < 1:
+        return False
+    if layer.siblings is None:
+        object.__setattr__(layer, "siblings", Siblings([layer]))
+    return layer.siblings.only(layer)
 
 
 def recompute_activation(experts: nn.Module) -> None:
     """Let the ``activation`` of a mixture's experts, a module of its own in mlx-lm, be made again too."""
     activation = experts.get("activation")
-    plain = isinstance(activation, nn.Module) and not activation.parameters() and not _draws(activation)
-    if not plain or hasattr(activation, "_recomputed") or not any(map(_is_switch, experts.values())):
+    if not _is_activation(activation) or hasattr(activation, "_recomputed"):
+        return
+    if not any(map(_is_switch, experts.values())):
         return
     # A copy: in mlx-lm one object serves all layers of all models.
     experts.activation = copy.copy(activation)
@@ -78,7 +107,7 @@ def _recomputed(activation: type) -> type:
             return activation.__call__(self, *inputs)
         return recomputed(functools.partial(activation.__call__, self), list(inputs), [])[0]
 
-    return type(activation.__name__, (activation,), {"__call__": __call__, "_recomputed": True})
+    return derived(_recomputed, activation, __call__=__call__, _recomputed=True)
 
 
 def _is_switch(value: Any) -> bool:
@@ -93,11 +122,20 @@ _INPUT, _RESULT = _Nothing(), _Nothing()
 
 
 class _Stand:
-    """An MLP with given results of its projections. On trial (None given) it finds out which those are."""
+    """An MLP with given results of its projections. On trial (None given) it finds out which those are.
+
+    Of the module's attributes it has what cannot be, hold or change anything that is trained: constants, plain
+    functions, activations. Nothing can be set on it.
+    """
+
+    __slots__ = ("_given", "_mlp", "first", "last")
 
     def __init__(self, mlp: nn.Module, given: dict[str, mx.array] | None, last: str | None):
-        self._mlp, self._given = mlp, given
-        self.first, self.last = [], last
+        for name, value in (("_mlp", mlp), ("_given", given), ("first", []), ("last", last)):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(name)
 
     def __getattr__(self, name: str) -> Any:
         if self._given is not None and name in self._given:
@@ -107,8 +145,8 @@ class _Stand:
         value = getattr(self._mlp, name)
         if self._given is None and _is_projection(value):
             return lambda x: self._projected(name, value, x)
-        if isinstance(value, mx.array) or (isinstance(value, nn.Module) and (value.parameters() or _draws(value))):
-            raise AttributeError(name)  # f would need it
+        if name == "training" or not _is_constant(value):
+            raise AttributeError(name)
         return value
 
     def _projected(self, name: str, projection: nn.Module, x: Any) -> Any:
@@ -116,9 +154,33 @@ class _Stand:
             self.first.append(name)
             return mx.zeros((1, dims(_base(projection))[1]))
         if isinstance(x, mx.array) and self.last is None:
-            self.last = name
+            object.__setattr__(self, "last", name)
             return _RESULT
         raise TypeError(name)
+
+
+_COMPILED = type(mx.compile(lambda x: x))
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, functools.partial):
+        return all(map(_is_constant, (value.func, *value.args, *value.keywords.values())))
+    if isinstance(value, nn.Module):
+        return _is_activation(value)
+    return value is None or isinstance(value, (bool, int, float, str, _COMPILED)) or _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    """A function that holds nothing (classes, for ``super()``, excepted), or one of MLX's own."""
+    if inspect.isfunction(value):
+        return all(isinstance(cell.cell_contents, type) for cell in value.__closure__ or ())
+    return inspect.isbuiltin(value) or type(value).__name__ == "nb_func"
+
+
+def _is_activation(module: Any) -> bool:
+    """One of MLX's or mlx-lm's, without parameters and random numbers."""
+    known = type(module).__module__.startswith(("mlx.nn.layers.activations", "mlx_lm.models."))
+    return isinstance(module, nn.Module) and known and not module.parameters() and not module.children()
 
 
 def _is_projection(value: Any) -> bool:
@@ -127,7 +189,3 @@ def _is_projection(value: Any) -> bool:
 
 def _base(projection: nn.Module) -> nn.Module:
     return projection.base if isinstance(projection, AdapterLayer) else projection
-
-
-def _draws(module: nn.Module) -> bool:
-    return any(isinstance(m, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)) for m in module.modules())

@@ -8,6 +8,9 @@ live in files of their own; models are walked in ``model.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -29,6 +32,29 @@ def kind(module: nn.Module) -> str | None:
     if hasattr(module, "as_linear"):
         return "embedding"
     return "linear" if isinstance(module, (nn.Linear, nn.QuantizedLinear)) else None
+
+
+def derived(maker: Callable[..., type], *args: Any, before: tuple[type, ...] = (), **members: Any) -> type:
+    """A sub-class of ``args[0]``, so that ``isinstance`` goes on telling the truth, with ``members``.
+
+    ``before``: classes that come first.
+
+    ``maker``: the function at the top of a module that made it of ``args``, and makes it again for a copy or a pickle.
+    """
+    kind = args[0]
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        _, _, *state = kind.__reduce_ex__(self, protocol)
+        return (_blank, (maker, args), *state)
+
+    return type(
+        kind.__name__, (*before, kind), {"__module__": kind.__module__, "__reduce_ex__": __reduce_ex__, **members}
+    )
+
+
+def _blank(maker: Callable[..., type], args: tuple) -> nn.Module:
+    made = maker(*args)
+    return made.__new__(made)
 
 
 def is_quantized(base: nn.Module) -> bool:
@@ -122,9 +148,14 @@ class AdapterLayer(nn.Module):
         self[self.slot] = base
         self.dropout = nn.Dropout(dropout)
         self.scale = scale
-        # The low-rank matrices compute in the model's dtype: the forward pass needs no casts.
-        self._dtype = base_dtype(base) or dtype
+        # The low-rank matrices compute in the model's dtype: the forward pass needs no casts. Its name: a dtype of MLX
+        # can be neither copied nor pickled.
+        self._dtype_name = str(base_dtype(base) or dtype).rpartition(".")[2]
         self._rank = rank
+
+    @property
+    def _dtype(self) -> mx.Dtype:
+        return getattr(mx, self._dtype_name)
 
     @property
     def base(self) -> nn.Module:

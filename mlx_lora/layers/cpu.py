@@ -12,7 +12,7 @@ import functools
 import mlx.core as mx
 import mlx.nn as nn
 
-from .base import dense_weight, is_quantized, kind
+from .base import dense_weight, derived, is_quantized, kind
 
 
 def use_blas(model: nn.Module) -> None:
@@ -24,9 +24,9 @@ def use_blas(model: nn.Module) -> None:
 
 @functools.cache
 def _blas_class(base: type[nn.Module], which: str) -> type[nn.Module]:
-    """``base`` with another ``__call__``; a sub-class, so that ``isinstance`` goes on telling the truth."""
+    """``base`` with another ``__call__``."""
     mixin = {"linear": _Linear, "embedding": _Embedding, "switch": _Switch}[which]
-    return base if issubclass(base, mixin) else type(f"Blas{base.__name__}", (mixin, base), {})
+    return base if issubclass(base, mixin) else derived(_blas_class, base, which, before=(mixin,))
 
 
 class _Dense:

@@ -62,8 +62,8 @@ class _Magnitude:
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0, dtype=mx.float32):
         super().__init__(base, rank, scale, dropout, dtype)
         squared = row_norms_squared(base)
-        # Kept out of the module's dictionary: neither is a parameter.
-        object.__setattr__(self, "_squared", squared)
+        # Kept out of the module's dictionary: neither is a parameter. With the weight that the norms are of.
+        object.__setattr__(self, "_squared", (base.weight, squared))
         object.__setattr__(self, "_kept", None)
         # float32 whatever the model's dtype, so that m / norm is exactly 1 at the start.
         self.m = mx.sqrt(squared)
@@ -72,14 +72,26 @@ class _Magnitude:
         """<W, BA> and ||BA||^2 of every row, float32, without the scale."""
         raise NotImplementedError
 
+    def base_norms_squared(self) -> mx.array:
+        """||W||^2 of every row, float32; anew where the base was given another weight."""
+        weight, squared = self._squared
+        if weight is self.base.weight:
+            return squared
+        try:
+            mx.eval(self.base.weight)
+        except ValueError:  # an argument of a function being traced, which stands for the weight that was there
+            return squared
+        object.__setattr__(self, "_squared", (self.base.weight, row_norms_squared(self.base)))
+        return self._squared[1]
+
     def norms_squared(self) -> mx.array:
         """||W + scale * BA||^2 of every row, float32."""
         cross, update = self.inner_products()
-        return self._squared + 2 * self.scale * cross + self.scale**2 * update
+        return self.base_norms_squared() + 2 * self.scale * cross + self.scale**2 * update
 
     def gain(self) -> mx.array:
         """m / ||W + scale * BA||, float32, the norm without gradient. Shape of ``m``."""
-        parameters = (self.lora_a, self.lora_b, self.m, self.scale)
+        parameters = (self.lora_a, self.lora_b, self.m, self.scale, self.base.weight)
         if not self.training and self._kept is not None:
             *known, gain = self._kept
             if all(a is b for a, b in zip(parameters, known, strict=True)):

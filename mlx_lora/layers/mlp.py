@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from ..kernels import enabled, lora_shrink, lora_swiglu
 from .activation import Shape, recompute_activation, shape_of, trained
+from .base import derived
 from .lora import LoRALinear
 from .siblings import fits
 
@@ -42,15 +43,18 @@ def _is_the_formula(kind: type) -> bool:
 
 @functools.cache
 def _fused(kind: type, shape: Shape) -> type:
-    """``kind`` with another ``__call__``; a sub-class, so that ``isinstance`` goes on telling the truth."""
+    """``kind`` with another ``__call__``."""
 
-    def __call__(self, x: mx.array) -> mx.array:
-        if self.training and enabled():
-            return trained(self, kind.__call__, shape, x)
-        y = swiglu(self.gate_proj, self.up_proj, x) if _is_the_formula(kind) else None
-        return kind.__call__(self, x) if y is None else self.down_proj(y)
+    def __call__(self, *args, **kwargs) -> mx.array:
+        if len(args) == 1 and not kwargs:
+            if self.training and enabled():
+                return trained(self, kind.__call__, shape, *args)
+            y = swiglu(self.gate_proj, self.up_proj, *args) if _is_the_formula(kind) else None
+            if y is not None:
+                return self.down_proj(y)
+        return kind.__call__(self, *args, **kwargs)
 
-    return type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__, "_fused": True})
+    return derived(_fused, kind, shape, __call__=__call__, _fused=True)
 
 
 def swiglu(gate: nn.Module, up: nn.Module, x: mx.array) -> mx.array | None:

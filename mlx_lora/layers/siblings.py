@@ -39,27 +39,41 @@ class Siblings:
 
     def __init__(self, layers: list[nn.Module]):
         self._layers, self._misses = layers, 0
-        self._for: tuple[mx.array, Callable] | None = None  # the array and the product that the parts belong to
+        # What the parts belong to: the array, the product, and the matrices. A trace or an update changes those.
+        self._for: tuple[Any, ...] = ()
         self._parts: dict[int, Any] = {}
 
     def part(self, layer: nn.Module, x: mx.array, product: Callable) -> Any:
         """The part for ``layer`` of ``product(x, [lora_a of each layer])``."""
-        if self._for is not None and self._for[0] is x and self._for[1] is product and id(layer) in self._parts:
+        if not any(sibling is layer for sibling in self._layers):  # a copy of one
+            return product(x, [layer.lora_a])[0]
+        if id(layer) in self._parts and _same(self._for, self._of(x, product)):
             part = self._parts.pop(id(layer))
             if not self._parts:
-                self._for, self._misses = None, 0
+                self._for, self._misses = (), 0
             return part
         if self._parts:  # somebody did not come, or came with another array
             self._misses += 1
         layers = self._layers if self._misses < _PATIENCE else [layer]
         parts = product(x, [sibling.lora_a for sibling in layers])
         self._parts = dict(zip(map(id, layers), parts, strict=True))
-        self._for = (x, product) if len(layers) > 1 else None
+        self._for = self._of(x, product) if len(layers) > 1 else ()
         return self._parts.pop(id(layer))
 
     def give(self, x: mx.array, product: Callable, parts: list[Any]) -> None:
         """Parts that were computed along with x itself."""
-        self._parts, self._for = dict(zip(map(id, self._layers), parts, strict=True)), (x, product)
+        self._parts, self._for = dict(zip(map(id, self._layers), parts, strict=True)), self._of(x, product)
+
+    def only(self, layer: nn.Module) -> bool:
+        """Whether ``layer`` has no siblings but itself."""
+        return len(self._layers) == 1 and self._layers[0] is layer
+
+    def _of(self, x: mx.array, product: Callable) -> tuple[Any, ...]:
+        return (x, product, *(layer.lora_a for layer in self._layers))
+
+
+def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def introduce(layers: dict[str, nn.Module]) -> None:
@@ -126,7 +140,9 @@ def fits(layer: nn.Module, x: mx.array) -> Stored | None:
     if layer.training or not 1 <= rows <= MAX_ROWS or layer.rank > MAX_RANK or not enabled():
         return None
     base = stored(layer.base)
-    if base is None or not layer.lora_a.dtype == layer.lora_b.dtype == x.dtype == _computes_in(base, x):
+    bias = layer.base.get("bias")
+    dtypes = {layer.lora_a.dtype, layer.lora_b.dtype, x.dtype, x.dtype if bias is None else bias.dtype}
+    if base is None or dtypes != {_computes_in(base, x)}:
         return None
     return base
 

@@ -26,6 +26,7 @@ class AdapterBank:
         self._base = base.folder if base else None
         self._adapters: dict[str, Adapter] = {}
         self.current: str | None = None
+        self.adapter: Adapter | None = None  # the one on the model
 
     @property
     def names(self) -> list[str]:
@@ -43,12 +44,13 @@ class AdapterBank:
         tic = time.perf_counter()
         if name is None:
             unmount(self._model)
-        elif name != self.current:
+        else:
             if name not in self._adapters:
                 if not Path(name).is_dir():
                     known = ", ".join(self.names) or "none"
                     raise AdapterError(f"no adapter named {name!r}", f"Known: {known}. Or give an adapter's folder.")
                 self.add(name, name)
-            mount(self._model, self._adapters[name])
-        self.current = name
+            if self._adapters[name] is not self.adapter:  # by that name there may have been another
+                mount(self._model, self._adapters[name])
+        self.current, self.adapter = name, self._adapters.get(name) if name is not None else None
         return time.perf_counter() - tic

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..adapter import Adapter
 from ..config import GenerateConfig
 from ..errors import ConfigError
 from .bank import AdapterBank
@@ -37,7 +38,7 @@ class Engine:
     def __init__(self, model: nn.Module, tokenizer: Any, bank: AdapterBank | None = None):
         self.model, self.tokenizer = model, tokenizer
         self.bank = bank or AdapterBank(model)
-        self._kept: tuple[str | None, list[int], list] | None = None  # adapter, tokens, cache
+        self._kept: tuple[Adapter | None, list[int], list] | None = None  # adapter, tokens, cache
 
     def prompt(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """The tokens of a conversation up to where the assistant speaks."""
@@ -84,13 +85,13 @@ class Engine:
                 r.generation_tps,
                 r.peak_memory,
             )
-        self._kept = (self.bank.current, tokens + made, cache)
+        self._kept = (self.bank.adapter, tokens + made, cache)
 
     def _cache_for(self, tokens: list[int]) -> tuple[list, int]:
         """A prompt cache, and how many of ``tokens`` it holds already."""
         from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-        if self._kept is not None and self._kept[0] == self.bank.current:
+        if self._kept is not None and self._kept[0] is self.bank.adapter:
             _, known, cache = self._kept
             offset = getattr(cache[0], "offset", None)
             if isinstance(offset, int) and can_trim_prompt_cache(cache):

@@ -204,7 +204,7 @@ def test_one_product_for_all_that_come_with_the_same_array():
         for layer in layers:
             assert mx.array_equal(siblings.part(layer, x, product), x @ layer.lora_a).item()
     assert product.sizes == [3] * 10
-    assert siblings._for is None and not siblings._parts, "nothing is held"
+    assert not siblings._for and not siblings._parts, "nothing is held"
 
 
 def test_different_arrays_end_the_sharing():

@@ -53,6 +53,16 @@ from .selection import layer_paths, select, select_named
 from .starting import start_layer, starts_of, with_ranks
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuse a name that is not among ``DTYPES``; None stands for the model's own."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(
+            f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}", "Leave dtype out to keep the model's own."
+        )
+
+
 # What a model folder needs besides its weights; copied as they are when a model is saved.
 _BESIDE = ("*.json", "*.jsonl", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 
@@ -99,7 +109,10 @@ def load(
         ModelError: no such model, damaged files, an unknown architecture. AdapterError, FormatError: the adapter.
     """
     if dtype not in ("auto", "stored", *DTYPES):
-        raise ConfigError(f"dtype must be one of auto, stored, {', '.join(DTYPES)}, not {dtype!r}")
+        raise ConfigError(
+            f"dtype must be one of auto, stored, {', '.join(DTYPES)}, not {dtype!r}",
+            "Leave dtype out for auto: as stored, but float32 on a CPU.",
+        )
     if adapter_path is not None:
         detect_format(adapter_path)  # before a base is downloaded for it
     folder = resolve(path_or_repo, revision)
@@ -137,7 +150,10 @@ def load(
         try:
             mx.eval(model.parameters())
         except RuntimeError as error:
-            raise ModelError(f"{path_or_repo}: its weights cannot be read ({_first_line(error)})") from error
+            raise ModelError(
+                f"{path_or_repo}: its weights cannot be read ({_first_line(error)})",
+                "Download its *.safetensors again.",
+            ) from error
     model.eval()
     if adapter is not None:
         mount(model, adapter)
@@ -306,8 +322,7 @@ def mount(model: nn.Module, adapter: Adapter, *, difference: bool = False) -> No
     faults = [] if config.method == "full" else misfits(bare, adapter)
     faults += token_misfits(bare, adapter) + whole_misfits(bare, adapter)
     if faults:
-        base = f" It was made for {adapter.base}." if adapter.base else ""
-        raise_faults(faults, f"This adapter is of another model.{base}")
+        raise_faults(faults, f"This adapter was made for {adapter.base or 'another model'}: put it on that one.")
     state, layers, dtype = _State(config), {}, _model_dtype(model)
     if config.method != "full":
         bases = {path: bare[path] for path in adapter.modules}
@@ -517,7 +532,10 @@ def save_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> P
     """
     base, folder = base_of(model), Path(path)
     if base is None:
-        raise ModelError("the model was not loaded by mlx_lora.load: its config and tokenizer are not known")
+        raise ModelError(
+            "the model was not loaded by mlx_lora.load: its config and tokenizer are not known",
+            "Load it with mlx_lora.load(path_or_repo).",
+        )
     if _wrappers(model) or (_state(model) is not None and _state(model).config.method != "full"):
         raise ModelError("the model has adapters on it", "Merge them with fuse(model), or take them off.")
     from mlx_lm.utils import save_config

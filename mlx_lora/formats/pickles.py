@@ -336,7 +336,9 @@ class _Machine:
     def _op_BINPERSID(self, _):
         tag, kind, key, _location, numel, *_ = self._stack.pop()
         if tag != "storage" or not isinstance(kind, _Global) or kind.name not in STORAGES:
-            raise FormatError(f"{self._source}: holds a {getattr(kind, 'name', kind)}, which is no array of numbers")
+            raise FormatError(
+                f"{self._source}: holds a {getattr(kind, 'name', kind)}, which is no array of numbers", _HINT
+            )
         if not isinstance(numel, int) or numel < 0:
             raise ValueError(f"a storage of {numel!r} numbers")
         self._push(_Storage(str(key), kind.name, numel))

@@ -109,7 +109,8 @@ def low_rank(
     paths = sorted({name.removesuffix(".lora_b") for name in weights if name.endswith(".lora_b")})
     ranks = {path: weights[f"{path}.lora_b"].shape[-1 if weights[f"{path}.lora_b"].ndim == 3 else 0] for path in paths}
     empty = [f"{path}: empty arrays; gather sharded weights before saving" for path, rank in ranks.items() if not rank]
-    raise_faults(empty or ([] if paths else [f"{source}: holds no adapter"]), "", FormatError)
+    nothing = [] if paths else [f"{source}: holds no adapter"]
+    raise_faults(empty or nothing, "Save it again, gathered and with its lora_A and lora_B.", FormatError)
     if scales is None:
         scales = {path: (alpha if alpha is not None else ranks[path]) / ranks[path] for path in paths}
     rank, scale = max(ranks.values()), scales[paths[0]]
@@ -125,7 +126,9 @@ def low_rank(
             **knobs,
         )
     except ConfigError as error:
-        raise FormatError(f"{source}: {error}") from None
+        raise FormatError(
+            f"{source}: {error.message}", "Give the alpha that it was trained with, or save or download it again."
+        ) from None
     name = base or (options.base.name if options.base else None)
     return Adapter(config, weights, base=name, metadata={"open": missing} if missing else {})
 

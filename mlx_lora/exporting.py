@@ -25,7 +25,10 @@ from .errors import FormatError, ModelError
 from .formats.files import write_file
 from .fusing import FusedLayer, fuse
 from .layers import kind
-from .model import DTYPES, base_of, check_dtype, load, mount, saved_config, write_model_folder
+from .loading import DTYPES, check_dtype, load
+from .model import mount
+from .mounted import base_of
+from .saving import saved_config, write_model_folder
 
 _SHARD = 5 << 30  # bytes of weights in a file
 _GGUF = ("llama", "mistral", "mixtral")  # what mlx-lm's writer covers

@@ -15,8 +15,10 @@ from mlx.utils import tree_unflatten
 
 from .errors import ConfigError
 from .layers import AdapterLayer, TokenRows, UntiedEmbedding, base_dtype, dense_weight, is_quantized, kind, use_blas
-from .model import DTYPES, _model_dtype, _wrappers, check_dtype, dense_module, forget
+from .loading import DTYPES, check_dtype
+from .mounted import forget, model_dtype, wrappers
 from .quant import NF4Linear
+from .whole import dense_module
 
 # An update that keeps this much is whole for every purpose; below it, the layer is stored wider.
 SURVIVES_COSINE, SURVIVES_ERROR = 0.99, 0.1
@@ -72,8 +74,8 @@ def fuse(
         )
     check_dtype(dtype)
     floats = DTYPES[dtype] if dtype else None
-    default = _model_dtype(model)
-    adapted = _wrappers(model)
+    default = model_dtype(model)
+    adapted = wrappers(model)
     one_sided = [path for path, layer in adapted.items() if getattr(layer, "input_only", False)]
     one_sided += [path for path, module in model.named_modules() if isinstance(module, UntiedEmbedding)]
     if one_sided and tied(model):

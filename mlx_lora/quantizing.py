@@ -17,7 +17,8 @@ from .config import AdapterConfig
 from .errors import ConfigError, ModelError
 from .initialisation import loftq_pair
 from .layers import check_rank, dense_weight, is_quantized, kind, use_blas
-from .model import adapters_on, base_of
+from .model import adapters_on
+from .mounted import base_of
 from .quant import dequantize_nf4, quantize_nf4
 from .quant.model import quantize_to_nf4
 from .selection import layer_paths, select

@@ -598,7 +598,7 @@ def test_merged_model_in_another_dtype_and_in_shards(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["llama/lora", "mixtral/experts"])
 def test_merged_model_of_a_quantized_base(name, tmp_path):
     """MLX's layout, dequantized, under transformers' names."""
-    from mlx_lora.model import save_model
+    from mlx_lora.saving import save_model
 
     model = name.split("/")[0]
     loaded = load(model)

@@ -65,7 +65,8 @@ def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, sa
     tic = time.perf_counter()
     loaded, order = [load_adapter(folder) for folder in adapters], None
     if model:
-        from ..model import load, mount, unmount
+        from ..loading import load
+        from ..model import mount, unmount
 
         base, _ = load(model, lazy=True)
         order = [path for path, _ in reversed(base.named_modules())]

@@ -145,7 +145,7 @@ class Run:
     def load(self, splits: tuple[str, ...]) -> None:
         """The model and the data: every bad row is told before anything is trained."""
         from ..data import load_dataset
-        from ..model import load
+        from ..loading import load
 
         console.note(f"Loading {self.name}")
         self.model, self.tokenizer = load(self.name, trust_remote_code=self.trust)
@@ -176,7 +176,8 @@ class Run:
         from ..data import train_batches
         from ..formats import load_adapter
         from ..initialisation import FROM_DATA, SUBTRACTED
-        from ..model import attach, load, mount
+        from ..loading import load
+        from ..model import attach, mount
         from ..selection import layer_paths
 
         total = len(layer_paths(self.model))

@@ -1,4 +1,4 @@
-"""What is known of a model: where it came from, what stands on it, and what that took the place of. Changes nothing.
+"""What is known of a model: where it came from, what stands on it, and what that took the place of. Computes nothing.
 
 Both are kept on the model itself, outside its parameters.
 """

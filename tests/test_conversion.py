@@ -22,7 +22,7 @@ from mlx_lora.errors import AdapterError, ConfigError, FormatError, MLXLoRAError
 from mlx_lora.exporting import export_merged
 from mlx_lora.formats import FORMATS, describe, detect_format
 from mlx_lora.formats.files import read_safetensors
-from mlx_lora.formats.pickles import read_torch
+from mlx_lora.formats.torch_read import read_torch
 from mlx_lora.formats.torch_write import write_torch
 
 import mlx.core as mx  # isort: skip  (mlx_lora opens a BLAS before MLX is imported)

@@ -35,8 +35,8 @@ FLOORS = [
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 WALLS = {
     "layers": {"adapter", "formats", "data"},
-    "formats": {"layers", "model"},
-    "training": {"layers", "adapter", "formats"},
+    "formats": {"layers", "model", "mounted"},
+    "training": {"layers", "adapter", "formats", "mounted"},
     "data": {"layers", "adapter"},
 }
 FILES = [p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem not in ("__init__", "__main__")]

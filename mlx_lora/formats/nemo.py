@@ -22,9 +22,9 @@ from ..errors import FormatError
 from . import parts
 from .files import parse_yaml, read_json
 from .options import Reading, Writing
-from .pickles import read_torch
 from .states import low_rank, matching, read_state
 from .tars import members, read_member
+from .torch_read import read_torch
 from .torch_write import write_torch
 from .uniform import as_lora, uniform
 

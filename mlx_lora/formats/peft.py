@@ -25,7 +25,7 @@ from .files import read_json, read_safetensors, wrong_settings
 from .options import Reading
 from .peft_names import CONFIG, EMBEDDING_NAME, LEAVES, OTHER_LEAVES, PICKLE, PREFIX, SHARED_KEYS, WEIGHTS
 from .peft_write import write as write
-from .pickles import read_torch
+from .torch_read import read_torch
 
 READS, WRITES = {"adapter"}, {"moe", "profile"}
 _ALONE = "Save the adapter's state dict alone, a dict of names and tensors."

@@ -18,7 +18,8 @@ from ..config import AdapterConfig
 from ..errors import ConfigError, FormatError
 from .files import read_safetensors
 from .options import Reading
-from .pickles import TensorRef, is_pickle, peek_torch, read_torch
+from .torch_read import is_pickle, peek_torch, read_torch
+from .torch_tensors import TensorRef
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".lora")
 # Where training systems put the state dict in their files.

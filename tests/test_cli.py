@@ -302,11 +302,15 @@ def test_fuse_convert_inspect(trained, data, tmp_path, capsys):
     assert abs(live - fused) < 2e-2, "bfloat16 or float16 weights round, but not more than this"
 
 
-def test_doctor(capsys):
+def test_doctor(capsys, monkeypatch):
     out, _ = run(["doctor"], capsys)
     assert "backend" in out
     found = events(run(["doctor", "--json"], capsys)[0])[0]
     assert found["backend"] in ("CPU", "Metal", "CUDA") and found["matmul_gflops"] > 0
+    assert found["kernels"] == ("used" if found["backend"] == "Metal" else "not used")
+    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
+    found = events(run(["doctor", "--json"], capsys)[0])[0]
+    assert found["kernels"] == "used" and any("on" in note for note in found["advice"]) == (found["backend"] == "CPU")
 
 
 def test_python_dash_m():

@@ -2,7 +2,7 @@
 
 transformers 5 moved the rotary settings into ``rope_parameters`` and renamed a few fields. mlx-lm's classes read the
 older names and, where they find none, fall back to a default: a checkpoint saved by transformers 5 would load with the
-wrong RoPE and say nothing. Stops at the config: weights are loaded in ``model.py``.
+wrong RoPE and say nothing. Stops at the config: weights are loaded in ``loading.py``.
 """
 
 from __future__ import annotations

@@ -125,7 +125,10 @@ class BaseModel:
             value = self.text.get(name)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
-        raise ModelError(f"{self.name}: its config names no {' and no '.join(names)}")
+        raise ModelError(
+            f"{self.name}: its config names no {' and no '.join(names)}",
+            "Name the model that the adapter was made for, or download its config.json again.",
+        )
 
     @property
     def heads(self) -> int:
@@ -197,7 +200,10 @@ class BaseModel:
             model_class, arguments = utils._get_classes(self.config)
             return model_class(arguments.from_dict(self.config))
         except Exception as error:  # whatever a foreign config provokes
-            raise ModelError(f"{self.name}: mlx-lm cannot build it ({type(error).__name__}: {error})") from None
+            raise ModelError(
+                f"{self.name}: mlx-lm cannot build it ({type(error).__name__}: {error})",
+                "Try a newer mlx-lm (pip install -U mlx-lm), or download the model's config.json again.",
+            ) from None
 
     @functools.cached_property
     def modules(self) -> dict[str, tuple[str, int, int, int]]:

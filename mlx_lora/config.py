@@ -143,7 +143,7 @@ class AdapterConfig:
                     re.compile(pattern)
                 except re.error as error:
                     faults.append(f"{name}: {pattern!r} is not a regular expression ({error})")
-        raise_all(faults + self._contradictions())
+        raise_all(faults + self._contradictions(), self)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -248,7 +248,7 @@ class DataConfig:
             faults.append(f"max_seq_length must be at least 2, not {self.max_seq_length!r}")
         if self.mask_turns not in ("all", "last"):
             faults.append(f"mask_turns must be 'all' or 'last', not {self.mask_turns!r}")
-        raise_all(faults)
+        raise_all(faults, self)
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class OptimizerConfig:
                 faults.append(f"{name} must be a positive number, not {value!r}")
             elif self.loraplus_lr_ratio is None:
                 faults.append(f"{name} is of LoRA+: give loraplus_lr_ratio")
-        raise_all(faults)
+        raise_all(faults, self)
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ class TrainConfig:
             faults.append(f"max_skipped_steps must be at least 1, not {self.max_skipped_steps!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             faults.append(f"seed must be a whole number from 0 to 2^32 - 1, not {self.seed!r}")
-        raise_all(faults)
+        raise_all(faults, self)
 
 
 @dataclass(frozen=True)
@@ -363,13 +363,24 @@ class GenerateConfig:
             faults.append(f"min_p must be in [0, 1], not {self.min_p!r}")
         if not isinstance(self.top_k, int) or self.top_k < 0:
             faults.append(f"top_k must be 0 or more, not {self.top_k!r}")
-        raise_all(faults)
+        raise_all(faults, self)
 
 
-def raise_all(faults: list[str], hint: str = "") -> None:
-    """Raise one ``ConfigError`` naming every fault, or return where there is none."""
+def raise_all(faults: list[str], config: Any) -> None:
+    """Raise one ``ConfigError`` naming every fault, or return where there is none.
+
+    Each fault begins with the field of ``config`` that it is about; the hint says what these are and how to do without.
+    """
     if faults:
-        raise ConfigError("\n".join(faults), hint)
+        first = [re.match(r"\w+", fault)[0] for fault in faults]
+        raise ConfigError("\n".join(faults), "\n".join(_mend(f) for f in dataclasses.fields(config) if f.name in first))
+
+
+def _mend(field: dataclasses.Field) -> str:
+    told, default = field.metadata["help"], field.default
+    if default is None or default is False or default is dataclasses.MISSING:
+        return f"{field.name}: {told} Leave it out {'for that' if 'default' in told else 'to do without'}."
+    return f"{field.name}: {told} Leave it out for {default}."
 
 
 def replace(config: Any, **changes: Any) -> Any:

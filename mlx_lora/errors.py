@@ -8,16 +8,17 @@ class MLXLoRAError(Exception):
 
     Args:
         message: everything that is wrong, one fault a line.
-        hint: the mend, in the imperative; may be empty.
+        hint: the mend, in the imperative. Never empty: an error that nobody can act on is not an expected one.
     """
 
-    def __init__(self, message: str, hint: str = ""):
-        super().__init__(message)
+    def __init__(self, message: str, hint: str):
+        assert hint.strip(), f"an expected error without its mend: {message}"
+        super().__init__(message, hint)  # both, so that it can be copied and pickled
         self.message = message
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message}\nHint: {self.hint}" if self.hint else self.message
+        return f"{self.message}\nHint: {self.hint}"
 
 
 class ConfigError(MLXLoRAError):

@@ -21,11 +21,14 @@ from mlx.utils import tree_flatten
 
 from .adapter import Adapter, raise_faults
 from .base_model import BaseModel
-from .errors import ConfigError, FormatError, ModelError
+from .errors import FormatError, ModelError
 from .formats.files import write_file
 from .fusing import FusedLayer, fuse
 from .layers import kind
-from .model import DTYPES, base_of, load, mount, saved_config, write_model_folder
+from .loading import DTYPES, check_dtype, load
+from .model import mount
+from .mounted import base_of
+from .saving import saved_config, write_model_folder
 
 _SHARD = 5 << 30  # bytes of weights in a file
 _GGUF = ("llama", "mistral", "mixtral")  # what mlx-lm's writer covers
@@ -60,8 +63,7 @@ def export_merged(
 
     Raises: ModelError, AdapterError, ConfigError, FormatError.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    check_dtype(dtype)
     target = Path(target)
     as_gguf = target.suffix == ".gguf"
     if as_gguf and target.exists() and not overwrite:

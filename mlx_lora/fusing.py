@@ -15,8 +15,10 @@ from mlx.utils import tree_unflatten
 
 from .errors import ConfigError
 from .layers import AdapterLayer, TokenRows, UntiedEmbedding, base_dtype, dense_weight, is_quantized, kind, use_blas
-from .model import DTYPES, _model_dtype, _wrappers, dense_module, forget
+from .loading import DTYPES, check_dtype
+from .mounted import forget, model_dtype, wrappers
 from .quant import NF4Linear
+from .whole import dense_module
 
 # An update that keeps this much is whole for every purpose; below it, the layer is stored wider.
 SURVIVES_COSINE, SURVIVES_ERROR = 0.99, 0.1
@@ -59,7 +61,10 @@ def fuse(
     Raises: ConfigError: contradicting arguments.
     """
     if bits is not None and bits not in (2, 3, 4, 5, 6, 8):
-        raise ConfigError(f"bits must be one of 2, 3, 4, 5, 6, 8, not {bits!r}")
+        raise ConfigError(
+            f"bits must be one of 2, 3, 4, 5, 6, 8, not {bits!r}",
+            "Leave bits out: each layer is then stored at 8 bits where its update survives that, else as floats.",
+        )
     if bits is not None and dequantize:
         raise ConfigError("bits and dequantize contradict each other", "Choose one.")
     if bits is not None and bits < 8 and not force:
@@ -67,11 +72,10 @@ def fuse(
             f"storing merged weights at {bits} bits loses most of the adapter",
             "Leave --bits out, keep the adapter beside the base, or insist with --force and read the report.",
         )
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    check_dtype(dtype)
     floats = DTYPES[dtype] if dtype else None
-    default = _model_dtype(model)
-    adapted = _wrappers(model)
+    default = model_dtype(model)
+    adapted = wrappers(model)
     one_sided = [path for path, layer in adapted.items() if getattr(layer, "input_only", False)]
     one_sided += [path for path, module in model.named_modules() if isinstance(module, UntiedEmbedding)]
     if one_sided and tied(model):

@@ -61,7 +61,9 @@ def push(
     format = format or detect_format(path)
     facts = describe(path, format)
     if facts["problems"] and any("NaN" in p or "missing" in p for p in facts["problems"]):
-        raise FormatError("\n".join(facts["problems"]), "Only sound adapters are uploaded.")
+        raise FormatError(
+            "\n".join(facts["problems"]), "Train or save the adapter again; only sound ones are uploaded."
+        )
     files = [path] if path.is_file() else _files(path, format)
     text = model_card(facts, repo, base=base, metrics=metrics, training=_training(path))
     api = HfApi()
@@ -218,7 +220,9 @@ def _is_repo(name: str) -> bool:
 
 def _check_repo(repo: str) -> None:
     if repo.count("/") != 1 or repo.startswith(("/", ".")) or repo.endswith("/"):
-        raise ConfigError(f"{repo!r} is no repository's name", "It has the form owner/name.")
+        raise ConfigError(
+            f"{repo!r} is no repository's name", "Write it as owner/name, such as mlx-community/my-adapter."
+        )
 
 
 class _told:

@@ -118,7 +118,7 @@ def merge_adapters(
         ]
         pairs = [_rows_first(adapter, path) for adapter, _ in have]
         if len({(a.shape[:-2], a.shape[-1], b.shape[-2]) for a, b in pairs}) > 1:
-            raise AdapterError(f"{path}: the adapters are of layers of different size", "They are of different bases.")
+            raise AdapterError(f"{path}: the adapters are of layers of different size", "Merge adapters of one base.")
         if method in ELEMENTWISE and len({a.shape for a, _ in pairs}) > 1:
             raise AdapterError(f"{path}: {method} wants adapters of one rank", "Use cat or svd.")
         scales = [adapter.config.scale_of(path) for adapter, _ in have]
@@ -235,7 +235,10 @@ def _check_settings(count: int, weights: list, method: str, density, sign: str, 
     if clamp is not None and not (method.endswith("svd") and 0 < clamp <= 1):
         faults.append("clamp is a quantile from 0 to 1, for svd methods")
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError(
+            "\n".join(faults),
+            "Take svd, the default, which needs weights alone, or give ties, dare and magnitude_prune a density.",
+        )
 
 
 def _check_adapters(adapters: Sequence[Adapter]) -> None:
@@ -251,4 +254,4 @@ def _check_adapters(adapters: Sequence[Adapter]) -> None:
             faults.append(f"adapter {i} holds no low-rank update")
     if len({adapter.config.embedding_side for adapter in adapters}) > 1:
         faults.append("the adapters of embeddings act on different sides")
-    raise_faults(faults, "Only LoRA adapters can be added up.")
+    raise_faults(faults, "Merge plain LoRA adapters of one base.")

@@ -17,7 +17,8 @@ from .config import AdapterConfig
 from .errors import ConfigError, ModelError
 from .initialisation import loftq_pair
 from .layers import check_rank, dense_weight, is_quantized, kind, use_blas
-from .model import adapters_on, base_of
+from .model import adapters_on
+from .mounted import base_of
 from .quant import dequantize_nf4, quantize_nf4
 from .quant.model import quantize_to_nf4
 from .selection import layer_paths, select
@@ -102,7 +103,10 @@ def quantize_with_loftq(
     """
     bits, group_size = check_mode(mode, bits, group_size, double_quant)
     if rank < 1 or iterations < 1:
-        raise ConfigError("LoftQ wants a rank and a number of rounds of at least 1")
+        raise ConfigError(
+            "LoftQ wants a rank and a number of rounds of at least 1",
+            "Give a rank such as 16, and 1 to 5 rounds: each fits the adapter to what the last one left.",
+        )
     _check_model(model, mode)
 
     def through(weight: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
@@ -135,7 +139,10 @@ def quantize_with_loftq(
 def check_mode(mode: str, bits: int | None, group_size: int | None, double_quant: bool) -> tuple[int, int]:
     """(bits, group size) for ``mode``, or one error with all that is wrong."""
     if mode not in MODES:
-        raise ConfigError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+        raise ConfigError(
+            f"mode must be one of {', '.join(MODES)}, not {mode!r}",
+            "Leave it out for affine, which mlx-lm loads; nf4 is QLoRA's, which transformers loads.",
+        )
     widths, groups, (default_bits, default_group) = MODES[mode]
     faults = []
     if bits is not None and bits not in widths:
@@ -145,7 +152,10 @@ def check_mode(mode: str, bits: int | None, group_size: int | None, double_quant
     if double_quant and mode != "nf4":
         faults.append(f"double quantization is for nf4, not for {mode}")
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError(
+            "\n".join(faults),
+            f"Leave them out: {mode} takes {default_bits} bits in groups of {default_group} by default.",
+        )
     return bits or default_bits, group_size or default_group
 
 
@@ -181,7 +191,10 @@ def _report(model: nn.Module, mode: str, before: dict[str, nn.Module]) -> Quanti
     floats = sum(a.size for p, m in modules.items() if p not in packed for a in m.values() if isinstance(a, mx.array))
     biases = sum(module.bias.size for module in packed.values() if "bias" in module)
     if not packed:
-        raise ModelError("no layer of the model could be quantized", "Its widths do not divide by the group size.")
+        raise ModelError(
+            "no layer of the model could be quantized",
+            "Choose a group size that divides the widths of its layers, such as 32.",
+        )
     return Quantized(
         mode=mode,
         layers=len(packed),

@@ -21,7 +21,8 @@ def layer_paths(model: nn.Module) -> list[str]:
     layers = getattr(model, "layers", None)
     if not isinstance(layers, (list, tuple)) or not layers:
         raise AdapterError(
-            f"{type(model).__name__} has no list of layers", "mlx-lora adapts language models loaded by mlx-lm."
+            f"{type(model).__name__} has no list of layers",
+            "Give a language model that mlx_lora.load, or mlx-lm, has loaded.",
         )
     names = {id(module): name for name, module in model.named_modules()}
     return [names[id(layer)] for layer in layers if id(layer) in names]

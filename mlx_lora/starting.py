@@ -63,7 +63,10 @@ def starts_of(
         if init == "loftq":
             whole = original.get(path)
             if whole is None or kind(whole) != kind(module) or dims(whole) != dims(module):
-                raise AdapterError(f"{path}: the reference model has no such layer", "It is of another architecture.")
+                raise AdapterError(
+                    f"{path}: the reference model has no such layer",
+                    "Name the same model as it was before it was quantized.",
+                )
             starts[path], _ = loftq_pair(
                 np.array(dense_weight(whole)), lambda _, q=weight: q, ranks[path], scales[path]
             )

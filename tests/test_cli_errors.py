@@ -12,6 +12,7 @@ import pytest
 from mlx_lora.adapter import Adapter
 from mlx_lora.cli.main import main
 from mlx_lora.config import AdapterConfig
+from mlx_lora.errors import ConfigError
 from mlx_lora.formats import save_adapter
 from mlx_lora.tiny_base import PATH, skill
 
@@ -324,9 +325,54 @@ def test_bad_input(case, world, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert code in (1, 2), f"exit code {code}\n{err}"
     assert fragment in err, err
-    assert err.count("Error: ") == 1 and "Traceback" not in err and "Traceback" not in out, err
+    assert err.count("Error: ") == 1 and err.count("Hint: ") == 1, err
+    assert "Traceback" not in err and "Traceback" not in out, err
     assert "This was not expected" not in err, err
     assert snapshot(world) == before, "files were left behind or changed"
+
+
+@pytest.mark.parametrize(
+    "args, told, hint",
+    [
+        (["train", "--wibble"], "Usage: mlx-lora train [OPTIONS]\nError: ", "See mlx-lora train --help"),
+        (["train", "--iters", "many"], "Error: Invalid value for '--iters'", "Iterations (batches) to train for. See"),
+        (["train", "--iters"], "Error: Option '--iters' requires an argument.", "See mlx-lora train --help"),
+        (["convert"], "Error: Missing argument 'SRC'", "See mlx-lora convert --help"),
+        (["convert", "a", "b"], "Error: Missing option '--to'", "See mlx-lora convert --help"),
+        (["inspect", "a", "b"], "Error: Got unexpected extra argument (b)", "See mlx-lora inspect --help"),
+        (["fuse", "--dtype", "f8"], "'f8' is not one of", "See mlx-lora fuse --help"),
+        (["trian"], "No such command 'trian'. Did you mean 'train'?", "See mlx-lora --help for the commands."),
+        (["--wibble"], "Error: No such option '--wibble'.", "See mlx-lora --help for the commands."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_misuse_tells_where_to_read_on(args, told, hint, capsys):
+    assert run(args) == 2
+    out, err = capsys.readouterr()
+    assert not out and told in err and hint in err[err.index("Hint: ") :], err
+
+
+def test_bare_command_is_its_help(capsys):
+    assert run([]) in (0, 2)  # click 8.2 counts it as misuse
+    out, err = capsys.readouterr()
+    assert "Commands:" in out + err and "Error: " not in err
+
+
+@pytest.mark.parametrize(
+    "config, fault, hint",
+    [
+        ({"rank": 0}, "rank must", "8 by default, 256 for vera. Leave it out for that."),
+        ({"num_layers": -3}, "num_layers must", "-1 for all of them. Leave it out for 16."),
+        ({"init": "x"}, "init must", "Leave it out for default."),
+        ({"rslora": True}, "give alpha", "needs alpha. Leave it out to do without."),
+    ],
+)
+def test_a_knob_out_of_range_tells_what_it_is_for(config, fault, hint):
+    with pytest.raises(ConfigError) as error:
+        AdapterConfig(**config)
+    name = next(iter(config))
+    assert fault in error.value.message and error.value.hint.startswith(f"{name}: ")
+    assert error.value.hint.endswith(hint)
 
 
 def test_there_are_enough_cases():

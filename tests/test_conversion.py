@@ -22,7 +22,7 @@ from mlx_lora.errors import AdapterError, ConfigError, FormatError, MLXLoRAError
 from mlx_lora.exporting import export_merged
 from mlx_lora.formats import FORMATS, describe, detect_format
 from mlx_lora.formats.files import read_safetensors
-from mlx_lora.formats.pickles import read_torch
+from mlx_lora.formats.torch_read import read_torch
 from mlx_lora.formats.torch_write import write_torch
 
 import mlx.core as mx  # isort: skip  (mlx_lora opens a BLAS before MLX is imported)
@@ -598,7 +598,7 @@ def test_merged_model_in_another_dtype_and_in_shards(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["llama/lora", "mixtral/experts"])
 def test_merged_model_of_a_quantized_base(name, tmp_path):
     """MLX's layout, dequantized, under transformers' names."""
-    from mlx_lora.model import save_model
+    from mlx_lora.saving import save_model
 
     model = name.split("/")[0]
     loaded = load(model)

@@ -143,7 +143,7 @@ def test_saved_base_loads_in_mlx_lora_and_in_plain_mlx_lm(model, saved_bases):
 @pytest.mark.parametrize("model", ["llama", "qwen2", "gemma2", "phi3"])
 def test_without_the_older_fields_the_rotary_settings_are_lost(model, monkeypatch):
     """The control of the two tests above: mlx-lm by itself computes something else, and says nothing."""
-    monkeypatch.setattr("mlx_lora.model.missing_fields", lambda config: {})
+    monkeypatch.setattr("mlx_lora.loading.missing_fields", lambda config: {})
     assert difference(logits(load(model)), golden(f"{model}/base")) > 1e-2
 
 

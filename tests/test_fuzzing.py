@@ -13,7 +13,7 @@ from test_hostile_files import BASE, FILES, TOLD, archive, copy_of
 from mlx_lora import load_adapter
 from mlx_lora.errors import FormatError, MLXLoRAError
 from mlx_lora.formats import detect_format
-from mlx_lora.formats.pickles import read_torch
+from mlx_lora.formats.torch_read import read_torch
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -19,8 +19,8 @@ from mlx_lora.errors import FormatError, MLXLoRAError
 from mlx_lora.formats import describe
 from mlx_lora.formats.files import parse_yaml
 from mlx_lora.formats.gguf_file import read_gguf, write_gguf
-from mlx_lora.formats.pickles import read_torch
 from mlx_lora.formats.tars import members
+from mlx_lora.formats.torch_read import read_torch
 from mlx_lora.formats.torch_write import write_torch
 
 import mlx.core as mx  # isort: skip

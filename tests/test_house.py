@@ -1,8 +1,11 @@
-"""The house rules: imports run down only, heavy packages wait, the package is whole."""
+"""The house rules: imports run down only, heavy packages wait, errors carry their mend, the package is whole."""
 
 from __future__ import annotations
 
 import ast
+import copy
+import inspect
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import mlx_lora
+from mlx_lora import errors
 
 ROOT = Path(mlx_lora.__file__).parent
 # Lower floors first. A module may import from its own room and from floors below.
@@ -17,11 +21,12 @@ FLOORS = [
     {"errors", "kernels", "device", "base_config", "tiny_base", "tables"},
     {"config", "quant"},
     {"data", "layers", "adapter"},
-    {"base_model"},
+    {"base_model", "mounted"},
     {"training", "formats", "selection"},
     {"initialisation", "fitting"},
-    {"starting"},
-    {"model", "planning"},
+    {"starting", "whole"},
+    {"model", "saving", "planning"},
+    {"loading"},
     {"fusing", "merging", "quantizing", "many", "measuring"},
     {"exporting", "hub"},
     {"serving"},
@@ -30,8 +35,8 @@ FLOORS = [
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 WALLS = {
     "layers": {"adapter", "formats", "data"},
-    "formats": {"layers", "model"},
-    "training": {"layers", "adapter", "formats"},
+    "formats": {"layers", "model", "mounted"},
+    "training": {"layers", "adapter", "formats", "mounted"},
     "data": {"layers", "adapter"},
 }
 FILES = [p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem not in ("__init__", "__main__")]
@@ -94,6 +99,47 @@ def test_help_does_not_import_mlx(args):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+KINDS = [k for k in vars(errors).values() if inspect.isclass(k) and issubclass(k, errors.MLXLoRAError)]
+# What makes or raises an expected error, and where among its arguments the hint stands.
+HINTED = {kind.__name__: 1 for kind in KINDS} | {"raise_faults": 1, "need": 1}
+
+
+def hintless(path: Path) -> list[str]:
+    """The calls in a file that make an expected error without a hint, or with an empty one."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func).rpartition(".")[2]
+        if name not in HINTED or any(isinstance(argument, ast.Starred) for argument in node.args):
+            continue
+        hints = [*node.args[HINTED[name] :][:1], *(k.value for k in node.keywords if k.arg == "hint")]
+        if not hints or (isinstance(hints[0], ast.Constant) and not str(hints[0].value or "").strip()):
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)[:100]}")
+    return found
+
+
+def test_every_expected_error_carries_its_mend():
+    assert [call for path in ROOT.rglob("*.py") for call in hintless(path)] == []
+
+
+@pytest.mark.parametrize("text", ['ConfigError("no")', 'errors.DataError("no", " ")', 'raise_faults(faults, "", Kind)'])
+def test_an_error_without_its_mend_is_found(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "file.py").write_text(f"raise {text}")
+    assert hintless(tmp_path / "file.py") == [f"file.py:1: {ast.unparse(ast.parse(text))}"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_is_its_message_and_its_mend(kind):
+    assert inspect.signature(kind).parameters["hint"].default is inspect.Parameter.empty
+    with pytest.raises(AssertionError, match="without its mend"):
+        kind("no", " ")
+    error = kind("no", "Say yes.")
+    for twin in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert (type(twin), twin.message, twin.hint, str(twin)) == (kind, "no", "Say yes.", "no\nHint: Say yes.")
 
 
 def test_every_public_name_is_there():

@@ -40,7 +40,8 @@ def fuse(model, adapter_path, save_path, bits, dtype, dequantize, force, trust_r
     mlx-lora fuse --model mlx-community/Qwen3-0.6B-4bit --adapter-path adapters --dequantize
     """
     from ..fusing import fuse as fuse_model
-    from ..model import load, save_model
+    from ..loading import load
+    from ..saving import save_model
 
     target = Path(save_path)
     if target.exists() and not (target.is_dir() and (force or not any(target.iterdir()))):

@@ -85,11 +85,8 @@ def main(args: list[str] | None = None) -> None:
         code = cli.main(args, prog_name="mlx-lora", standalone_mode=False)
     except MLXLoRAError as error:
         fail(error.message, error.hint, 2 if isinstance(error, ConfigError) else 1)
-    except click.UsageError as error:
-        error.show()
-        sys.exit(2)
     except click.ClickException as error:
-        fail(error.format_message(), "", error.exit_code)
+        _misused(error, sys.argv[1:] if args is None else args)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
@@ -108,6 +105,20 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _misused(error: click.ClickException, args: list[str]) -> None:
+    """A wrong option or argument: the usage, the error and where to read on. Bare ``mlx-lora`` gets its help."""
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        error.show()
+        sys.exit(error.exit_code)
+    context = getattr(error, "ctx", None)  # not every parser error of click knows where it was
+    command = context.command_path if context else " ".join(["mlx-lora", *[a for a in args[:1] if a in COMMANDS]])
+    if context:
+        click.echo(context.get_usage(), err=True)
+    what = getattr(getattr(error, "param", None), "help", None)  # of the option that is wrong
+    there = "the commands" if command == "mlx-lora" else "its options and arguments"
+    fail(error.format_message(), f"{what + ' ' if what else ''}See {command} --help for {there}.", error.exit_code)
+
+
 def fail(message: str, hint: str, code: int) -> None:
     """``Error:`` and ``Hint:`` on stderr, then exit."""
     if os.environ.get("MLX_LORA_DEBUG"):
@@ -115,6 +126,5 @@ def fail(message: str, hint: str, code: int) -> None:
 
         traceback.print_exc()
     click.echo(click.style("Error: ", fg="red", bold=True) + message, err=True)
-    if hint:
-        click.echo(click.style("Hint: ", bold=True) + hint, err=True)
+    click.echo(click.style("Hint: ", bold=True) + hint, err=True)
     sys.exit(code)

@@ -58,11 +58,15 @@ def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, sa
     from ..merging import as_lora, merge_adapters
 
     if weights is not None and len(weights) != len(adapters):
-        raise ConfigError(f"--weights gives {len(weights)} numbers for {len(adapters)} adapters")
+        raise ConfigError(
+            f"--weights gives {len(weights)} numbers for {len(adapters)} adapters",
+            "Give one number for each folder, in their order, or leave --weights out for 1 each.",
+        )
     tic = time.perf_counter()
     loaded, order = [load_adapter(folder) for folder in adapters], None
     if model:
-        from ..model import load, mount, unmount
+        from ..loading import load
+        from ..model import mount, unmount
 
         base, _ = load(model, lazy=True)
         order = [path for path, _ in reversed(base.named_modules())]

@@ -27,6 +27,7 @@ _FLAGS = {"method": "fine_tune_type"}
 _NESTED = ("rank", "scale", "alpha", "rslora", "dropout", "keys", "rank_pattern", "scale_pattern", "alpha_pattern")
 _PATTERNS = ("rank_pattern", "scale_pattern", "alpha_pattern")
 _LISTS = ("keys", "target_parameters", "modules_to_save", "layers_to_transform")
+_LINES = "Write a line an option, such as iters: 100; --help lists them, with underscores in YAML."
 
 
 class Pattern(click.ParamType):
@@ -160,7 +161,9 @@ def build(config: type, params: dict[str, Any], **changes: Any) -> Any:
     try:
         return config(**{**values, **changes})
     except TypeError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(
+            str(error), "Correct the kind of that value in the YAML file; --help shows what each option takes."
+        ) from None
 
 
 def model_option(**extra: Any) -> Callable:
@@ -209,16 +212,18 @@ def read_yaml(path: Path, allowed: set[str]) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _yaml_loader())
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+        raise ConfigError(f"{path}: cannot be read ({error})", "Name a readable YAML file with -c.") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})", _LINES) from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds a {type(raw).__name__}, not options")
+        raise ConfigError(f"{path}: holds a {type(raw).__name__}, not options", _LINES)
     nested = raw.pop("lora_parameters", None) or {}
     if not isinstance(nested, dict):
-        raise ConfigError(f"{path}: lora_parameters must be a mapping")
+        raise ConfigError(
+            f"{path}: lora_parameters must be a mapping", "Write lora_parameters: {rank: 8, scale: 20.0, dropout: 0.0}."
+        )
     faults = []
     for section, entries, names in (("", raw, allowed - {"config"}), ("lora_parameters.", nested, set(_NESTED))):
         for key in entries:

@@ -47,9 +47,10 @@ def quantize(
     mlx-lora quantize --model Qwen/Qwen3-0.6B --bits 6 --save-path qwen3-6bit
     mlx-lora quantize --model Qwen/Qwen3-0.6B --bits 2 --loftq-rank 16 --loftq-iters 5
     """
-    from ..model import load, save_model
+    from ..loading import load
     from ..quantizing import check_mode
     from ..quantizing import quantize as quantize_model
+    from ..saving import save_model
 
     check_mode(mode, bits, group_size, double_quant)
     for path in [save_path, *([loftq_path] if loftq_rank else [])]:

@@ -61,7 +61,8 @@ def _local(model: str, config: AdapterConfig, trust: bool, as_json: bool) -> Non
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from ..model import attach, load, parameter_counts
+    from ..loading import load
+    from ..model import attach, parameter_counts
     from ..tables import training_bytes
 
     loaded, _ = load(model, dtype="stored", trust_remote_code=trust, lazy=True)

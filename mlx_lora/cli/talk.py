@@ -17,7 +17,7 @@ from .options import adapter_option, build, config_options, json_option, model_o
 
 
 def _engine(params: dict[str, Any]):
-    from ..model import load
+    from ..loading import load
     from ..serving.engine import Engine
 
     console.note(f"Loading {params['model']}")
@@ -53,11 +53,17 @@ def generate(**params: Any):
     if not text.strip():
         raise ConfigError("the prompt is empty", "Give some text with --prompt.")
     if params["ignore_chat_template"] and params["system_prompt"]:
-        raise ConfigError("--system-prompt needs the chat template that --ignore-chat-template leaves out")
+        raise ConfigError(
+            "--system-prompt needs the chat template that --ignore-chat-template leaves out",
+            "Leave --ignore-chat-template out, or write the system prompt into --prompt.",
+        )
     engine = _engine(params)
     if params["ignore_chat_template"] or not getattr(engine.tokenizer, "chat_template", None):
         if params["system_prompt"]:
-            raise ConfigError("this model's tokenizer has no chat template: --system-prompt cannot be used")
+            raise ConfigError(
+                "this model's tokenizer has no chat template: --system-prompt cannot be used",
+                "Leave --system-prompt out, and write its text into --prompt.",
+            )
         tokens = list(engine.tokenizer.encode(text))
     else:
         messages = [{"role": "system", "content": params["system_prompt"]}] if params["system_prompt"] else []

@@ -67,7 +67,7 @@ def train(ctx: click.Context, **params: Any):
     config = build(TrainConfig, params)
     folder = Path(params["adapter_path"])
     if not (params["train"] or params["test"]):
-        raise ConfigError("neither --train nor --test: nothing to do")
+        raise ConfigError("neither --train nor --test: nothing to do", "Leave --no-train out, or add --test.")
     if params["resume"] and params["resume_adapter_file"]:
         raise ConfigError("--resume and --resume-adapter-file contradict each other", "Choose one.")
     if params["resume"] and not (folder / STATE).exists():
@@ -124,7 +124,10 @@ def test(**params: Any):
     data = build(DataConfig, params)
     batch_size = build(TrainConfig, params).batch_size
     if params["exact_match"] < 0 or params["max_tokens"] < 1:
-        raise ConfigError("--exact-match and --max-tokens must be positive numbers")
+        raise ConfigError(
+            "--exact-match and --max-tokens must be positive numbers",
+            "Give the rows to answer, such as --exact-match 100; leave --max-tokens out for 128.",
+        )
     folder = Path(params["adapter_path"]) if params["adapter_path"] else None
     run = Run(params["model"], folder, data, params["trust_remote_code"], params["as_json"])
     run.load(("test",))
@@ -142,7 +145,7 @@ class Run:
     def load(self, splits: tuple[str, ...]) -> None:
         """The model and the data: every bad row is told before anything is trained."""
         from ..data import load_dataset
-        from ..model import load
+        from ..loading import load
 
         console.note(f"Loading {self.name}")
         self.model, self.tokenizer = load(self.name, trust_remote_code=self.trust)
@@ -173,7 +176,8 @@ class Run:
         from ..data import train_batches
         from ..formats import load_adapter
         from ..initialisation import FROM_DATA, SUBTRACTED
-        from ..model import attach, load, mount
+        from ..loading import load
+        from ..model import attach, mount
         from ..selection import layer_paths
 
         total = len(layer_paths(self.model))

@@ -115,4 +115,8 @@ def _build(drafts: list[Example], limit: int, source: str, notes: list[str]) -> 
 
 
 def _error(faults: list[str]) -> DataError:
-    return DataError(f"{len(faults)} fault{'s' * (len(faults) > 1)} in the data:\n{listing(faults)}")
+    return DataError(
+        f"{len(faults)} fault{'s' * (len(faults) > 1)} in the data:\n{listing(faults)}",
+        'Correct these lines; each holds one object: {"messages": [...]}, {"prompt": "...", "completion": "..."} '
+        'or {"text": "..."}.',
+    )

@@ -14,10 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import FormatError
+from ..errors import FormatError, MLXLoRAError
 
 _UNPACKED = 1 << 30  # bytes that a small archive may unpack to
 _YAML_DEPTH = 32
+AGAIN = "Save or download the file again."
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -25,12 +26,26 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: cannot be read ({error})") from None
+        raise _unreadable(path, error) from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise FormatError(f"{path}: is not JSON ({error})", "Save or download the file again.") from None
+        raise FormatError(f"{path}: is not JSON ({error})", AGAIN) from None
     if not isinstance(value, dict):
-        raise FormatError(f"{path}: holds a {type(value).__name__}, not an object")
+        raise FormatError(f"{path}: holds a {type(value).__name__}, not an object", AGAIN)
     return value
+
+
+def _unreadable(path: Path, error: Exception) -> FormatError:
+    there = "Make it a readable file of UTF-8 text, or save or download it again."
+    lost = f"Save or download the whole folder again: {path.name} belongs to it."
+    return FormatError(f"{path}: cannot be read ({error})", lost if isinstance(error, FileNotFoundError) else there)
+
+
+def wrong_settings(source: Path, fault: Exception | str) -> FormatError:
+    """The error for a file whose settings make no ``AdapterConfig``; ``fault`` is what that said."""
+    told = fault.message if isinstance(fault, MLXLoRAError) else fault
+    return FormatError(
+        f"{source}: {told}", "Correct these settings in the file, or save or download the adapter again."
+    )
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -46,12 +61,15 @@ def parse_yaml(text: str | bytes, source: Path | str) -> dict[str, Any]:
         for event in yaml.parse(text, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > _YAML_DEPTH:
-                raise FormatError(f"{source}: holds references (*), or is nested more than {_YAML_DEPTH} deep")
+                raise FormatError(
+                    f"{source}: holds references (*), or is nested more than {_YAML_DEPTH} deep",
+                    "Write in full what it refers to, as plain `key: value` lines.",
+                )
         value = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise FormatError(f"{source}: is not YAML ({' '.join(str(error).split())[:200]})") from None
+        raise FormatError(f"{source}: is not YAML ({' '.join(str(error).split())[:200]})", AGAIN) from None
     if not isinstance(value, dict):
-        raise FormatError(f"{source}: holds a {type(value).__name__}, not a mapping")
+        raise FormatError(f"{source}: holds a {type(value).__name__}, not a mapping", AGAIN)
     return value
 
 
@@ -60,7 +78,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         return parse_yaml(path.read_bytes(), path)
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error})") from None
+        raise _unreadable(path, error) from None
 
 
 def write_yaml(path: Path, value: dict[str, Any]) -> None:
@@ -78,9 +96,7 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
             pass
         return mx.load(str(path))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise FormatError(
-            f"{path}: is not a whole safetensors file ({error})", "Save or download the file again."
-        ) from None
+        raise FormatError(f"{path}: is not a whole safetensors file ({error})", AGAIN) from None
 
 
 def read_npz(path: Path) -> dict[str, mx.array]:
@@ -106,9 +122,7 @@ def read_npz(path: Path) -> dict[str, mx.array]:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: mx.array(arrays[name]) for name in arrays.files}
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise FormatError(
-            f"{path}: is not a whole archive of NumPy arrays ({error})", "Save or download the file again."
-        ) from None
+        raise FormatError(f"{path}: is not a whole archive of NumPy arrays ({error})", AGAIN) from None
 
 
 def _header_2(file):

@@ -107,7 +107,9 @@ def read(path: Path, options: Reading) -> Adapter:
     if kind != "adapter" or told.get("adapter.type") != "lora":
         raise FormatError(f"{path}: holds a {kind or 'model'}, not a LoRA adapter", "Name the adapter's GGUF file.")
     if told.get("adapter.alora.invocation_tokens"):
-        raise FormatError(f"{path}: is an activated LoRA (aLoRA), which is not converted")
+        raise FormatError(
+            f"{path}: is an activated LoRA (aLoRA), which is not converted", "Use it in llama.cpp as it is."
+        )
     architecture, weights, faults = told.get("general.architecture"), {}, []
     base = options.base
     if architecture == "llama" and any(re.search(r"attn_[qk]\.weight\.lora_b$", name) for name in tensors):
@@ -143,7 +145,10 @@ def read(path: Path, options: Reading) -> Adapter:
 
 def _reordered(array: mx.array, heads: int, turn, name: str) -> mx.array:
     if array.shape[-1] % (2 * heads):
-        raise FormatError(f"{name}: {array.shape[-1]} rows are not those of {heads} heads", "Is it this base?")
+        raise FormatError(
+            f"{name}: {array.shape[-1]} rows are not those of {heads} heads",
+            "Name the base that it was trained on: --model, or base=.",
+        )
     return turn(array, heads)
 
 

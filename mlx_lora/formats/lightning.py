@@ -69,7 +69,10 @@ def _peft(state, told, path: Path, options: Reading) -> Adapter:
     if not isinstance(alpha, (int, float)):
         options.need(f"{path}: does not tell the adapter's alpha", "Give it: --alpha, or alpha=.")
     if not ranks or not all(ranks.values()):
-        raise FormatError(f"{path}: holds no adapter of PEFT's LoRA")
+        raise FormatError(
+            f"{path}: holds no adapter of PEFT's LoRA",
+            "Name a checkpoint of a run that trained a PEFT model with LoRA.",
+        )
     rank = max(ranks.values())
     raw = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha or rank, "use_rslora": bool(told.get("use_rslora"))}
     raw["use_dora"] = any("lora_magnitude_vector" in n for n in tensors)

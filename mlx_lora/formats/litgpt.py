@@ -65,10 +65,9 @@ def read(path: Path, options: Reading) -> Adapter:
             faults.append(f"{file}: {name}: not a matrix of litgpt's LoRA")
             continue
         pairs.setdefault(found["path"], {})[found["leaf"]] = array
-    raise_faults(faults, "", FormatError)
+    faults += [f"{file}: {name}: lora_A or lora_B is missing" for name, pair in pairs.items() if len(pair) < 2]
+    raise_faults(faults, f"Name the {WEIGHTS} of litgpt finetune_lora as it was saved.", FormatError)
     for name, pair in pairs.items():
-        if pair.keys() != {"lora_A", "lora_B"}:
-            raise FormatError(f"{file}: {name}: lora_A or lora_B is missing")
         layer, module = split_layer(name)
         a, b = pair["lora_A"].T, pair["lora_B"].T
         if name == "lm_head":

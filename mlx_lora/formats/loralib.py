@@ -21,6 +21,7 @@ from .uniform import as_lora, uniform
 
 READS, WRITES, SUFFIXES = {"alpha", "enabled"}, {"alpha"}, (".pt", ".pth", ".bin", ".ckpt")
 _KEY = re.compile(r"^(?!base_model\.)(?P<path>.+)\.(?P<leaf>lora_A|lora_B)$")
+_SAVE = "Save it with loralib.lora_state_dict(model)."
 
 
 def detect(path: Path) -> bool:
@@ -62,7 +63,7 @@ def from_state(state: dict[str, mx.array], path: Path, options: Reading) -> Adap
             enabled = _enabled(a, b, f"{path}: {name}", options)
             b = _merge(b, enabled) if enabled else mx.zeros((a.shape[1], b.shape[1]), b.dtype)
         weights[f"{ours}.lora_a"], weights[f"{ours}.lora_b"] = a, b
-    raise_faults(faults, "Save it with loralib.lora_state_dict(model).", FormatError)
+    raise_faults(faults, _SAVE, FormatError)
     if options.enabled and enabled is None:
         raise FormatError(f"{path}: holds no merged layers", "Leave --enable-lora out.")
     scales = _scales(pairs, translate, path, options) if enabled else None
@@ -91,7 +92,9 @@ def _enabled(a: mx.array, b: mx.array, what: str, options: Reading) -> tuple[boo
     rank, columns = b.shape
     on, rest = divmod(a.shape[1], rank)
     if rest or not on or columns % on:
-        raise FormatError(f"{what}: lora_A {list(a.T.shape)} and lora_B {list(b.T.shape)} do not belong together")
+        raise FormatError(
+            f"{what}: lora_A {list(a.T.shape)} and lora_B {list(b.T.shape)} do not belong together", _SAVE
+        )
     if options.enabled is None:
         options.need(
             f"{what}: adapts {on} parts of a merged layer, and does not tell which",
@@ -99,7 +102,10 @@ def _enabled(a: mx.array, b: mx.array, what: str, options: Reading) -> tuple[boo
         )
         return None
     if sum(options.enabled) != on:
-        raise FormatError(f"{what}: adapts {on} parts, --enable-lora names {sum(options.enabled)}")
+        raise FormatError(
+            f"{what}: adapts {on} parts, --enable-lora names {sum(options.enabled)}",
+            f"Give --enable-lora as in training, a number a part, {on} of them 1: such as 1,0,1.",
+        )
     return options.enabled
 
 

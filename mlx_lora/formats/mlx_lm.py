@@ -17,16 +17,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..adapter import Adapter, split_layer
+from ..adapter import Adapter, raise_faults, split_layer
 from ..config import AdapterConfig
 from ..errors import ConfigError, FormatError
-from .files import read_json, read_npz, read_safetensors, write_json, write_safetensors
+from .files import read_json, read_npz, read_safetensors, write_json, write_safetensors, wrong_settings
 from .options import Reading, Writing
 from .uniform import fold, unfold
 
 CONFIG, WEIGHTS, ARCHIVE = "adapter_config.json", "adapters.safetensors", "adapters.npz"
 READS, WRITES = {"alpha", "legacy_scale"}, set()
 OWN = "mlx_lora"  # the entry that holds what mlx-lm does not know
+_AS_TRAINED = 'Write there how it was trained, such as "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0}.'
 _OURS = {"fine_tune_type", "num_layers", "lora_parameters", "model", OWN}
 
 
@@ -95,13 +96,15 @@ def parse_config(raw: dict[str, Any], source: Path, options: Reading | None = No
     dora = raw.get("use_dora") or inner.get("use_dora")  # the latter is mlx-lm-lora's
     method = raw.get("fine_tune_type") or ("dora" if dora else "lora")
     if method not in ("lora", "dora", "full"):
-        raise FormatError(f"{source}: fine_tune_type {method!r} is not known")
+        raise FormatError(
+            f"{source}: fine_tune_type {method!r} is not known", "Write there how it was trained: lora, dora or full."
+        )
     layers = raw.get("num_layers", raw.get("lora_layers", -1))
     if method == "full":
         return _config(source, method=method, num_layers=layers)
     parameters = raw.get("lora_parameters")
     if not isinstance(parameters, dict):
-        raise FormatError(f"{source}: lora_parameters is missing", "It holds the rank and scale of the adapter.")
+        raise FormatError(f"{source}: lora_parameters is missing", _AS_TRAINED)
     parameters = {**parameters}
     alpha = parameters.pop("alpha", None)  # with num_layers: written but never read
     if alpha is not None and "lora_layers" in raw:
@@ -116,7 +119,9 @@ def parse_config(raw: dict[str, Any], source: Path, options: Reading | None = No
             try:
                 parameters["scale"] = parameters["scale"] * alpha / parameters["rank"]
             except (KeyError, TypeError, ZeroDivisionError):
-                raise FormatError(f"{source}: lora_parameters has no numbers for scale, alpha and rank") from None
+                raise FormatError(
+                    f"{source}: lora_parameters has no numbers for scale, alpha and rank", _AS_TRAINED
+                ) from None
     elif options.legacy_scale is not None:
         raise ConfigError("--legacy-scale: this adapter's scale has one meaning only", "Leave it out.")
     parameters.pop("use_dora", None)
@@ -126,10 +131,12 @@ def parse_config(raw: dict[str, Any], source: Path, options: Reading | None = No
     if raw.get("full_state_modules"):  # Unsloth's modules trained whole
         parameters["modules_to_save"] = raw["full_state_modules"]
     known = {"rank", "scale", "dropout", "keys", "rank_pattern", "scale_pattern", "modules_to_save"}
+    faults = []
     if missing := sorted({"rank", "scale"} - parameters.keys()):
-        raise FormatError(f"{source}: lora_parameters has no {' and no '.join(missing)}")
+        faults.append(f"{source}: lora_parameters has no {' and no '.join(missing)}")
     if unknown := sorted(parameters.keys() - known):
-        raise FormatError(f"{source}: lora_parameters has unknown entries: {', '.join(unknown)}")
+        faults.append(f"{source}: lora_parameters has unknown entries: {', '.join(unknown)}")
+    raise_faults(faults, _AS_TRAINED, FormatError)
     return _config(source, method=method, num_layers=layers, **parameters)
 
 
@@ -137,7 +144,7 @@ def _config(source: Path, **knobs: Any) -> AdapterConfig:
     try:
         return AdapterConfig(**knobs)
     except (ConfigError, TypeError, AttributeError) as error:  # what a foreign file holds may have any type
-        raise FormatError(f"{source}: {error}") from None
+        raise wrong_settings(source, error) from None
 
 
 def _own_config(own: Any, source: Path) -> AdapterConfig:

@@ -22,14 +22,15 @@ from ..errors import FormatError
 from . import parts
 from .files import parse_yaml, read_json
 from .options import Reading, Writing
-from .pickles import read_torch
 from .states import low_rank, matching, read_state
 from .tars import members, read_member
+from .torch_read import read_torch
 from .torch_write import write_torch
 from .uniform import as_lora, uniform
 
 READS, WRITES, SUFFIXES = {"alpha"}, {"alpha"}, (".nemo", ".pt")
 CONFIG, WEIGHTS, METADATA = "model_config.yaml", "model_weights.ckpt", "adapter_metadata.json"
+_EXPORT = "Export the adapter from NeMo again, LoRA alone."
 _LEAF = r"(?:(?P<leaf>linear_in|linear_out)\.weight|(?P<m>weight_magnitude))$"
 _KEY = re.compile(
     r"(?:^|\.)(?:decoder|encoder)\.layers\.(?P<layer>\d+)\.(?P<slot>"
@@ -90,7 +91,7 @@ def read(path: Path, options: Reading) -> Adapter:
         for module, part in _divide(what, found["leaf"], turned, heads, path, options).items():
             stem = f"model.layers.{found['layer']}.{_HOME.get(module, 'mlp')}.{module}"
             weights[f"{stem}.{_LEAVES.get(found['leaf'], 'm')}"] = part
-    raise_faults(faults, "Export LoRA adapters alone.", FormatError)
+    raise_faults(faults, _EXPORT, FormatError)
     adapter = low_rank(weights, path, options, alpha=alpha)
     return parts.fused(adapter, options.base) if options.base is not None and options.base.known else adapter
 
@@ -105,11 +106,13 @@ def _open(path: Path, options: Reading) -> tuple[float | None, _Heads | None, di
                 f"{path}: is a checkpoint in shards", "Export it with tensor and pipeline parallel size 1."
             )
         missing = [name for name in (CONFIG, WEIGHTS) if name not in held]
-        raise_faults([f"{path}: holds no {name}" for name in missing], "Is it an adapter of NeMo?", FormatError)
+        raise_faults(
+            [f"{path}: holds no {name}" for name in missing], "Name the .nemo file of an adapter.", FormatError
+        )
         told = parse_yaml(read_member(path, held[CONFIG]), f"{path}: {CONFIG}")
         value = read_torch(path, *held[WEIGHTS])
         if not isinstance(value, dict) or not all(isinstance(v, mx.array) for v in value.values()):
-            raise FormatError(f"{path}: {WEIGHTS} holds more than tensors", "Export the adapter alone.")
+            raise FormatError(f"{path}: {WEIGHTS} holds more than tensors", _EXPORT)
         state = value
         tuning = (told.get("peft") or {}).get("lora_tuning") if isinstance(told.get("peft"), dict) else None
         tuning = tuning if isinstance(tuning, dict) else {}
@@ -149,12 +152,15 @@ def _divide(what, leaf, array, heads: _Heads | None, path: Path, options: Readin
     rows = array.shape[-1]
     if what == "gate_up":
         if rows % 2:
-            raise FormatError(f"{path}: {rows} rows of gate and up do not halve")
+            raise FormatError(f"{path}: {rows} rows of gate and up do not halve", _EXPORT)
         return dict(zip(names, mx.split(array, 2, axis=-1), strict=True))
     if heads is None:  # described only: as many rows in all
         return {"q_proj": array[..., : rows - 2], "k_proj": array[..., -2:-1], "v_proj": array[..., -1:]}
     if heads.heads % heads.groups or rows % (heads.heads + 2 * heads.groups):
-        raise FormatError(f"{path}: {rows} rows of qkv are not those of {heads.heads} heads in {heads.groups} groups")
+        raise FormatError(
+            f"{path}: {rows} rows of qkv are not those of {heads.heads} heads in {heads.groups} groups",
+            "Name the base that it was trained on (--model, or base=), or export it again.",
+        )
     return dict(zip(names, parts.qkv_from_groups(array, heads.heads, heads.groups), strict=True))
 
 

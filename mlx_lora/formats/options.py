@@ -112,8 +112,8 @@ def refuse_unused(options: Reading | Writing, taken: set[str], format: str) -> N
     given = [f.name for f in fields(options) if f.name in _FLAGS and getattr(options, f.name) is not None]
     flags = _FLAGS if isinstance(options, Reading) else _WRITTEN
     faults = [f"{flags[name]}: {format} is {verb} without it" for name in given if name not in taken]
-    raise_faults(faults, "Leave it out.", ConfigError)
     for name, choices in (("moe", MOE_LAYOUTS), ("profile", PROFILES), ("legacy_scale", SCALE_RULES)):
         value = getattr(options, name, None)
-        if value is not None and value not in choices:
-            raise ConfigError(f"{_FLAGS[name]} must be one of {', '.join(choices)}, not {value!r}")
+        if name in taken and value is not None and value not in choices:
+            faults.append(f"{_FLAGS[name]} must be one of {', '.join(choices)}, not {value!r}")
+    raise_faults(faults, "Leave it out.", ConfigError)

@@ -13,6 +13,8 @@ from ..adapter import Adapter, explicit_config, split_layer
 from ..base_model import BaseModel
 from ..errors import FormatError
 
+_MERGE = "Merge it into the model instead: convert --to merged."
+_THERE = "Merge it into the model with the tool that trained it."
 Pair = tuple[mx.array, mx.array]  # lora_a [in, r], lora_b [r, out]
 
 
@@ -114,7 +116,7 @@ def fused(adapter: Adapter, base: BaseModel) -> Adapter:
         for layer in sorted({split_layer(path)[0] for path in scales if split_layer(path)[1] in pieces}):
             paths, path = [f"model.layers.{layer}.{piece}" for piece in pieces], f"model.layers.{layer}.{whole}"
             if any(f"{p}.m" in weights for p in paths):
-                raise FormatError(f"{paths[0]}: magnitudes of parts do not join into those of {whole}")
+                raise FormatError(f"{paths[0]}: magnitudes of parts do not join into those of {whole}", _THERE)
             pairs = [
                 (weights.pop(f"{p}.lora_a"), weights.pop(f"{p}.lora_b")) if f"{p}.lora_b" in weights else None
                 for p in paths
@@ -122,7 +124,7 @@ def fused(adapter: Adapter, base: BaseModel) -> Adapter:
             weights[f"{path}.lora_a"], weights[f"{path}.lora_b"] = join(pairs, _sizes(whole, base))
             there = {scales.pop(p) for p in paths if p in scales}
             if len(there) != 1:
-                raise FormatError(f"{path}: its parts differ in scale")
+                raise FormatError(f"{path}: its parts differ in scale", _THERE)
             scales[path] = there.pop()
     return _with(adapter, weights, scales)
 
@@ -137,7 +139,7 @@ def unfused(adapter: Adapter, base: BaseModel) -> Adapter:
         if name not in _FUSED:
             continue
         if f"{path}.m" in weights:
-            raise FormatError(f"{path}: its magnitudes do not divide into those of its parts", "Merge it.")
+            raise FormatError(f"{path}: its magnitudes do not divide into those of its parts", _MERGE)
         scale, pair = scales.pop(path), (weights.pop(f"{path}.lora_a"), weights.pop(f"{path}.lora_b"))
         for piece, (a, b) in zip(_FUSED[name], split(pair, _sizes(name, base)), strict=True):
             stem = f"model.layers.{layer}.{piece}"

@@ -21,13 +21,14 @@ from ..config import AdapterConfig, match_pattern
 from ..errors import ConfigError, FormatError
 from . import peft_experts as experts
 from . import peft_starts
-from .files import read_json, read_safetensors
+from .files import read_json, read_safetensors, wrong_settings
 from .options import Reading
 from .peft_names import CONFIG, EMBEDDING_NAME, LEAVES, OTHER_LEAVES, PICKLE, PREFIX, SHARED_KEYS, WEIGHTS
 from .peft_write import write as write
-from .pickles import read_torch
+from .torch_read import read_torch
 
 READS, WRITES = {"adapter"}, {"moe", "profile"}
+_ALONE = "Save the adapter's state dict alone, a dict of names and tensors."
 
 # Settings that change what the tensors mean, and are not converted (values that switch them off aside).
 _VARIANTS = {
@@ -107,9 +108,9 @@ def read_state(path: Path) -> dict[str, mx.array]:
     """A pickled state dict: a dict of tensors and nothing else."""
     state = read_torch(path)
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise FormatError(f"{path}: holds a {type(state).__name__}, not a state dict")
+        raise FormatError(f"{path}: holds a {type(state).__name__}, not a state dict", _ALONE)
     other = [f"{path}: {k} is a {type(v).__name__}, not a tensor" for k, v in state.items() if type(v) is not mx.array]
-    raise_faults(other, "Save the adapter's state dict alone.", FormatError)
+    raise_faults(other, _ALONE, FormatError)
     return state
 
 
@@ -170,7 +171,10 @@ def from_tensors(tensors: dict[str, mx.array], raw: dict[str, Any], source: Path
         method == "dora" and weights and not any(key.endswith(".m") for key in weights)
     ):
         there = "not" if method == "dora" else "there"
-        raise FormatError(f"{source}: use_dora is {method == 'dora'} but magnitudes are {there}")
+        raise FormatError(
+            f"{source}: use_dora is {method == 'dora'} but magnitudes are {there}",
+            f"Write use_dora as it was trained into {CONFIG}, or save or download the adapter again.",
+        )
     weights = _untie(raw, weights, ranks, scales, options)
     weights, metadata["peft"]["saved"] = _without_base(weights, theirs, options)
     config = _config(raw, method, weights, ranks, scales, theirs, source, options)
@@ -190,7 +194,10 @@ def _method(raw: dict[str, Any]) -> str:
 def _refuse_variants(raw: dict[str, Any], source: Path) -> None:
     kind = raw.get("peft_type")
     if kind is None:
-        raise FormatError(f"{source}: has no peft_type: not a PEFT config", "Is this another system's adapter?")
+        raise FormatError(
+            f"{source}: has no peft_type: not a PEFT config",
+            f'Write "peft_type": "LORA" into {CONFIG} if PEFT made it.',
+        )
     if kind not in _TYPES:
         raise FormatError(f"{source}: peft_type {kind} is not converted ({', '.join(_TYPES)} are)", "Merge it in PEFT.")
     faults = [f"{source}: {what} ({name}) is not converted" for name, what in _VARIANTS.items() if raw.get(name)]
@@ -227,6 +234,10 @@ def _split(name: str) -> tuple[str, str | None, bool]:
     return name, None, False
 
 
+def _not_peft(source: Path, error: Exception) -> FormatError:
+    return wrong_settings(source / CONFIG, f"not a LoRA config of PEFT ({type(error).__name__}: {error})")
+
+
 def _rules(raw: dict[str, Any], source: Path):
     """PEFT's rank and multiplier by PEFT's module path, as two functions."""
 
@@ -235,8 +246,7 @@ def _rules(raw: dict[str, Any], source: Path):
             try:
                 return rule(path)
             except (KeyError, TypeError, ZeroDivisionError, AttributeError, ValueError, re.error) as error:
-                text = f"{type(error).__name__}: {error}"
-                raise FormatError(f"{source / CONFIG}: not a LoRA config of PEFT ({text})") from None
+                raise _not_peft(source, error) from None
 
         return asked
 
@@ -266,7 +276,7 @@ def _unpack(fused, raw, source, options, weights, ranks, scales, rank_of, scale_
             if kind is None or (len(layers) == 1 and len(here) > 1) or pair.keys() != {"lora_a", "lora_b"}:
                 raise FormatError(
                     f"{source}: {block}.experts: target_parameters does not tell what its matrices belong to",
-                    "It names gate_up_proj, down_proj or both.",
+                    "Write there what was trained: mlp.experts.gate_up_proj, mlp.experts.down_proj or both.",
                 )
             path = f"{block}.experts.{kind}"
             packed[kind] = experts.Packed(pair["lora_a"], pair["lora_b"], rank_of(path))
@@ -364,9 +374,9 @@ def _config(raw, method, weights, ranks, scales, theirs, source, options) -> Ada
             knobs["trainable_token_indices"] = _tokens(raw, weights, source)
         return AdapterConfig(**knobs)
     except ConfigError as error:
-        raise FormatError(f"{source / CONFIG}: {error}") from None
+        raise wrong_settings(source / CONFIG, error) from None
     except (KeyError, TypeError, ZeroDivisionError, AttributeError, ValueError, re.error) as error:
-        raise FormatError(f"{source / CONFIG}: not a LoRA config of PEFT ({type(error).__name__}: {error})") from None
+        raise _not_peft(source, error) from None
 
 
 def _tokens(raw, weights, source) -> dict[str, tuple[int, ...]]:
@@ -378,7 +388,8 @@ def _tokens(raw, weights, source) -> dict[str, tuple[int, ...]]:
             ids = next((v for k, v in stated.items() if path == k or path.endswith("." + k)), None)
         if not isinstance(ids, list):
             raise FormatError(
-                f"{source / CONFIG}: names no token ids for {path}", "trainable_token_indices holds them."
+                f"{source / CONFIG}: names no token ids for {path}",
+                "Write them into trainable_token_indices, in the order of the rows.",
             )
         found[path] = tuple(ids)
     return found

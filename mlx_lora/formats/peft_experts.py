@@ -127,7 +127,10 @@ def stack_experts(parts: dict[int, mx.array], name: str) -> mx.array:
         missing = sorted(set(range(min(max(parts) + 1, _LARGEST_STACK))) - set(parts))[:4]
         raise FormatError(f"{name}: experts {', '.join(map(str, missing))} are missing", "Download the adapter again.")
     if len({part.shape for part in parts.values()}) != 1:
-        raise FormatError(f"{name}: the experts' arrays differ in shape")
+        raise FormatError(
+            f"{name}: the experts' arrays differ in shape",
+            "Save or download the adapter again; the experts of a layer have one rank.",
+        )
     return mx.stack([parts[i] for i in range(len(parts))])
 
 

@@ -22,6 +22,8 @@ from .options import Writing
 from .peft_names import CONFIG, EMBEDDING, EMBEDDING_NAME, OURS, PREFIX, SHARED_KEYS, WEIGHTS
 from .uniform import as_lora, integral, uniform
 
+_MERGE = "Merge it into the model instead: convert --to merged."
+
 
 def write(adapter: Adapter, folder: Path, options: Writing) -> None:
     if adapter.config.method == "full":
@@ -61,7 +63,7 @@ def _write_tokens(adapter: Adapter, folder: Path, options: Writing) -> None:
     """Trained rows of one embedding and nothing else."""
     if len(adapter.tokens) != 1 or adapter.whole or options.profile or options.moe:
         fault = "PEFT has no adapter of whole modules alone, nor of rows of several embeddings"
-        raise FormatError(fault, "Merge it into the model instead: convert --to merged.")
+        raise FormatError(fault, _MERGE)
     (path, (ids, rows)) = next(iter(adapter.tokens.items()))
     name = options.base.to_hf(path) if options.base is not None and options.base.known else _guess_hf(path)
     raw = {
@@ -101,7 +103,7 @@ def _for_serving(adapter: Adapter, options: Writing) -> Adapter:
         faults.append("trained rows of embeddings (trainable_token_indices)")
     if config.lora_bias:
         faults.append("lora_bias: vLLM refuses it")
-    raise_faults(faults, "Merge it into the model instead: convert --to merged.", FormatError)
+    raise_faults(faults, _MERGE, FormatError)
     return uniform(as_lora(adapter, options.base), integer=True)
 
 
@@ -197,7 +199,7 @@ class _Writer:
             parent = block.rpartition(".")[0]
             kinds = [k for k in ("gate_proj", "up_proj", "down_proj") if f"{block}.{k}.lora_a" in weights]
             strange = [p for p in switches if p.rpartition(".")[0] == block and p.rpartition(".")[2] not in kinds]
-            raise_faults([f"{p}: PEFT has no such experts" for p in strange], "", FormatError)
+            raise_faults([f"{p}: PEFT has no such experts" for p in strange], _MERGE, FormatError)
             if layout == "per_expert":
                 mixtral = (base.model_type in ("mixtral", "minimax")) if base else parent.endswith("block_sparse_moe")
                 name = parent if parent.endswith("block_sparse_moe") else (base.to_hf(parent) if base else parent)

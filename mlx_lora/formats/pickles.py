@@ -1,50 +1,27 @@
-"""PyTorch's pickle files (``.pt``, ``.bin``, ``.ckpt``, ``.pth``), read and written without PyTorch and without pickle.
+"""Pickles without pickle: a pickle is a program, and this is a machine that runs it.
 
-A pickle is a program. This file runs it on a machine of its own that knows numbers, strings, plain containers and
-tensors; any other name, and any opcode beyond those, is refused by name before anything happens. Nothing is imported
-and nothing called. Both layouts are read: the zip archive of today, whose arrays are read one by one, and the stream of
-PyTorch before 1.6. Sizes that a file declares are held against what it has. ``torch_write.py`` writes.
+The machine knows numbers, strings, plain containers and tensors; any other name, and any opcode beyond those, is
+refused by name before anything happens. Nothing is imported and nothing called. ``torch_read.py`` finds the program in
+a file.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import pickletools
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-
 from ..errors import FormatError
+from .torch_tensors import STORAGES, Storage, TensorRef, checked
 
 _MARK = object()
-_MAX_STREAM = 16 << 30  # bytes; files of that age are read whole
 _MAX_DEPTH, _MAX_ITEMS = 32, 2_000_000
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _HINT = (
     "Save only the adapter's state dict, a dict of tensors: torch.save({k: v for k, v in ... if 'lora_' in k}, file)."
 )
-
-# torch storage class -> (numpy type that holds the bits, MLX type)
-STORAGES = {
-    "FloatStorage": (np.float32, mx.float32),
-    "DoubleStorage": (np.float64, mx.float32),
-    "HalfStorage": (np.float16, mx.float16),
-    "BFloat16Storage": (np.uint16, mx.bfloat16),
-    "LongStorage": (np.int64, mx.int64),
-    "IntStorage": (np.int32, mx.int32),
-    "ShortStorage": (np.int16, mx.int16),
-    "CharStorage": (np.int8, mx.int8),
-    "ByteStorage": (np.uint8, mx.uint8),
-    "BoolStorage": (np.bool_, mx.bool_),
-}
 _DTYPES = (
     *("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"),
     *("complex64", "complex128", "float8_e4m3fn", "float8_e5m2"),
@@ -59,23 +36,6 @@ class _Global:
     name: str
 
 
-@dataclass(frozen=True)
-class _Storage:
-    key: str
-    kind: str
-    numel: int
-
-
-@dataclass(frozen=True)
-class TensorRef:
-    """A tensor as the pickle describes it: where its numbers lie."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
 _ALLOWED = {
     ("collections", "OrderedDict"),
     ("torch._utils", "_rebuild_tensor_v2"),
@@ -88,57 +48,7 @@ _ALLOWED = {
 }
 
 
-def is_pickle(path: Path) -> bool:
-    """Whether a file begins as PyTorch's archives or streams do."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(4)
-    except OSError:
-        return False
-    return head == b"PK\x03\x04" or head[:1] == b"\x80"
-
-
-def read_torch(path: Path, start: int = 0, size: int | None = None) -> Any:
-    """What ``torch.load(path, weights_only=True)`` would give, tensors as MLX arrays; float64 becomes float32.
-
-    Args:
-        start, size: the part of the file to read, in bytes, where it lies in an archive.
-
-    Raises:
-        FormatError: the file is damaged, or wants to run code; the names it wanted are told.
-    """
-    return _read(path, start, size, arrays=True)
-
-
-def peek_torch(path: Path) -> Any:
-    """As ``read_torch``, with a ``TensorRef`` in place of each tensor: no array is read."""
-    return _read(path, 0, None, arrays=False)
-
-
-def _read(path: Path, start: int, size: int | None, arrays: bool) -> Any:
-    try:
-        window = np.memmap(path, np.uint8, "r")[start : None if size is None else start + size]
-        if window[:4].tobytes() == b"PK\x03\x04":
-            value, storages = _read_zip(window, path, start)
-        else:
-            value, storages = _read_stream(window, path)
-        return _map(value, lambda ref: _array(ref, storages), [0]) if arrays else value
-    except FormatError:
-        raise
-    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError, struct.error) as error:
-        raise FormatError(
-            f"{path}: is not a whole PyTorch file ({type(error).__name__}: {error})", "Save or download the file again."
-        ) from None
-    except (zipfile.BadZipFile, NotImplementedError, MemoryError, RecursionError, RuntimeError) as error:
-        raise FormatError(
-            f"{path}: is not a whole PyTorch file ({error})", "Save or download the file again."
-        ) from None
-
-
-# -- the machine -----------------------------------------------------------------------------------------------------
-
-
-class _Machine:
+class Machine:
     """Runs one pickle. ``source`` names the file in errors."""
 
     def __init__(self, data: bytes, source: Path, start: int = 0):
@@ -320,7 +230,7 @@ class _Machine:
             return ":".join(str(a) for a in arguments)
         if name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
             storage, offset, shape, strides = arguments[:4]
-            return _checked(TensorRef(storage, offset, tuple(shape), tuple(strides)))
+            return checked(TensorRef(storage, offset, tuple(shape), tuple(strides)))
         if name == "_rebuild_parameter":
             if not isinstance(arguments[0], TensorRef):
                 raise ValueError("a parameter without a tensor")
@@ -336,27 +246,15 @@ class _Machine:
     def _op_BINPERSID(self, _):
         tag, kind, key, _location, numel, *_ = self._stack.pop()
         if tag != "storage" or not isinstance(kind, _Global) or kind.name not in STORAGES:
-            raise FormatError(f"{self._source}: holds a {getattr(kind, 'name', kind)}, which is no array of numbers")
+            raise FormatError(
+                f"{self._source}: holds a {getattr(kind, 'name', kind)}, which is no array of numbers", _HINT
+            )
         if not isinstance(numel, int) or numel < 0:
             raise ValueError(f"a storage of {numel!r} numbers")
-        self._push(_Storage(str(key), kind.name, numel))
+        self._push(Storage(str(key), kind.name, numel))
 
 
-def _checked(ref: TensorRef) -> TensorRef:
-    """Refuse a tensor that reaches beyond its storage, or that repeats few numbers into many."""
-    sizes = (ref.offset, *ref.shape, *ref.strides)
-    if not isinstance(ref.storage, _Storage) or len(ref.shape) != len(ref.strides) or len(ref.shape) > 8:
-        raise ValueError("a tensor without storage or strides")
-    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**62 for n in sizes):
-        raise ValueError(f"a tensor of shape {ref.shape} and strides {ref.strides}")
-    if math.prod(ref.shape):
-        last = ref.offset + sum((n - 1) * stride for n, stride in zip(ref.shape, ref.strides, strict=True))
-        if last >= ref.storage.numel or math.prod(ref.shape) > ref.storage.numel:
-            raise ValueError(f"a tensor of shape {ref.shape} in a storage of {ref.storage.numel} numbers")
-    return ref
-
-
-def _map(value: Any, change: Callable[[TensorRef], Any], count: list[int], depth: int = 0) -> Any:
+def replace_tensors(value: Any, change: Callable[[TensorRef], Any], count: list[int], depth: int = 0) -> Any:
     """``value`` with ``change`` of every ``TensorRef`` in its place. Containers that hold each other many times over,
     which would grow without end, are refused by ``count``."""
     count[0] += 1
@@ -365,131 +263,7 @@ def _map(value: Any, change: Callable[[TensorRef], Any], count: list[int], depth
     if depth > _MAX_DEPTH or count[0] > _MAX_ITEMS:
         raise ValueError(f"containers nested more than {_MAX_DEPTH} deep, or of more than {_MAX_ITEMS} items")
     if isinstance(value, dict):
-        return {k: _map(v, change, count, depth + 1) for k, v in value.items()}
+        return {k: replace_tensors(v, change, count, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_map(v, change, count, depth + 1) for v in value)
+        return type(value)(replace_tensors(v, change, count, depth + 1) for v in value)
     return f"torch.{value.name}" if isinstance(value, _Global) else value
-
-
-def _array(ref: TensorRef, storages: dict[str, np.ndarray] | _Stored) -> mx.array:
-    numbers, dtype = STORAGES[ref.storage.kind]
-    flat = storages[ref.storage.key]
-    if flat.size < ref.storage.numel * np.dtype(numbers).itemsize:
-        raise ValueError(f"storage {ref.storage.key} is shorter than declared")
-    flat = flat[: ref.storage.numel * np.dtype(numbers).itemsize].view(numbers)
-    if not math.prod(ref.shape):
-        return mx.zeros(ref.shape, dtype)
-    steps = tuple(stride * flat.itemsize for stride in ref.strides)
-    view = np.lib.stride_tricks.as_strided(flat[ref.offset :], ref.shape, steps, writeable=False)
-    if numbers is np.float64:
-        view = view.astype(np.float32)
-    array = mx.array(view if view.flags.c_contiguous else np.ascontiguousarray(view))
-    return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
-
-
-# -- the two layouts -------------------------------------------------------------------------------------------------
-
-
-def _read_zip(window: np.ndarray, path: Path, start: int) -> tuple[Any, _Stored]:
-    with zipfile.ZipFile(_Bytes(window)) as archive:
-        entries: dict[str, zipfile.ZipInfo] = {}
-        for info in archive.infolist():
-            if info.filename in entries:
-                raise ValueError(f"two entries {info.filename!r}")
-            entries[info.filename] = info
-        programs = [name for name in entries if name.endswith("/data.pkl")]
-        if len(programs) != 1:
-            raise ValueError(f"{len(programs)} entries data.pkl")
-        root = programs[0].removesuffix("data.pkl")
-        stored = sum(info.file_size for info in entries.values())
-        if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()) or stored > window.size:
-            raise ValueError("its entries are compressed, or larger than the file")
-        if f"{root}byteorder" in entries and archive.read(f"{root}byteorder").strip() != b"little":
-            raise ValueError("its numbers are big-endian")
-        value = _Machine(archive.read(programs[0]), path).run()
-    return value, _Stored(path, start, window, {n.removeprefix(f"{root}data/"): info for n, info in entries.items()})
-
-
-class _Bytes(io.RawIOBase):
-    """A mapped file as a file, for zipfile."""
-
-    def __init__(self, data: np.ndarray):
-        self._data, self._at = data, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        at = offset + (0, self._at, self._data.size)[whence]
-        if at < 0:
-            raise OSError("a seek to before the start")
-        self._at = at
-        return at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer) -> int:
-        part = self._data[self._at : self._at + len(buffer)]
-        buffer[: part.size] = part.data
-        self._at += part.size
-        return part.size
-
-
-class _Stored:
-    """Storage key -> its bytes, read and checked when asked for; the last one is kept, for tensors that share it."""
-
-    def __init__(self, path: Path, start: int, window: np.ndarray, entries: dict[str, zipfile.ZipInfo]):
-        self._path, self._start, self._window, self._entries = path, start, window, entries
-        self._last: tuple[str, np.ndarray] | None = None
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        if self._last is not None and self._last[0] == key:
-            return self._last[1]
-        info = self._entries[key]
-        at = info.header_offset
-        head = self._window[at : at + 30].tobytes()
-        if head[:4] != b"PK\x03\x04":
-            raise ValueError(f"entry {key} is not where the directory says")
-        name, extra = struct.unpack("<HH", head[26:30])
-        at += 30 + name + extra
-        if at + info.file_size > self._window.size:
-            raise ValueError(f"storage {key} lies outside the file")
-        self._last = None  # freed before the next is read
-        # Read, not mapped: what is mapped and copied counts twice.
-        flat = np.fromfile(self._path, np.uint8, info.file_size, offset=self._start + at)
-        if flat.size != info.file_size or zlib.crc32(flat) != info.CRC:
-            raise ValueError(f"storage {key} is damaged")
-        self._last = key, flat
-        return flat
-
-
-def _read_stream(window: np.ndarray, path: Path) -> tuple[Any, dict[str, np.ndarray]]:
-    if window.size > _MAX_STREAM:
-        raise ValueError("too large for a file of PyTorch before 1.6")
-    data = window.tobytes()
-    machine = _Machine(data, path)
-    magic = machine.run()
-    if magic != _LEGACY_MAGIC:
-        raise ValueError("not PyTorch's magic number")
-    for _ in range(2):  # protocol version, sizes of C types
-        machine = _Machine(data, path, machine.position)
-        machine.run()
-    machine = _Machine(data, path, machine.position)
-    value = machine.run()
-    keys = _Machine(data, path, machine.position)
-    names, at = keys.run(), keys.position
-    kinds: dict[str, _Storage] = {}
-    _map(value, lambda ref: kinds.setdefault(ref.storage.key, ref.storage), [0])
-    flat, storages = np.frombuffer(data, np.uint8), {}
-    for name in names:
-        (numel,) = struct.unpack_from("<q", data, at)
-        if name not in kinds or numel != kinds[name].numel:
-            raise ValueError(f"storage {name} has {numel} numbers")
-        size = numel * np.dtype(STORAGES[kinds[name].kind][0]).itemsize
-        storages[str(name)] = flat[at + 8 : at + 8 + size]
-        at += 8 + size
-    return value, storages

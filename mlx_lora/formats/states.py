@@ -18,7 +18,8 @@ from ..config import AdapterConfig
 from ..errors import ConfigError, FormatError
 from .files import read_safetensors
 from .options import Reading
-from .pickles import TensorRef, is_pickle, peek_torch, read_torch
+from .torch_read import is_pickle, peek_torch, read_torch
+from .torch_tensors import TensorRef
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".lora")
 # Where training systems put the state dict in their files.
@@ -109,7 +110,8 @@ def low_rank(
     paths = sorted({name.removesuffix(".lora_b") for name in weights if name.endswith(".lora_b")})
     ranks = {path: weights[f"{path}.lora_b"].shape[-1 if weights[f"{path}.lora_b"].ndim == 3 else 0] for path in paths}
     empty = [f"{path}: empty arrays; gather sharded weights before saving" for path, rank in ranks.items() if not rank]
-    raise_faults(empty or ([] if paths else [f"{source}: holds no adapter"]), "", FormatError)
+    nothing = [] if paths else [f"{source}: holds no adapter"]
+    raise_faults(empty or nothing, "Save it again, gathered and with its lora_A and lora_B.", FormatError)
     if scales is None:
         scales = {path: (alpha if alpha is not None else ranks[path]) / ranks[path] for path in paths}
     rank, scale = max(ranks.values()), scales[paths[0]]
@@ -125,7 +127,9 @@ def low_rank(
             **knobs,
         )
     except ConfigError as error:
-        raise FormatError(f"{source}: {error}") from None
+        raise FormatError(
+            f"{source}: {error.message}", "Give the alpha that it was trained with, or save or download it again."
+        ) from None
     name = base or (options.base.name if options.base else None)
     return Adapter(config, weights, base=name, metadata={"open": missing} if missing else {})
 

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from .files import array_bytes
-from .pickles import STORAGES
+from .torch_tensors import STORAGES
 
 
 def write_torch(path: Path, value: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ def files(folder: Path) -> list[Path]:
 def read(path: Path, options: Reading) -> Adapter:
     file = _file(path)
     if file is None:
-        raise FormatError(f"{path}: holds no {WEIGHTS}")
+        raise FormatError(f"{path}: holds no {WEIGHTS}", "Name the folder of one epoch, which holds it, or the file.")
     raw = read_json(file.parent / CONFIG) if (file.parent / CONFIG).exists() else {}
     weights, faults = {}, []
     for name, array in read_state(file).items():
@@ -80,7 +80,9 @@ def read(path: Path, options: Reading) -> Adapter:
             faults.append(f"{file}: {name}: shape {list(array.shape)}")
             continue
         weights[f"{module}.{leaf}"] = array if leaf == "m" else array.T
-    raise_faults(faults, "Adapters of vision towers and of fusion layers are not converted.", FormatError)
+    raise_faults(
+        faults, "Leave vision towers and fusion layers out of the adapter: they are not converted.", FormatError
+    )
     base = options.base_for(f"{file}: the order of rows of q and k")
     if base is not None:
         weights = _reorder(weights, base, parts.from_interleaved, file)
@@ -112,7 +114,10 @@ def _reorder(weights: dict[str, mx.array], base: BaseModel, turn, source: Any) -
         heads = {"q_proj": base.heads, "k_proj": base.kv_heads}.get(name.rpartition(".")[0].rpartition(".")[2])
         if heads and not name.endswith(".lora_a"):
             if array.shape[-1] % (2 * heads):
-                raise FormatError(f"{name}: {array.shape[-1]} rows are not those of {heads} heads", "Is it this base?")
+                raise FormatError(
+                    f"{name}: {array.shape[-1]} rows are not those of {heads} heads",
+                    "Name the base that it was trained on: --model, or base=.",
+                )
             array = turn(array, heads)
         found[name] = array
     return found

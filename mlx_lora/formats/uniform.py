@@ -98,7 +98,11 @@ def as_lora(adapter: Adapter, base: BaseModel | None) -> Adapter:
     strange = [path for path in paths if base is None or path not in base.modules]
     raise_faults([f"{path}: the size of this layer's input is not known" for path in strange], _NAME_BASE, FormatError)
     many = [path for path in paths if adapter.weights[f"{path}.vera_lambda_d"].ndim != 1]
-    raise_faults([f"{path}: VeRA of experts is not converted" for path in many], "", FormatError)
+    raise_faults(
+        [f"{path}: VeRA of experts is not converted" for path in many],
+        "Leave the experts out of the adapter, or merge it: convert --to merged.",
+        FormatError,
+    )
     if "vera_a" in adapter.weights:
         big_a, big_b = (adapter.weights[n].astype(mx.float32) for n in ("vera_a", "vera_b"))
     else:

@@ -71,5 +71,8 @@ def _gradients(model: nn.Module, modules: dict[str, nn.Module], batches: Iterabl
             path, _, leaf = name.rpartition(".")
             modules_by_path[path].unfreeze(recurse=False, keys=leaf)
     if not tokens:
-        raise DataError("lora_ga needs the gradient of some tokens, and the data has none to learn")
+        raise DataError(
+            "lora_ga needs the gradient of some tokens, and the data has none to learn",
+            "Give rows with an answer, raise max_seq_length, or use another init.",
+        )
     return {path: np.array(sums[f"{path}.weight"] / tokens) for path in modules}

@@ -16,6 +16,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..errors import ModelError
 from .linear import STATE, NF4Linear, read_checkpoint
 
+_ANEW = "Download it again, or quantize the original with mlx-lora quantize --mode nf4."
+
 
 def refuse_foreign(name: Any, config: dict[str, Any]) -> None:
     """Refuse the checkpoints of bitsandbytes that are not NF4 (FP4, LLM.int8) by name."""
@@ -56,14 +58,15 @@ def take_nf4(model: nn.Module, weights: list[tuple[str, mx.array]] | Any) -> Any
     modules, layers = dict(model.named_modules()), {}
     for path in paths:
         if not isinstance(modules.get(path), nn.Linear):
-            raise ModelError(f"{path}: NF4 weights, but the model has no linear layer there")
+            raise ModelError(f"{path}: NF4 weights, but the model has no linear layer there", _ANEW)
         own = [name for name in arrays if name == f"{path}.weight" or name.startswith(f"{path}.weight.")]
         bias = arrays.pop(f"{path}.bias", None)
         layers[path] = read_checkpoint(path, {name[len(path) + 1 :]: arrays.pop(name) for name in own}, bias)
         if layers[path].unpacked_shape != modules[path].weight.shape:
             raise ModelError(
                 f"{path}: NF4 weights of shape {list(layers[path].unpacked_shape)}, "
-                f"the model's are {list(modules[path].weight.shape)}"
+                f"the model's are {list(modules[path].weight.shape)}",
+                _ANEW,
             )
     if layers:
         model.update_modules(tree_unflatten(list(layers.items())))

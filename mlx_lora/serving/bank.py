@@ -10,7 +10,8 @@ import mlx.nn as nn
 from ..adapter import Adapter
 from ..errors import AdapterError
 from ..formats import load_adapter
-from ..model import base_of, mount, unmount
+from ..model import mount, unmount
+from ..mounted import base_of
 
 
 class AdapterBank:

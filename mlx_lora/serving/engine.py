@@ -51,7 +51,10 @@ class Engine:
                 messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except Exception as error:  # templates raise jinja's own errors at what they refuse
-            raise ConfigError(f"the chat template refuses these messages ({error})") from None
+            raise ConfigError(
+                f"the chat template refuses these messages ({error})",
+                "Leave the system prompt out, or use generate --ignore-chat-template with plain text.",
+            ) from None
         return list(ids)
 
     def stream(self, tokens: list[int], config: GenerateConfig) -> Iterator[Piece]:

@@ -82,7 +82,10 @@ class TrainingState:
             raise FormatError(f"{path} is no training state.", "Give the state that a training run saved.")
         about = json.loads(metadata[_KEY])
         if about.get("version") != _VERSION:
-            raise FormatError(f"{path} has version {about.get('version')} of the training state, not {_VERSION}.")
+            raise FormatError(
+                f"{path} has version {about.get('version')} of the training state, not {_VERSION}.",
+                "Resume with the mlx-lora that wrote it, or start from its adapter (--resume-adapter-file).",
+            )
         groups: dict[str, dict[str, mx.array]] = {group: {} for group in _GROUPS}
         for name, array in arrays.items():
             group, _, name = name.partition("/")

@@ -31,6 +31,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"bias_correction": True},
     "adafactor": {"relative_step": False, "scale_parameter": False},
 }
+_LEAVE_OUT = "Correct these arguments, or leave them out for the optimizer's own."
 _HALF = (mx.float16, mx.bfloat16)
 
 
@@ -61,7 +62,7 @@ def build_optimizer(config: OptimizerConfig, steps: int, model: nn.Module | None
         takes_decay = "weight_decay" in known[config.optimizer]
         faults += faults_of(config, takes_decay, "weight_decay" in arguments[config.optimizer], bool(own_rate))
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError("\n".join(faults), _LEAVE_OUT)
     rate = build_schedule(config.lr_schedule, config.learning_rate, steps, config.warmup)
 
     def make(name: str, rate: Any = rate, further: dict[str, Any] | None = None) -> opt.Optimizer:
@@ -69,7 +70,7 @@ def build_optimizer(config: OptimizerConfig, steps: int, model: nn.Module | None
         try:
             return _CLASSES[name](learning_rate=rate, **{**_DEFAULTS.get(name, {}), **arguments[name], **more})
         except ValueError as error:
-            raise ConfigError(f"optimizer_config: {name}: {error}") from error
+            raise ConfigError(f"optimizer_config: {name}: {error}", _LEAVE_OUT) from error
 
     if config.loraplus_lr_ratio is not None:
         if model is None:

@@ -28,6 +28,7 @@ SHAPES: dict[str, tuple[Callable[..., Schedule], Callable[[float, int], list]]] 
     "exponential_decay": (opt.exponential_decay, lambda rate, steps: [rate, 0.01 ** (1 / steps)]),  # to 1 %
     "step_decay": (opt.step_decay, lambda rate, steps: [rate, 0.1, math.ceil(steps / 3)]),  # a tenth at each third
 }
+_NAME_ALONE = "Give a name alone, such as cosine_decay: its arguments then follow from learning_rate and iters."
 _KEYS = ("name", "arguments", "warmup", "warmup_init")
 
 
@@ -54,7 +55,7 @@ def build_schedule(spec: Any, learning_rate: float, steps: int, warmup: int = 0)
     rise = warmup or number(mapping.get("warmup") or 0, "lr_schedule: warmup", faults, whole=True)
     start = number(mapping.get("warmup_init", 0.0), "lr_schedule: warmup_init", faults)
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError("\n".join(faults), _NAME_ALONE)
 
     make, fitting = SHAPES[name]
     if given is None:
@@ -66,7 +67,7 @@ def build_schedule(spec: Any, learning_rate: float, steps: int, warmup: int = 0)
             climb = opt.linear_schedule(start, arguments[0], rise)
             return opt.join_schedules([climb, schedule], [rise + 1])
     except ValueError as error:
-        raise ConfigError(f"lr_schedule: {error}") from error
+        raise ConfigError(f"lr_schedule: {error}", _NAME_ALONE) from error
     return arguments[0] if name == "constant" else schedule
 
 
@@ -76,12 +77,12 @@ def _arguments(name: str, make: Callable, given: Any) -> list:
     wanted = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters)
     needed = sum(p.default is p.empty for p in parameters)
     if not isinstance(given, (list, tuple)) or not needed <= len(given) <= len(parameters):
-        raise ConfigError(f"lr_schedule: the arguments of {name} are [{wanted}], not {given!r}")
+        raise ConfigError(f"lr_schedule: the arguments of {name} are [{wanted}], not {given!r}", _NAME_ALONE)
     faults: list[str] = []
     pairs = zip(parameters, given, strict=False)  # the tail may be left to its defaults
     made = [number(value, f"lr_schedule: {p.name} of {name}", faults, p.annotation is int) for p, value in pairs]
     if faults:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError("\n".join(faults), _NAME_ALONE)
     return made
 
 

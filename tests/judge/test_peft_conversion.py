@@ -17,7 +17,7 @@ import pytest
 import mlx_lora
 from mlx_lora import load_adapter, mount, save_adapter
 from mlx_lora.exporting import export_merged
-from mlx_lora.formats.pickles import read_torch
+from mlx_lora.formats.torch_read import read_torch
 from mlx_lora.formats.torch_write import write_torch
 
 torch = pytest.importorskip("torch")

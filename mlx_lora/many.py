@@ -8,8 +8,9 @@ from mlx.utils import tree_unflatten
 
 from .adapter import Adapter, raise_faults
 from .errors import AdapterError
-from .layers import ManyLoRALinear, Rows, dims, introduce, kind
+from .layers import ManyLoRALinear, Rows, base_dtype, dims, introduce, kind
 from .model import adapters_on
+from .mounted import bare_modules, model_dtype
 
 
 class ManyAdapters:
@@ -25,7 +26,7 @@ class ManyAdapters:
             raise AdapterError("the model has an adapter already", "Take it off with unmount(model).")
         if not adapters:
             raise AdapterError("no adapters are given", "Give at least one, by name.")
-        modules = dict(model.named_modules())
+        modules = bare_modules(model)
         self._names, self._rows, self._model = list(adapters), Rows(), model
         raise_faults(_faults(modules, adapters), "Serve it by itself, or fuse it.")
         paths = list(dict.fromkeys(path for adapter in adapters.values() for path in adapter.modules))
@@ -41,9 +42,11 @@ class ManyAdapters:
 
         Raises: AdapterError: an unknown name.
         """
-        unknown = sorted({name for name in names if name is not None and name not in self._names})
-        if unknown or not names:
-            raise AdapterError(f"no adapter named {', '.join(unknown)}", f"Known: {', '.join(self._names)}.")
+        known = f"Give a name, or None, for each row of the batch. Known: {', '.join(self._names)}."
+        if not names:
+            raise AdapterError("no adapter is chosen", known)
+        if unknown := sorted({name for name in names if name is not None and name not in self._names}):
+            raise AdapterError(f"no adapter named {', '.join(unknown)}", known)
         self._rows.index = mx.array([-1 if n is None else self._names.index(n) for n in names], mx.int32)
 
     def unmount(self) -> None:
@@ -55,7 +58,7 @@ class ManyAdapters:
         inputs, outputs = dims(base)
         pairs = [self._pair(adapter, path, inputs, outputs) for adapter in adapters]
         ranks = [a.shape[-1] for a, _ in pairs]
-        dtype, width = next(a.dtype for a, _ in pairs if a.shape[-1]), max(ranks)
+        dtype, width = base_dtype(base) or model_dtype(self._model), max(ranks)
         a = mx.stack([mx.pad(a.astype(dtype), [(0, 0), (0, width - a.shape[-1])]) for a, _ in pairs])
         b = mx.stack([mx.pad(b.astype(dtype), [(0, width - b.shape[0]), (0, 0)]) for _, b in pairs])
         scale = mx.array([adapter.config.scale_of(path) for adapter in adapters], mx.float32)
@@ -75,6 +78,13 @@ def _faults(modules: dict[str, nn.Module], adapters: dict[str, Adapter]) -> list
         if adapter.config.method != "lora":
             faults.append(f"{name}: is {adapter.config.method}, not lora")
             continue
+        more = {
+            "lora_bias": adapter.config.lora_bias,
+            "trained tokens": adapter.tokens,
+            "whole parameters": adapter.whole,
+        }
+        if more := [what for what, there in more.items() if there]:
+            faults.append(f"{name}: has {' and '.join(more)} beside its matrices")
         for path in adapter.modules:
             module = modules.get(path)
             if module is None or kind(module) != "linear":

@@ -207,6 +207,9 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 def _place(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for layer in layers.values():
         layer.train(model.training)
+        for name, array in layer.items():
+            if isinstance(array, mx.array):  # PEFT's come transposed: a kernel would copy them for every token
+                layer[name] = mx.contiguous(array)
     model.update_modules(tree_unflatten(list(layers.items())))
     introduce(layers)
     fuse_mlps(model)

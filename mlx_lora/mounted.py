@@ -15,7 +15,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .config import AdapterConfig
-from .layers import AdapterLayer, TokenRows
+from .errors import AdapterError
+from .layers import AdapterLayer, ManyLoRALinear, TokenRows
 
 _BASE, _STATE = "_mlx_lora_base", "_mlx_lora_state"
 
@@ -66,7 +67,9 @@ def wrappers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by path as they would be without adapters."""
+    """Modules by path as they would be without adapters. Raises AdapterError where there are many at once."""
+    if any(isinstance(module, ManyLoRALinear) for module in model.modules()):
+        raise AdapterError("the model has many adapters on it at once", "Take them off with ManyAdapters.unmount().")
     adapted = wrappers(model)
     inside = tuple(path + "." for path in adapted)
     modules = {p: m for p, m in model.named_modules() if not (inside and p.startswith(inside))}

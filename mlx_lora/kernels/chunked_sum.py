@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from ..errors import ConfigError
 from .registry import with_backward
 
 Losses = Callable[[dict[str, mx.array], mx.array, mx.array], mx.array]
@@ -73,5 +74,20 @@ def _backward(primals, cotangents, outputs):
     hidden, targets, mask, *values = primals
     _, of_hidden, *of_values = outputs
     by = cotangents[0]
+    of_hidden, *of_values = _once(of_hidden, *of_values)
     scaled = [(by * g).astype(v.dtype) for g, v in zip(of_values, values, strict=True)]
     return ((by * of_hidden).astype(hidden.dtype), mx.zeros_like(targets), mx.zeros_like(mask), *scaled)
+
+
+@mx.custom_function
+def _once(*gradients):
+    """Gradients that were made along with the loss: their own would be taken for zero."""
+    return gradients
+
+
+@_once.vjp
+def _(primals, cotangents, _):
+    raise ConfigError(
+        "the loss of this many logits is taken in pieces and has no second derivative",
+        "Use a smaller batch, whose logits are kept whole.",
+    )

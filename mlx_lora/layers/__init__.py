@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from ..config import AdapterConfig
 from ..errors import AdapterError
+from ..kernels import enabled
 from .base import AdapterLayer, base_dtype, check_rank, dense_weight, dims, is_quantized, kind
 from .cpu import use_blas
 from .difference import DifferenceLinear, DifferenceSwitchLinear
@@ -67,6 +68,8 @@ def make_layers(
     if config.method == "vera" and bases and shared is None:
         shared = draw_projections(config.rank, *shared_dims(bases.values()), config.projection_prng_key)
     for path, base in bases.items():
+        if enabled() and not is_quantized(base):
+            base.weight = mx.contiguous(base.weight)  # GPT-2's are transposed as they are read
         extra = {}
         if shared is not None:
             own = base_dtype(base) or dtype

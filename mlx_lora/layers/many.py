@@ -8,6 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..errors import AdapterError
 from ..kernels import lora_rows, lora_shrink
 from .siblings import Siblings, decode, fits
 
@@ -21,6 +22,9 @@ class Rows:
     def of(self, x: mx.array) -> mx.array:
         """The adapter of each row of ``x`` flattened to [rows, in]; x: [B, ..., in]."""
         rows = x.size // x.shape[-1]
+        if self.index.size not in (1, x.shape[0]):
+            message = f"adapters are chosen for {self.index.size} rows, and the batch has {x.shape[0]}"
+            raise AdapterError(message, "Call choose with a name for each row of the batch, or one for all.")
         each = self.index if self.index.size == x.shape[0] else mx.broadcast_to(self.index, (x.shape[0],))
         return each if rows == each.size else mx.repeat(each, rows // each.size)
 

@@ -22,28 +22,30 @@ def loss_in_chunks(
 ) -> mx.array | None:
     """The sum of the losses that count, without all logits at once; None where that saves nothing or is not possible.
 
-    It is possible for models of mlx-lm whose ``model`` attribute makes hidden states of tokens; whatever their
-    ``__call__`` does to those (head, tied head, scaling, soft caps) happens to each piece.
+    It is possible for models of mlx-lm that call a body once, which makes hidden states of tokens; whatever they do to
+    those (head, tied head, scaling, soft caps) happens to each piece.
 
     Args:
         tokens, targets, mask: [B, T]. losses: (logits [..., vocab], targets [...]) -> [...].
     """
-    vocabulary = getattr(getattr(model, "args", None), "vocab_size", None)
-    if not isinstance(vocabulary, int) or 4 * tokens.size * vocabulary <= WHOLE:
+    if 4 * tokens.size * _widest(model) <= WHOLE or not type(model).__module__.startswith("mlx_lm.models."):
         return None
-    body = getattr(model, "model", None)
-    if not isinstance(body, nn.Module) or not type(model).__module__.startswith("mlx_lm.models."):
+    if (path := _body_path(model)) is None:
         return None
-    hidden = body(tokens)
+    seen: list = []
+    logits = _with_body(model, path, lambda body: _Recorder(body, seen))(tokens)  # only their shape is used
+    if len(seen) != 1 or seen[0] is logits:
+        return None
+    (hidden,), vocabulary = seen, logits.shape[-1]
     if not isinstance(hidden, mx.array) or hidden.shape[:2] != tokens.shape or hidden.ndim != 3:
         return None
-    # Of the head: its own parameters, and those of an embedding that may be tied to it.
-    trained = {p: a for p, a in tree_flatten(model.trainable_parameters()) if ".layers." not in p}
+    trained = {p: a for p, a in tree_flatten(model.trainable_parameters()) if _of_head(p, path)}
 
     def piece(parameters: dict[str, mx.array], hidden: mx.array, targets: mx.array) -> mx.array:
         model.update(tree_unflatten(list(parameters.items())))
         try:
-            logits = _apply_head(model, body, hidden[None])
+            shallow = _with_body(model, path, lambda body: _Answer(body, hidden[None]))
+            logits = shallow(mx.zeros((1, hidden.shape[0]), mx.int32))
         finally:
             model.update(tree_unflatten(list(trained.items())))
         return losses(logits[0], targets)
@@ -58,21 +60,65 @@ def piece_rows(vocabulary: int) -> int:
     return max(64, PIECE // (4 * vocabulary))
 
 
-def _apply_head(model: nn.Module, body: nn.Module, hidden: mx.array) -> mx.array:
-    """What the model makes of hidden states [1, n, D]: its own ``__call__`` over a body that answers with them."""
+def _widest(model: nn.Module) -> int:
+    """Rows of the largest embedding, which a vocabulary has."""
+    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
+    return max((m.weight.shape[0] for m in embeddings), default=0)
+
+
+def _body_path(model: nn.Module) -> list[str] | None:
+    """The attributes that lead to the body; models that see as well wrap one that reads."""
+    path: list[str] = []
+    while isinstance(model.get("language_model"), nn.Module):
+        path.append("language_model")
+        model = model["language_model"]
+    name = next((n for n in ("model", "backbone", "transformer") if isinstance(model.get(n), nn.Module)), None)
+    return None if name is None else [*path, name]
+
+
+def _of_head(parameter: str, path: list[str]) -> bool:
+    """Whether a head can use it: what is beside the body, and of the body its embeddings, but nothing of its layers."""
+    inside = ".".join(path) + "."
+    return not parameter.startswith(inside) or not parameter[len(inside) :].split(".")[1].isdigit()
+
+
+def _with_body(model: nn.Module, path: list[str], stand_in: Callable[[nn.Module], Any]) -> nn.Module:
+    """A shallow copy of the model with something else in the place of its body."""
+    first, *rest = path
     shallow = copy.copy(model)
-    dict.__setitem__(shallow, "model", _Answer(body, hidden))
-    return shallow(mx.zeros(hidden.shape[:2], mx.int32))
+    inner = _with_body(model[first], rest, stand_in) if rest else stand_in(model[first])
+    dict.__setitem__(shallow, first, inner)
+    return shallow
 
 
-class _Answer:
-    """Stands in for a body: gives the hidden states it was made with, and the body's attributes."""
+class _Body:
+    """Has the attributes of a body."""
 
-    def __init__(self, body: nn.Module, hidden: mx.array):
-        self._body, self._hidden = body, hidden
-
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        return self._hidden
+    def __init__(self, body: nn.Module):
+        self._body = body
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._body, name)
+
+
+class _Recorder(_Body):
+    """Keeps what the body answers, whatever it is called with."""
+
+    def __init__(self, body: nn.Module, seen: list):
+        super().__init__(body)
+        self._seen = seen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        self._seen.append(self._body(*args, **kwargs))
+        return self._seen[-1]
+
+
+class _Answer(_Body):
+    """Gives the hidden states it was made with."""
+
+    def __init__(self, body: nn.Module, hidden: mx.array):
+        super().__init__(body)
+        self._hidden = hidden
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        return self._hidden

@@ -116,6 +116,24 @@ def test_bytes_of_a_model(backend):
     assert read["a0"] + read["a1"] + read["a2"] == sum(layer.lora_a.nbytes for layer in layers)
 
 
+@pytest.mark.parametrize("quantize", [None, QUANTIZED], ids=["dense", "4bit"])
+def test_nothing_is_copied_on_the_way(backend, quantize, tmp_path, monkeypatch):
+    """Adapters of PEFT, whose matrices come transposed, and a base that was read so."""
+    if backend != "emulated":
+        pytest.skip("seen by the emulator")
+    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    model = adapted(quantize=quantize)
+    mlx_lora.save_adapter(mlx_lora.extract(model), tmp_path, format="peft")
+    mlx_lora.unmount(model)
+    if quantize is None:
+        for layer in model.layers:
+            layer.mlp.down_proj.weight = mx.contiguous(layer.mlp.down_proj.weight.T).T
+    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
+    mlx_lora.mount(model, mlx_lora.load_adapter(tmp_path))
+    decoded(model.eval())
+    assert mslemu.log and not [(entry.name, entry.copied) for entry in mslemu.log if entry.copied]
+
+
 def test_swapping_adapters(backend, monkeypatch):
     """Mounting, unmounting and changing arrays in place leave nothing behind."""
     model = adapted()

@@ -36,7 +36,8 @@ class Options:
 @dataclass
 class Stats:
     """What one dispatch did. ``buffers``: by name, bytes ``read`` and ``written``, 128-byte lines touched once in all
-    (``lines``) and once a threadgroup (``group_lines``), ``transactions`` under ``coalescing``."""
+    (``lines``) and once a threadgroup (``group_lines``), ``transactions`` under ``coalescing``. ``copied``: the inputs
+    whose rows do not lie one after the other, which MLX copies by a launch of its own before this one."""
 
     name: str
     grid: tuple[int, ...]
@@ -49,6 +50,7 @@ class Stats:
     compile_seconds: float
     seconds: float
     buffers: dict[str, dict[str, int]] = field(default_factory=dict)
+    copied: list[str] = field(default_factory=list)
 
 
 options = Options()

@@ -68,7 +68,9 @@ class EmulatedKernel:
             buffers += self._input(name, array, infos, contiguous)
         results = [empty(s, d, init_value) for s, d in zip(output_shapes, output_dtypes, strict=True)]
         buffers += [(name, result, True) for name, result in zip(self._outputs, results, strict=True)]
-        dispatch(built, self._name, buffers, grid, group, init_value is not None)
+        stats = dispatch(built, self._name, buffers, grid, group, init_value is not None)
+        if contiguous:
+            stats.copied = [n for n, a in zip(self._inputs, inputs, strict=True) if not to_numpy(a).flags.c_contiguous]
         return [from_numpy(result, dtype) for result, dtype in zip(results, output_dtypes, strict=True)]
 
     def _capture(self, inputs, call):

@@ -65,15 +65,20 @@ def _drawing_nothing() -> Iterator[None]:
             setattr(mx.random, name, draw)
 
 
-def trained(mlp: nn.Module, call: Callable, shape: Shape, x: mx.array) -> mx.array:
-    """``call(mlp, x)``, of which autograd keeps x and the results of the first projections."""
-    inputs, last = [getattr(mlp, name)(x) for name in shape.first], getattr(mlp, shape.last)
+def function_of(mlp: nn.Module, call: Callable, shape: Shape) -> Callable[..., mx.array]:
+    """f: the input of the last projection by the results of the first ones."""
 
     def f(*given: mx.array) -> mx.array:
         return call(_Stand(mlp, dict(zip(shape.first, given, strict=True)), shape.last), _INPUT)
 
+    return f
+
+
+def trained(mlp: nn.Module, call: Callable, shape: Shape, x: mx.array) -> mx.array:
+    """``call(mlp, x)``, of which autograd keeps x and the results of the first projections."""
+    inputs, last = [getattr(mlp, name)(x) for name in shape.first], getattr(mlp, shape.last)
     shares = _shares(last)
-    y, *low = recomputed(f, inputs, [last.lora_a] if shares else [])
+    y, *low = recomputed(function_of(mlp, call, shape), inputs, [last.lora_a] if shares else [])
     if shares:
         last.siblings.give(y, joined, low)
     return last(y)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
+import pickle
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,9 +13,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_lora
-from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, shake
+from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, shake, shake_layer
 from mlx_lora import AdapterConfig
 from mlx_lora.kernels.recomputed import recomputed
+from mlx_lora.layers import METHODS, fuse_mlps, introduce
 from mlx_lora.layers.activation import Shape, shape_of
 from mlx_lora.training.loss import loss_fn
 from mlx_lora.training.recompute import recomputed_layers
@@ -178,17 +182,46 @@ class Base(nn.Module):
         super().__init__()
         self.up, self.down, self.norm = nn.Linear(4, 8), nn.Linear(8, 4), nn.RMSNorm(8)
         self.dropout, self.beta, self.limit, self.act = nn.Dropout(0.1), mx.ones(8), 2.0, nn.GELU()
+        self.acts, self.partial = [nn.PReLU()], functools.partial(mx.clip, a_min=-1.0, a_max=1.0)
+
+    def scaled(self, y):
+        return y * self.beta
+
+    def note(self):
+        self.count = 1
 
 
 def calls(f):
     return type("MLP", (Base,), {"__call__": f})()
 
 
+def in_training(self, x):
+    y = nn.silu(self.up(x))
+    return self.down(y * self.beta if self.training else y)
+
+
+def leaves_something(self, x):
+    self.last = nn.silu(self.up(x))
+    return self.down(self.last)
+
+
+def notes(self, x):
+    self.note()
+    return self.down(nn.silu(self.up(x)))
+
+
 @pytest.mark.parametrize(
     ("f", "fits"),
     [
         (lambda self, x: self.down(self.act(self.up(x)) * self.limit), True),
+        (lambda self, x: self.down(self.partial(self.up(x))), True),
         (lambda self, x: self.down(self.norm(self.up(x))), False),
+        (lambda self, x: self.down(self.scaled(self.up(x))), False),
+        (lambda self, x: self.down(self.acts[0](self.up(x))), False),
+        (lambda self, x: self.down(self.up(x) * mx.random.bernoulli(0.5, (8,))), False),
+        (in_training, False),
+        (leaves_something, False),
+        (notes, False),
         (lambda self, x: self.down(self.dropout(self.up(x))), False),
         (lambda self, x: self.down(self.up(x) * self.beta), False),
         (lambda self, x: self.down(self.up(x)) * 2, False),
@@ -200,8 +233,58 @@ def calls(f):
     ],
 )
 def test_what_fits(f, fits):
-    mlp = calls(f)
+    """What has parameters, draws numbers, differs in training or leaves something behind is no function of inputs."""
+    mlp, state = calls(f), mx.random.state[0]
     assert (shape_of(mlp, type(mlp).__call__) == Shape(("up",), "down")) == fits
+    assert mx.array_equal(mx.random.state[0], state).item() and not hasattr(mlp, "count") and not hasattr(mlp, "last")
+
+
+def test_other_arguments_reach_an_mlp():
+    def optional(self, hidden_states, factor=1):
+        return factor * self.down(nn.silu(self.up(hidden_states)))
+
+    mlp, x = calls(lambda self, x: self.down(nn.silu(self.up(x)))), mx.random.normal((2, 4))
+    type(mlp).__call__ = optional
+    expected = mlp(x)
+    fuse_mlps(mlp)
+    assert hasattr(type(mlp), "_fused") is False  # f would scale what comes after
+    type(mlp).__call__ = lambda self, hidden_states: self.down(nn.silu(self.up(hidden_states)))
+    fuse_mlps(mlp)
+    assert hasattr(type(mlp), "_fused")
+    assert mx.array_equal(mlp(hidden_states=x), expected).item()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_models_can_be_copied(copied, monkeypatch):
+    model = adapted(LLAMA, "dora")
+    other = copied(model)
+    assert_close(other(TOKENS), model(TOKENS), 1e-6)
+    assert type(other.layers[0].mlp) is type(model.layers[0].mlp)
+    mlx_lora.unmount(model)
+    assert_close(copied(model)(TOKENS), model(TOKENS), 1e-6)
+
+
+def test_an_mlp_whose_last_projection_has_a_sibling_by_name(monkeypatch):
+    """By its name it reads what the first one reads; here it does not."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1, self.w3 = (METHODS["lora"]["linear"](nn.Linear(8, 8), 2, 1.0) for _ in range(2))
+
+        def __call__(self, x):
+            return self.w3(nn.silu(self.w1(x)))
+
+    mlp, x = Odd(), mx.random.normal((3, 8))
+    shake_layer(mlp.w1, 0.5)
+    expected = mlp(x)
+    introduce({"mlp.w1": mlp.w1, "mlp.w3": mlp.w3})
+    fuse_mlps(mlp)
+    assert hasattr(type(mlp), "_fused")
+    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
+    assert_close(mlp.train()(x), expected, 1e-6)
 
 
 def test_recomputed_alone():

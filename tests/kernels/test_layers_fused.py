@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -10,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_lora
 import mslemu
-from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, shake
+from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, shake, shake_layer
 from mlx_lora import AdapterConfig
 from mlx_lora.kernels.counting import launches
 from mlx_lora.layers import METHODS
@@ -172,12 +174,10 @@ def test_gradient_of_a_frozen_adapter(backend):
         assert_close(mx.grad(f(lambda x: (layer(x) ** 2).sum()))(x), expected, 1e-5)
 
 
-def test_which_mlps_are_fused(backend, monkeypatch):
-    """Those of the formula, word for word; the others compute as they are written."""
-    from mlx_lora.layers.mlp import _is_the_formula, swiglu
+def test_one_launch_of_an_mlp(backend, monkeypatch):
+    from mlx_lora.layers.mlp import swiglu
 
     mlp = adapted().layers[0].mlp
-    assert _is_the_formula(type(mlp).__mro__[1]) and not _is_the_formula(type(adapted(config=QWEN3_MOE).layers[0].mlp))
     x = mx.random.normal((1, 3, 64))
     if backend == "emulated":
         assert swiglu(mlp.gate_proj, mlp.up_proj, x) is not None
@@ -185,6 +185,33 @@ def test_which_mlps_are_fused(backend, monkeypatch):
     got = mlp(x)
     monkeypatch.setenv("MLX_LORA_KERNELS", "off")
     assert_close(got, mlp(x), 1e-5)
+
+
+class GatedMLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.limit = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 4), 7.0
+
+
+@pytest.mark.parametrize(
+    ("f", "found"),
+    [
+        (lambda self, x: self.c(nn.silu(self.a(x)) * self.b(x)), ("a", "b")),
+        (lambda self, x: self.c(self.a(x) * nn.silu(self.b(x))), ("b", "a")),
+        (lambda self, x: self.c(nn.gelu(self.a(x)) * self.b(x)), None),
+        (lambda self, x: self.c(nn.silu(mx.minimum(self.a(x), 100.0)) * self.b(x)), None),
+        (lambda self, x: self.c(nn.silu(self.a(x)) * mx.clip(self.b(x), -self.limit, self.limit)), None),
+        (lambda self, x: self.c(nn.silu(1.01 * self.a(x)) * self.b(x)), None),
+        (lambda self, x: self.c(nn.silu(self.a(x)) * (self.b(x) + 1)), None),
+    ],
+)
+def test_what_is_swiglu(f, found):
+    """By its values, however it is written."""
+    from mlx_lora.layers.activation import shape_of
+    from mlx_lora.layers.mlp import _gate_and_up
+
+    mlp = type("MLP", (GatedMLP,), {"__call__": f})()
+    assert _gate_and_up(mlp, shape_of(mlp, f)) == found
 
 
 # -- sharing ---------------------------------------------------------------------------------------------------------
@@ -223,6 +250,26 @@ def test_one_product_for_all_that_come_with_the_same_array():
             assert mx.array_equal(siblings.part(layer, x, product), x @ layer.lora_a).item()
     assert product.sizes == [3] * 10
     assert not siblings._for and not siblings._parts, "nothing is held"
+
+
+def test_parts_are_of_the_matrices_at_hand():
+    """A part that was not fetched is not given to a trace, nor after a matrix was changed, nor to a copy."""
+    layers, siblings, product = make_siblings(3)
+    for layer in layers:
+        object.__setattr__(layer, "siblings", siblings)
+        shake_layer(layer, 0.5)
+    x = mx.random.normal((2, 16))
+    for layer in layers:
+        layer.train()
+        gradients = nn.value_and_grad(layer, lambda layer=layer: layer(x).square().sum())()[1]
+        expected = mx.grad(lambda a, layer=layer: (layer.linear(x) + (x @ a) @ layer.lora_b).square().sum())(
+            layer.lora_a
+        )
+        assert_close(gradients["lora_a"], expected, 1e-5)
+    siblings.part(layers[0], x, product)
+    layers[1].lora_a = 3 * layers[1].lora_a
+    assert mx.array_equal(siblings.part(layers[1], x, product), x @ layers[1].lora_a).item()
+    assert mx.array_equal(siblings.part(copy.copy(layers[2]), x, product), x @ layers[2].lora_a).item()
 
 
 def test_different_arrays_end_the_sharing():

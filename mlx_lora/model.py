@@ -56,9 +56,9 @@ def attach(
     """
     if adapters_on(model) or state_of(model) is not None:
         raise AdapterError("the model has adapters already", "Take them off with unmount(model), or fuse them.")
+    bare = bare_modules(model)
     if config.method == "full":
         return unfreeze_layers(model, config)
-    bare = dict(model.named_modules())
     whole, tokens = whole_modules(model, config), select_named(model, config.trainable_token_indices)
     chosen = select(model, config)
     both = [path for path in chosen if path in whole or path in tokens]

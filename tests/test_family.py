@@ -7,11 +7,12 @@ import json
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, relative, shake
+from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, relative, shake, shake_layer
 from mlx_lora import (
     AdapterConfig,
     OptimizerConfig,
@@ -32,7 +33,7 @@ from mlx_lora import (
     unmount,
 )
 from mlx_lora.errors import AdapterError, ConfigError, FormatError, ModelError
-from mlx_lora.layers import dense_weight, is_quantized, use_blas
+from mlx_lora.layers import METHODS, dense_weight, is_quantized, use_blas
 from mlx_lora.layers.vera import draw_projections
 from mlx_lora.model import adapters_on
 from mlx_lora.quant import NF4Linear, bits_per_parameter, quantize_nf4
@@ -474,3 +475,18 @@ def test_twenty_steps_lower_the_loss(name, base, shared):
         pass
     last = evaluate(model, rows, 4).loss
     assert last < 0.8 * first, f"{first:.3f} -> {last:.3f}"
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["dense", "quantized"])
+def test_norms_of_a_base_that_was_changed(quantize):
+    """DoRA's ||W||^2 is kept, and belongs to the weight that it was computed of."""
+    layer = METHODS["dora"]["linear"](nn.Linear(64, 8), 2, 1.0)
+    shake_layer(layer)
+    holder = nn.Sequential(layer)
+    if quantize:
+        nn.quantize(holder, group_size=32, bits=2)
+        layer = holder.layers[0]
+    else:
+        layer.linear.weight = 3 * layer.linear.weight
+    w = dense_weight(layer.linear) + layer.scale * (layer.lora_a @ layer.lora_b).T
+    assert_close(layer.norms_squared(), w.square().sum(axis=1), 1e-5)

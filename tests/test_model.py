@@ -16,6 +16,7 @@ from mlx_lora.errors import AdapterError, ConfigError
 from mlx_lora.layers import is_quantized, use_blas
 from mlx_lora.model import adapters_on, attach, extract, mount, parameter_counts, unmount
 from mlx_lora.selection import routers, select
+from mlx_lora.serving.bank import AdapterBank
 
 Q4 = dict(group_size=32, bits=4)
 BASES = {"dense": None, "4-bit": Q4}
@@ -231,3 +232,21 @@ def test_parameters_are_counted_as_they_stand_for_numbers():
     assert any(is_quantized(m) for m in packed.modules())
     assert parameter_counts(dense) == parameter_counts(packed)
     assert parameter_counts(dense)[0] == 3 * 4 * (64 + 64)
+
+
+def test_a_name_in_the_bank_may_get_another_adapter():
+    model = make_model()
+    bank, adapters = AdapterBank(model), []
+    for seed in (1, 2):
+        attach(model, AdapterConfig(rank=4, num_layers=-1))
+        shake(model, seed)
+        adapters.append(extract(model))
+        unmount(model)
+    for adapter in adapters:
+        bank.add("name", adapter)
+        bank.use("name")
+        bank.use("name")
+        got = extract(model).weights
+        assert all(mx.array_equal(got[name], array).item() for name, array in adapter.weights.items())
+    bank.use(None)
+    assert bank.adapter is bank.current is None and not adapters_on(model)

@@ -28,7 +28,7 @@ def loss_in_chunks(
     Args:
         tokens, targets, mask: [B, T]. losses: (logits [..., vocab], targets [...]) -> [...].
     """
-    if 4 * tokens.size * _widest(model) <= WHOLE or not type(model).__module__.startswith("mlx_lm.models."):
+    if not type(model).__module__.startswith("mlx_lm.models.") or 4 * tokens.size * _widest(model) <= WHOLE:
         return None
     if (path := _body_path(model)) is None:
         return None

@@ -75,7 +75,7 @@ def check_many(index: list[int], dtype, padding: float = 0.0) -> None:
     """Rows with one of four adapters each, or none; their ranks differ. ``padding`` fills a and b beyond the ranks."""
     mx.random.seed(len(index))
     M, K, N, R = len(index), 128, 70, 16
-    ranks, scale = [16, 3, 8, 1], mx.array([1.0, 0.5, -2.0, 3.0])
+    ranks, scale = [8, 3, 1, 16], mx.array([1.0, 0.5, -2.0, 3.0])  # the last one's fill their arrays to the end
     base, x = make_stored("affine4g64", N, K, dtype), normal((M, K), dtype)
     beyond = mx.arange(R)[:, None] >= mx.array(ranks)[:, None, None]
     a, other = mx.where(beyond.swapaxes(1, 2), padding, normal((4, K, R), dtype, K**-0.5)), normal((4, K, 4), dtype)
@@ -93,6 +93,48 @@ def check_many(index: list[int], dtype, padding: float = 0.0) -> None:
             low = float64(x[m]) @ float64(a[i, :, :r])
             expected[m] += scale[i].item() * low @ float64(b[i, :r])
     close(y, expected, dtype)
+
+
+def check_rounding(dtype) -> None:
+    """Sums are rounded to ``dtype`` once, at their end; what SwiGLU takes, before it does."""
+    mx.random.seed(0)
+    M, N, K, r = 4, 64, 128, 8
+    bases, x = [make_stored("affine4g64", N, K, dtype) for _ in range(2)], normal((M, K), dtype)
+    a, b = [normal((K, r), dtype, K**-0.5) for _ in range(2)], tuple(normal((r, N), dtype, 0.3) for _ in range(2))
+    gain, u, zero = mx.random.uniform(0.5, 2, (N,)), lora_shrink(x, a), mx.array([0], mx.int32)
+    sums = [
+        float64(x) @ float64(base.dequantized()).T + 1.5 * float64(x) @ float64(m) @ float64(n)
+        for base, m, n in zip(bases, a, b, strict=True)
+    ]
+    exact(lora_qmv(x, bases[0], u, b[0], mx.array([1.5]), zero, gain=gain), float64(gain) * sums[0], dtype)
+    gate, up = (float64(mx.array(s.astype(np.float32)).astype(dtype)) for s in sums)
+    y = lora_swiglu(x, tuple(bases), u, b, mx.array([1.5, 1.5]), mx.array([0, r], mx.int32))
+    exact(y, gate / (1 + np.exp(-gate)) * up, dtype)
+
+
+def exact(y: mx.array, expected: np.ndarray, dtype) -> None:
+    """As rounded from float64, but for what float32 puts on the other side of the middle."""
+    same = (y == mx.array(expected.astype(np.float32)).astype(dtype)).mean().item()
+    assert same > 0.98, f"{100 * same:.0f} % of the numbers are the nearest ones"
+
+
+def check_scales(mode: str, first: int = 0) -> None:
+    """Every scale that the 8 bits of ``mode`` can say, those that nobody writes too. Codes are 1, x is their mean."""
+    group, K = (16, 16) if mode == "nvfp4" else (32, 32)
+    bits, one = (8, 0x38) if mode == "mxfp8" else (4, 2)
+    codes = mx.full((256, K * bits // 32), sum(one << (bits * i) for i in range(32 // bits)), mx.uint32)
+    base = Stored(codes, mx.arange(256).astype(mx.uint8)[:, None], None, group, bits, mode)
+    x, u = mx.full((1, K), 1 / K), mx.zeros((1, 1, 1))
+    got = numbers(lora_qmv(x, base, u, mx.zeros((1, 256)), mx.zeros((1,)), mx.zeros((1,), mx.int32)))[0]
+    v = np.arange(256)
+    if mode == "nvfp4":  # e4m3
+        e, m = v >> 3 & 15, v & 7
+        expected = np.where(e == 0, m / 512, (1 + m / 8) * 2.0 ** (e - 7)) * np.where(v & 128, -1, 1)
+        expected[(v & 127) == 127] = np.nan
+    else:  # e8m0
+        expected = 2.0 ** (v - 127.0)
+        expected[255] = np.nan
+    np.testing.assert_array_equal(got[first:], expected.astype(np.float32)[first:])
 
 
 def check_norm(N, K, storage, r=None, dtype=mx.float32) -> None:
@@ -119,15 +161,20 @@ def check_dequantize(N, K, storage, dtype=mx.float32) -> None:
         of_scales, values, offset = (np.array(n, np.float64) for n in base.nested)
         scales = values[scales] * np.repeat(of_scales, base.nested_block)[: len(scales)] + offset
     expected = np.array(NF4)[codes] * np.repeat(scales, base.group_size)[: N * K]
+    if not base.nested:  # one product, rounded once
+        once = np.array(NF4, np.float32)[codes] * np.repeat(scales.astype(np.float32), base.group_size)[: N * K]
+        assert mx.array_equal(got, mx.array(once).astype(dtype).reshape(N, K)).item()
     assert_close(got, expected.reshape(N, K), {mx.float32: 1e-6, mx.float16: 1e-3, mx.bfloat16: 5e-3}[dtype])
 
 
 def check_swiglu(M, N, K, r, dtype, storage) -> None:
-    """``lora_swiglu`` after one ``lora_shrink`` for both."""
+    """``lora_swiglu`` after one ``lora_shrink`` for both, whose u holds columns of others as well."""
     mx.random.seed(M + N + K)
     bases, x = (make_stored(storage, N, K, dtype), make_stored(storage, N, K, dtype)), normal((M, K), dtype)
     a, b = [normal((K, r), dtype, K**-0.5) for _ in range(2)], tuple(normal((r, N), dtype, 0.3) for _ in range(2))
-    y = lora_swiglu(x, bases, lora_shrink(x, a), b, mx.array([1.5, -0.7]), mx.array([0, r], mx.int32))
+    others = [normal((K, n), dtype) for n in (3, 2)]
+    u, offset = lora_shrink(x, [others[0], a[0], others[1], a[1]]), mx.array([3, r + 5], mx.int32)
+    y = lora_swiglu(x, bases, u, b, mx.array([1.5, -0.7]), offset)
     gate, up = (
         float64(x) @ float64(base.dequantized()).T + s * float64(x) @ float64(m) @ float64(n)
         for base, m, n, s in zip(bases, a, b, (1.5, -0.7), strict=True)

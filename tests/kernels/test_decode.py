@@ -7,7 +7,17 @@ import pytest
 
 import mslemu
 from conftest import assert_close
-from kernel_cases import DTYPES, STORAGES, check, check_many, check_swiglu, make_stored, normal
+from kernel_cases import (
+    DTYPES,
+    STORAGES,
+    check,
+    check_many,
+    check_rounding,
+    check_scales,
+    check_swiglu,
+    make_stored,
+    normal,
+)
 from mlx_lora.kernels import lora_qmv, lora_shrink
 from mlx_lora.kernels.registry import source
 
@@ -45,6 +55,22 @@ def test_one_group(backend):
 @pytest.mark.parametrize("K", [1024, 2080, 8192])
 def test_splits(backend, K):
     check(2, 8, K, [4, 4], mx.float32, "affine4g32")
+
+
+def test_splits_of_unequal_size(backend):
+    check(2, 8, 2081, [4, 4], mx.float32, "dense")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_rounding(backend, dtype):
+    check_rounding(dtype)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_every_scale(backend, mode):
+    if backend == "reference":
+        pytest.skip("MLX's own dequantize has another idea of 255")
+    check_scales(mode, first=0 if backend == "emulated" else 8)  # a GPU may take the smallest numbers for zero
 
 
 @pytest.mark.parametrize("schedule", ["forward", "reverse"])

@@ -107,3 +107,55 @@ def test_what_does_not_fit_is_named():
     many = ManyAdapters(model, adapters)
     with pytest.raises(AdapterError, match="no adapter named four"):
         many.choose(["one", "four"])
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"lora_bias": True}, "lora_bias"),
+        ({"modules_to_save": ("lm_head",)}, "whole parameters"),
+        ({"trainable_token_indices": {"model.embed_tokens": (1, 2)}}, "trained tokens"),
+        ({"method": "dora"}, "dora"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_served_is_refused(config, says):
+    model = make_model(LLAMA)
+    mlx_lora.attach(model, AdapterConfig(rank=4, num_layers=-1, keys=("q_proj",), **config))
+    adapter = mlx_lora.extract(model)
+    mlx_lora.unmount(model)
+    with pytest.raises(AdapterError, match=says):
+        ManyAdapters(model, {"one": adapter})
+    assert not [m for m in model.modules() if type(m).__name__ == "ManyLoRALinear"]
+
+
+def test_what_does_not_fit_is_refused():
+    model, adapters = make()
+    many = ManyAdapters(model, adapters)
+    for change in (
+        lambda: mlx_lora.attach(model, AdapterConfig(rank=2)),
+        lambda: mlx_lora.mount(model, adapters["one"]),
+        lambda: ManyAdapters(model, adapters),
+    ):
+        with pytest.raises(AdapterError, match="many adapters"):
+            change()
+    with pytest.raises(AdapterError, match="no adapter is chosen"):
+        many.choose([])
+    many.choose(["one", "two"])
+    with pytest.raises(AdapterError, match="2 rows, and the batch has 3"):
+        model(mx.zeros((3, 4), mx.int32))
+    many.unmount()
+    mlx_lora.mount(model, adapters["one"])
+
+
+def test_adapters_wider_than_the_model(monkeypatch):
+    """Float32, as PEFT trains them, over half precision: they take the model's dtype, and the kernels take them."""
+    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
+    counts = []
+    for dtype in (mx.float32, mx.bfloat16):
+        model, adapters = make()
+        model.set_dtype(dtype)
+        assert adapters["one"].weights["model.layers.0.self_attn.q_proj.lora_a"].dtype == mx.float32
+        ManyAdapters(model, adapters).choose(["one"])
+        counts.append(launches(lambda t, model=model: model(t), mx.zeros((1, 1), mx.int32))["CustomKernel"])
+    assert counts[0] == counts[1] > 30

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 import mslemu
-from kernel_cases import check, check_dequantize, check_many, check_norm, check_swiglu
+from kernel_cases import check, check_dequantize, check_many, check_norm, check_rounding, check_scales, check_swiglu
 from mlx_lora.kernels import registry
 from mslemu.compiler import CompileError
 
@@ -56,6 +56,26 @@ def nested():
     check_dequantize(9, 192, "nf4nested")
 
 
+def half():
+    check_dequantize(5, 160, "nf4", mx.float16)
+
+
+def unequal():
+    check(2, 8, 2081, [4, 4], mx.float32, "dense")
+
+
+def last():
+    check_many([3, 0], mx.float32)
+
+
+def rounding():
+    check_rounding(mx.float16)
+
+
+def scales(mode):
+    return lambda: check_scales(mode)
+
+
 def storage(name):
     return lambda: check(1, 9, 128, [2], mx.float32, name)
 
@@ -97,6 +117,8 @@ MUTANTS = {
             "#define RANK(a) id < 0 ? a##_shape[2] :",
             many,
         ),
+        ("the last split is not clamped", "min(K, begin + step)", "begin + step", unequal),
+        ("rank beyond a narrow matrix", "min(int(ranks[id]), a##_shape[2])", "int(ranks[id])", last),
         ("adapters of the wrong stride", "size_t(id) * K * a##_shape[2]", "size_t(id) * K", many),
     ],
     "lora_qmv": [
@@ -140,6 +162,24 @@ MUTANTS = {
             padded,
         ),
         ("scale of another adapter", "float(scale[id])", "float(scale[0])", many),
+        (
+            "base rounded before the update",
+            "sum NESTED_ARGUMENTS);",
+            "sum NESTED_ARGUMENTS); for (int i = 0; i < M * ROWS; i++) sum[i] = float(T(sum[i]));",
+            rounding,
+        ),
+        (
+            "update rounded",
+            "float(b[size_t(j) * N + n0 + mine]);",
+            "float(T(low[j] * float(b[size_t(j) * N + n0 + mine]))) / low[j];",
+            rounding,
+        ),
+        (
+            "rounded before the gain",
+            "value *= float(gain[n0 + mine]);",
+            "value = float(T(value)) * float(gain[n0 + mine]);",
+            rounding,
+        ),
         ("rows of one adapter added twice", "first = first && idx[l] != id;", ";", many),
     ],
     "lora_swiglu": [
@@ -150,6 +190,10 @@ MUTANTS = {
         ("gate for up", "STORED(w2, scales2, biases2)", "STORED(w, scales, biases)", swiglu),
         ("scales of the gate for up", "STORED(w2, scales2, biases2)", "STORED(w2, scales, biases)", swiglu),
         ("one offset for both", "offset[side]", "offset[0]", swiglu),
+        ("columns of others are not", "offset[side]", "side * R", swiglu),
+        ("only its own columns in u", "u_shape[2]", "2 * R", swiglu),
+        ("up is not rounded", "h = float(T(total2));", "h = total2;", rounding),
+        ("gate is not rounded", "g = float(T(total));", "g = total;", rounding),
         ("one scale for both", "scale[side]", "scale[0]", swiglu),
         ("u of the gate for up", "low[(M + m) * R + j]", "low[m * R + j]", swiglu),
         ("half of u is made", "e < 2 * M * R;", "e < M * R;", swiglu),
@@ -208,6 +252,8 @@ MUTANTS = {
         ("half-words of another unit", "w + first / 4", "w + first / 8", dequantize),
         ("block of the wrong size", "first / GROUP", "first / 32", dequantize),
         ("scale forgotten", "code[i] * s", "code[i]", dequantize),
+        ("scale rounded", "T(code[i] * s)", "T(code[i] * float(T(s)))", half),
+        ("code rounded", "T(code[i] * s)", "T(float(T(code[i])) * s)", half),
         ("the last number is left out", "i < 16; i++", "i < 15; i++", dequantize),
         ("one number too many", "i < 16; i++", "i < 17; i++", dequantize),
         ("write to the input", "float code[16];", "float code[16]; ((device ushort*)w)[0] = 0;", dequantize),
@@ -247,6 +293,9 @@ MUTANTS = {
         ("exponent bias of e4m3", "(e + 120)", "(e + 119)", storage("mxfp8")),
         ("sign of e4m3", "(v & 128) ?", "(v & 64) ?", storage("mxfp8")),
         ("scale of mxfp4", "as_type<float>(v << 23)", "as_type<float>(v << 22)", storage("mxfp4")),
+        ("e8m0 of 0", "v == 0 ? as_type<float>(0x00400000u)", "v == 0 ? 0.0f", scales("mxfp4")),
+        ("e8m0 of 255", "if (v == 255) return NAN;", "", scales("mxfp8")),
+        ("e4m3 of 127", "if (e == 15 && m == 7) size = NAN;", "", scales("nvfp4")),
         ("scale of nvfp4", "KIND == 4 ? e4m3", "KIND == 5 ? e4m3", storage("nvfp4")),
     ],
 }

@@ -29,6 +29,7 @@ from .layers import (
     introduce,
     is_quantized,
     make_layers,
+    recompute_norms,
     shared_dims,
 )
 from .mounted import State, bare_modules, base_of, forget, model_dtype, state_of, wrappers
@@ -213,6 +214,7 @@ def _place(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     model.update_modules(tree_unflatten(list(layers.items())))
     introduce(layers)
     fuse_mlps(model)
+    recompute_norms(model)
 
 
 def _projections(adapter: Adapter, bases: dict[str, nn.Module]) -> tuple[mx.array, mx.array]:

@@ -19,6 +19,7 @@ from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
 from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from .many import ManyLoRALinear, Rows
 from .mlp import fuse_mlps
+from .norms import recompute_norms
 from .siblings import introduce
 from .tokens import TokenRows, UntiedEmbedding
 from .variants import ON_INPUT, WITH_BIAS
@@ -97,6 +98,7 @@ __all__ = [
     "is_quantized",
     "kind",
     "make_layers",
+    "recompute_norms",
     "shared_dims",
     "use_blas",
 ]

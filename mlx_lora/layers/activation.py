@@ -21,7 +21,7 @@ import mlx.nn as nn
 from ..kernels import enabled
 from ..kernels.recomputed import recomputed
 from .base import AdapterLayer, derived, dims, kind
-from .siblings import Siblings, joined
+from .siblings import joined, siblings_of
 
 
 class Shape(NamedTuple):
@@ -77,20 +77,12 @@ def function_of(mlp: nn.Module, call: Callable, shape: Shape) -> Callable[..., m
 def trained(mlp: nn.Module, call: Callable, shape: Shape, x: mx.array) -> mx.array:
     """``call(mlp, x)``, of which autograd keeps x and the results of the first projections."""
     inputs, last = [getattr(mlp, name)(x) for name in shape.first], getattr(mlp, shape.last)
-    shares = _shares(last)
-    y, *low = recomputed(function_of(mlp, call, shape), inputs, [last.lora_a] if shares else [])
+    siblings = siblings_of(last)
+    shares = siblings is not None and siblings.only(last)
+    y, *low = recomputed(function_of(mlp, call, shape), inputs, siblings.matrices if shares else [])
     if shares:
-        last.siblings.give(y, joined, low)
+        siblings.give(y, joined, low)
     return last(y)
-
-
-def _shares(layer: nn.Module) -> bool:
-    """Whether the layer takes the product with its ``lora_a`` from ``siblings``; it alone has them then."""
-    if not isinstance(layer, AdapterLayer) or not hasattr(layer, "siblings") or layer.dropout._p_1 < 1:
-        return False
-    if layer.siblings is None:
-        object.__setattr__(layer, "siblings", Siblings([layer]))
-    return layer.siblings.only(layer)
 
 
 def recompute_activation(experts: nn.Module) -> None:

@@ -19,10 +19,10 @@ from ..kernels import Stored, enabled, lora_qmv, lora_shrink, low_rank_add, low_
 from ..kernels.lora_qmv import MAX_RANK, MAX_ROWS
 from ..kernels.lora_shrink import MAX_MATRICES
 from ..quant.nf4 import nf4_stored
-from .base import dims, kind
+from .base import AdapterLayer, dims, kind
 
 # Names that models of mlx-lm give to linear layers of one input.
-_SAME_INPUT = (
+SAME_INPUT = (
     ("q_proj", "k_proj", "v_proj", "g_proj"),
     ("gate_proj", "up_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
@@ -55,7 +55,7 @@ class Siblings:
         if self._parts:  # somebody did not come, or came with another array
             self._misses += 1
         layers = self._layers if self._misses < _PATIENCE else [layer]
-        parts = product(x, [sibling.lora_a for sibling in layers])
+        parts = product(x, self.matrices if layers is self._layers else [layer.lora_a])
         self._parts = dict(zip(map(id, layers), parts, strict=True))
         self._for = self._of(x, product) if len(layers) > 1 else ()
         return self._parts.pop(id(layer))
@@ -68,8 +68,13 @@ class Siblings:
         """Whether ``layer`` has no siblings but itself."""
         return len(self._layers) == 1 and self._layers[0] is layer
 
+    @property
+    def matrices(self) -> list[mx.array]:
+        """``lora_a`` of each layer."""
+        return [layer.lora_a for layer in self._layers]
+
     def _of(self, x: mx.array, product: Callable) -> tuple[Any, ...]:
-        return (x, product, *(layer.lora_a for layer in self._layers))
+        return (x, product, *self.matrices)
 
 
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
@@ -79,7 +84,7 @@ def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 def introduce(layers: dict[str, nn.Module]) -> None:
     """Let the adapter layers of a model, given by path, share where they read the same input."""
     left = {path: layer for path, layer in layers.items() if hasattr(layer, "siblings")}
-    for names in _SAME_INPUT:
+    for names in SAME_INPUT:
         families: dict[tuple, dict[str, nn.Module]] = {}
         for path, layer in left.items():
             parent, _, name = path.rpartition(".")
@@ -94,6 +99,15 @@ def introduce(layers: dict[str, nn.Module]) -> None:
                     # Outside the module's dictionary: neither a parameter nor a sub-module.
                     object.__setattr__(layer, "siblings", siblings)
                     del left[path]
+
+
+def siblings_of(layer: Any) -> Siblings | None:
+    """Whose shared product a layer takes in training, itself included; None for a layer that makes its own."""
+    if not isinstance(layer, AdapterLayer) or not hasattr(layer, "siblings") or layer.dropout._p_1 < 1:
+        return None
+    if layer.siblings is None:
+        object.__setattr__(layer, "siblings", Siblings([layer]))
+    return layer.siblings
 
 
 def product(layer: nn.Module, x: mx.array, dropped: mx.array) -> mx.array:

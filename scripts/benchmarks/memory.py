@@ -3,8 +3,8 @@
 ./scripts/bench memory [--layers 8] [--hidden 256] [--batch 8] [--length 128] [--dtype bfloat16]
 
 mlx-lm's adapters are float32 over a bfloat16 model, its backward pass autograd's; ours have the model's dtype and their
-own backward pass, and MLPs make their activations again as they do on Metal (MLX_LORA_KERNELS=on; on a CPU they keep
-them by default). Counted by MLX's allocator, above what the models themselves hold. "projections" leaves out norms,
+own backward pass, and activations and norms are made again as on Metal (MLX_LORA_KERNELS=on; on a CPU they are kept by
+default). Counted by MLX's allocator, above what the models themselves hold. "projections" leaves out norms,
 rotary embedding and attention, which MLX computes on a CPU in pieces that keep float32 copies of their own and on Metal
 does not: the Mac's ratio lies between the two lines. Not measured on a Mac.
 """

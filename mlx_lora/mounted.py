@@ -19,6 +19,7 @@ from .errors import AdapterError
 from .layers import AdapterLayer, ManyLoRALinear, TokenRows
 
 _BASE, _STATE = "_mlx_lora_base", "_mlx_lora_state"
+_WRAPPERS = (AdapterLayer, TokenRows)
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,18 @@ def forget(model: nn.Module) -> State | None:
 
 def wrappers(model: nn.Module) -> dict[str, nn.Module]:
     """Everything that wraps a module of the bare model, by path: adapter layers and rows of embeddings."""
-    return {path: m for path, m in reversed(model.named_modules()) if isinstance(m, (AdapterLayer, TokenRows))}
+    return {path: m for path, m in reversed(model.named_modules()) if isinstance(m, _WRAPPERS)}
 
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by path as they would be without adapters. Raises AdapterError where there are many at once."""
-    if any(isinstance(module, ManyLoRALinear) for module in model.modules()):
+    modules = model.named_modules()
+    if any(isinstance(module, ManyLoRALinear) for _, module in modules):
         raise AdapterError("the model has many adapters on it at once", "Take them off with ManyAdapters.unmount().")
-    adapted = wrappers(model)
+    adapted = {path: m for path, m in reversed(modules) if isinstance(m, _WRAPPERS)}
     inside = tuple(path + "." for path in adapted)
-    modules = {p: m for p, m in model.named_modules() if not (inside and p.startswith(inside))}
-    return modules | {path: layer.base for path, layer in adapted.items()}
+    bare = {p: m for p, m in modules if not (inside and p.startswith(inside))}
+    return bare | {path: layer.base for path, layer in adapted.items()}
 
 
 def model_dtype(model: nn.Module) -> mx.Dtype:

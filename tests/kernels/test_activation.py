@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import pickle
+from importlib.metadata import version
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,6 +34,8 @@ TOKENS = mx.array([[1, 5, 9, 33, 7, 60], [3, 2, 1, 17, 80, 0]])
 
 
 def adapted(config, method="lora", **settings) -> nn.Module:
+    if config.get("num_experts") and version("mlx-lm").startswith("0.31"):
+        pytest.skip("mlx-lm takes gradients of its experts' indices there, which MLX refuses")
     model = make_model(config)
     mlx_lora.attach(model, AdapterConfig(method=method, rank=4, num_layers=-1, **settings))
     shake(model)

@@ -19,6 +19,7 @@ from .config import AdapterConfig
 from .errors import AdapterError
 from .fitting import misfits, own_arrays, token_misfits, whole_misfits
 from .initialisation import SUBTRACTED
+from .kernels import enabled
 from .layers import (
     AdapterLayer,
     TokenRows,
@@ -208,7 +209,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 def _place(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for layer in layers.values():
         layer.train(model.training)
-        for name, array in layer.items():
+        for name, array in layer.items() if enabled() else ():
             if isinstance(array, mx.array):  # PEFT's come transposed: a kernel would copy them for every token
                 layer[name] = mx.contiguous(array)
     model.update_modules(tree_unflatten(list(layers.items())))

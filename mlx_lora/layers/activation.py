@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -37,32 +36,16 @@ def shape_of(mlp: nn.Module, call: Callable) -> Shape | None:
     """
     if not _is_plain(call) or sum(map(_is_projection, mlp.values())) < 2:
         return None
-    trial = _Stand(mlp, None, None)
+    trial, random = _Stand(mlp, None, None), mx.random.state[0].tolist()
     try:
-        with _drawing_nothing():
-            result = call(trial, _INPUT)
+        result = call(trial, _INPUT)
     except Exception:  # whatever the module does with what is no array
         return None
     if result is not _RESULT or not trial.first or trial.last in (None, *trial.first):
         return None
+    if mx.random.state[0].tolist() != random:
+        return None
     return Shape(tuple(trial.first), trial.last)
-
-
-@contextmanager
-def _drawing_nothing() -> Iterator[None]:
-    """Random numbers are refused meanwhile, before any is drawn: the state of MLX cannot be put back."""
-
-    def refuse(*args, **kwargs):
-        raise TypeError("random numbers")
-
-    draws = {name: draw for name, draw in vars(mx.random).items() if callable(draw)}
-    try:
-        for name in draws:
-            setattr(mx.random, name, refuse)
-        yield
-    finally:
-        for name, draw in draws.items():
-            setattr(mx.random, name, draw)
 
 
 def function_of(mlp: nn.Module, call: Callable, shape: Shape) -> Callable[..., mx.array]:
@@ -78,7 +61,7 @@ def trained(mlp: nn.Module, call: Callable, shape: Shape, x: mx.array) -> mx.arr
     """``call(mlp, x)``, of which autograd keeps x and the results of the first projections."""
     inputs, last = [getattr(mlp, name)(x) for name in shape.first], getattr(mlp, shape.last)
     siblings = siblings_of(last)
-    shares = siblings is not None and siblings.only(last)
+    shares = siblings is not None and siblings.wanted and siblings.only(last)
     y, *low = recomputed(function_of(mlp, call, shape), inputs, siblings.matrices if shares else [])
     if shares:
         siblings.give(y, joined, low)

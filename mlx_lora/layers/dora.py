@@ -79,8 +79,10 @@ class _Magnitude:
             return squared
         try:
             mx.eval(self.base.weight)
-        except ValueError:  # an argument of a function being traced, which stands for the weight that was there
-            return squared
+        except ValueError:  # an argument of a function being traced
+            if "weight" in self.base.trainable_parameters():
+                return dense_weight(self.base).square().sum(axis=-1)
+            return squared  # it stands for the weight that was there
         object.__setattr__(self, "_squared", (self.base.weight, row_norms_squared(self.base)))
         return self._squared[1]
 

@@ -38,7 +38,7 @@ class Siblings:
     """Layers that are taken to read the same array. Holds that array only until each has had its part."""
 
     def __init__(self, layers: list[nn.Module]):
-        self._layers, self._misses = layers, 0
+        self._layers, self._misses, self._gifts = layers, 0, 0
         # What the parts belong to: the array, the product, and the matrices. A trace or an update changes those.
         self._for: tuple[Any, ...] = ()
         self._parts: dict[int, Any] = {}
@@ -50,7 +50,7 @@ class Siblings:
         if id(layer) in self._parts and _same(self._for, self._of(x, product)):
             part = self._parts.pop(id(layer))
             if not self._parts:
-                self._for, self._misses = (), 0
+                self._for, self._misses, self._gifts = (), 0, 0
             return part
         if self._parts:  # somebody did not come, or came with another array
             self._misses += 1
@@ -62,7 +62,18 @@ class Siblings:
 
     def give(self, x: mx.array, product: Callable, parts: list[Any]) -> None:
         """Parts that were computed along with x itself."""
+        self._gifts += 1
+        self._misses += bool(self._parts)
         self._parts, self._for = dict(zip(map(id, self._layers), parts, strict=True)), self._of(x, product)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether what was given has been fetched, lately."""
+        return self._gifts < _PATIENCE
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is of the layers alone: parts may belong to a trace."""
+        return {**self.__dict__, "_for": (), "_parts": {}, "_misses": 0, "_gifts": 0}
 
     def only(self, layer: nn.Module) -> bool:
         """Whether ``layer`` has no siblings but itself."""

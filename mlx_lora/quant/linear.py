@@ -51,7 +51,7 @@ class NF4Linear(nn.Module):
         if bias is not None:
             self.bias = bias
         self.group_size, self.nested_block = nf4.block, nf4.nested_block
-        self.dtype = dtype
+        self._dtype_name = str(dtype).rpartition(".")[2]  # a dtype of MLX can be neither copied nor pickled
         object.__setattr__(self, "unpacked_shape", tuple(nf4.shape))
         self.freeze()
 
@@ -59,6 +59,11 @@ class NF4Linear(nn.Module):
     def from_linear(cls, linear: nn.Module, double: bool = True, block: int = 64) -> NF4Linear:
         """``linear`` (dense) with its weight quantized."""
         return cls(quantize_nf4(linear.weight, double, block), linear.get("bias"), linear.weight.dtype)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What the weight was quantized from."""
+        return getattr(mx, self._dtype_name)
 
     @property
     def nf4(self) -> NF4:

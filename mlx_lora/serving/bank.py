@@ -11,7 +11,7 @@ from ..adapter import Adapter
 from ..errors import AdapterError
 from ..formats import load_adapter
 from ..model import mount, unmount
-from ..mounted import base_of
+from ..mounted import base_of, state_of
 
 
 class AdapterBank:
@@ -28,6 +28,7 @@ class AdapterBank:
         self._adapters: dict[str, Adapter] = {}
         self.current: str | None = None
         self.adapter: Adapter | None = None  # the one on the model
+        self._state = state_of(model)
 
     @property
     def names(self) -> list[str]:
@@ -51,7 +52,9 @@ class AdapterBank:
                     known = ", ".join(self.names) or "none"
                     raise AdapterError(f"no adapter named {name!r}", f"Known: {known}. Or give an adapter's folder.")
                 self.add(name, name)
-            if self._adapters[name] is not self.adapter:  # by that name there may have been another
+            # By that name there may have been another, and somebody may have taken it off.
+            if self._adapters[name] is not self.adapter or state_of(self._model) is not self._state:
                 mount(self._model, self._adapters[name])
+        self._state = state_of(self._model)
         self.current, self.adapter = name, self._adapters.get(name) if name is not None else None
         return time.perf_counter() - tic

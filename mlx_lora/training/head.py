@@ -79,7 +79,7 @@ def _body_path(model: nn.Module) -> list[str] | None:
 def _of_head(parameter: str, path: list[str]) -> bool:
     """Whether a head can use it: what is beside the body, and of the body its embeddings, but nothing of its layers."""
     inside = ".".join(path) + "."
-    return not parameter.startswith(inside) or not parameter[len(inside) :].split(".")[1].isdigit()
+    return not parameter.startswith(inside) or not any(part.isdigit() for part in parameter.split("."))
 
 
 def _with_body(model: nn.Module, path: list[str], stand_in: Callable[[nn.Module], Any]) -> nn.Module:

@@ -253,9 +253,9 @@ def notes(self, x):
 )
 def test_what_fits(f, fits):
     """What has parameters, draws numbers, differs in training or leaves something behind is no function of inputs."""
-    mlp, state = calls(f), mx.random.state[0]
+    mlp = calls(f)
     assert (shape_of(mlp, type(mlp).__call__) == Shape(("up",), "down")) == fits
-    assert mx.array_equal(mx.random.state[0], state).item() and not hasattr(mlp, "count") and not hasattr(mlp, "last")
+    assert not hasattr(mlp, "count") and not hasattr(mlp, "last")
 
 
 def test_other_arguments_reach_an_mlp():

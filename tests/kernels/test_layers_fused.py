@@ -15,7 +15,7 @@ import mslemu
 from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, shake, shake_layer
 from mlx_lora import AdapterConfig
 from mlx_lora.kernels.counting import launches
-from mlx_lora.layers import METHODS
+from mlx_lora.layers import METHODS, recompute_norms
 from mlx_lora.layers.siblings import Siblings
 from mlx_lora.model import adapters_on
 
@@ -325,3 +325,21 @@ def test_training_gradients_are_autograds(method, how, monkeypatch):
     assert set(got) == set(expected)
     for name, array in expected.items():
         assert_close(got[name], array, 2e-5, name)
+
+
+def test_gifts_that_nobody_fetches_end(monkeypatch):
+    """Of an attention that does not call all of its projections; nothing is held then, nor ever in a copy."""
+    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
+    layers, siblings, _ = make_siblings(2)
+    for layer in layers:
+        object.__setattr__(layer, "siblings", siblings)
+        layer.train()
+    block = nn.Module()
+    block.input_layernorm, block.self_attn = nn.RMSNorm(16), nn.Module()
+    block.self_attn.q_proj, block.self_attn.k_proj = layers
+    recompute_norms(block)
+    for i in range(8):
+        y = block.input_layernorm.train()(mx.random.normal((2, 16)))
+        assert_close(layers[0](y), layers[0].linear(y), 1e-6)
+        assert (not copy.deepcopy(siblings)._parts) and bool(siblings._parts) == (i < 4)
+    assert not siblings.wanted and not siblings._for

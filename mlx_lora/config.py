@@ -98,6 +98,7 @@ class AdapterConfig:
     d_initial: float = knob(0.1, "VeRA: what lambda_d starts from.")
 
     def __post_init__(self):
+        check_kinds(self)
         for name in ("keys", "target_parameters", "modules_to_save", "layers_to_transform"):
             value = getattr(self, name)
             if isinstance(value, int if name == "layers_to_transform" else str):
@@ -111,11 +112,9 @@ class AdapterConfig:
         faults = []
         if self.method not in METHODS:
             faults.append(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
-        if isinstance(self.trainable_token_indices, dict):
-            tokens = self.trainable_token_indices.items()
-            self._set("trainable_token_indices", {k: (v,) if isinstance(v, int) else tuple(v) for k, v in tokens})
-        else:
-            faults.append(f"trainable_token_indices must map modules to token ids: {self.trainable_token_indices!r}")
+        tokens = self.trainable_token_indices.items()
+        several = {k: tuple(v) if isinstance(v, (list, tuple, set)) else (v,) for k, v in tokens}
+        self._set("trainable_token_indices", several)
         ranks = {"rank": self.rank, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         for name, value in ranks.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -243,6 +242,7 @@ class DataConfig:
     hf_dataset: Any = knob(None, "mlx-lm's hf_dataset section (YAML only): a mapping or a list of them.")
 
     def __post_init__(self):
+        check_kinds(self)
         faults = []
         if not isinstance(self.max_seq_length, int) or self.max_seq_length < 2:
             faults.append(f"max_seq_length must be at least 2, not {self.max_seq_length!r}")
@@ -271,6 +271,7 @@ class OptimizerConfig:
     )
 
     def __post_init__(self):
+        check_kinds(self)
         faults = []
         if self.optimizer not in OPTIMIZERS:
             faults.append(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
@@ -313,6 +314,7 @@ class TrainConfig:
     seed: int = knob(0, "Seeds initialisation, dropout and the order of the data.")
 
     def __post_init__(self):
+        check_kinds(self)
         faults = []
         for name in (
             "iters",
@@ -352,6 +354,7 @@ class GenerateConfig:
     seed: int | None = knob(None, "Seed of the sampling; a fresh one each time by default.")
 
     def __post_init__(self):
+        check_kinds(self)
         faults = []
         if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
             faults.append(f"max_tokens must be at least 1, not {self.max_tokens!r}")
@@ -364,6 +367,31 @@ class GenerateConfig:
         if not isinstance(self.top_k, int) or self.top_k < 0:
             faults.append(f"top_k must be 0 or more, not {self.top_k!r}")
         raise_all(faults, self)
+
+
+_KINDS = {  # by the first word of a field's annotation
+    "dict": (dict, "a mapping"),
+    "tuple": ((list, tuple, set, frozenset, str), "a list"),
+    "str": (str, "text"),
+    "bool": (int, "true or false"),
+    "float": ((int, float), "a number"),
+}
+
+
+def check_kinds(config: Any) -> None:
+    """Raise a ``ConfigError`` that names every field whose value is of another kind than its annotation says."""
+    faults = []
+    for known in dataclasses.fields(config):
+        kind, value = re.match(r"\w+", known.type)[0], getattr(config, known.name)
+        if kind not in _KINDS or (value is None and known.default is None):
+            continue
+        types, what = _KINDS[kind]
+        fits = isinstance(value, types) or (known.name == "layers_to_transform" and isinstance(value, int))
+        if not fits or (kind == "float" and isinstance(value, bool)):
+            faults.append(f"{known.name} must be {what}, not {value!r}")
+        elif kind == "dict" and not all(isinstance(key, str) for key in value):
+            faults.append(f"{known.name} must have names for its keys, not {list(value)!r}")
+    raise_all(faults, config)
 
 
 def raise_all(faults: list[str], config: Any) -> None:

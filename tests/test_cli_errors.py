@@ -39,6 +39,8 @@ def world(tmp_path_factory) -> Path:
         "list": "- 1\n- 2",
         "unknown": "learning_rat: 1e-4\nlora_parameters: {rank: 4, wrank: 8}",
         "nested": "lora_parameters: 8",
+        "kinds": "lora_parameters: {rank: {a: 1}}\niters: 2020-01-01",
+        "optimizer": "optimizer_config: 5",
         "type": "iters: many",
     }.items():
         (root / f"{name}.yaml").write_text(text)
@@ -246,6 +248,8 @@ CASES = {
     "yaml: a list": (["train", "-c", "list.yaml"], "list"),
     "yaml: unknown keys": (["train", "-c", "unknown.yaml"], "learning_rate"),
     "yaml: nested": (["train", "-c", "nested.yaml"], "lora_parameters"),
+    "yaml: kinds": (["train", "-c", "kinds.yaml"], "iters must be one value"),
+    "yaml: optimizer": (["train", "--train", "-c", "optimizer.yaml"], "optimizer_config must be a mapping"),
     "yaml: a type": (["train", "-c", "type.yaml"], "many"),
     # adapters in use
     "adapter: nowhere": ([*GENERATE, "--adapter-path", "nowhere"], "does not exist"),

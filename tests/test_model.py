@@ -250,3 +250,22 @@ def test_a_name_in_the_bank_may_get_another_adapter():
         assert all(mx.array_equal(got[name], array).item() for name, array in adapter.weights.items())
     bank.use(None)
     assert bank.adapter is bank.current is None and not adapters_on(model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"keys": 0},
+        {"init": 1},
+        {"rank_pattern": []},
+        {"rank_pattern": None},
+        {"alpha_pattern": {1: 2}},
+        {"trainable_token_indices": {"embed_tokens": None}},
+        {"rslora": "yes", "dropout": "0.1"},
+    ],
+    ids=str,
+)
+def test_settings_of_another_kind_are_refused(settings):
+    with pytest.raises(ConfigError) as told:
+        AdapterConfig(**settings)
+    assert all(name in told.value.message for name in settings) and told.value.hint

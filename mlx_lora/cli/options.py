@@ -191,7 +191,17 @@ def yaml_option(known: Callable[[], set[str]]) -> Callable:
     def load(ctx: click.Context, _param, value: str | None):
         if value:
             allowed = {p.name for p in ctx.command.params} | known()
-            ctx.default_map = {**(ctx.default_map or {}), **read_yaml(Path(value), allowed)}
+            options = read_yaml(Path(value), allowed)
+            many = [p for p in ctx.command.params if isinstance(p.type, Structure) or getattr(p, "multiple", False)]
+            single = {p.name for p in ctx.command.params} - {p.name for p in many}
+            faults = [
+                f"{value}: {name} must be one value, not {options[name]!r}"
+                for name in sorted(single & set(options))
+                if not isinstance(options[name], (str, int, float))
+            ]
+            if faults:
+                raise ConfigError("\n".join(faults), "Write numbers and words as they are: rank: 8.")
+            ctx.default_map = {**(ctx.default_map or {}), **options}
         return value
 
     return click.option(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import pickle
 from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, relative, shake, shake_layer
 from mlx_lora import (
@@ -475,6 +477,36 @@ def test_twenty_steps_lower_the_loss(name, base, shared):
         pass
     last = evaluate(model, rows, 4).loss
     assert last < 0.8 * first, f"{first:.3f} -> {last:.3f}"
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "pickle"]
+)
+def test_nf4_layers_can_be_copied(copied):
+    layer, x = NF4Linear.from_linear(nn.Linear(64, 8)), mx.random.normal((2, 64))
+    assert mx.array_equal(copied(layer)(x), layer(x)).item() and copied(layer).dtype == mx.float32
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_norms_of_a_base_that_is_trained(compiled):
+    """Each step's are of the weight that it has."""
+    layer = METHODS["dora"]["linear"](nn.Linear(16, 8), 2, 1.0)
+    shake_layer(layer)
+    layer.linear.unfreeze(keys="weight", recurse=False)
+    x, parameters = mx.random.normal((4, 16)), layer.trainable_parameters()
+
+    def loss(parameters):
+        layer.update(parameters)
+        return (layer(x) ** 2).sum()
+
+    step = mx.value_and_grad(loss)
+    step = mx.compile(step) if compiled else step
+    for _ in range(3):
+        value, gradients = step(parameters)
+        w = parameters["linear"]["weight"] + (parameters["lora_a"] @ parameters["lora_b"]).T
+        gain = parameters["m"] / mx.linalg.norm(w, axis=1)
+        assert_close(value, ((x @ w.T * gain + layer.linear.bias) ** 2).sum(), 1e-5)
+        parameters = tree_map(lambda p, g: p - 0.01 * g, parameters, gradients)
 
 
 @pytest.mark.parametrize("quantize", [False, True], ids=["dense", "quantized"])

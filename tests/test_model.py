@@ -248,6 +248,9 @@ def test_a_name_in_the_bank_may_get_another_adapter():
         bank.use("name")
         got = extract(model).weights
         assert all(mx.array_equal(got[name], array).item() for name, array in adapter.weights.items())
+    unmount(model)
+    bank.use("name")
+    assert adapters_on(model), "somebody had taken it off"
     bank.use(None)
     assert bank.adapter is bank.current is None and not adapters_on(model)
 

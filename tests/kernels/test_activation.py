@@ -139,6 +139,20 @@ def test_weights_of_the_mlp_itself_are_trained(monkeypatch):
         assert_close(got[path], gradient, 1e-5, path)
 
 
+def test_gradients_of_frozen_weights(monkeypatch):
+    """For whoever asks for those of every parameter: a norm's weight is an argument, not a constant."""
+    model, found = adapted(LLAMA), []
+    for how in ("on", "off"):
+        monkeypatch.setenv("MLX_LORA_KERNELS", how)
+        step, _ = training(model)
+        parameters = model.parameters()
+        found.append(dict(tree_flatten(step(parameters)[1])))
+        model.update(parameters)
+    for path, gradient in found[1].items():
+        assert_close(found[0][path], gradient, 1e-5, path)
+    assert mx.abs(found[0]["model.layers.0.input_layernorm.weight"]).max().item() > 0
+
+
 WIDE = {**LLAMA, "hidden_size": 256, "intermediate_size": 1024}
 
 

@@ -129,6 +129,32 @@ def test_quantized_head(monkeypatch):
     assert_close(found["model.layers.0.mlp.up_proj.lora_b"], plain["model.layers.0.mlp.up_proj.lora_b"], 2e-5)
 
 
+def test_a_body_with_an_array_of_its_own(monkeypatch):
+    model = make("llama")
+    model.model.gamma = mx.ones(3)
+    model.unfreeze()
+    monkeypatch.setattr(head, "PIECE", 0)
+    tokens, mask = mx.random.randint(0, 96, (2, 70)), mx.ones((2, 69), mx.bool_)
+    value, found = gradients(model.train(), tokens, mask, False, monkeypatch)
+    expected, plain = gradients(model, tokens, mask, True, monkeypatch)
+    assert_close(value, expected, 1e-6)
+    assert_close(found["lm_head.weight"], plain["lm_head.weight"], 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "counts"),
+    [
+        ("lm_head.weight", True),
+        ("language_model.model.embed_tokens.lora_a", True),
+        ("language_model.model.norm.weight", True),
+        ("language_model.model.layers.3.mlp.up_proj.lora_a", False),
+        ("language_model.model.language_model.layers.0.self_attn.q_proj.weight", False),
+    ],
+)
+def test_what_is_of_the_head(parameter, counts):
+    assert head._of_head(parameter, ["language_model", "model"]) == counts
+
+
 def test_small_batches_and_foreign_models_are_left_whole(monkeypatch):
     model = make("llama")
     arguments = (mx.zeros((1, 4), mx.int32), mx.zeros((1, 4), mx.int32), mx.ones((1, 4), mx.bool_), loss.token_losses)

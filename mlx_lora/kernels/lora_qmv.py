@@ -88,28 +88,31 @@ def _reference(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.arra
 
 def _metal(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:
     known = form.arrays(dict(zip(names, arrays, strict=True)))
-    x, b = known["x"], known["b"]
-    M, N, R = x.shape[0], b.shape[-1], b.shape[-2]
+    N = known["b"].shape[-1]
     # Wide groups share lines of b; a narrow layer needs its few rows spread over the whole GPU.
     simdgroups = 8 if N >= 8192 else 4 if N >= 2048 else 2
     defines = form.defines(known)
     defines += [name for key, name in (("bias", "HAS_BIAS"), ("gain", "HAS_GAIN"), ("idx", "INDEXED")) if key in known]
+    return launch_rows("lora_qmv", known, form, defines, _ROWS, simdgroups)
+
+
+def launch_rows(
+    name: str, known: dict[str, mx.array], form: Form, defines: list[str], rows: int, simdgroups: int
+) -> mx.array:
+    """Launch a kernel that makes y [M, N] of x [M, K], ``rows`` columns of y to a simdgroup.
+
+    known: arrays by name, of which this reads the shapes of x, ``b`` [..., r, N] and u.
+    """
+    x, b, u = known["x"], known["b"], known["u"]
+    M, R, N = x.shape[0], *b.shape[-2:]
+    template = {"T": x.dtype, "BITS": form.bits, "GROUP": form.group_size, "M": M, "R": R, "SPLITS": u.shape[0]}
     (y,) = launch(
-        "lora_qmv",
+        name,
         known,
         {"y": ((M, N), x.dtype)},
         defines=tuple(defines),
-        template={
-            "T": x.dtype,
-            "BITS": form.bits,
-            "GROUP": form.group_size,
-            "M": M,
-            "R": R,
-            "SPLITS": known["u"].shape[0],
-            "ROWS": _ROWS,
-            "NSG": simdgroups,
-        },
-        groups=(1, -(-N // (_ROWS * simdgroups)), 1),
+        template=template | {"ROWS": rows, "NSG": simdgroups},
+        groups=(1, -(-N // (rows * simdgroups)), 1),
         threadgroup=(32, simdgroups, 1),
     )
     return y

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .registry import enabled, launch, with_reference
+from .lora_qmv import launch_rows
+from .registry import enabled, with_reference
 from .stored import Form, Stored
 
 
@@ -53,25 +54,5 @@ def _metal(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:
     known = dict(zip(names, arrays, strict=True))
     if form.mode == "nf4":
         known |= {name: known[name].view(mx.uint16) for name in ("w", "w2")}
-    x, b = known["x"], known["b"]
-    M, (R, N) = x.shape[0], b.shape
-    rows, simdgroups = (4 if M <= 4 else 2), 4  # two sets of sums: fewer rows where there are many of x
-    (y,) = launch(
-        "lora_swiglu",
-        known,
-        {"y": ((M, N), x.dtype)},
-        defines=tuple(form.defines(known)),
-        template={
-            "T": x.dtype,
-            "BITS": form.bits,
-            "GROUP": form.group_size,
-            "M": M,
-            "R": R,
-            "SPLITS": known["u"].shape[0],
-            "ROWS": rows,
-            "NSG": simdgroups,
-        },
-        groups=(1, -(-N // (rows * simdgroups)), 1),
-        threadgroup=(32, simdgroups, 1),
-    )
-    return y
+    # Two sets of sums: fewer rows of the weights where there are many of x.
+    return launch_rows("lora_swiglu", known, form, form.defines(known), 4 if known["x"].shape[0] <= 4 else 2, 4)

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mlx_lora
+from judges import IDS, maker, torch, transformers
 from mlx_lora.quant import NF4Linear, dequantize_nf4, quantize_nf4
 from mlx_lora.quant.nf4 import dynamic_map
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5")
 bnb = pytest.importorskip("bitsandbytes.functional")
 
 import mlx.core as mx  # noqa: E402
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_peft_fixtures"
-_loader = importlib.machinery.SourceFileLoader("make_peft_fixtures", str(SCRIPT))
-maker = importlib.util.module_from_spec(importlib.util.spec_from_loader("make_peft_fixtures", _loader))
-_loader.exec_module(maker)
-IDS = maker.random_ids(seed=9)
 
 
 @pytest.mark.parametrize("double", [False, True])

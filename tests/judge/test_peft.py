@@ -5,33 +5,20 @@ Run by scripts/judge; skipped where torch and peft are not installed. Each compa
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 import mlx_lora
+from judges import IDS, difference, hf, make_bases, maker, peft, told
 from mlx_lora import AdapterConfig, load_adapter, mount, save_adapter, save_model
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers", minversion="5")
-
-import mlx.core as mx  # noqa: E402  (mlx_lora opens a BLAS before MLX is imported)
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_peft_fixtures"
-_loader = importlib.machinery.SourceFileLoader("make_peft_fixtures", str(SCRIPT))
-maker = importlib.util.module_from_spec(importlib.util.spec_from_loader("make_peft_fixtures", _loader))
-_loader.exec_module(maker)
-
-TOLERANCE = 5e-6  # max |difference| / max |logit|
 # The others are test_peft_conversion.py's.
 MODELS = [model for model in maker.MODELS if model not in ("gpt2", "mixtral", "qwen3_moe")]
-IDS = maker.random_ids(seed=9)
 SEED = 1000  # not one of the fixtures'
 
 
@@ -71,10 +58,6 @@ def our_config(kind: str, model: str) -> AdapterConfig:
     }[kind]
 
 
-def difference(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
-
-
 def ours(model) -> np.ndarray:
     return np.array(model(mx.array(IDS)).astype(mx.float32))
 
@@ -83,27 +66,9 @@ def theirs(model) -> np.ndarray:
     return maker.logits(model, IDS)
 
 
-def told(what: str, **measured: float) -> None:
-    print(f"\n{what}: " + ", ".join(f"{name} {value:.1e}" for name, value in measured.items()), end="")
-    for name, value in measured.items():
-        if name.startswith("control"):
-            assert value > 100 * TOLERANCE, f"the damage went unseen: {name} {value:.1e}"
-        else:
-            assert value <= TOLERANCE, f"{name}: max difference {value:.1e}, tolerance {TOLERANCE:.0e}"
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bases")
-    for number, model in enumerate(MODELS):
-        maker.save_base(maker.make_model(model, SEED + number), root / model)
-    return {model: root / model for model in MODELS}
-
-
-def hf(folder: Path):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    return make_bases(tmp_path_factory.mktemp("bases"), MODELS, SEED)
 
 
 def mlx(folder: Path):

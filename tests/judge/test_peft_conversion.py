@@ -6,34 +6,21 @@ Run by scripts/judge; skipped where torch and peft are not installed.
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 import mlx_lora
+from judges import IDS, TOLERANCE, difference, hf, make_bases, maker, peft, told, torch, transformers
 from mlx_lora import load_adapter, mount, save_adapter
 from mlx_lora.exporting import export_merged
 from mlx_lora.formats.torch_read import read_torch
 from mlx_lora.formats.torch_write import write_torch
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers", minversion="5")
-
-import mlx.core as mx  # noqa: E402  (mlx_lora opens a BLAS before MLX is imported)
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_peft_fixtures"
-_loader = importlib.machinery.SourceFileLoader("make_peft_fixtures", str(SCRIPT))
-maker = importlib.util.module_from_spec(importlib.util.spec_from_loader("make_peft_fixtures", _loader))
-_loader.exec_module(maker)
-
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
-TOLERANCE = 5e-6  # max |difference| / max |logit|
-IDS = maker.random_ids(seed=9)
 SEED = 2000  # not one of the fixtures'
 MODELS = ("llama", "qwen2", "gpt2", "mixtral", "qwen3_moe")
 ALL_EXPERTS, GATE_UP = maker.EXPERTS, maker.EXPERTS[:1]
@@ -57,31 +44,9 @@ for _settings in MORE.values():
 CASES = {key: value for key, value in {**maker._SPECIAL, **MORE}.items() if key[0] in MODELS}
 
 
-def difference(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
-
-
-def told(what: str, **measured: float) -> None:
-    print(f"\n{what}: " + ", ".join(f"{name} {value:.1e}" for name, value in measured.items()), end="")
-    for name, value in measured.items():
-        if name.startswith("control"):
-            assert value > 100 * TOLERANCE, f"the damage went unseen: {name} {value:.1e}"
-        else:
-            assert value <= TOLERANCE, f"{name}: max difference {value:.1e}, tolerance {TOLERANCE:.0e}"
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bases")
-    for number, model in enumerate(MODELS):
-        maker.save_base(maker.make_model(model, SEED + number), root / model)
-    return {model: root / model for model in MODELS}
-
-
-def hf(folder: Path):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    return make_bases(tmp_path_factory.mktemp("bases"), MODELS, SEED)
 
 
 def ours(folder: Path, adapter=None) -> np.ndarray:

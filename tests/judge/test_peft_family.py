@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
-from pathlib import Path
-
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import mlx_lora
+from judges import maker, peft, torch, transformers
 from mlx_lora import AdapterConfig, OptimizerConfig
 from mlx_lora.initialisation import from_weight
 from mlx_lora.layers.vera import draw_projections
 from mlx_lora.training import MasterWeights
-
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers", minversion="5")
-
-import mlx.core as mx  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_peft_fixtures"
-_loader = importlib.machinery.SourceFileLoader("make_peft_fixtures", str(SCRIPT))
-maker = importlib.util.module_from_spec(importlib.util.spec_from_loader("make_peft_fixtures", _loader))
-_loader.exec_module(maker)
 
 
 @pytest.mark.parametrize("key", [0, 1234, 2**31 + 5])

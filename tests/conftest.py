@@ -68,7 +68,7 @@ def make_model(config: dict | None = None, *, seed: int = 0, quantize: dict | No
 
 def shake(model: nn.Module, seed: int = 1, size: float = 0.05) -> None:
     """Give every adapter on ``model`` an update that matters."""
-    from mlx_lora.model import adapters_on
+    from mlx_lora.model.attach import adapters_on
 
     mx.random.seed(seed)
     for layer in adapters_on(model).values():

@@ -39,9 +39,8 @@ def fuse(model, adapter_path, save_path, bits, dtype, dequantize, force, trust_r
     mlx-lora fuse --model Qwen/Qwen3-0.6B --adapter-path adapters --save-path my_model
     mlx-lora fuse --model mlx-community/Qwen3-0.6B-4bit --adapter-path adapters --dequantize
     """
-    from ..fusing import fuse as fuse_model
-    from ..loading import load
-    from ..saving import save_model
+    from ..merge.fuse import fuse as fuse_model
+    from ..model.loading import load, save_model
 
     target = Path(save_path)
     if target.exists() and not (target.is_dir() and (force or not any(target.iterdir()))):
@@ -153,7 +152,7 @@ def convert(
         loaded = replace(loaded, base=model)
     lost: list[str] = []
     if merged:
-        from ..exporting import export_merged
+        from ..merge.export import export_merged
 
         reports = export_merged(model, loaded, dst, dtype=dtype, overwrite=force, trust_remote_code=trust_remote_code)
         lost = [f"{r.path}: lost part of its update, cosine {r.cosine:.3f}" for r in reports if not r.survives]

@@ -42,8 +42,8 @@ def kernels(size, rank, bits, rows, iters, as_json):
     mlx-lora bench kernels
     mlx-lora bench kernels --size 1b --rows 4 --json
     """
+    from ..bench import measure_kernels
     from ..kernels import enabled
-    from ..measuring import measure_kernels
 
     lines = []
     for found in measure_kernels(*SIZES[size], rank, int(bits), rows, iters):

@@ -97,8 +97,7 @@ def _fresh(folder: Path) -> Path:
 def _quantized_base(folder: Path) -> Path:
     import mlx.nn as nn
 
-    from ..loading import load
-    from ..saving import save_model
+    from ..model.loading import load, save_model
     from ..tiny_base import PATH
 
     model, _ = load(PATH, dtype="stored")
@@ -123,9 +122,8 @@ def _score(run: Run) -> tuple[int, list[tuple[str, str, str]]]:
 
 
 def _merge(run: Run, folder: Path) -> Path:
-    from ..fusing import fuse
-    from ..loading import load
-    from ..saving import save_model
+    from ..merge.fuse import fuse
+    from ..model.loading import load, save_model
 
     # As stored, not as a CPU computes: the merged model keeps the base's dtype.
     model, _ = load(run.name, run.folder, dtype="stored")

@@ -55,7 +55,7 @@ def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, sa
     from dataclasses import replace
 
     from ..formats import load_adapter, save_adapter
-    from ..merging import as_lora, merge_adapters
+    from ..merge.combine import as_lora, merge_adapters
 
     if weights is not None and len(weights) != len(adapters):
         raise ConfigError(
@@ -65,8 +65,8 @@ def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, sa
     tic = time.perf_counter()
     loaded, order = [load_adapter(folder) for folder in adapters], None
     if model:
-        from ..loading import load
-        from ..model import mount, unmount
+        from ..model.attach import mount, unmount
+        from ..model.loading import load
 
         base, _ = load(model, lazy=True)
         order = [path for path, _ in reversed(base.named_modules())]

@@ -47,10 +47,9 @@ def quantize(
     mlx-lora quantize --model Qwen/Qwen3-0.6B --bits 6 --save-path qwen3-6bit
     mlx-lora quantize --model Qwen/Qwen3-0.6B --bits 2 --loftq-rank 16 --loftq-iters 5
     """
-    from ..loading import load
-    from ..quantizing import check_mode
-    from ..quantizing import quantize as quantize_model
-    from ..saving import save_model
+    from ..base.quantizing import check_mode
+    from ..base.quantizing import quantize as quantize_model
+    from ..model.loading import load, save_model
 
     check_mode(mode, bits, group_size, double_quant)
     for path in [save_path, *([loftq_path] if loftq_rank else [])]:
@@ -64,10 +63,14 @@ def quantize(
     else:
         from dataclasses import replace
 
+        from ..config import AdapterConfig
         from ..formats import save_adapter
-        from ..quantizing import quantize_with_loftq
+        from ..init.loftq import quantize_with_loftq
+        from ..model.targets import select
 
-        report, adapter = quantize_with_loftq(loaded, loftq_rank, loftq_iters, **settings)
+        report, adapter = quantize_with_loftq(
+            loaded, select(loaded, AdapterConfig(num_layers=-1)), loftq_rank, loftq_iters, **settings
+        )
     save_model(loaded, save_path, overwrite=force)
     if loftq_rank is not None:
         save_adapter(replace(adapter, base=str(save_path)), loftq_path, overwrite=force)

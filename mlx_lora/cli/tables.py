@@ -30,7 +30,7 @@ def tables(model, trust_remote_code, as_json, **params):
     """
     if model:
         return _local(model, build(AdapterConfig, params), trust_remote_code, as_json)
-    from ..tables import rows
+    from ..planning.tables import rows
 
     for row in rows():
         if as_json:
@@ -61,9 +61,9 @@ def _local(model: str, config: AdapterConfig, trust: bool, as_json: bool) -> Non
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from ..loading import load
-    from ..model import attach, parameter_counts
-    from ..tables import training_bytes
+    from ..model.attach import attach, parameter_counts
+    from ..model.loading import load
+    from ..planning.tables import training_bytes
 
     loaded, _ = load(model, dtype="stored", trust_remote_code=trust, lazy=True)
     _, everything = parameter_counts(loaded)

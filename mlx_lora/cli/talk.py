@@ -17,7 +17,7 @@ from .options import adapter_option, build, config_options, json_option, model_o
 
 
 def _engine(params: dict[str, Any]):
-    from ..loading import load
+    from ..model.loading import load
     from ..serving.engine import Engine
 
     console.note(f"Loading {params['model']}")

@@ -14,15 +14,7 @@ from click.core import ParameterSource
 from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..errors import AdapterError, ConfigError
 from . import console
-from .options import (
-    adapter_option,
-    build,
-    config_options,
-    json_option,
-    model_option,
-    trust_option,
-    yaml_option,
-)
+from .options import adapter_option, build, config_options, json_option, model_option, trust_option, yaml_option
 
 STATE = "training_state.safetensors"
 
@@ -145,7 +137,7 @@ class Run:
     def load(self, splits: tuple[str, ...]) -> None:
         """The model and the data: every bad row is told before anything is trained."""
         from ..data import load_dataset
-        from ..loading import load
+        from ..model.loading import load
 
         console.note(f"Loading {self.name}")
         self.model, self.tokenizer = load(self.name, trust_remote_code=self.trust)
@@ -156,7 +148,7 @@ class Run:
 
     def mount(self) -> None:
         from ..formats import load_adapter
-        from ..model import mount
+        from ..model.attach import mount
 
         mount(self.model, load_adapter(self.folder))
 
@@ -175,10 +167,10 @@ class Run:
 
         from ..data import train_batches
         from ..formats import load_adapter
-        from ..initialisation import FROM_DATA, SUBTRACTED
-        from ..loading import load
-        from ..model import attach, mount
-        from ..selection import layer_paths
+        from ..init import FROM_DATA, SUBTRACTED
+        from ..model.attach import attach, mount
+        from ..model.loading import load
+        from ..model.targets import layer_paths
 
         total = len(layer_paths(self.model))
         if asked_layers and adapter.num_layers > total:
@@ -207,7 +199,7 @@ class Run:
 
         from ..adapter import SHARED, raise_faults
         from ..formats.files import read_safetensors
-        from ..model import extract, mount
+        from ..model.attach import extract, mount
 
         if not file.is_file():
             raise ConfigError(f"{file}: no such file", "--resume-adapter-file takes an adapters.safetensors.")
@@ -234,7 +226,7 @@ class Run:
         settings: dict[str, Any] | None = None,
     ) -> bool:
         """Train to the end or to Ctrl-C (then True). Reports go to the console and to ``reporters``."""
-        from ..model import extract
+        from ..model.attach import extract
         from ..training import TrainingState, build_optimizer, train
 
         self._introduce(config)
@@ -269,7 +261,7 @@ class Run:
     def _introduce(self, config: TrainConfig) -> None:
         from mlx.utils import tree_flatten
 
-        from ..model import parameter_counts
+        from ..model.attach import parameter_counts
 
         trained, total = parameter_counts(self.model)
         summary = self.sets.train.summary

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter, split_layer
-from ..base_model import BaseModel
+from ..base.names import BaseModel
 from ..errors import ConfigError, FormatError
 from . import deepspeed, gguf, lightning, litgpt, loralib, mlx_lm, nemo, peft, torchtune
 from .files import write_file, write_folder
-from .foreign import recognise
 from .options import Reading, Writing, refuse_unused
+from .unsupported import recognise
 
 FORMATS = {
     "mlx-lm": mlx_lm,

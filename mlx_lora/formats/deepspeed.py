@@ -14,7 +14,7 @@ from pathlib import Path
 from ..adapter import Adapter, raise_faults
 from ..errors import FormatError
 from .options import Reading
-from .states import low_rank, matching, read_state, sole_file, translator
+from .state_dicts import low_rank, matching, read_state, sole_file, translator
 
 READS = {"alpha"}
 _LEAVES = {

@@ -15,12 +15,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..adapter import Adapter, raise_faults
-from ..base_model import BaseModel
+from ..base.names import BaseModel
 from ..errors import FormatError
-from . import parts
+from . import fused_projections as parts
 from .gguf_file import MAGIC, read_gguf, write_gguf
 from .options import Reading, Writing
-from .states import low_rank
+from .state_dicts import low_rank
 from .uniform import as_lora, uniform
 
 READS, WRITES, SUFFIXES = set(), {"alpha"}, (".gguf",)

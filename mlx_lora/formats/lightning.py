@@ -14,7 +14,7 @@ from ..adapter import Adapter
 from ..errors import FormatError
 from . import loralib, peft
 from .options import Reading
-from .states import names, read_checkpoint
+from .state_dicts import names, read_checkpoint
 
 READS = {"alpha", "enabled"}
 _PEFT = re.compile(r"^(?P<prefix>.*?)base_model\.model\.")

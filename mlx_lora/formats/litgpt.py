@@ -16,11 +16,11 @@ import mlx.core as mx
 
 from ..adapter import Adapter, raise_faults, split_layer
 from ..errors import FormatError
-from . import parts
+from . import fused_projections as parts
 from .files import read_yaml, write_yaml
 from .options import Reading, Writing
-from .states import low_rank, names, read_state
-from .torch_write import write_torch
+from .state_dicts import low_rank, names, read_state
+from .torch.write import write_torch
 from .uniform import as_lora, uniform
 
 WEIGHTS, SETTINGS, MODEL = "lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml"

@@ -15,8 +15,8 @@ import mlx.core as mx
 from ..adapter import Adapter, raise_faults
 from ..errors import FormatError
 from .options import Reading, Writing
-from .states import low_rank, matching, names, read_state, sole_file, translator
-from .torch_write import write_torch
+from .state_dicts import low_rank, matching, names, read_state, sole_file, translator
+from .torch.write import write_torch
 from .uniform import as_lora, uniform
 
 READS, WRITES, SUFFIXES = {"alpha", "enabled"}, {"alpha"}, (".pt", ".pth", ".bin", ".ckpt")

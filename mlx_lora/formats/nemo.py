@@ -19,13 +19,13 @@ import mlx.core as mx
 
 from ..adapter import Adapter, raise_faults, split_layer
 from ..errors import FormatError
-from . import parts
+from . import fused_projections as parts
 from .files import parse_yaml, read_json
 from .options import Reading, Writing
-from .states import low_rank, matching, read_state
-from .tars import members, read_member
-from .torch_read import read_torch
-from .torch_write import write_torch
+from .state_dicts import low_rank, matching, read_state
+from .torch.read import read_torch
+from .torch.tars import members, read_member
+from .torch.write import write_torch
 from .uniform import as_lora, uniform
 
 READS, WRITES, SUFFIXES = {"alpha"}, {"alpha"}, (".nemo", ".pt")

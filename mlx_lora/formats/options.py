@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from ..adapter import raise_faults
-from ..base_model import BaseModel
+from ..base.names import BaseModel
 from ..errors import ConfigError, FormatError, ModelError
 
 SCALE_RULES = ("scale", "alpha")

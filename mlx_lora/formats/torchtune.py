@@ -15,13 +15,13 @@ from typing import Any
 import mlx.core as mx
 
 from ..adapter import Adapter, raise_faults, split_layer
-from ..base_model import BaseModel
+from ..base.names import BaseModel
 from ..errors import FormatError
-from . import parts
+from . import fused_projections as parts
 from .files import read_json, write_json
 from .options import Reading, Writing
-from .states import low_rank, matching, read_state
-from .torch_write import write_torch
+from .state_dicts import low_rank, matching, read_state
+from .torch.write import write_torch
 from .uniform import as_lora, uniform
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.pt"

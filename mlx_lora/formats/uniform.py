@@ -12,7 +12,8 @@ from dataclasses import replace
 import mlx.core as mx
 
 from ..adapter import Adapter, raise_faults
-from ..base_model import BaseModel
+from ..base.names import BaseModel
+from ..base.vera import adapter_as_lora
 from ..config import AdapterConfig
 from ..errors import FormatError
 
@@ -103,16 +104,7 @@ def as_lora(adapter: Adapter, base: BaseModel | None) -> Adapter:
         "Leave the experts out of the adapter, or merge it: convert --to merged.",
         FormatError,
     )
-    if "vera_a" in adapter.weights:
-        big_a, big_b = (adapter.weights[n].astype(mx.float32) for n in ("vera_a", "vera_b"))
-    else:
-        big_a, big_b = base.vera_pair(adapter.config.rank, adapter.config.projection_prng_key, paths)
-    weights = {n: w for n, w in adapter.weights.items() if "vera_" not in n}
-    for path in paths:
-        d, b = adapter.weights[f"{path}.vera_lambda_d"], adapter.weights[f"{path}.vera_lambda_b"]
-        weights[f"{path}.lora_a"] = (big_a[:, : base.modules[path][1]] * d[:, None]).T
-        weights[f"{path}.lora_b"] = (big_b[: b.shape[0]] * b[:, None]).T
-    return replace(adapter, weights=weights, config=replace(adapter.config, method="lora", scale=1.0))
+    return adapter_as_lora(adapter, {path: base.modules[path][1:3] for path in paths})
 
 
 def integral(alpha: float) -> int | float:

@@ -9,28 +9,24 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..base.modules import base_dtype, kind
 from ..config import AdapterConfig
 from ..errors import AdapterError
-from ..kernels import enabled
-from .base import AdapterLayer, base_dtype, check_rank, dense_weight, dims, is_quantized, kind
-from .cpu import use_blas
+from .base import AdapterLayer, check_rank
 from .difference import DifferenceLinear, DifferenceSwitchLinear
 from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
 from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
-from .many import ManyLoRALinear, Rows
-from .mlp import fuse_mlps
-from .norms import recompute_norms
-from .siblings import introduce
+from .multi_lora import MultiLoRALinear, Rows
 from .tokens import TokenRows, UntiedEmbedding
 from .variants import ON_INPUT, WITH_BIAS
-from .vera import VeRALinear, VeRASwitchLinear, draw_projections, shared_dims
+from .vera import Projections, VeRALinear, VeRASwitchLinear
 
 METHODS = {
     "lora": {"linear": LoRALinear, "embedding": LoRAEmbedding, "switch": LoRASwitchLinear},
     "dora": {"linear": DoRALinear, "embedding": DoRAEmbedding, "switch": DoRASwitchLinear},
     "vera": {"linear": VeRALinear, "switch": VeRASwitchLinear},
 }
-# LoRA from a start that the base must give up.
+# LoRA whose initial pair is subtracted beside the base.
 DIFFERENCES = {"linear": DifferenceLinear, "switch": DifferenceSwitchLinear}
 
 
@@ -39,16 +35,19 @@ def make_layers(
     config: AdapterConfig,
     ranks: dict[str, int],
     dtype: mx.Dtype,
+    *,
     shared: tuple[mx.array, mx.array] | None = None,
     difference: bool = False,
+    key: mx.array | None = None,
 ) -> dict[str, AdapterLayer]:
-    """Fresh layers over ``bases`` as ``config`` describes them, by path.
+    """New layers over ``bases`` as ``config`` describes them, by path.
 
     Args:
         ranks: of each layer.
         dtype: of the adapter's arrays where a base's storage does not tell one.
-        difference: layers of ``DIFFERENCES``, whose start is to be set.
-        shared: VeRA's projections; drawn from ``config.projection_prng_key`` by default.
+        shared: VeRA's projections, float32.
+        difference: layers of ``DIFFERENCES``, whose initial pair is still to be set.
+        key: of every layer's random start, for callers who replace it; MLX's global random state by default.
 
     Raises: AdapterError: naming every module that the method, or a setting, cannot adapt.
     """
@@ -64,19 +63,17 @@ def make_layers(
             faults.append(f"{path}: {what} does not adapt {kind(base)} layers")
         classes[path] = layer
     if faults:
-        raise AdapterError("\n".join(faults), "Leave them out: name the modules to adapt with --keys.")
-    layers, casts = {}, {}
-    if config.method == "vera" and bases and shared is None:
-        shared = draw_projections(config.rank, *shared_dims(bases.values()), config.projection_prng_key)
+        raise AdapterError("\n".join(faults), "Name the modules to adapt with --keys, without these.")
+    layers, projections = {}, {}
     for path, base in bases.items():
-        if enabled() and not is_quantized(base):
-            base.weight = mx.contiguous(base.weight)  # GPT-2's are transposed as they are read
         extra = {}
         if shared is not None:
             own = base_dtype(base) or dtype
-            pair = casts.setdefault(own, tuple(array.astype(own) for array in shared))  # one copy for all layers
-            extra = {"shared": pair, "d_initial": config.d_initial}
-        layers[path] = classes[path](base, ranks[path], config.scale_of(path), config.dropout, dtype, **extra)
+            if own not in projections:  # one object for all layers of a dtype
+                projections[own] = Projections(*(array.astype(own) for array in shared))
+            extra = {"shared": projections[own], "d_initial": config.d_initial}
+        scale = config.scale_of(path)
+        layers[path] = classes[path](base, ranks[path], scale, config.dropout, dtype, key=key, **extra)
     return layers
 
 
@@ -84,21 +81,10 @@ __all__ = [
     "DIFFERENCES",
     "METHODS",
     "AdapterLayer",
-    "ManyLoRALinear",
+    "MultiLoRALinear",
     "Rows",
     "TokenRows",
     "UntiedEmbedding",
-    "base_dtype",
     "check_rank",
-    "dense_weight",
-    "dims",
-    "fuse_mlps",
-    "introduce",
-    "draw_projections",
-    "is_quantized",
-    "kind",
     "make_layers",
-    "recompute_norms",
-    "shared_dims",
-    "use_blas",
 ]

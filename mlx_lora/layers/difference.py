@@ -1,13 +1,14 @@
-"""LoRA that starts away from zero over a base that stays as it is: PiSSA, OLoRA and LoRA-GA without touching W.
+"""LoRA that starts away from zero over an unchanged base: PiSSA, OLoRA and LoRA-GA without touching W.
 
-These start from a pair A0, B0 that is not zero, and their papers subtract it from the base, W - scale B0 A0, so that
-the model computes at first what it did. A changed base has to travel with the adapter, or the adapter means nothing.
-Here W stays, dense or quantized, and the frozen pair is subtracted beside it:
+These initialisations start from a pair A0, B0 that is not zero, and their papers subtract it from the base,
+W - scale B0 A0, so that the model computes at first what it did before. A changed base would have to travel with the
+adapter, or the adapter means nothing. Here W stays as it is, dense or quantized, and the frozen pair is subtracted in
+the forward pass:
 
     y = W x + b + scale (x A) B - scale (x A0) B0
 
-The gradients are the same. What leaves the layer is one plain LoRA adapter of rank 2 r, [A A0] and [B; -B0], over the
-untouched base: every format holds it, every loader computes it.
+The gradients are the same. The layer is saved as one plain LoRA adapter of rank 2 r, [A A0] and [B; -B0], over the
+unchanged base: every format holds it and every loader computes it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .lora import LoRALinear, LoRASwitchLinear
 
 
 class _Difference:
-    """The frozen pair, and the layer as a value of rank 2 r."""
+    """The frozen pair ``frozen_a`` and ``frozen_b``, and the layer as a plain adapter of rank 2 r."""
 
     rank_axis = (1, 0)  # of lora_a and lora_b
 
@@ -27,22 +28,25 @@ class _Difference:
 
         Rounded to the layer's dtype first: what is subtracted must be what is added.
         """
-        self.lora_a, self.lora_b = a.astype(self._dtype), b.astype(self._dtype)
-        # Arrays of their own: compiled functions put tracers into those that are parameters.
-        pair = tuple(mx.stop_gradient(array).astype(self._dtype) for array in frozen or (self.lora_a, self.lora_b))
-        mx.eval(pair)  # nobody else does: outside the module's dictionary, it is no parameter
-        object.__setattr__(self, "frozen_pair", pair)
+        dtype = self.lora_a.dtype
+        self.lora_a, self.lora_b = a.astype(dtype), b.astype(dtype)
+        self.frozen_a, self.frozen_b = (mx.array(array.astype(dtype)) for array in frozen or (self.lora_a, self.lora_b))
+        self.freeze(recurse=False, keys=["frozen_a", "frozen_b"])
+
+    def unfreeze(self, *args, **kwargs):
+        super().unfreeze(*args, **kwargs)
+        return self.freeze(recurse=False, keys=["frozen_a", "frozen_b"])  # as MLX's quantized layers do
 
     def adapter_weights(self) -> dict[str, mx.array]:
-        (a, b), (first, second) = self.frozen_pair, self.rank_axis
+        first, second = self.rank_axis
         return {
-            "lora_a": mx.concatenate([self.lora_a, a], axis=first),
-            "lora_b": mx.concatenate([self.lora_b, -b], axis=second),
+            "lora_a": mx.concatenate([self.lora_a, self.frozen_a], axis=first),
+            "lora_b": mx.concatenate([self.lora_b, -self.frozen_b], axis=second),
         }
 
     def split(self, a: mx.array, b: mx.array) -> None:
-        """The inverse of ``adapter_weights``: from arrays of rank 2 r."""
-        (first, second) = self.rank_axis
+        """The inverse of ``adapter_weights``: start from arrays of rank 2 r."""
+        first, second = self.rank_axis
         (a, a0), (b, b0) = mx.split(a, 2, axis=first), mx.split(b, 2, axis=second)
         self.start_from(a, b, (a0, -b0))
 
@@ -55,12 +59,12 @@ class DifferenceLinear(_Difference, LoRALinear):
     """``lora_a``: [in, r], ``lora_b``: [r, out], and the frozen pair in the same shapes."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        a, b = self.frozen_pair
-        # Dropout is of the update alone: the frozen pair stands for a part of W.
-        return mx.addmm(super().__call__(x), x @ a, b, alpha=-self.scale)
+        """x: [..., in] -> [..., out]."""
+        # Dropout applies to the update alone: the frozen pair stands for a part of W.
+        return mx.addmm(super().__call__(x), x @ self.frozen_a, self.frozen_b, alpha=-self.scale)
 
     def merged_weight(self, weight: mx.array) -> mx.array:
-        a, b = (array.astype(mx.float32) for array in self.frozen_pair)
+        a, b = self.frozen_a.astype(mx.float32), self.frozen_b.astype(mx.float32)
         return mx.addmm(super().merged_weight(weight), b.T, a.T, alpha=-self.scale)
 
 
@@ -70,11 +74,12 @@ class DifferenceSwitchLinear(_Difference, LoRASwitchLinear):
     rank_axis = (1, 2)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or as mlx-lm gathers them, with sorted indices."""
         gather = {"rhs_indices": indices, "sorted_indices": sorted_indices}
-        a, b = self.frozen_pair
-        u = mx.gather_mm(mx.gather_mm(x, a.swapaxes(-1, -2), **gather), b.swapaxes(-1, -2), **gather)
-        return super().__call__(x, indices, sorted_indices) - self.scale * u
+        u = mx.gather_mm(x, self.frozen_a.swapaxes(-1, -2), **gather)
+        frozen = mx.gather_mm(u, self.frozen_b.swapaxes(-1, -2), **gather)
+        return super().__call__(x, indices, sorted_indices) - self.scale * frozen
 
     def merged_weight(self, weight: mx.array) -> mx.array:
-        a, b = (array.astype(mx.float32) for array in self.frozen_pair)
+        a, b = self.frozen_a.astype(mx.float32), self.frozen_b.astype(mx.float32)
         return super().merged_weight(weight) - self.scale * (b @ a)

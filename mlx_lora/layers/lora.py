@@ -10,31 +10,44 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..base.modules import base_dtype, dims
 from ..config import LEAVES
-from .base import AdapterLayer, dims, uniform
-from .siblings import add_update, fused, product
+from .base import AdapterLayer, uniform
 
 
 class LoRALinear(AdapterLayer):
-    r"""y = W x + b + scale * (x A) B, with B = 0 at the start.
+    """y = W x + b + scale * (x A) B, with B = 0 at the start.
 
-    ``lora_a``: [in, r], U(-1/sqrt(in), 1/sqrt(in)); ``lora_b``: [r, out]. Three launches: base, ``x A``, ``addmm``; two
-    when decoding on Metal, the first of which siblings share.
+    ``lora_a``: [in, r], U(-1/sqrt(in), 1/sqrt(in)); ``lora_b``: [r, out].
+
+    Args:
+        dtype: of ``lora_a`` and ``lora_b`` where the base's storage does not tell one. The low-rank matrices compute in
+            the base's dtype, so that the forward pass needs no casts.
+        key: of the random start; MLX's global random state by default.
     """
 
     method = "lora"
     leaves = LEAVES["lora"]
-    siblings = None  # see siblings.py
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0, dtype=mx.float32):
-        super().__init__(base, rank, scale, dropout, dtype)
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        dtype: mx.Dtype = mx.float32,
+        *,
+        key: mx.array | None = None,
+    ):
+        super().__init__(base, rank, scale, dropout)
         rows, columns = dims(base)
-        self.lora_a = uniform(1 / math.sqrt(rows), (rows, rank), self._dtype)
-        self.lora_b = mx.zeros((rank, columns), self._dtype)
+        dtype = base_dtype(base) or dtype
+        self.lora_a = uniform(1 / math.sqrt(rows), (rows, rank), dtype, key)
+        self.lora_b = mx.zeros((rank, columns), dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = fused(self, x)
-        return y if y is not None else add_update(self, self.linear(x), product(self, x, self.dropout(x)))
+        """x: [..., in] -> [..., out]."""
+        return mx.addmm(self.linear(x), self.dropout(x) @ self.lora_a, self.lora_b, alpha=self.scale)
 
     def merged_weight(self, weight: mx.array) -> mx.array:
         a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
@@ -50,6 +63,7 @@ class LoRAEmbedding(LoRALinear):
     slot = "embedding"
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x: [...] tokens -> [..., dim]."""
         update = self.dropout(self.lora_a[x] @ self.lora_b)
         return self.embedding(x) + self.scale * update
 
@@ -64,7 +78,7 @@ class LoRAEmbedding(LoRALinear):
 
 
 class LoRASwitchLinear(AdapterLayer):
-    """One update for each expert: y = W_e x + scale * B_e (A_e x), e the expert a token was routed to.
+    """One update for each expert: y = W_e x + scale * B_e (A_e x), e being the expert a token was routed to.
 
     ``lora_a``: [experts, r, in]; ``lora_b``: [experts, out, r] (mlx-lm's layout).
     """
@@ -72,12 +86,21 @@ class LoRASwitchLinear(AdapterLayer):
     method = "lora"
     leaves = LEAVES["lora"]
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0, dtype=mx.float32):
-        super().__init__(base, rank, scale, dropout, dtype)
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        dtype: mx.Dtype = mx.float32,
+        *,
+        key: mx.array | None = None,
+    ):
+        super().__init__(base, rank, scale, dropout)
         columns, rows = dims(base)
-        experts = base.num_experts
-        self.lora_a = uniform(1 / math.sqrt(columns), (experts, rank, columns), self._dtype)
-        self.lora_b = mx.zeros((experts, rows, rank), self._dtype)
+        dtype = base_dtype(base) or dtype
+        self.lora_a = uniform(1 / math.sqrt(columns), (base.num_experts, rank, columns), dtype, key)
+        self.lora_b = mx.zeros((base.num_experts, rows, rank), dtype)
 
     def low_rank(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """B_e (A_e x) without the scale. x: [..., 1, in], indices: [...] -> [..., 1, out]."""
@@ -86,6 +109,7 @@ class LoRASwitchLinear(AdapterLayer):
         return mx.gather_mm(u, self.lora_b.swapaxes(-1, -2), **gather)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or as mlx-lm gathers them, with sorted indices."""
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         return y + self.scale * self.low_rank(self.dropout(x), indices, sorted_indices)
 

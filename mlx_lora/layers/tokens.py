@@ -1,7 +1,7 @@
-"""Embeddings with rows of their own: some rows (PEFT's TrainableTokens), or all of them on the input side alone.
+"""Embeddings with trained rows: a few tokens (PEFT's TrainableTokens), or the whole input side alone.
 
-Rows, not differences: where token t is among ``ids``, its embedding is ``trainable_tokens[i]`` with ids[i] = t. A head
-that is tied to the embedding sees the same rows.
+The trained rows replace the base's rather than adding to them: the embedding of a token t in ``ids`` is
+``trainable_tokens[i]`` with ids[i] = t. A head that is tied to the embedding sees the same rows.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..base.modules import base_dtype, dense_weight, dims
 from ..errors import AdapterError
-from .base import base_dtype, dense_weight, dims
 
 
 class TokenRows(nn.Module):
-    """An embedding [vocabulary, dim] with n rows of its own; ``trainable_tokens``: [n, dim], at first the base's rows.
+    """An embedding [vocabulary, dim] with n trained rows; ``trainable_tokens``: [n, dim], the base's rows at the start.
 
     Args:
         base: the embedding, frozen here.
@@ -28,7 +28,7 @@ class TokenRows(nn.Module):
         if beyond := [i for i in ids if i >= vocabulary]:
             raise AdapterError(
                 f"token ids {', '.join(map(str, beyond))} are beyond the vocabulary of {vocabulary}",
-                "Count them from 0.",
+                "Token ids count from 0.",
             )
         base.freeze()
         self.embedding = base
@@ -64,16 +64,17 @@ class TokenRows(nn.Module):
 
 
 class UntiedEmbedding(nn.Module):
-    """A weight of its own where tokens come in; a head tied to ``base`` stays as it was (PEFT's modules_to_save)."""
+    """A separate weight for input tokens; a head tied to ``base`` stays as it was (PEFT's modules_to_save)."""
 
     def __init__(self, base: nn.Module, weight: mx.array):
         super().__init__()
         self.weight = weight
-        # Outside the module's dictionary: the head's matrix is no parameter of this one.
-        object.__setattr__(self, "_head", base)
+        self.head = base
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x: [...] tokens -> [..., dim]."""
         return self.weight[x]
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return self._head.as_linear(x)
+        """x: [..., dim] -> logits [..., vocabulary]."""
+        return self.head.as_linear(x)

@@ -1,11 +1,11 @@
-"""Settings that turn a method's layer a little: an update with a bias of its own, an embedding seen on one side."""
+"""Variants of a method's layer: an update with its own bias, an embedding adapted on its input side alone."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .base import dims
+from ..base.modules import dims
 from .dora import DoRAEmbedding
 from .lora import LoRAEmbedding, LoRALinear
 
@@ -15,9 +15,9 @@ class LoRABiasLinear(LoRALinear):
 
     leaves = (*LoRALinear.leaves, "lora_bias")
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0, dtype=mx.float32):
-        super().__init__(base, rank, scale, dropout, dtype)
-        self.lora_bias = mx.zeros((dims(base)[1],), self._dtype)
+    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0, dtype=mx.float32, *, key=None):
+        super().__init__(base, rank, scale, dropout, dtype, key=key)
+        self.lora_bias = mx.zeros((dims(base)[1],), self.lora_b.dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
         return super().__call__(x) + self.scale * self.lora_bias

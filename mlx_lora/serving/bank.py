@@ -8,10 +8,11 @@ from pathlib import Path
 import mlx.nn as nn
 
 from ..adapter import Adapter
+from ..base.origin import base_of
 from ..errors import AdapterError
 from ..formats import load_adapter
-from ..model import mount, unmount
-from ..mounted import base_of, state_of
+from ..model.attach import mount, unmount
+from ..model.state import state_of
 
 
 class AdapterBank:

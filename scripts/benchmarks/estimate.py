@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 import mlx_lora  # noqa: F401  isort: skip  (opens a BLAS before MLX is imported)
-from mlx_lora.measuring import BANDWIDTH
+from mlx_lora.bench import BANDWIDTH
 
 MODELS = {  # layers, hidden, key and value size, intermediate, bytes of the whole base at 4 bits
     "Llama-3.2-1B": (16, 2048, 512, 8192, 0.70e9),

@@ -26,8 +26,8 @@ import mlx.core as mx
 
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from mlx_lora.data import Dataset, train_batches
-from mlx_lora.initialisation import FROM_DATA
-from mlx_lora.model import parameter_counts
+from mlx_lora.init import FROM_DATA
+from mlx_lora.model.attach import parameter_counts
 from mlx_lora.tiny_base import PATH, skill
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -19,8 +19,8 @@ from mlx.utils import tree_flatten
 from train import mlx_model
 
 from mlx_lora import AdapterConfig
-from mlx_lora.layers import use_blas
-from mlx_lora.model import parameter_counts
+from mlx_lora.fast import accelerate
+from mlx_lora.model.attach import parameter_counts
 
 TOKENS, ROUNDS = 48, 5
 
@@ -38,7 +38,7 @@ def decode(model) -> float:
 def main() -> None:
     base, live, merged = (mlx_model(4) for _ in range(3))
     for model in (base, live, merged):
-        use_blas(model.eval())
+        accelerate(model.eval())
     config = AdapterConfig(rank=8, scale=2.0, num_layers=-1)
     adapters = []
     for seed in (1, 2):

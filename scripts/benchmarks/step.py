@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from train import LLAMA, RANK, SCALE, mlx_model
 
 from mlx_lora import AdapterConfig, OptimizerConfig
-from mlx_lora.layers import use_blas
+from mlx_lora.fast import accelerate
 from mlx_lora.training.loss import token_losses
 from mlx_lora.training.optimizers import MasterWeights
 from mlx_lora.training.step import Step
@@ -100,7 +100,7 @@ def pieces(rows: int, tokens: int) -> dict[str, float]:
 def whole(rows: int, tokens: int, bits: int | None) -> float:
     """Seconds of the compiled step, optimizer included."""
     model = mlx_model(bits)
-    use_blas(model)
+    accelerate(model)
     mlx_lora.attach(model, AdapterConfig(rank=RANK, scale=SCALE, num_layers=-1))
     optimizer = MasterWeights(mlx_lora.build_optimizer(OptimizerConfig(learning_rate=1e-4), 100))
     optimizer.init(dict(tree_flatten(model.trainable_parameters())))

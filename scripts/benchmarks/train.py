@@ -107,11 +107,11 @@ class Clock:
 def ours(seconds: float, batch: int, bits: int | None = None, method: str = "lora") -> dict:
     import mlx_lora
     from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
-    from mlx_lora.layers import use_blas
+    from mlx_lora.fast import accelerate
     from mlx_lora.training import Progress, TrainReport
 
     model = mlx_model(bits)
-    use_blas(model)
+    accelerate(model)
     mlx_lora.attach(model, AdapterConfig(method=method, rank=RANK, scale=SCALE, num_layers=-1))
     data = mlx_lora.tokenize(rows(), tokenizer(), DataConfig())
     config = TrainConfig(iters=100_000, batch_size=batch, steps_per_report=1)

@@ -9,8 +9,8 @@ import pytest
 
 import mlx_lora
 from judges import IDS, maker, torch, transformers
-from mlx_lora.quant import NF4Linear, dequantize_nf4, quantize_nf4
-from mlx_lora.quant.nf4 import dynamic_map
+from mlx_lora.base.nf4 import dequantize_nf4, dynamic_map, quantize_nf4
+from mlx_lora.base.nf4_linear import NF4Linear
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 

@@ -16,9 +16,9 @@ import pytest
 import mlx_lora
 from judges import IDS, TOLERANCE, difference, hf, make_bases, maker, peft, told, torch, transformers
 from mlx_lora import load_adapter, mount, save_adapter
-from mlx_lora.exporting import export_merged
-from mlx_lora.formats.torch_read import read_torch
-from mlx_lora.formats.torch_write import write_torch
+from mlx_lora.formats.torch.read import read_torch
+from mlx_lora.formats.torch.write import write_torch
+from mlx_lora.merge.export import export_merged
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 SEED = 2000  # not one of the fixtures'

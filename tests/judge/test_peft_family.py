@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 import mlx_lora
 from judges import maker, peft, torch, transformers
 from mlx_lora import AdapterConfig, OptimizerConfig
-from mlx_lora.initialisation import from_weight
+from mlx_lora.init import from_weight
 from mlx_lora.layers.vera import draw_projections
 from mlx_lora.training import MasterWeights
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import mlx_lora
-from mlx_lora.merging import MERGES, merge_adapters
+from mlx_lora.merge.combine import MERGES, merge_adapters
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

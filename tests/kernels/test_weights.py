@@ -9,10 +9,10 @@ import pytest
 import mslemu
 from conftest import assert_close
 from kernel_cases import DTYPES, STORAGES, check_dequantize, check_norm, make_stored
+from mlx_lora.base.nf4_linear import NF4Linear
 from mlx_lora.kernels import dora_norm, nf4_dequantize
 from mlx_lora.kernels.registry import source
 from mlx_lora.layers import METHODS
-from mlx_lora.quant import NF4Linear
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -1,0 +1,266 @@
+"""What a base model is, from its config alone: sizes, modules, and their names in transformers and in mlx-lm.
+
+Adapters of other systems name modules as transformers does, mlx-lm's classes sometimes otherwise (``mlp.experts`` is
+``block_sparse_moe.switch_mlp`` in Mixtral; vision-language models turn their prefixes round). Whether a path is a
+module is asked of mlx-lm's own class, built without weights. Single weights can be had by name; models are loaded in
+``model.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+from .config import missing_fields
+from .modules import dims, kind
+
+# Architectures whose modules have one name in both; nothing need be built for them.
+_SAME_NAMES = {
+    *("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2"),
+    *("cohere", "cohere2", "starcoder2", "stablelm", "smollm3", "granite", "glm", "glm4", "helium", "seed_oss"),
+}
+# Prefixes of modules: transformers', mlx-lm's. The first that fits is taken; transformers 5's name comes first.
+_PREFIXES = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head", "language_model.lm_head"),
+    ("language_model.model.", "language_model.model."),
+    ("language_model.lm_head", "language_model.lm_head"),
+    ("model.language_model.", "model."),
+    ("transformer.", "model."),
+    ("gpt_neox.layers.", "model.h."),
+    ("gpt_neox.", "model."),
+    ("model.", "language_model.model."),
+    ("", "model."),
+)
+# Blocks of mixtures of experts: transformers' module (version 5), mlx-lm's.
+_MOE_BLOCKS = {
+    "mixtral": ("mlp", "block_sparse_moe"),
+    "phimoe": ("mlp", "block_sparse_moe"),
+    "minimax": ("mlp", "block_sparse_moe"),
+}
+_EXPERTS = {"gpt_oss": "experts", "llama4": "experts", "llama4_text": "experts"}
+# Experts stored [experts, in, out] by transformers, gate and up rows interleaved in gpt-oss.
+_EXPERTS_IN_OUT = ("gpt_oss", "llama4", "llama4_text")
+
+
+class BaseModel:
+    """A base model's config and what follows from it.
+
+    Args:
+        name: a local folder, a ``config.json``, or a repository on the Hub, whose config is downloaded when it is
+            first needed.
+    """
+
+    def __init__(self, name: str | Path):
+        self.name = str(name)
+
+    @functools.cached_property
+    def folder(self) -> Path | None:
+        """The local folder, where ``name`` is one (or a file in one)."""
+        path = Path(self.name).expanduser()
+        if path.is_dir():
+            return path
+        return path.parent if path.is_file() else None
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json`` with the fields of both generations of transformers. Raises: ModelError."""
+        path = Path(self.name).expanduser()
+        if self.folder is None:
+            path = Path(self._download())
+        elif path.is_dir():
+            path = path / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{path}: cannot be read ({error})", "Name the folder of a Hugging Face model.") from None
+        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+            raise ModelError(f"{path}: names no model_type", "Name the folder of a Hugging Face language model.")
+        return {**config, **missing_fields(config)}
+
+    def _download(self) -> str:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return hf_hub_download(self.name, "config.json")
+        except Exception as error:  # the hub raises its own, httpx's and OSError
+            first = str(error).strip().splitlines() or [type(error).__name__]
+            raise ModelError(
+                f"{self.name}: no such folder, and its config cannot be had ({first[0][:200]})",
+                "Name a local folder with config.json, or a repository of the Hub.",
+            ) from None
+
+    @functools.cached_property
+    def known(self) -> bool:
+        """Whether ``config`` is at hand without a download."""
+        if self.folder is None:
+            from huggingface_hub import try_to_load_from_cache
+            from huggingface_hub.utils import HFValidationError
+
+            try:
+                if not isinstance(try_to_load_from_cache(self.name, "config.json"), str):
+                    return False
+            except HFValidationError:
+                return False
+        try:
+            return bool(self.config)
+        except ModelError:
+            return False
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The part of ``config`` that describes the language model."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else self.config
+
+    @property
+    def model_type(self) -> str:
+        return self.text.get("model_type") or self.config["model_type"]
+
+    def size(self, *names: str) -> int:
+        """The first of the config's fields ``names`` that is there. Raises: ModelError."""
+        for name in names:
+            value = self.text.get(name)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+        raise ModelError(
+            f"{self.name}: its config names no {' and no '.join(names)}",
+            "Name the model that the adapter was made for, or download its config.json again.",
+        )
+
+    @property
+    def heads(self) -> int:
+        return self.size("num_attention_heads", "n_head")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.text.get("num_key_value_heads") or self.heads
+
+    @property
+    def hidden_size(self) -> int:
+        return self.size("hidden_size", "n_embd")
+
+    @property
+    def head_dim(self) -> int:
+        return self.text.get("head_dim") or self.hidden_size // self.heads
+
+    @property
+    def num_experts(self) -> int:
+        return self.size("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output matrix is that of the embedding."""
+        stated = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
+        return bool(stated) if stated is not None else "lm_head" not in " ".join(self.modules)
+
+    @functools.cached_property
+    def _files(self) -> dict[str, Path]:
+        """The file of each tensor, by transformers' name."""
+        from safetensors import SafetensorError, safe_open
+
+        found = {}
+        for file in sorted(self.folder.glob("*.safetensors")) if self.folder else []:
+            try:
+                with safe_open(file, framework="numpy") as opened:
+                    found |= dict.fromkeys(opened.keys(), file)
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{file}: cannot be read ({error})", "Download the model again.") from None
+        return found
+
+    @property
+    def tensor_names(self) -> set[str]:
+        """Names of the checkpoint's weights, as they are stored."""
+        return set(self._files)
+
+    def tensor(self, name: str):
+        """The weight that the checkpoint calls ``name``, as it is stored; None where there is none."""
+        import mlx.core as mx
+
+        for key in (name, name.removeprefix("transformer."), f"model.{name}"):
+            if key in self._files:
+                return mx.load(str(self._files[key]))[key]
+        return None
+
+    @functools.cached_property
+    def model(self):
+        """The model as mlx-lm's class makes it, its weights never computed. Raises: ModelError."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        # The draws of weights that nobody wants would move MLX's random state, which belongs to a thread.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(self._build).result()
+
+    def _build(self):
+        from mlx_lm import utils
+
+        try:
+            model_class, arguments = utils._get_classes(self.config)
+            return model_class(arguments.from_dict(self.config))
+        except Exception as error:  # whatever a foreign config provokes
+            raise ModelError(
+                f"{self.name}: mlx-lm cannot build it ({type(error).__name__}: {error})",
+                "Try a newer mlx-lm (pip install -U mlx-lm), or download the model's config.json again.",
+            ) from None
+
+    @functools.cached_property
+    def modules(self) -> dict[str, tuple[str, int, int, int]]:
+        """Modules that take adapters, by mlx-lm's path: (kind, in, out, experts); kinds as in ``base.modules.kind``."""
+        found = {}
+        for path, module in reversed(self.model.named_modules()):
+            if which := kind(module):
+                found[path] = (which, *dims(module), module.num_experts if which == "switch" else 0)
+        return found
+
+    # -- names -------------------------------------------------------------------------------------------------------
+
+    @property
+    def moe_block(self) -> tuple[str, str]:
+        """The name of a block of experts in transformers and in mlx-lm."""
+        return _MOE_BLOCKS.get(self.model_type, ("mlp", "mlp"))
+
+    @property
+    def experts_name(self) -> str:
+        """What mlx-lm calls the experts of a block."""
+        return _EXPERTS.get(self.model_type, "switch_mlp")
+
+    @property
+    def experts_in_out(self) -> bool:
+        """Whether transformers stores experts as [experts, in, out]."""
+        return self.model_type in _EXPERTS_IN_OUT
+
+    def to_mlx(self, path: str) -> str:
+        """mlx-lm's path of the module that transformers calls ``path``; itself where mlx-lm has no such module."""
+        if self.model_type in _SAME_NAMES and "text_config" not in self.config:
+            return path
+        return next((p for p in self._candidates(path) if p in self._every), path)
+
+    def to_hf(self, path: str) -> str:
+        """transformers' path (version 5) of the module that mlx-lm calls ``path``."""
+        theirs, ours = self.moe_block
+        path = f"{path}.".replace(f".{ours}.", f".{theirs}.")[:-1]
+        if path.startswith("language_model."):
+            rest = path.removeprefix("language_model.")
+            return "model.language_model." + rest.removeprefix("model.") if rest.startswith("model.") else rest
+        if self.model_type in ("gpt2", "gptj"):
+            return "transformer." + path.removeprefix("model.") if path.startswith("model.") else path
+        if self.model_type == "gpt_neox" and path.startswith("model."):
+            return "gpt_neox." + path.removeprefix("model.").replace("h.", "layers.", 1)
+        return path
+
+    @functools.cached_property
+    def _every(self) -> set[str]:
+        return {path for path, _ in self.model.named_modules()}
+
+    def _candidates(self, path: str) -> list[str]:
+        found = [path]
+        for theirs, ours in _PREFIXES:
+            if path.startswith(theirs):
+                found.append(ours + path[len(theirs) :])
+        theirs, ours = self.moe_block
+        if theirs != ours:
+            found += [f"{p}.".replace(f".{theirs}.", f".{ours}.")[:-1] for p in found]
+        return found

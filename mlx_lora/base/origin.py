@@ -1,0 +1,30 @@
+"""Where a model came from. ``load`` records it on the model, and saving, fusing and serving read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+_ORIGIN = "_mlx_lora_base"
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a model came from: the name the caller gave, its local folder and its config."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+
+
+def set_base(model: nn.Module, base: Base) -> None:
+    """Record where ``model`` came from. Kept outside the module's parameters."""
+    object.__setattr__(model, _ORIGIN, base)
+
+
+def base_of(model: nn.Module) -> Base | None:
+    """What ``load`` recorded about ``model``; None for a model that was built elsewhere."""
+    return model.__dict__.get(_ORIGIN)

@@ -1,0 +1,144 @@
+"""Quantizing a whole model: MLX's own modes and NF4, and what it costs a parameter."""
+
+from __future__ import annotations
+
+import math
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import ConfigError, ModelError
+from .modules import dense_weight, has_adapters, is_quantized, kind, layer_paths
+from .nf4_checkpoint import quantize_to_nf4
+from .origin import base_of
+
+# Mode -> (bits it comes in, group sizes, the default pair).
+MODES = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128), (4, 64)),
+    "mxfp4": ((4,), (32,), (4, 32)),
+    "mxfp8": ((8,), (32,), (8, 32)),
+    "nvfp4": ((4,), (16,), (4, 16)),
+    "nf4": ((4,), (32, 64, 128, 256, 512, 1024, 2048, 4096), (4, 64)),
+}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What became of a model."""
+
+    mode: str
+    layers: int  # quantized
+    kept: list[str]  # paths of the layers that stayed floats
+    bits_per_weight: float  # of the quantized layers' weights, scales included, constant tables not
+    bits_per_parameter: float  # of the whole model
+    bytes: int  # of the whole model
+    error: float  # relative: |W - Q| / |W| over all quantized weights
+
+
+def quantize(
+    model: nn.Module,
+    mode: str = "affine",
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    double_quant: bool = False,
+) -> Quantized:
+    """Quantize ``model`` in place.
+
+    MLX's modes take the layers that mlx-lm's ``convert`` takes, embeddings and experts included. NF4 takes the linears
+    inside the layers, as bitsandbytes does: embeddings and the head stay floats.
+
+    Args:
+        mode: one of ``MODES``.
+        bits, group_size: the mode's own by default.
+        double_quant: NF4: store the scales in 8 bits, too (4.127 bits a weight in place of 4.5).
+
+    Raises: ConfigError: settings; ModelError: a model that is quantized already, has adapters, or holds experts (nf4).
+    """
+    bits, group_size = check_mode(mode, bits, group_size, double_quant)
+    before = check_model(model, mode)
+    if mode == "nf4":
+        inside = tuple(f"{path}." for path in layer_paths(model))
+        quantize_to_nf4(model, double_quant, group_size, keep=lambda path: not path.startswith(inside))
+    else:
+        from mlx_lm.utils import quantize_model
+
+        base = base_of(model)
+        config = dict(base.config) if base else {}
+        with redirect_stdout(StringIO()):  # it prints a line
+            quantize_model(model, config, group_size, bits, mode=mode)
+    return _report(model, mode, before)
+
+
+def check_mode(mode: str, bits: int | None, group_size: int | None, double_quant: bool) -> tuple[int, int]:
+    """(bits, group size) for ``mode``, or one error with all that is wrong."""
+    if mode not in MODES:
+        raise ConfigError(
+            f"mode must be one of {', '.join(MODES)}, not {mode!r}",
+            "Leave it out for affine, which mlx-lm loads; nf4 is QLoRA's, which transformers loads.",
+        )
+    widths, groups, (default_bits, default_group) = MODES[mode]
+    faults = []
+    if bits is not None and bits not in widths:
+        faults.append(f"{mode} comes in {' or '.join(map(str, widths))} bits, not in {bits}")
+    if group_size is not None and group_size not in groups:
+        faults.append(f"{mode} comes in groups of {' or '.join(map(str, groups))}, not of {group_size}")
+    if double_quant and mode != "nf4":
+        faults.append(f"double quantization is for nf4, not for {mode}")
+    if faults:
+        raise ConfigError(
+            "\n".join(faults),
+            f"Leave them out: {mode} takes {default_bits} bits in groups of {default_group} by default.",
+        )
+    return bits or default_bits, group_size or default_group
+
+
+def check_model(model: nn.Module, mode: str) -> dict[str, nn.Module]:
+    """The layers that could be quantized, by path; refuses a model that cannot be."""
+    if has_adapters(model):
+        raise ModelError("the model has adapters on it", "Merge them with fuse(model), or take them off.")
+    if any(is_quantized(module) for module in model.modules()):
+        raise ModelError(
+            "the model is quantized already", "Quantize the original: each time some of the weights is lost."
+        )
+    layers = {path: module for path, module in model.named_modules() if kind(module)}
+    experts = [path for path, module in layers.items() if kind(module) == "switch"]
+    if mode == "nf4" and experts:
+        raise ModelError(
+            f"{experts[-1]}: NF4 is for linear layers, not for stacks of experts", "Use affine, mxfp4 or nvfp4."
+        )
+    return layers
+
+
+def _report(model: nn.Module, mode: str, before: dict[str, nn.Module]) -> Quantized:
+    modules = dict(model.named_modules())
+    packed = {path: modules[path] for path in before if is_quantized(modules[path])}
+    weights = stored = lost = total = 0.0
+    for path, module in packed.items():
+        exact = dense_weight(before[path])
+        difference = (exact - dense_weight(module)).square().sum()
+        lost, total = lost + difference.item(), total + exact.square().sum().item()
+        weights += exact.size
+        own = {name: array for name, array in module.items() if isinstance(array, mx.array)}
+        stored += sum(array.nbytes for name, array in own.items() if name not in ("bias", "nested_map"))
+    everything = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    floats = sum(a.size for p, m in modules.items() if p not in packed for a in m.values() if isinstance(a, mx.array))
+    biases = sum(module.bias.size for module in packed.values() if "bias" in module)
+    if not packed:
+        raise ModelError(
+            "no layer of the model could be quantized",
+            "Choose a group size that divides the widths of its layers, such as 32.",
+        )
+    return Quantized(
+        mode=mode,
+        layers=len(packed),
+        kept=sorted(path for path in before if path not in packed),
+        bits_per_weight=8 * stored / weights,
+        bits_per_parameter=8 * everything / (weights + floats + biases),
+        bytes=everything,
+        error=math.sqrt(lost / total) if total else 0.0,
+    )

@@ -1,0 +1,334 @@
+"""PEFT's adapter folder, written; ``peft.py`` says what it is.
+
+The config is short on purpose (older versions of PEFT refuse what they do not know), names precisely the modules that
+have an adapter, and says ``init_lora_weights: true`` whatever the start was: PEFT would apply it to the base again.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ...adapter import Adapter, raise_faults, split_layer
+from ...config import AdapterConfig
+from ...errors import FormatError
+from ..files import write_json, write_safetensors
+from ..options import Writing
+from ..uniform import as_lora, integral, uniform
+from . import experts
+from .names import CONFIG, EMBEDDING, EMBEDDING_NAME, OURS, PREFIX, SHARED_KEYS, WEIGHTS
+
+_MERGE = "Merge it into the model instead: convert --to merged."
+
+
+def write(adapter: Adapter, folder: Path, options: Writing) -> None:
+    if adapter.config.method == "full":
+        fault = "fully trained weights are no adapter in PEFT"
+        raise FormatError(fault, "Save it as mlx-lm, or merge it into a model: convert --to merged.")
+    if not adapter.modules:
+        return _write_tokens(adapter, folder, options)
+    if options.profile == "serving":
+        adapter = _for_serving(adapter, options)
+    layout = options.moe or ("per_expert" if options.profile else adapter.metadata.get("peft", {}).get("moe"))
+    base = options.base if options.base is not None and options.base.known else None
+    switches = [p for p in adapter.modules if f"{p}.lora_a" in adapter.weights and _is_switch(adapter, p)]
+    if switches and adapter.config.method != "lora":
+        raise FormatError(f"{switches[0]}: PEFT has no DoRA on experts", "Merge it: convert --to merged.")
+    if adapter.config.method == "vera" and any(adapter.weights[f"{p}.vera_lambda_d"].ndim > 1 for p in adapter.modules):
+        raise FormatError("PEFT has no VeRA on experts", "Leave the experts out, or merge: convert --to merged.")
+    exact = adapter.exact_config()
+    if switches and layout == "per_expert":
+        adapter = _for_experts(adapter, switches)
+        switches = [path for path in adapter.modules if _is_switch(adapter, path)]
+        exact = adapter.config
+    hf = base.to_hf if base else _guess_hf
+    names = {path: hf(path) for path in adapter.modules}
+    writer = _Writer(adapter, names)
+    for path in adapter.modules:
+        if path not in switches:
+            writer.module(path, base)
+    if switches:
+        writer.experts(switches, layout or "target_parameters", base)
+    writer.beside(hf)
+    raw = writer.config(exact, base)
+    write_safetensors(folder / WEIGHTS, writer.tensors, {"format": "pt"})
+    write_json(folder / CONFIG, raw)
+
+
+def _write_tokens(adapter: Adapter, folder: Path, options: Writing) -> None:
+    """Trained rows of one embedding and nothing else."""
+    if len(adapter.tokens) != 1 or adapter.whole or options.profile or options.moe:
+        fault = "PEFT has no adapter of whole modules alone, nor of rows of several embeddings"
+        raise FormatError(fault, _MERGE)
+    (path, (ids, rows)) = next(iter(adapter.tokens.items()))
+    name = options.base.to_hf(path) if options.base is not None and options.base.known else _guess_hf(path)
+    raw = {
+        "peft_type": "TRAINABLE_TOKENS",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base,
+        "target_modules": [name],
+        "token_indices": list(ids),
+        "inference_mode": True,
+        "init_weights": True,
+    }
+    tensors = {f"{PREFIX}{name}.trainable_tokens_delta": rows}
+    if options.base is not None and options.base.known and options.base.tied:
+        tensors[f"{PREFIX}lm_head.trainable_tokens_delta"] = rows
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_json(folder / CONFIG, raw)
+
+
+def _is_switch(adapter: Adapter, path: str) -> bool:
+    return adapter.weights[f"{path}.lora_a"].ndim == 3
+
+
+def _guess_hf(path: str) -> str:
+    """Without a base: mlx-lm's GPT-2 is told by its names, others are called alike."""
+    if re.match(r"model\.(h\.\d+\.(attn\.c_|mlp\.c_)|wte$|wpe$)", path):
+        return "transformer." + path.removeprefix("model.")
+    return path
+
+
+def _for_serving(adapter: Adapter, options: Writing) -> Adapter:
+    config, faults = adapter.config, []
+    if config.method == "dora":
+        faults.append("DoRA: vLLM and its like take LoRA only")
+    if adapter.whole:
+        faults.append(f"{len(adapter.whole)} fully trained parameters (modules_to_save or bias)")
+    if adapter.tokens:
+        faults.append("trained rows of embeddings (trainable_token_indices)")
+    if config.lora_bias:
+        faults.append("lora_bias: vLLM refuses it")
+    raise_faults(faults, _MERGE, FormatError)
+    return uniform(as_lora(adapter, options.base), integer=True)
+
+
+def _for_experts(adapter: Adapter, switches: list[str]) -> Adapter:
+    """PEFT converts keys for each expert, and the router's, by the config's one rank and alpha: they must have them."""
+    blocks = {path.rpartition(".")[0] for path in switches}
+    same = [p for p in adapter.modules if p in switches or p in {f"{b.rpartition('.')[0]}.gate" for b in blocks}]
+    part = replace(adapter, weights={n: w for n, w in adapter.weights.items() if n.rpartition(".")[0] in set(same)})
+    folded = uniform(part)
+    weights = {**adapter.weights, **folded.weights}
+    for block in blocks:
+        _complete(block, weights)
+        a, b = f"{block}.gate_proj.lora_a", f"{block}.gate_proj.lora_b"
+        if a in weights and f"{block}.down_proj.lora_a" not in weights:  # PEFT takes it that both are there
+            count, rank, hidden = weights[a].shape
+            weights[f"{block}.down_proj.lora_a"] = mx.zeros((count, rank, weights[b].shape[1]), weights[a].dtype)
+            weights[f"{block}.down_proj.lora_b"] = mx.zeros((count, hidden, rank), weights[b].dtype)
+    rank, scale = folded.config.rank, folded.config.scale
+    others = {p: (adapter.rank_of(p), adapter.config.scale_of(p)) for p in adapter.modules if p not in same}
+    config = replace(
+        folded.config,
+        rank_pattern={f"^{re.escape(p)}": r for p, (r, _) in others.items() if r != rank},
+        scale_pattern={f"^{re.escape(p)}": s for p, (_, s) in others.items() if s != scale},
+    )
+    return replace(adapter, weights=weights, config=config)
+
+
+def _complete(block: str, weights: dict[str, mx.array]) -> None:
+    """gate and up are one parameter in transformers 5: where one alone has an adapter, the other gets one of zeros."""
+    pair = [f"{block}.gate_proj", f"{block}.up_proj"]
+    there = [path for path in pair if f"{path}.lora_a" in weights]
+    if len(there) == 1:
+        other = pair[1 - pair.index(there[0])]
+        for leaf in ("lora_a", "lora_b"):
+            weights[f"{other}.{leaf}"] = mx.zeros_like(weights[f"{there[0]}.{leaf}"])
+
+
+class _Writer:
+    """Gathers PEFT's tensors and what the config must say of them."""
+
+    def __init__(self, adapter: Adapter, names: dict[str, str]):
+        self.adapter, self.names = adapter, names
+        self.tensors: dict[str, mx.array] = {}
+        self.targets: list[str] = []  # transformers' paths of target modules
+        self.parameters: list[str] = []  # transformers' paths of target parameters
+        self.ranks: dict[str, int] = {}
+        self.alphas: dict[str, float] = {}
+        self.extra: dict[str, Any] = {}
+
+    def _size(self, name: str, rank: int, scale: float) -> None:
+        self.ranks[name], self.alphas[name] = rank, integral(scale * rank)
+
+    def module(self, path: str, base) -> None:
+        """One linear layer or embedding."""
+        adapter, name = self.adapter, self.names[path]
+        embedding = bool(EMBEDDING_NAME.search(path))
+        if embedding and adapter.config.method != "lora":
+            raise FormatError(
+                f"{path}: {adapter.config.method} of embeddings has magnitudes by token, which PEFT has not",
+                "Leave the embedding out of the adapter, or merge it: convert --to merged.",
+            )
+        prefix = f"{PREFIX}{name}."
+        for leaf in ("lora_a", "lora_b", "m", "lora_bias", "vera_lambda_d", "vera_lambda_b"):
+            array = adapter.weights.get(f"{path}.{leaf}")
+            if array is not None:
+                theirs = EMBEDDING.get(leaf, OURS[leaf]) if embedding else OURS[leaf]
+                self.tensors[prefix + theirs] = array.T if leaf in ("lora_a", "lora_b") else array
+        self.targets.append(name)
+        if adapter.config.method == "vera":
+            return
+        rank, scale = adapter.rank_of(path), adapter.config.scale_of(path)
+        self._size(name, rank, scale)
+        if embedding and adapter.config.embedding_side == "both" and self._tied(base, path):
+            head = "lm_head"
+            self.tensors[f"{PREFIX}{head}.lora_A.weight"] = adapter.weights[f"{path}.lora_b"]
+            self.tensors[f"{PREFIX}{head}.lora_B.weight"] = adapter.weights[f"{path}.lora_a"]
+            self.targets.append(head)
+            self._size(head, rank, scale)
+            self.extra["ensure_weight_tying"] = True
+
+    def _tied(self, base, path: str) -> bool:
+        if base is None:
+            raise FormatError(
+                f"{path}: whether the model ties its output to this embedding is not known", "Name the base: --model."
+            )
+        return base.tied
+
+    def experts(self, switches: list[str], layout: str, base) -> None:
+        """Experts, as ``layout`` has them."""
+        weights = self.adapter.weights
+        blocks = dict.fromkeys(path.rpartition(".")[0] for path in switches)
+        for block in blocks:
+            parent = block.rpartition(".")[0]
+            kinds = [k for k in ("gate_proj", "up_proj", "down_proj") if f"{block}.{k}.lora_a" in weights]
+            strange = [p for p in switches if p.rpartition(".")[0] == block and p.rpartition(".")[2] not in kinds]
+            raise_faults([f"{p}: PEFT has no such experts" for p in strange], _MERGE, FormatError)
+            if layout == "per_expert":
+                mixtral = (base.model_type in ("mixtral", "minimax")) if base else parent.endswith("block_sparse_moe")
+                name = parent if parent.endswith("block_sparse_moe") else (base.to_hf(parent) if base else parent)
+                for kind in kinds:
+                    theirs = experts.MIXTRAL[kind] if mixtral else kind
+                    self.targets.append(f"{name}.experts.{{}}.{theirs}")
+                    for leaf in ("lora_a", "lora_b"):
+                        for number, array in enumerate(weights[f"{block}.{kind}.{leaf}"]):
+                            key = f"{PREFIX}{name}.experts.{number}.{theirs}.{OURS[leaf]}"
+                            self.tensors[key] = array
+                continue
+            name = base.to_hf(parent) if base else parent.replace("block_sparse_moe", "mlp")
+            self._parameters(block, name, kinds, base)
+
+    def _parameters(self, block: str, name: str, kinds: list[str], base) -> None:
+        adapter, found = self.adapter, {}
+        interleaved = bool(base and base.model_type == "gpt_oss")
+        if {"gate_proj", "up_proj"} & set(kinds):
+            weights = dict(adapter.weights)
+            _complete(block, weights)
+            gate, up = (
+                tuple(weights[f"{block}.{k}.{leaf}"] for leaf in ("lora_a", "lora_b")) for k in ("gate_proj", "up_proj")
+            )
+            scales = [adapter.config.scale_of(f"{block}.{k}") for k in ("gate_proj", "up_proj") if k in kinds]
+            if len(scales) == 2 and scales[0] != scales[1]:
+                up = (up[0], up[1].astype(mx.float32) * (scales[1] / scales[0]))
+            found["gate_up_proj"] = (*experts.fuse_gate_up(gate, up, interleaved), scales[0])
+        if "down_proj" in kinds:
+            path = f"{block}.down_proj"
+            a, b = adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"]
+            found["down_proj"] = (a, b, adapter.config.scale_of(path))
+        for kind, (a, b, scale) in found.items():
+            inner = ".base_layer" if kind == "gate_up_proj" and len(found) == 2 else ""
+            packed = experts.pack(a, b)
+            for leaf, array in zip(("lora_A", "lora_B"), packed, strict=True):
+                self.tensors[f"{PREFIX}{name}.experts{inner}.{leaf}.weight"] = array
+            self.parameters.append(f"{name}.experts.{kind}")
+            self._size(f"{name}.experts.{kind}", a.shape[1], scale)
+
+    def beside(self, hf) -> None:
+        """Whole parameters, trained rows of embeddings, VeRA's projections."""
+        adapter = self.adapter
+        adapted, saved = set(adapter.modules), set()
+        for name, array in {**adapter.whole, **adapter.metadata.get("peft", {}).get("saved", {})}.items():
+            path, _, leaf = name.rpartition(".")
+            inside = ".base_layer" if path in adapted else ""
+            self.tensors[f"{PREFIX}{hf(path)}{inside}.{leaf}"] = array
+            if inside and "ensure_weight_tying" in self.extra and EMBEDDING_NAME.search(path):
+                self.tensors[f"{PREFIX}lm_head.base_layer.{leaf}"] = array
+            if leaf != "bias" or adapter.config.bias == "none":
+                saved.update([hf(path)] if not inside else [])
+        if saved:
+            self.extra["modules_to_save"] = sorted(saved)
+        if adapter.config.bias != "none":
+            bias = adapter.config.bias
+            self.extra["bias"] = "vera_only" if adapter.config.method == "vera" and bias == "lora_only" else bias
+        for path, (ids, rows) in adapter.tokens.items():
+            self.tensors[f"{PREFIX}{hf(path)}.token_adapter.trainable_tokens_delta"] = rows
+            self.extra.setdefault("trainable_token_indices", {})[hf(path)] = list(ids)
+        for theirs, ours in SHARED_KEYS.items():
+            if ours in adapter.weights:
+                self.tensors[theirs] = adapter.weights[ours]
+
+    def config(self, exact: AdapterConfig, base) -> dict[str, Any]:
+        adapter = self.adapter
+        method = adapter.config.method
+        raw: dict[str, Any] = {
+            "peft_type": "VERA" if method == "vera" else "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": adapter.base,
+            "r": exact.rank,
+            "bias": "none",
+            "fan_in_fan_out": bool(adapter.metadata.get("peft", {}).get("fan_in_fan_out"))
+            or bool(base and base.model_type == "gpt2"),
+            "inference_mode": True,
+        }
+        router = [t for t in self.targets if self._is_router(t, base)] if self.parameters else []
+        modules = [t for t in self.targets if "{}" not in t and t not in router]
+        per_expert = sorted({t.rpartition(".")[2] for t in self.targets if "{}" in t})
+        targets, layers = _targets(modules) if modules and not per_expert and not self.parameters else (modules, None)
+        raw["target_modules"] = sorted(targets) + per_expert
+        if layers is not None:
+            raw["layers_to_transform"] = layers
+        if self.parameters:
+            for name in router:
+                self.ranks[f"{name}.weight"], self.alphas[f"{name}.weight"] = (
+                    self.ranks.pop(name),
+                    self.alphas.pop(name),
+                )
+            raw["target_parameters"] = sorted(self.parameters + [f"{name}.weight" for name in router])
+        if method == "vera":
+            raw |= {
+                "projection_prng_key": exact.projection_prng_key,
+                "save_projection": "vera_a" in adapter.weights,
+                "vera_dropout": exact.dropout,
+                "d_initial": exact.d_initial,
+                "init_weights": True,
+            }
+            return {**raw, **self.extra}
+        alpha = integral(exact.scale * exact.rank)
+        raw |= {
+            "lora_alpha": alpha,
+            "lora_dropout": exact.dropout,
+            "use_dora": method == "dora",
+            "init_lora_weights": True,  # whatever the start was: PEFT would apply it to the base again
+        }
+        if exact.lora_bias:
+            raw["lora_bias"] = True
+        if ranks := {f"^{re.escape(n)}": r for n, r in self.ranks.items() if r != exact.rank}:
+            raw["rank_pattern"] = ranks
+        if alphas := {f"^{re.escape(n)}": a for n, a in self.alphas.items() if a != alpha}:
+            raw["alpha_pattern"] = alphas
+        return {**raw, **self.extra}
+
+    def _is_router(self, name: str, base) -> bool:
+        block, _, leaf = name.rpartition(".")
+        return leaf == "gate" and any(p.startswith(f"{block}.experts.") for p in self.parameters)
+
+
+def _targets(modules: list[str]) -> tuple[list[str], list[int] | None]:
+    """``target_modules`` and ``layers_to_transform`` that select precisely ``modules`` in any base.
+
+    Names relative to a layer where every adapted layer has the same ones, else full paths: PEFT would put adapters
+    on every other match too, and warn of missing keys.
+    """
+    split = [split_layer(path) for path in modules]
+    layers = sorted({layer for layer, _ in split if layer is not None})
+    names = sorted({name for _, name in split})
+    stems = {path.removesuffix(f".{layer}.{name}") for path, (layer, name) in zip(modules, split, strict=True)}
+    if len(stems) == 1 and None not in {layer for layer, _ in split} and len(modules) == len(layers) * len(names):
+        return names, layers
+    return sorted(modules), None

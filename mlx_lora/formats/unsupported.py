@@ -1,0 +1,51 @@
+"""Adapters that are recognised in order to be refused by name: of image models, or of methods not implemented."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import FormatError
+from .files import read_json
+from .state_dicts import names
+
+# What a tensor's name tells.
+_TENSORS = (
+    (r"^lora_(unet|te\d?|transformer)_|\.lora_(down|up)\.weight$", "a kohya or diffusers LoRA, for image models"),
+    (r"^(unet|text_encoder)\..*lora", "a diffusers LoRA, for image models"),
+    (r"\bhada_w[12]_[ab]\b", "a LoHa adapter"),
+    (r"\blokr_w[12]", "a LoKr adapter"),
+    (r"\bia3_l\b", "an (IA)3 adapter"),
+    (r"\blora_E\b", "an AdaLoRA adapter"),
+    (r"\blora_diag\b", "a KaSA adapter"),
+    (r"\b(boft|oft)_", "an OFT or BOFT adapter"),
+    (r"\bvblora_", "a VB-LoRA adapter"),
+    (r"\bfourierft_", "a FourierFT adapter"),
+    (r"\bprompt_embeddings\b|\badaption_prompt\b", "a prompt (prefix or prompt tuning)"),
+    (r"xlora", "an X-LoRA adapter"),
+    (r"\.adapter_(down|up)\.|\.(down|up)_proj_adapter\b", "a bottleneck adapter"),
+)
+
+
+def recognise(path: Path) -> str | None:
+    """What kind of foreign adapter lies at ``path``, a file or a folder; None where nothing is recognised."""
+    files = [path] if path.is_file() else [p for p in sorted(path.iterdir()) if p.is_file()]
+    if any(f.name == "xlora_config.json" for f in files):
+        return "an X-LoRA adapter"
+    if path.is_dir() and ((path / "zero_to_fp32.py").exists() or any(path.glob("global_step*"))):
+        return "a checkpoint of DeepSpeed in shards: gather it with its zero_to_fp32.py"
+    if (path.is_dir() and any(path.glob("*/*.distcp"))) or any(path.glob("*.distcp") if path.is_dir() else []):
+        return "a distributed checkpoint of PyTorch in shards: export it to one file"
+    if path.is_dir() and (path / "adapter_config.json").exists():
+        try:
+            kind = read_json(path / "adapter_config.json").get("peft_type")
+        except FormatError:
+            kind = None
+        if isinstance(kind, str):
+            return f"a PEFT config of {kind} without its weights"
+    for file in files:
+        held = "\n".join(sorted(names(file)[1])[:20000])
+        for pattern, what in _TENSORS:
+            if re.search(pattern, held, re.MULTILINE):
+                return what
+    return None

@@ -1,0 +1,180 @@
+"""Merging adapters into the weights, and measuring how much of the update survives the storage.
+
+A merged weight must be stored, and storage rounds: a 4-bit grid is coarser than most updates, so that requantizing to
+4 bits leaves the base model and loses the adapter. Every layer is therefore measured: with D = W' - W and D' what the
+stored weight holds of it, cosine(D, D') and ||D' - D|| / ||D||, in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..base.loading import DTYPES, check_dtype
+from ..base.modules import base_dtype, dense_weight, is_quantized, kind, model_dtype
+from ..base.nf4_linear import NF4Linear
+from ..errors import ConfigError
+from ..fast import accelerate
+from ..layers import AdapterLayer, TokenRows, UntiedEmbedding
+from ..model.full_parameters import dense_module
+from ..model.state import forget, wrappers
+
+# An update that keeps this much is whole for every purpose; below it, the layer is stored wider.
+SURVIVES_COSINE, SURVIVES_ERROR = 0.99, 0.1
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """What became of one layer's update."""
+
+    path: str
+    storage: str  # such as "8-bit" or "bfloat16"
+    cosine: float  # of the stored with the true update; 1 is perfect
+    relative_error: float  # norm of the difference over the norm of the true update; 0 is perfect
+    update_norm: float  # norm of the true update over the norm of the base weight
+
+    @property
+    def survives(self) -> bool:
+        return self.update_norm == 0 or (self.cosine >= SURVIVES_COSINE and self.relative_error <= SURVIVES_ERROR)
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    bits: int | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    force: bool = False,
+) -> list[FusedLayer]:
+    """Merge the adapters on ``model`` into its weights, in place.
+
+    Args:
+        bits: store the adapted layers of a quantized base at this many bits. By default each is stored at 8 bits if
+            its update survives that, else as floats. Fewer than 8 need ``force``: they lose the adapter.
+        dtype: of layers stored as floats; the model's own by default.
+        dequantize: store every quantized layer of the model as floats, the untouched ones too.
+        force: allow ``bits`` below 8.
+
+    Returns: a report for each adapted layer; ``survives`` tells whether its update is still there.
+
+    Raises: ConfigError: contradicting arguments.
+    """
+    if bits is not None and bits not in (2, 3, 4, 5, 6, 8):
+        raise ConfigError(
+            f"bits must be one of 2, 3, 4, 5, 6, 8, not {bits!r}",
+            "Leave bits out: each layer is then stored at 8 bits where its update survives that, else as floats.",
+        )
+    if bits is not None and dequantize:
+        raise ConfigError("bits and dequantize contradict each other", "Choose one.")
+    if bits is not None and bits < 8 and not force:
+        raise ConfigError(
+            f"storing merged weights at {bits} bits loses most of the adapter",
+            "Leave --bits out, keep the adapter beside the base, or insist with --force and read the report.",
+        )
+    check_dtype(dtype)
+    floats = DTYPES[dtype] if dtype else None
+    default = model_dtype(model)
+    adapted = wrappers(model)
+    one_sided = [path for path, layer in adapted.items() if getattr(layer, "input_only", False)]
+    one_sided += [path for path, module in model.named_modules() if isinstance(module, UntiedEmbedding)]
+    if one_sided and tied(model):
+        raise ConfigError(
+            f"{', '.join(one_sided)}: its update acts on the input only, and the model's output is tied to it",
+            "Keep the adapter beside the base: one matrix cannot be both.",
+        )
+    if bits is not None and adapted and not any(is_quantized(layer.base) for layer in adapted.values()):
+        raise ConfigError("bits applies to quantized bases; this one is not", "Fuse first, then quantize the model.")
+    reports, new = [], {}
+    for path, module in model.named_modules():  # of an untied model: the whole truth
+        if isinstance(module, UntiedEmbedding):
+            new[path] = nn.Embedding(1, 1)
+            new[path].weight = module.weight
+            new[path].freeze()
+    for path, layer in adapted.items():
+        target = floats or base_dtype(layer.base) or default
+        new[path], report = _fuse_layer(path, layer, target, bits, dequantize or floats is not None)
+        reports.append(report)
+    if dequantize:
+        inside = {id(layer.base) for layer in adapted.values()}
+        for path, module in model.named_modules():
+            if is_quantized(module) and kind(module) and id(module) not in inside:
+                target = floats or base_dtype(module) or default
+                new[path] = dense_module(module, dense_weight(module), target)
+    model.update_modules(tree_unflatten(list(new.items())))
+    forget(model)
+    accelerate(model)
+    model.eval()
+    mx.eval(model.parameters())
+    return reports
+
+
+def _fuse_layer(
+    path: str, layer: AdapterLayer | TokenRows, dtype: mx.Dtype, bits: int | None, as_floats: bool
+) -> tuple[nn.Module, FusedLayer]:
+    base = layer.base
+    before = dense_weight(base)
+    merged = layer.merged_weight(before)
+    mx.eval(before, merged)
+    choices = []
+    if is_quantized(base) and not as_floats:
+        choices = [_quantized_module(layer, merged, dtype, bits or 8)]
+        choices = [module for module in choices if module is not None]
+    if bits is None or not choices:
+        choices.append(None)  # floats, made only if wanted
+    for module in choices:
+        module = module if module is not None else _merged_module(layer, merged, dtype)
+        report = _measure(path, module, before, merged)
+        if report.survives:
+            break
+    mx.eval(module.parameters())
+    return module, report
+
+
+def _measure(path: str, module: nn.Module, before: mx.array, merged: mx.array) -> FusedLayer:
+    true, kept = merged - before, dense_weight(module) - before
+    norm, kept_norm = mx.linalg.norm(true.flatten()), mx.linalg.norm(kept.flatten())
+    size = norm.item()
+    cosine = ((true * kept).sum() / mx.maximum(norm * kept_norm, 1e-30)).item() if size else 1.0
+    error = (mx.linalg.norm((kept - true).flatten()) / norm).item() if size else 0.0
+    storage = f"{module.bits}-bit" if is_quantized(module) else str(module.weight.dtype).rpartition(".")[2]
+    relative = size / max(mx.linalg.norm(before.flatten()).item(), 1e-30)
+    return FusedLayer(path, storage, cosine, error, relative)
+
+
+def _merged_module(layer: AdapterLayer | TokenRows, weight: mx.array, dtype: mx.Dtype) -> nn.Module:
+    """A plain layer with the merged ``weight`` and bias."""
+    made = dense_module(layer.base, weight, dtype)
+    bias = layer.merged_bias() if isinstance(layer, AdapterLayer) else None
+    if bias is not None:
+        made.bias = bias.astype(dtype if "bias" not in layer.base else layer.base.bias.dtype)
+        made.freeze()
+    return made
+
+
+def _quantized_module(
+    layer: AdapterLayer | TokenRows, weight: mx.array, dtype: mx.Dtype, bits: int
+) -> nn.Module | None:
+    """``weight`` quantized to ``bits``, in the mode of the base where it has that width, else affine.
+
+    None where the width is no multiple of the group: NF4's blocks run on from row to row, MLX's groups do not."""
+    base = layer.base
+    if isinstance(base, NF4Linear) and bits == base.bits:
+        return NF4Linear.from_linear(_merged_module(layer, weight, dtype), "nested_absmax" in base, base.group_size)
+    same = bits == base.bits
+    mode = base.mode if same else "affine"
+    group = base.group_size if same or base.mode == "affine" else 32
+    if weight.shape[-1] % group:
+        return None
+    made = _merged_module(layer, weight, dtype).to_quantized(group_size=group, bits=bits, mode=mode)
+    made.freeze()
+    return made
+
+
+def tied(model: nn.Module) -> bool:
+    """Whether the model's output is its input embedding."""
+    args = getattr(model, "args", None)
+    known = getattr(args, "tie_word_embeddings", None)
+    return bool(known) if known is not None else not any(p.endswith("lm_head") for p, _ in model.named_modules())

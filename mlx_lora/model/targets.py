@@ -1,0 +1,167 @@
+"""Which modules of a model an adapter sits on. Reads the model, changes nothing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+import mlx.nn as nn
+
+from ..adapter import raise_faults, split_layer
+from ..base.modules import dims, kind, layer_paths
+from ..config import AdapterConfig
+from ..errors import AdapterError
+
+ALL_LINEAR = "all-linear"
+
+
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that an adapter can sit on, by path, in the model's order."""
+    return {path: module for path, module in _ordered(model) if kind(module)}
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Paths of the linears that choose experts: beside experts, with one output for each of them (or one in all)."""
+    modules = dict(model.named_modules())
+    found = set()
+    for path, module in modules.items():
+        if kind(module) != "switch":
+            continue
+        # The experts' container is one or two levels up: mlp.switch_mlp.gate_proj beside mlp.gate.
+        blocks = {path.rpartition(".")[0], path.rpartition(".")[0].rpartition(".")[0]}
+        found |= {
+            name
+            for name, sibling in modules.items()
+            if name.rpartition(".")[0] in blocks
+            and kind(sibling) == "linear"
+            and dims(sibling)[1] in (module.num_experts, 1)
+        }
+    return found
+
+
+def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The modules that ``config.keys`` and ``config.num_layers`` choose, by path.
+
+    ``num_layers`` bounds everything but absolute paths written out in full.
+
+    Raises:
+        AdapterError: a key matches nothing; the message lists what there is.
+    """
+    layers = layer_paths(model)
+    count = config.num_layers if config.num_layers > 0 else len(layers)
+    kept = layers[-count:]
+    if config.layers_to_transform is not None:
+        if beyond := [i for i in config.layers_to_transform if i >= len(layers)]:
+            raise AdapterError(
+                f"layers_to_transform: {', '.join(map(str, beyond))}, but the model has {len(layers)} layers",
+                "Count them from 0.",
+            )
+        kept = [layers[i] for i in sorted(set(config.layers_to_transform))]
+    where = f"the last {count} layers" if config.layers_to_transform is None else "layers_to_transform"
+    chosen = tuple(path + "." for path in kept)
+    every = tuple(path + "." for path in layers)
+    modules = adaptable(model)
+    outside = {path for path in modules if not path.startswith(every)}
+    keys = None if config.keys is None and config.target_parameters is None else (*(config.keys or ()),)
+    if keys is None or ALL_LINEAR in keys:
+        _refuse_own_kinds(model, chosen)
+    if keys is None:
+        skip = routers(model)
+        found = {path for path in modules if path.startswith(chosen) and path not in skip}
+        if not found:
+            raise AdapterError(f"{where} hold no linear layers to adapt", "Name modules with --keys.")
+        return {path: modules[path] for path in modules if path in found}
+    found, faults = set(), []
+    for key in [*keys, *(config.target_parameters or ())]:
+        matches = _matches(key, modules, model) if key in keys else _parameters(key, modules)
+        inside = {p for p in matches if p.startswith(chosen) or p in outside or p == key}
+        found |= inside
+        if not inside:
+            faults.append(_nothing(key, matches, modules, where))
+    raise_faults(faults, f"There are: {', '.join(_names(modules))}.")
+    return {path: module for path, module in modules.items() if path in found}
+
+
+def select_named(model: nn.Module, names: dict[str, Any]) -> dict[str, Any]:
+    """``names`` (paths, or ends of paths) with the paths of the modules they name as keys.
+
+    Raises: AdapterError: a name matches nothing.
+    """
+    modules = dict(_ordered(model))
+    found, faults = {}, []
+    for name, value in names.items():
+        paths = [path for path in modules if path and (path == name or path.endswith("." + name))]
+        if not paths:
+            leaves = sorted({path.rpartition(".")[2] for path in modules if path})
+            near = difflib.get_close_matches(name, [*modules, *leaves], n=1)
+            faults.append(f"the model has no module {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        found |= dict.fromkeys(paths, value)
+    raise_faults(faults, "A head that is tied to the embedding is no module of its own: name the embedding.")
+    return found
+
+
+# The parameters of PEFT's models of experts -> mlx-lm's modules; both stand below the same block.
+_EXPERT_PARAMETERS = {
+    "gate_up_proj": ("gate_proj", "up_proj", "gate_up_proj"),
+    "down_proj": ("down_proj",),
+}
+
+
+def _parameters(name: str, modules: dict[str, nn.Module]) -> set[str]:
+    """The modules that hold what PEFT's ``target_parameters`` calls ``name``: ``mlp.experts.gate_up_proj``, a router's
+    ``mlp.gate.weight``, or any ``<module>.weight``."""
+    stem, _, leaf = name.rpartition(".")
+    if leaf == "weight":
+        return {p for p in modules if p == stem or p.endswith("." + stem)}
+    block = stem.removesuffix("experts").removesuffix(".")
+    found = set()
+    for path, module in modules.items():
+        parent, _, own = path.rpartition(".")
+        above = parent.rpartition(".")[0]
+        if kind(module) == "switch" and own in _EXPERT_PARAMETERS.get(leaf, (leaf,)):
+            beside = not block or f".{above}".endswith("." + block) or f".{parent}".endswith("." + block)
+            found |= {path} if beside else set()
+    return found
+
+
+def _refuse_own_kinds(model: nn.Module, chosen: tuple[str, ...]) -> None:
+    """Layers that bring adapters of their own (afm7's, which split what they return) are not passed over in silence."""
+    own = [path for path, module in _ordered(model) if hasattr(module, "to_lora") and path.startswith(chosen)]
+    raise_faults(
+        [f"{path}: {type(dict(model.named_modules())[path]).__name__} cannot be adapted" for path in own],
+        "Name the modules to adapt with --keys.",
+    )
+
+
+def _matches(key: str, modules: dict[str, nn.Module], model: nn.Module) -> set[str]:
+    if key == ALL_LINEAR:
+        skip = routers(model)
+        return {
+            p for p, m in modules.items() if split_layer(p)[0] is not None and kind(m) != "embedding" and p not in skip
+        }
+    exact = {p for p in modules if p == key or p.endswith("." + key)}
+    if exact:
+        return exact
+    try:
+        pattern = re.compile(key)
+    except re.error:
+        return set()
+    return {p for p in modules if pattern.fullmatch(p)}
+
+
+def _nothing(key: str, matches: set[str], modules: dict[str, nn.Module], where: str) -> str:
+    if matches:
+        return f"key {key!r} matches only outside {where}" + (" (num_layers)" if "last" in where else "")
+    near = difflib.get_close_matches(key, _names(modules) + [n.rpartition(".")[2] for n in _names(modules)], n=1)
+    return f"key {key!r} matches no module" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _names(modules: dict[str, nn.Module]) -> list[str]:
+    """Paths relative to a layer, each once."""
+    return list(dict.fromkeys(split_layer(path)[1] for path in modules))
+
+
+def _ordered(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """``named_modules`` in the order of definition (MLX walks them last to first)."""
+    return list(reversed(model.named_modules()))

@@ -1,0 +1,288 @@
+"""Starts: each is the identity, keeps its promise, and leaves an adapter that means the same over its own base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, numbers, relative
+from mlx_lora import AdapterConfig, attach, extract, fuse, load_adapter, mount, quantize, save_adapter, unmount
+from mlx_lora.base.modules import dense_weight
+from mlx_lora.errors import AdapterError, ConfigError, DataError
+from mlx_lora.fast import accelerate
+from mlx_lora.init import loftq_pair
+from mlx_lora.init.eva import IncrementalSVD
+from mlx_lora.init.weights import svd_lowrank
+from mlx_lora.model.attach import adapters_on
+from mlx_lora.training import loss_fn
+
+Q4 = dict(group_size=32, bits=4)
+KEYS = ["q_proj", "down_proj"]
+STARTS = ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "lora_ga"]
+
+
+@dataclass
+class Batch:
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+def batches(count=3, vocabulary=96):
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        tokens = random.integers(0, vocabulary, (4, 17))
+        mask = np.ones((4, 16), bool)
+        mask[0, 9:] = False
+        yield Batch(tokens, mask)
+
+
+def started(init: str, base: str = "dense", config: dict = LLAMA, **settings):
+    model = make_model(config, quantize=Q4 if base == "4-bit" else None)
+    if base == "nf4":
+        quantize(model, "nf4", double_quant=True)
+    accelerate(model)
+    settings = {"rank": 4, "scale": 2.0, "keys": KEYS, "num_layers": -1, **settings}
+    data = batches() if init in ("eva", "lora_ga") else None
+    mx.random.seed(5)
+    before = model(mx.array([[1, 5, 9, 33]]))
+    attach(model, AdapterConfig(init=init, **settings), data)
+    return model, before
+
+
+def nudge(model, size=0.02):
+    """Move every trained parameter a little, as training does."""
+    mx.random.seed(8)
+    for layer in adapters_on(model).values():
+        for leaf in layer.leaves:
+            layer[leaf] = layer[leaf] + size * mx.random.normal(layer[leaf].shape)
+
+
+@pytest.mark.parametrize("base", ["dense", "4-bit", "nf4"])
+@pytest.mark.parametrize("init", STARTS)
+def test_identity_then_one_portable_adapter(init, base, tokens, tmp_path):
+    if init == "lora_ga" and base != "dense":
+        pytest.skip("needs the gradient of W, see below")
+    model, before = started(init, base)
+    assert_close(model(mx.array([[1, 5, 9, 33]])), before, 1e-5, "the start is not the identity")
+    names = {n.rpartition(".")[2] for n, _ in tree_flatten(model.trainable_parameters())}
+    assert names == {"lora_a", "lora_b"}
+    nudge(model)
+    live = model(tokens)
+    adapter = extract(model)
+    doubled = init.startswith(("pissa", "olora", "lora_ga"))
+    ranks = {adapter.rank_of(path) for path in adapter.modules}
+    assert ranks == {8} if doubled else init == "eva" or ranks == {4}
+    assert adapter.config.init == "default"
+    save_adapter(adapter, tmp_path / "native")
+    unmount(model)
+    for folder in [
+        save_adapter(adapter, tmp_path / "native", overwrite=True),
+        save_adapter(adapter, tmp_path / "p", "peft"),
+    ]:
+        mount(model, load_adapter(folder))
+        assert_close(model(tokens), live, 2e-5, folder.name)
+    fuse(model, dtype="float32")
+    assert_close(model(tokens), live, 2e-5, "fused")
+
+
+@pytest.mark.parametrize("init", STARTS)
+def test_gradients_of_the_update_are_plain_loras(init, tokens):
+    model, _ = started(init)
+    nudge(model, 0.05)
+    layer = next(iter(adapters_on(model).values()))
+    x = mx.random.normal((3, 5, layer.lora_a.shape[0]))
+    target = mx.random.normal((3, 5, layer.lora_b.shape[1]))
+    frozen = layer.frozen_pair if hasattr(layer, "frozen_pair") else None
+
+    def ours(p):
+        layer.update(p)
+        return (layer(x) * target).sum()
+
+    def plain(p):
+        weight = layer.linear.weight + layer.scale * (p["lora_a"] @ p["lora_b"]).T
+        if frozen:
+            weight = weight - layer.scale * (frozen[0] @ frozen[1]).T
+        return (x @ weight.T * target).sum()
+
+    p = {leaf: layer[leaf] for leaf in layer.leaves}
+    got, expected = mx.grad(ours)(p), mx.grad(plain)(p)
+    for leaf in p:
+        assert mx.abs(got[leaf]).max().item() > 0
+        assert_close(got[leaf], expected[leaf], 1e-5, leaf)
+
+
+def test_pissa_is_the_best_of_its_rank():
+    for init in ("pissa", "pissa_niter_8"):
+        model, _ = started(init, scale=3.0)
+        for layer in adapters_on(model).values():
+            weight = numbers(layer.linear.weight)
+            update = 3.0 * numbers(layer.lora_a @ layer.lora_b).T
+            s = np.linalg.svd(weight, compute_uv=False)
+            error = np.linalg.norm(weight - update) / np.sqrt((s[4:] ** 2).sum())
+            assert 1 - 1e-4 < error < (1.0001 if init == "pissa" else 1.05), init
+            # A and B share the singular values evenly.
+            assert_close(mx.linalg.norm(layer.lora_a, axis=0), mx.linalg.norm(layer.lora_b, axis=1), 1e-4)
+
+
+def test_olora_is_qr():
+    model, _ = started("olora")
+    for layer in adapters_on(model).values():
+        b = numbers(layer.lora_b)
+        assert_close(b @ b.T, np.eye(4), 1e-5)
+        q, r = np.linalg.qr(numbers(layer.linear.weight))
+        assert_close(layer.lora_b, q[:, :4].T, 1e-5)
+        assert_close(layer.lora_a, r[:4].T, 1e-5)
+
+
+def test_orthogonal_and_gaussian():
+    model, _ = started("orthogonal")
+    for layer in adapters_on(model).values():
+        assert mx.abs(layer.lora_b).max() > 0.01
+        assert mx.abs(layer.lora_a @ layer.lora_b).max().item() < 1e-6
+    with pytest.raises(ConfigError, match="even rank"):
+        started("orthogonal", rank=5)
+    model, _ = started("gaussian", rank=8)
+    a = np.concatenate([numbers(layer.lora_a).ravel() for layer in adapters_on(model).values()])
+    assert abs(a.std() - 1 / 8) < 0.01
+
+
+def test_experts_and_embeddings(tokens):
+    keys = ["switch_mlp.up_proj", "q_proj"]
+    for init in ("pissa", "olora", "orthogonal"):
+        model, before = started(init, config=QWEN3_MOE, keys=keys)
+        assert_close(model(mx.array([[1, 5, 9, 33]])), before, 2e-5)
+        nudge(model)
+        live = model(tokens)
+        mount(model, extract(model))
+        assert_close(model(tokens), live, 2e-5, init)
+        fuse(model, dtype="float32")
+        assert_close(model(tokens), live, 2e-5, init)
+    with pytest.raises(AdapterError, match="embed_tokens: init pissa"):
+        started("pissa", keys=["model.embed_tokens"])
+    started("gaussian", keys=["model.embed_tokens"])
+
+
+# -- EVA --------------------------------------------------------------------------------------------------------------
+
+
+def test_incremental_svd_is_the_svd_of_everything():
+    random = np.random.default_rng(1)
+    data = (random.normal(size=(400, 6)) * [9, 7, 5, 3, 2, 1]) @ random.normal(size=(6, 24)) + random.normal(size=24)
+    data = data.astype(np.float32)
+    inner = IncrementalSVD(8)
+    for start in range(0, 400, 50):
+        inner.add(data[start : start + 50])
+    centred = data - data.mean(axis=0)
+    _, s, v = np.linalg.svd(centred, full_matrices=False)
+    cosine = np.abs((inner.components[:6] * v[:6]).sum(axis=1))
+    assert cosine.min() > 0.9999
+    assert np.allclose(inner.ratio[:6], s[:6] ** 2 / (s**2).sum(), rtol=1e-3)
+
+
+def test_eva_spends_its_budget_where_it_explains_most():
+    model, _ = started("eva", rank=4, eva_rho=2.0)
+    ranks = {path: layer.rank for path, layer in adapters_on(model).items()}
+    assert sum(ranks.values()) == 4 * 6 and max(ranks.values()) <= 8 and len(set(ranks.values())) > 1
+    assert {layer.scale for layer in adapters_on(model).values()} == {2.0}, "alpha grows with the rank"
+    for layer in adapters_on(model).values():
+        a = numbers(layer.lora_a)
+        assert_close(a.T @ a, np.eye(layer.rank), 1e-4)
+    even, _ = started("eva", rank=4, eva_rho=1.0)
+    assert {layer.rank for layer in adapters_on(even).values()} == {4}
+
+
+def test_eva_rslora_keeps_the_size_of_gradients():
+    model, _ = started("eva", rank=4, scale=None, alpha=8, rslora=True)
+    for layer in adapters_on(model).values():
+        assert layer.scale == pytest.approx(8 * layer.rank / 4 / np.sqrt(layer.rank))
+
+
+def test_layers_with_one_input_share_its_directions():
+    model, _ = started("eva", keys=["q_proj", "v_proj"], eva_rho=1.0)
+    layers = adapters_on(model)
+    assert mx.array_equal(
+        layers["model.layers.0.self_attn.q_proj"].lora_a, layers["model.layers.0.self_attn.v_proj"].lora_a
+    ).item()
+
+
+def test_what_data_starts_refuse():
+    model = make_model()
+    with pytest.raises(ConfigError, match="looks at data"):
+        attach(model, AdapterConfig(init="eva", keys=KEYS))
+    with pytest.raises(DataError, match="more data"):
+        attach(model, AdapterConfig(init="eva", keys=KEYS, rank=32), batches(1))
+    with pytest.raises(AdapterError, match="does not start switch"):
+        attach(make_model(QWEN3_MOE), AdapterConfig(init="eva"), batches())
+    with pytest.raises(AdapterError, match="quantized weights"):
+        started("lora_ga", "4-bit")
+    with pytest.raises(AdapterError, match="twice the rank"):
+        started("lora_ga", rank=33)
+    assert not adapters_on(model)
+
+
+def test_lora_ga_follows_the_gradient():
+    model, _ = started("lora_ga", rank=8, keys=["down_proj"])
+    layer = adapters_on(model)["model.layers.2.mlp.down_proj"]
+    plain = make_model()
+    weight = plain.layers[2].mlp.down_proj.weight
+    plain.freeze()
+    plain.layers[2].mlp.down_proj.unfreeze()
+
+    def loss(w):
+        plain.layers[2].mlp.down_proj.weight = w
+        sums = [loss_fn(plain, b.tokens, b.mask) for b in batches()]
+        return sum(s for s, _ in sums) / sum(n for _, n in sums)
+
+    _, s, v = np.linalg.svd(numbers(mx.grad(loss)(weight)))
+    cosine = np.abs((numbers(layer.lora_a).T * v[:8]).sum(axis=1))
+    assert cosine.min() > 0.999
+    expected = s[8:16] * 64**0.25 / 4
+    assert_close(mx.linalg.norm(layer.lora_b, axis=1), expected, 1e-3)
+
+
+# -- LoftQ ------------------------------------------------------------------------------------------------------------
+
+
+def test_loftq_comes_nearer_to_the_weights_than_quantizing():
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(64, 128)).astype(np.float32) * 0.05
+
+    def through(w):
+        q, s, b = mx.quantize(mx.array(w), 32, 2)
+        return np.array(mx.dequantize(q, s, b, 32, 2))
+
+    plain = np.linalg.norm(weight - through(weight))
+    errors = []
+    for rounds in (1, 5):
+        (a, b), target = loftq_pair(weight, through, 8, 2.5, rounds)
+        errors.append(np.linalg.norm(weight - through(target) - 2.5 * (b @ a)))
+    assert errors[1] < errors[0] < plain
+
+
+@pytest.mark.parametrize("base", ["4-bit", "nf4"])
+def test_loftq_with_a_reference(base, tokens):
+    reference = make_model()
+    model = make_model(quantize=Q4 if base == "4-bit" else None)
+    if base == "nf4":
+        quantize(model, "nf4")
+    accelerate(model)
+    exact, before = reference(tokens), relative(model(tokens), reference(tokens))
+    attach(model, AdapterConfig(init="loftq", rank=16, scale=3.0, num_layers=-1), reference=reference)
+    assert relative(model(tokens), exact) < 0.9 * before
+    for path, layer in adapters_on(model).items():
+        whole = dict(reference.named_modules())[path].weight
+        left = mx.linalg.norm(whole - layer.merged_weight(dense_weight(layer.base)))
+        assert (left / mx.linalg.norm(whole - dense_weight(layer.base))).item() < 0.9
+    with pytest.raises(ConfigError, match="loftq"):
+        attach(make_model(), AdapterConfig(init="loftq"))
+
+
+def test_svd_lowrank_finds_the_largest():
+    random = np.random.default_rng(0)
+    matrix = (random.normal(size=(40, 6)) * [9, 8, 7, 6, 5, 4]) @ random.normal(size=(6, 50)) + 0.01
+    _, s, _ = svd_lowrank(matrix.astype(np.float32), 6, 3)
+    assert np.allclose(s, np.linalg.svd(matrix, compute_uv=False)[:6], rtol=1e-3)

@@ -7,9 +7,9 @@
 //@header
 //@body
 #ifdef INDEXED
-const int K = x_shape[1], N = b_shape[2];
+const int N = b_shape[2];
 #else
-const int K = x_shape[1], N = b_shape[1];
+const int N = b_shape[1];
 #endif
 const int lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup;
 const int n0 = (threadgroup_position_in_grid.y * NSG + sg) * ROWS;

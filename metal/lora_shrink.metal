@@ -34,7 +34,6 @@ METAL_FUNC void shrink(A a, X x, device float* u, threadgroup float* part, uint 
   }
 }
 //@body
-const int K = x_shape[1];
 const int lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup;
 const int tiles = threadgroups_per_grid.y / SPLITS;
 const int split = threadgroup_position_in_grid.y / tiles;

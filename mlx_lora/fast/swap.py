@@ -2,51 +2,63 @@
 
 A module keeps its parameters, its name and its place in the model; only ``__call__`` and the like differ. The new class
 derives from the old one, so ``isinstance`` still holds, and such a module can be copied and pickled. What the new class
-keeps between calls lies under one attribute, ``_kept``, outside the module's dictionary.
+keeps between calls lies in one private dictionary beside the module's own.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-_KEPT = "_kept"
+_KEPT, _VERSION, GROUP = "_fast_kept", "_fast_version", "_fast_group"
+_OWN = (_KEPT, _VERSION, GROUP)
 
 
 class Changes:
-    """Mixin that drops what a module has kept whenever one of its attributes is set.
+    """Mixin that forgets what a module has kept whenever one of its attributes is set, and counts the times.
 
     In-place changes count too: ``layer.m *= 2`` ends in an assignment, and so does ``Module.update``.
     """
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
-        self.__dict__.pop(_KEPT, None)
+        _changed(self.__dict__)
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)
-        self.__dict__.pop(_KEPT, None)
+        _changed(self.__dict__)
 
 
-def keep(module: nn.Module, value: Any) -> Any:
-    """Keep ``value`` with the module until one of its attributes is set. Returns it."""
-    module.__dict__[_KEPT] = value
+def _changed(state: dict[str, Any]) -> None:
+    state.pop(_KEPT, None)
+    state[_VERSION] = state.get(_VERSION, 0) + 1
+
+
+def version(module: nn.Module) -> int:
+    """How often an attribute of a module with ``Changes`` has been set."""
+    return module.__dict__.get(_VERSION, 0)
+
+
+def keep(module: nn.Module, name: str, value: Any) -> Any:
+    """Keep ``value`` under ``name`` until one of the module's attributes is set. Returns it."""
+    module.__dict__.setdefault(_KEPT, {})[name] = value
     return value
 
 
-def kept(module: nn.Module) -> Any:
+def kept(module: nn.Module, name: str) -> Any:
     """What ``keep`` stored; None where there is nothing, or no longer."""
-    return module.__dict__.get(_KEPT)
+    found = module.__dict__.get(_KEPT)
+    return None if found is None else found.get(name)
 
 
-def evaluated(arrays: Any) -> bool:
-    """Evaluate ``arrays``. False where they depend on the arguments of a function being traced: not to be kept."""
+def evaluated(array: mx.array) -> bool:
+    """Evaluate ``array``. False where it depends on arguments of a function being traced: then it must not be kept."""
     try:
-        mx.eval(arrays)
+        mx.eval(array)
     except ValueError:
         return False
     return True
@@ -71,24 +83,23 @@ def undo(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if is_swapped(module):
             module.__class__ = plain_class(module)
-            module.__dict__.pop(_KEPT, None)
+            for name in _OWN:
+                module.__dict__.pop(name, None)
 
 
 @functools.cache
 def _derived(plain: type, mixin: type) -> type:
     def __reduce_ex__(self, protocol: int) -> tuple:
-        _, _, state, *rest = (*plain.__reduce_ex__(self, protocol), None)[:5]
-        return (_blank, (plain, mixin), _without_kept(state), *rest)
+        found = plain.__reduce_ex__(self, protocol)
+        state = found[2]
+        if isinstance(state, dict):  # a copy or a pickle makes what it keeps anew
+            state = {name: value for name, value in state.items() if name not in _OWN}
+        return (_blank, (plain, mixin), state, *found[3:])
 
     members = {"__module__": plain.__module__, "__reduce_ex__": __reduce_ex__, "_plain": plain}
     return type(plain.__name__, (mixin, plain), members)
 
 
-def _without_kept(state: Any) -> Any:
-    """A copy or a pickle makes what it keeps anew."""
-    return {k: v for k, v in state.items() if k != _KEPT} if isinstance(state, dict) else state
-
-
-def _blank(plain: Callable[..., type], mixin: type) -> nn.Module:
+def _blank(plain: type, mixin: type) -> nn.Module:
     made = _derived(plain, mixin)
     return made.__new__(made)

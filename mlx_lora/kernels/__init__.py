@@ -9,7 +9,6 @@ from .lora_qmv import MAX_RANK, MAX_ROWS, base_qmv, lora_qmv
 from .lora_rows import lora_rows
 from .lora_shrink import lora_shrink
 from .lora_swiglu import lora_swiglu
-from .low_rank import low_rank_add, low_rank_products
 from .nf4_dequantize import nf4_dequantize
 from .registry import enabled, exportable, with_backward
 from .stored import Stored
@@ -26,8 +25,6 @@ __all__ = [
     "lora_rows",
     "lora_shrink",
     "lora_swiglu",
-    "low_rank_add",
-    "low_rank_products",
     "nf4_dequantize",
     "with_backward",
 ]

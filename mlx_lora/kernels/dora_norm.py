@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .registry import enabled, launch
+from .registry import Launch, enabled
 from .stored import Stored
 
 MAX_RANK = 128  # 16 rows of b lie in threadgroup memory
@@ -33,10 +33,10 @@ def dora_norm(base: Stored, a: mx.array | None = None, b: mx.array | None = None
     if a is not None:
         inputs |= {"a": a, "b": b, "scale": mx.array([scale], mx.float32)}
         defines.append("WITH_UPDATE")
-    (squared,) = launch(
+    launch = Launch(
         "dora_norm",
-        inputs,
-        {"squared": ((N,), mx.float32)},
+        tuple(inputs),
+        ("squared", mx.float32),
         defines=tuple(defines),
         template={
             "N": N,
@@ -50,7 +50,7 @@ def dora_norm(base: Stored, a: mx.array | None = None, b: mx.array | None = None
         groups=(1, -(-N // (_ROWS * _SIMDGROUPS)), 1),
         threadgroup=(32, _SIMDGROUPS, 1),
     )
-    return mx.stop_gradient(squared)
+    return mx.stop_gradient(launch(list(inputs.values()), (N,)))
 
 
 def _reference(base: Stored, a: mx.array | None, b: mx.array | None, scale: float) -> mx.array:

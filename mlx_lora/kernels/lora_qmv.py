@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import mlx.core as mx
 
-from .registry import enabled, launch, with_reference
+from .registry import Launch, enabled, maker, with_reference
 from .stored import Form, Stored
 
 MAX_ROWS = 8
@@ -88,31 +89,47 @@ def _reference(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.arra
 
 def _metal(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:
     known = form.arrays(dict(zip(names, arrays, strict=True)))
-    N = known["b"].shape[-1]
+    (M, K), u, (R, N) = known["x"].shape, known["u"], known["b"].shape[-2:]
+    launch = qmv_launch(maker(), tuple(known), form, known["x"].dtype, (M, K, R, N), u.shape[0])
+    return launch(list(known.values()), (M, N))
+
+
+@functools.lru_cache(maxsize=1024)
+def qmv_launch(
+    make: Callable, names: tuple[str, ...], form: Form, dtype: mx.Dtype, sizes: tuple[int, int, int, int], splits: int
+) -> Launch:
+    """The launch for these inputs.
+
+    Args:
+        make: ``maker()``. sizes: rows of x, inputs, rank, outputs. splits: of ``lora_shrink``.
+    """
+    N = sizes[3]
     # Wide groups share lines of b; a narrow layer needs its few rows spread over the whole GPU.
     simdgroups = 8 if N >= 8192 else 4 if N >= 2048 else 2
-    defines = form.defines(known)
-    defines += [name for key, name in (("bias", "HAS_BIAS"), ("gain", "HAS_GAIN"), ("idx", "INDEXED")) if key in known]
-    return launch_rows("lora_qmv", known, form, defines, _ROWS, simdgroups)
+    defines = [name for key, name in (("bias", "HAS_BIAS"), ("gain", "HAS_GAIN"), ("idx", "INDEXED")) if key in names]
+    return rows_launch("lora_qmv", names, form, dtype, sizes, splits, _ROWS, simdgroups, defines)
 
 
-def launch_rows(
-    name: str, known: dict[str, mx.array], form: Form, defines: list[str], rows: int, simdgroups: int
-) -> mx.array:
-    """Launch a kernel that makes y [M, N] of x [M, K], ``rows`` columns of y to a simdgroup.
-
-    known: arrays by name, of which this reads the shapes of x, ``b`` [..., r, N] and u.
-    """
-    x, b, u = known["x"], known["b"], known["u"]
-    M, R, N = x.shape[0], *b.shape[-2:]
-    template = {"T": x.dtype, "BITS": form.bits, "GROUP": form.group_size, "M": M, "R": R, "SPLITS": u.shape[0]}
-    (y,) = launch(
+def rows_launch(
+    name: str,
+    names: tuple[str, ...],
+    form: Form,
+    dtype: mx.Dtype,
+    sizes: tuple[int, int, int, int],
+    splits: int,
+    rows: int,
+    simdgroups: int,
+    defines: list[str],
+) -> Launch:
+    """A kernel that makes y [M, N] of x [M, K], with ``rows`` columns of y to a simdgroup."""
+    M, K, R, N = sizes
+    template = {"T": dtype, "BITS": form.bits, "GROUP": form.group_size, "M": M, "K": K, "R": R, "SPLITS": splits}
+    return Launch(
         name,
-        known,
-        {"y": ((M, N), x.dtype)},
-        defines=tuple(defines),
+        names,
+        ("y", dtype),
+        defines=(*form.defines(names), *defines),
         template=template | {"ROWS": rows, "NSG": simdgroups},
         groups=(1, -(-N // (rows * simdgroups)), 1),
         threadgroup=(32, simdgroups, 1),
     )
-    return y

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import mlx.core as mx
 
-from .registry import enabled, launch, with_backward
+from .registry import Launch, enabled, maker, with_backward
 
 MAX_ROWS = 8  # rows of x; more are a matrix product's work
 MAX_MATRICES = 4
@@ -69,23 +70,23 @@ def splits(K: int) -> int:
 
 
 def _metal(count: int, x: mx.array, *arrays: mx.array) -> mx.array:
-    a, rest = arrays[:count], arrays[count:]
-    (M, K), widths = x.shape, [matrix.shape[-1] for matrix in a]
+    (M, K), widths = x.shape, tuple(matrix.shape[-1] for matrix in arrays[:count])
+    launch = shrink_launch(maker(), widths, len(arrays) > count, x.dtype, M, K)
+    return launch([x, *arrays], (splits(K), M, sum(widths)))
+
+
+@functools.lru_cache(maxsize=1024)
+def shrink_launch(make: Callable, widths: tuple[int, ...], indexed: bool, dtype: mx.Dtype, M: int, K: int) -> Launch:
+    """The launch for matrices of these ranks. make: ``maker()``."""
     lanes = next((c for c in (1, 2, 4, 8) if 4 * c >= max(widths)), 16)  # side by side on the columns of one k
     tiles, parts, simdgroups = -(-max(widths) // (4 * lanes)), splits(K), 8
-    inputs = {
-        "x": x,
-        **{f"a{i}": matrix for i, matrix in enumerate(a)},
-        **dict(zip(("idx", "ranks"), rest, strict=False)),
-    }
-    template = {"T": x.dtype, "M": M, "C": lanes, "NSG": simdgroups, "SPLITS": parts, "U": sum(widths)}
-    (u,) = launch(
+    names = ("x", *(f"a{i}" for i in range(len(widths))), *(("idx", "ranks") if indexed else ()))
+    return Launch(
         "lora_shrink",
-        inputs,
-        {"u": ((parts, M, sum(widths)), mx.float32)},
-        defines=(f"NPROJ {count}", *(["INDEXED"] if rest else [])),
-        template=template,
-        groups=(1, parts * tiles, count * (M if rest else 1)),
+        names,
+        ("u", mx.float32),
+        defines=(f"NPROJ {len(widths)}", *(["INDEXED"] if indexed else [])),
+        template={"T": dtype, "M": M, "K": K, "C": lanes, "NSG": simdgroups, "SPLITS": parts, "U": sum(widths)},
+        groups=(1, parts * tiles, len(widths) * (M if indexed else 1)),
         threadgroup=(32, simdgroups, 1),
     )
-    return u

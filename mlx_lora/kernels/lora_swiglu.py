@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import mlx.core as mx
 
-from .lora_qmv import launch_rows
-from .registry import enabled, with_reference
+from .lora_qmv import rows_launch
+from .registry import Launch, enabled, maker, with_reference
 from .stored import Form, Stored
 
 
@@ -51,8 +54,16 @@ def _reference(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.arra
 
 
 def _metal(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:
-    known = dict(zip(names, arrays, strict=True))
-    if form.mode == "nf4":
-        known |= {name: known[name].view(mx.uint16) for name in ("w", "w2")}
+    known = form.arrays(dict(zip(names, arrays, strict=True)))
+    (M, K), u, (R, N) = known["x"].shape, known["u"], known["b"].shape[-2:]
+    launch = swiglu_launch(maker(), tuple(known), form, known["x"].dtype, (M, K, R, N), u.shape[0])
+    return launch(list(known.values()), (M, N))
+
+
+@functools.lru_cache(maxsize=1024)
+def swiglu_launch(
+    make: Callable, names: tuple[str, ...], form: Form, dtype: mx.Dtype, sizes: tuple[int, int, int, int], splits: int
+) -> Launch:
+    """The launch for these inputs; arguments as of ``lora_qmv.qmv_launch``."""
     # Two sets of sums: fewer rows of the weights where there are many of x.
-    return launch_rows("lora_swiglu", known, form, form.defines(known), 4 if known["x"].shape[0] <= 4 else 2, 4)
+    return rows_launch("lora_swiglu", names, form, dtype, sizes, splits, 4 if sizes[0] <= 4 else 2, 4, [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .registry import enabled, launch
+from .registry import Launch, enabled
 from .stored import Stored
 
 
@@ -21,13 +21,14 @@ def nf4_dequantize(base: Stored, dtype: mx.Dtype = mx.float32) -> mx.array:
     if not enabled() or numbers % 16:
         return base.dequantized().astype(dtype)
     form, threads = base.form(), numbers // 16
-    (out,) = launch(
+    inputs = form.arrays(base.arrays())
+    launch = Launch(
         "nf4_dequantize",
-        form.arrays(base.arrays()),
-        {"out": (base.shape, dtype)},
-        defines=tuple(form.defines(base.arrays())),
+        tuple(inputs),
+        ("out", dtype),
+        defines=tuple(form.defines(inputs)),
         template={"T": dtype, "GROUP": base.group_size},
         groups=(-(-threads // 256), 1, 1),
         threadgroup=(256, 1, 1),
     )
-    return out
+    return launch(list(inputs.values()), base.shape)

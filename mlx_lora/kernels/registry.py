@@ -85,60 +85,73 @@ def with_reference(kernel: Callable, reference: Callable, names: tuple[str, ...]
     return with_backward(functools.partial(kernel, names, form), backward)
 
 
-def launch(
-    name: str,
-    inputs: dict[str, mx.array],
-    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
-    *,
-    defines: tuple[str, ...] = (),
-    template: dict[str, Any],
-    groups: tuple[int, int, int],
-    threadgroup: tuple[int, int, int],
-) -> list[mx.array]:
-    """Run the kernel ``metal/name.metal``, on Metal or on CUDA.
+def maker() -> Callable:
+    """What makes a kernel of source: MLX's function for the device, or an emulator's in its place."""
+    return mx.fast.cuda_kernel if _on_cuda() else mx.fast.metal_kernel
+
+
+def _on_cuda() -> bool:
+    return mx.cuda.is_available() and not mx.metal.is_available()
+
+
+class Launch:
+    """A kernel with everything chosen but its inputs and the rows of its output: what is left to do for each call.
 
     Args:
-        inputs: arrays by the name the source knows them by. outputs: (shape, dtype) by name.
+        name: of ``metal/name.metal``.
+        inputs: the names by which the source knows the arrays, in the order in which they will be given.
+        output: its name and dtype.
         defines: ``NAME`` or ``NAME VALUE``, for what the preprocessor decides.
         template: types, integers and booleans the kernel is compiled for.
         groups: threadgroups. threadgroup: threads in each.
-
-    Returns: the outputs. Raises ConfigError where MLX has neither, or computes on the CPU.
     """
-    on_cuda = mx.cuda.is_available() and not mx.metal.is_available()
-    make = mx.fast.cuda_kernel if on_cuda else mx.fast.metal_kernel
-    # Before 0.32.2 MLX's CUDA knows a kernel by its name alone, and the types of its arguments are in the source.
-    dtypes = tuple(str(array.dtype).rpartition(".")[2] for array in inputs.values()) if on_cuda else ()
-    kernel = _kernel(name, tuple(inputs), tuple(outputs), defines, dtypes, make, on_cuda)
-    try:
-        return kernel(
-            inputs=list(inputs.values()),
+
+    def __init__(
+        self,
+        name: str,
+        inputs: tuple[str, ...],
+        output: tuple[str, mx.Dtype],
+        *,
+        defines: tuple[str, ...] = (),
+        template: dict[str, Any],
+        groups: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+    ):
+        self._run = functools.partial(
+            _kernel(name, inputs, output[0], defines, maker()),
             template=list(template.items()),
             grid=tuple(g * t for g, t in zip(groups, threadgroup, strict=True)),
             threadgroup=threadgroup,
-            output_shapes=[shape for shape, _ in outputs.values()],
-            output_dtypes=[dtype for _, dtype in outputs.values()],
+            output_dtypes=[output[1]],
         )
-    except (RuntimeError, ValueError) as error:
-        if "No Metal" in str(error) or "Only supports the GPU" in str(error):
-            message = "MLX_LORA_KERNELS=on, but MLX computes on neither Metal nor CUDA here"
-            raise ConfigError(message, "Set it to auto or off.") from None
-        raise
+
+    def __call__(self, inputs: list[mx.array], shape: tuple[int, ...]) -> mx.array:
+        """Run it on Metal or CUDA. ``shape``: of the output.
+
+        Raises: ConfigError: MLX has neither here, or computes on the CPU.
+        """
+        try:
+            return self._run(inputs=inputs, output_shapes=(shape,))[0]
+        except (RuntimeError, ValueError) as error:
+            if "No Metal" in str(error) or "Only supports the GPU" in str(error):
+                message = "MLX_LORA_KERNELS=on, but MLX computes on neither Metal nor CUDA here"
+                raise ConfigError(message, "Set it to auto or off.") from None
+            raise
 
 
 @functools.cache
-def _kernel(name, inputs, outputs, defines, dtypes, make, on_cuda):  # make: MLX's, or an emulator's in its place
+def _kernel(name, inputs, output, defines, make):
     header, body = source(name)
     header = "".join(f"#define {d}\n" for d in defines) + header
     # MLX knows a kernel by its name alone: whatever changes its source has to show there.
-    variant = "_".join([*inputs, *(d.replace(" ", "") for d in defines), *dtypes])
-    if on_cuda:
+    variant = "_".join([*inputs, *(d.replace(" ", "") for d in defines)])
+    if _on_cuda():
         header = f'#line 1 "cuda.h"\n{_file("cuda.h").read_text(encoding="utf-8")}{cuda.translate(header)}'
         body = cuda.translate(body)
     return make(
         name=f"mlx_lora_{name}_{variant}",
         input_names=list(inputs),
-        output_names=list(outputs),
+        output_names=[output],
         header=header,
         source="\n" + body,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -99,11 +100,13 @@ class Form(NamedTuple):
     nested_block: int
     rows: int
 
-    def defines(self, known: dict[str, mx.array]) -> list[str]:
-        """For the preprocessor of a kernel that includes weights.metal."""
-        nested = [f"NESTED {self.nested_block}"] if _NESTED[0] in known else []
+    def defines(self, names: Iterable[str]) -> list[str]:
+        """For the preprocessor of a kernel that includes weights.metal. names: of the kernel's inputs."""
+        nested = [f"NESTED {self.nested_block}"] if _NESTED[0] in names else []
         return [f"MODE {MODES.index(self.mode)}", *nested]
 
     def arrays(self, known: dict[str, mx.array]) -> dict[str, mx.array]:
-        """``known`` with the weight as the kernels read it: nf4 by half-words."""
-        return known | {"w": known["w"].view(mx.uint16)} if self.mode == "nf4" else known
+        """``known`` with the weights as the kernels read them: nf4 by half-words."""
+        if self.mode != "nf4":
+            return known
+        return known | {name: known[name].view(mx.uint16) for name in ("w", "w2") if name in known}

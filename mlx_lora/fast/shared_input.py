@@ -1,0 +1,84 @@
+"""Adapters that read the same array share one product with A: q, k, v of an attention; gate and up of an MLP.
+
+While the module above them runs, the first layer called computes the product for the whole group in one launch. The
+others take their columns when they are called with the same array; with another array a layer computes its own. Nothing
+is kept when that module has returned. Decoding only: in training a layer's product is a matrix product of its own.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..base.modules import dims
+from ..kernels.lora_shrink import MAX_MATRICES
+from .decode import Decodes
+from .swap import GROUP, Changes, keep, kept
+
+# Names that models of mlx-lm give to linear layers of one input.
+SAME_INPUT = (
+    ("q_proj", "k_proj", "v_proj", "g_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("wq", "wk", "wv"),
+    ("w1", "w3"),
+    ("q_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+)
+
+
+def families(parent: nn.Module) -> list[list[str]]:
+    """The names of the layers in ``parent`` that can share their product, a list for each input."""
+    found, left = [], {name for name, child in parent.items() if isinstance(child, Decodes)}
+    for names in SAME_INPUT:
+        alike: dict[tuple, list[str]] = {}
+        for name in (name for name in names if name in left):
+            layer = parent[name]
+            ranks = tuple(layer._ranks.tolist()) if layer.indexed else None
+            alike.setdefault((type(layer), dims(layer.base)[0], layer.lora_a.dtype, ranks), []).append(name)
+        for family in alike.values():
+            if len(family := family[:MAX_MATRICES]) > 1:
+                found.append(family)
+                left -= set(family)
+    return found
+
+
+class Group:
+    """Layers of one module that share the product of their input while that module runs."""
+
+    def __init__(self, layers: list[nn.Module]):
+        ends = [0]
+        for place, layer in enumerate(layers):
+            ends.append(ends[-1] + layer.rank)
+            layer.__dict__[GROUP] = self, place
+        self.layers, self._offsets = layers, [mx.array([start], mx.int32) for start in ends[:-1]]
+        self.running, self._x, self._u = False, None, None
+
+    def close(self) -> None:
+        self.running, self._x, self._u = False, None, None
+
+    def part(self, place: int, x: mx.array, index: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
+        """(u, where the columns of the layer at ``place`` begin in it)."""
+        if x is not self._x:
+            decoder = self.layers[place].decoder()
+            self._x, self._u = x, decoder.shrink(x, [layer["lora_a"] for layer in self.layers], *index)
+        return self._u, self._offsets[place]
+
+
+class SharesInput(Changes):
+    """Mixin for a module with layers that share their input."""
+
+    def __call__(self, *args, **kwargs):
+        if self._training:
+            return super().__call__(*args, **kwargs)
+        groups = kept(self, "groups")
+        if groups is None:
+            groups = [Group([self[name] for name in family]) for family in families(self)]
+            keep(self, "groups", groups)
+        for group in groups:
+            group.running = True
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            for group in groups:
+                group.close()

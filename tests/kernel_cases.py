@@ -8,7 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from conftest import assert_close, numbers
-from mlx_lora.kernels import Stored, dora_norm, lora_qmv, lora_shrink, lora_swiglu, nf4_dequantize
+from mlx_lora.kernels import Stored, dora_norm, lora_qmv, lora_shrink, lora_swiglu, nf4_dequantize, registry
+from mlx_lora.kernels.lora_qmv import qmv_launch
+from mlx_lora.kernels.lora_shrink import shrink_launch
+from mlx_lora.kernels.lora_swiglu import swiglu_launch
 from mlx_lora.kernels.stored import NF4
 
 TOLERANCE = {mx.float32: 3e-6, mx.float16: 2e-3, mx.bfloat16: 1.5e-2}
@@ -181,3 +184,9 @@ def check_swiglu(M, N, K, r, dtype, storage) -> None:
     )
     assert y.dtype == dtype
     assert_close(y, gate / (1 + np.exp(-gate)) * up, 3 * TOLERANCE[dtype])
+
+
+def forget_kernels() -> None:
+    """Drop every kernel that was made, so that changed sources are read."""
+    for cache in (registry._kernel, registry.source, qmv_launch, shrink_launch, swiglu_launch):
+        cache.cache_clear()

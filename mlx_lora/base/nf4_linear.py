@@ -18,8 +18,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import ModelError
-from ..kernels import MAX_ROWS, base_qmv, enabled, with_backward
-from .nf4 import NESTED_BLOCK, NF4, NF4_VALUES, dequantize_nf4, nf4_stored, quantize_nf4
+from ..kernels import with_backward
+from .nf4 import NESTED_BLOCK, NF4, NF4_VALUES, dequantize_nf4, quantize_nf4
 
 STATE = "weight.quant_state.bitsandbytes__nf4"  # a checkpoint's JSON, as bytes
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -80,9 +80,6 @@ class NF4Linear(nn.Module):
 
     def project(self, x: mx.array) -> mx.array:
         """``x W^T`` without the bias. x: [..., in] -> [..., out]."""
-        rows = x.size // x.shape[-1]
-        if not self.training and 1 <= rows <= MAX_ROWS and enabled() and (base := nf4_stored(self.nf4)) is not None:
-            return base_qmv(x.reshape(rows, -1), base).reshape(*x.shape[:-1], -1)
         return _product(self.unpacked_shape, self.group_size, self.nested_block)(x, *self._arrays())
 
     def __call__(self, x: mx.array) -> mx.array:

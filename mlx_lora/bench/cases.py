@@ -12,8 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..base.nf4_linear import NF4Linear
-from ..fast.mlp import fuse_mlps
-from ..fast.shared_input import introduce, stored
+from ..fast.stored import stored
 from ..kernels import dora_norm, nf4_dequantize
 from ..kernels.chunked_sum import chunked_sum
 from ..layers import METHODS, MultiLoRALinear, Rows
@@ -46,35 +45,46 @@ class Sizes:
     cached: bool
 
 
-class Path(NamedTuple):
+class Way(NamedTuple):
     """One way to do the work."""
 
-    calls: list[list[Callable]]  # groups of functions of x, one after the other; a group's do not wait for each other
+    calls: list[Callable]  # functions of x, one after the other; a module may return several arrays
     kernels: bool  # whether they may be used
-    size: int  # bytes of weights and adapters in a group
+    size: int  # bytes of weights and adapters that one call reads
     inlined: int  # launches too many in an export, which shows what a compiled function consists of
 
 
 class Case(NamedTuple):
-    """A part of a model, by name, on every path: "base", "kernels", "plain" and "mlx-lm", those that there are."""
+    """A part of a model, by name, in every way: "base", "kernels", "plain" and "mlx-lm", those that there are."""
 
     part: str
     x: mx.array
-    paths: dict[str, Path]
-    of_layer: bool = False  # one of the groups that make up a layer's linears
-    counted: bool = True  # its launches can be
+    ways: dict[str, Way]
+    of_layer: bool = False  # one of the three that make up a layer's linears and SwiGLU
+    counted: bool = True  # its launches can be counted
+
+
+class Linears(nn.Module):
+    """Linears that read the same input, as they stand in an attention or an MLP."""
+
+    def __init__(self, layers: dict[str, nn.Module]):
+        super().__init__()
+        dict.update(self, layers)
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        return [layer(x) for layer in self.values()]
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
     """One after the other, so that the weights of one are gone before the next."""
     hidden, keys, intermediate = sizes.hidden, sizes.keys, sizes.intermediate
-    yield _linears(sizes, "q, k, v", hidden, [hidden, keys, keys], ("q_proj", "k_proj", "v_proj"))
-    yield _linears(sizes, "o", hidden, [hidden], ("o_proj",))
-    yield _linears(sizes, "gate, up", hidden, [intermediate, intermediate], ("gate_proj", "up_proj"))
-    yield _linears(sizes, "down", intermediate, [hidden], ("down_proj",))
+    yield _linears(sizes, "q, k, v", hidden, {"q_proj": hidden, "k_proj": keys, "v_proj": keys}, of_layer=True)
+    yield _linears(sizes, "o", hidden, {"o_proj": hidden}, of_layer=True)
     yield _mlp(sizes)
+    yield _linears(sizes, "gate, up", hidden, {"gate_proj": intermediate, "up_proj": intermediate})
+    yield _linears(sizes, "down", intermediate, {"down_proj": hidden})
     yield _one(sizes, "q, DoRA", lambda base: _DoRA(base, sizes.rank, _SCALE), _theirs_dora(sizes))
-    yield _one(sizes, "q, 4 adapters", lambda base: _many(base, sizes))
+    yield _one(sizes, "q, 4 adapters", lambda base: _multi(base, sizes))
     yield _one(sizes, "q, NF4", lambda base: _LoRA(base, sizes.rank, _SCALE), nf4=True)
     yield _norms(sizes)
     yield _dequantize(sizes)
@@ -98,76 +108,84 @@ def _copies(sizes: Sizes, numbers: int) -> range:
     return range(1 if sizes.cached else min(64, math.ceil(_BEYOND_CACHE / size)))
 
 
-def _bytes(calls: list[Callable]) -> int:
-    return sum(a.nbytes for call in calls if isinstance(call, nn.Module) for _, a in tree_flatten(call.parameters()))
+def _bytes(call: Callable) -> int:
+    return sum(a.nbytes for _, a in tree_flatten(call.parameters())) if isinstance(call, nn.Module) else 0
 
 
-def _path(calls: list[list[Callable]], kernels: bool = False, size: int | None = None, inlined: int = 0) -> Path:
-    for module in (call for group in calls for call in group if isinstance(call, nn.Module)):
+def _way(calls: list[Callable], kernels: bool = False, size: int | None = None, inlined: int = 0) -> Way:
+    for module in (call for call in calls if isinstance(call, nn.Module)):
         mx.eval(module.eval().parameters())
-    return Path(calls, kernels, _bytes(calls[0]) if size is None else size, inlined)
+    return Way(calls, kernels, _bytes(calls[0]) if size is None else size, inlined)
 
 
-def _compared(bases, ours, theirs=None, inlined: int = 0) -> dict[str, Path]:
-    paths = {"base": _path(bases, inlined=inlined), "kernels": _path(ours, True), "plain": _path(ours, inlined=inlined)}
-    return paths | ({"mlx-lm": _path(theirs, inlined=inlined)} if theirs else {})
+def _compared(make: Callable, base: list, ours: Callable, theirs: Callable | None = None, inlined: int = 0) -> dict:
+    """The ways of modules made of base layers. make: of {name: layer} a module. base: a dict of layers for each copy.
+
+    ours, theirs: of a base layer an adapted one.
+    """
+
+    def adapted(adapt: Callable) -> list[nn.Module]:
+        return [make({name: adapt(layer) for name, layer in layers.items()}) for layers in base]
+
+    ways = {
+        "base": _way([make(layers) for layers in base], inlined=inlined),
+        "kernels": _way(adapted(ours), True),
+        "plain": _way(adapted(ours), inlined=inlined),
+    }
+    return ways | ({"mlx-lm": _way(adapted(theirs), inlined=inlined)} if theirs else {})
 
 
-def _linears(sizes: Sizes, part: str, inputs: int, outputs: list[int], names: tuple[str, ...]) -> Case:
+def _theirs(sizes: Sizes) -> Callable:
     from mlx_lm.tuner.lora import LoRALinear
 
-    bases, ours, theirs = [], [], []
-    for _ in _copies(sizes, inputs * sum(outputs)):
-        bases.append([_linear(sizes, inputs, n) for n in outputs])
-        ours.append([_LoRA(base, sizes.rank, _SCALE) for base in bases[-1]])
-        introduce({f"layer.{name}": layer for name, layer in zip(names, ours[-1], strict=True)})
-        theirs.append([LoRALinear.from_base(base, sizes.rank, scale=_SCALE) for base in bases[-1]])
-    return Case(part, _x(sizes, inputs), _compared(bases, ours, theirs), of_layer=True)
+    return lambda base: LoRALinear.from_base(base, sizes.rank, scale=_SCALE)
+
+
+def _linears(sizes: Sizes, part: str, inputs: int, outputs: dict[str, int], of_layer: bool = False) -> Case:
+    base = [
+        {name: _linear(sizes, inputs, n) for name, n in outputs.items()}
+        for _ in _copies(sizes, inputs * sum(outputs.values()))
+    ]
+    ways = _compared(Linears, base, lambda layer: _LoRA(layer, sizes.rank, _SCALE), _theirs(sizes))
+    return Case(part, _x(sizes, inputs), ways, of_layer)
 
 
 def _mlp(sizes: Sizes) -> Case:
     """All of an MLP: gate, up and SwiGLU are one launch of the kernels."""
     from mlx_lm.models.llama import MLP, ModelArgs
-    from mlx_lm.tuner.lora import LoRALinear
 
-    names = ("gate_proj", "up_proj", "down_proj")
     tiny = dict(model_type="llama", num_hidden_layers=1, num_attention_heads=1, rms_norm_eps=1e-5, vocab_size=1)
     args = ModelArgs.from_dict({**tiny, "hidden_size": 1, "intermediate_size": 1})
 
-    def mlp(layers: dict[str, nn.Module]) -> nn.Module:
+    def make(layers: dict[str, nn.Module]) -> nn.Module:
         made = MLP(args)
         made.update_modules(layers)
         return made
 
-    bases, ours, theirs = [], [], []
-    for _ in _copies(sizes, 3 * sizes.hidden * sizes.intermediate):
-        shapes = [(sizes.hidden, sizes.intermediate)] * 2 + [(sizes.intermediate, sizes.hidden)]
-        linears = {name: _linear(sizes, *shape) for name, shape in zip(names, shapes, strict=True)}
-        adapted = {name: _LoRA(linear, sizes.rank, _SCALE) for name, linear in linears.items()}
-        introduce({f"mlp.{name}": layer for name, layer in adapted.items()})
-        lora = {name: LoRALinear.from_base(linear, sizes.rank, scale=_SCALE) for name, linear in linears.items()}
-        bases.append([mlp(linears)])
-        ours.append([mlp(adapted)])
-        theirs.append([mlp(lora)])
-        fuse_mlps(ours[-1][0])
-    return Case("MLP", _x(sizes, sizes.hidden), _compared(bases, ours, theirs, inlined=2))
+    shapes = {"gate_proj": (sizes.hidden, sizes.intermediate), "up_proj": (sizes.hidden, sizes.intermediate)}
+    shapes["down_proj"] = (sizes.intermediate, sizes.hidden)
+    base = [
+        {name: _linear(sizes, *shape) for name, shape in shapes.items()}
+        for _ in _copies(sizes, 3 * sizes.hidden * sizes.intermediate)
+    ]
+    ways = _compared(make, base, lambda layer: _LoRA(layer, sizes.rank, _SCALE), _theirs(sizes), inlined=2)
+    return Case("MLP", _x(sizes, sizes.hidden), ways, of_layer=True)
 
 
 def _one(sizes: Sizes, part: str, ours: Callable, theirs: Callable | None = None, nf4: bool = False) -> Case:
     """A projection of hidden to hidden."""
-    bases = []
+    base = []
     for _ in _copies(sizes, sizes.hidden**2):
         if nf4:
             layer = nn.Linear(sizes.hidden, sizes.hidden, bias=False)
             layer.set_dtype(sizes.dtype)
-            bases.append([NF4Linear.from_linear(layer)])
+            base.append({"q_proj": NF4Linear.from_linear(layer)})
         else:
-            bases.append([_linear(sizes, sizes.hidden, sizes.hidden)])
-    adapted = [[ours(base)] for (base,) in bases]
-    paths = _compared(bases, adapted, [[theirs(base)] for (base,) in bases] if theirs else None)
-    if nf4:  # which MLX has no product for: alone too it is a kernel's
-        paths["base"] = _path(bases, True)
-    return Case(part, _x(sizes, sizes.hidden), paths)
+            base.append({"q_proj": _linear(sizes, sizes.hidden, sizes.hidden)})
+    ways = _compared(Linears, base, ours, theirs)
+    if nf4:  # which MLX has no product for: the kernels compute it without an adapter too
+        ways["base"] = ways["base"]._replace(kernels=True)
+    return Case(part, _x(sizes, sizes.hidden), ways)
 
 
 def _theirs_dora(sizes: Sizes) -> Callable | None:
@@ -179,7 +197,7 @@ def _theirs_dora(sizes: Sizes) -> Callable | None:
     return lambda base: DoRALinear.from_base(base, sizes.rank, scale=_SCALE)
 
 
-def _many(base: nn.Module, sizes: Sizes, count: int = 4) -> nn.Module:
+def _multi(base: nn.Module, sizes: Sizes, count: int = 4) -> nn.Module:
     """A different one of ``count`` adapters for each row, of ranks that differ."""
     ranks = mx.array([max(1, sizes.rank >> i) for i in range(count)], mx.int32)
     a = mx.random.normal((count, sizes.hidden, sizes.rank)).astype(sizes.dtype)
@@ -210,19 +228,18 @@ def _norms(sizes: Sizes) -> Case:
         whole = DoRALinear._dequantized_weight(them) + (_SCALE * them.lora_b.T) @ them.lora_a.T
         return mx.linalg.norm(whole, axis=1)
 
-    size = _bytes([layer])
-    paths = {"kernels": _path([[kernel]], True, size), "plain": _path([[plain]], size=size)}
+    ways = {"kernels": _way([kernel], True, _bytes(layer)), "plain": _way([plain], size=_bytes(layer))}
     if make := _theirs_dora(sizes):
         them = make(base)
-        paths["mlx-lm"] = _path([[theirs]], size=_bytes([them]))
-    return Case("norms, DoRA", _x(sizes, 1), paths)
+        ways["mlx-lm"] = _way([theirs], size=_bytes(them))
+    return Case("norms, DoRA", _x(sizes, 1), ways)
 
 
 def _dequantize(sizes: Sizes) -> Case:
     linear = nn.Linear(sizes.hidden, sizes.hidden, bias=False)
     layer = NF4Linear.from_linear(linear)
     weight = stored(layer)
-    size = _bytes([layer]) + sizes.hidden**2 * sizes.dtype.size
+    size = _bytes(layer) + sizes.hidden**2 * sizes.dtype.size
 
     def kernel(x: mx.array) -> mx.array:
         return nf4_dequantize(weight, sizes.dtype)
@@ -230,8 +247,8 @@ def _dequantize(sizes: Sizes) -> Case:
     def plain(x: mx.array) -> mx.array:
         return layer.unpacked(sizes.dtype)
 
-    paths = {"kernels": _path([[kernel]], True, size), "plain": _path([[plain]], size=size)}
-    return Case("dequantize, NF4", _x(sizes, 1), paths)
+    ways = {"kernels": _way([kernel], True, size), "plain": _way([plain], size=size)}
+    return Case("dequantize, NF4", _x(sizes, 1), ways)
 
 
 def _cross_entropy(sizes: Sizes, tokens: int = 1024) -> Case:
@@ -255,11 +272,10 @@ def _cross_entropy(sizes: Sizes, tokens: int = 1024) -> Case:
         return nn.losses.cross_entropy(head(hidden), targets).astype(mx.float32).sum()
 
     x = mx.random.normal((tokens, sizes.hidden)).astype(sizes.dtype)
-    size = _bytes([head])
-    paths = {"kernels": chunked, "plain": whole, "mlx-lm": theirs}
+    ways = {"kernels": chunked, "plain": whole, "mlx-lm": theirs}
     return Case(
         "head and loss",
         x,
-        {name: _path([[mx.grad(f)]], name == "kernels", size) for name, f in paths.items()},
+        {name: _way([mx.grad(f)], name == "kernels", _bytes(head)) for name, f in ways.items()},
         counted=False,
     )

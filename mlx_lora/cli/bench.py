@@ -54,10 +54,11 @@ def kernels(size, rank, bits, rows, iters, as_json):
         ratio = f"{found.over_base:.2f}x" if found.over_base else "-"
         count = "-" if found.launches is None else found.launches
         speed, peak = f"{found.gigabytes_per_second:.1f}", f"{found.peak_megabytes:.1f}"
-        lines.append((found.part, found.path, count, f"{found.microseconds:.1f}", ratio, speed, share, peak))
+        host = "-" if found.host_microseconds is None else f"{found.host_microseconds:.1f}"
+        lines.append((found.part, found.path, count, f"{found.microseconds:.1f}", ratio, host, speed, share, peak))
     if as_json:
         return
-    head = ("part", "path", "launches", "us", "of base", "GB/s", "of the chip's", "MB made")
+    head = ("part", "path", "launches", "us", "of base", "host us", "GB/s", "of the chip's", "MB made")
     console.data(console.table(lines, head))
     console.note(f"{found.chip}, {found.backend}; a layer of {size}, rank {rank}, {bits} bits, rows {rows}.")
     if not enabled():

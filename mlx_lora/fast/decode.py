@@ -106,10 +106,17 @@ class Decodes(Changes):
 
 class DecodesLoRA(Decodes):
     def __call__(self, x: mx.array) -> mx.array:
+        if self._training:
+            return trained(self, x, self.dropout(x) @ self.lora_a)
         decoder = kept(self, "decoder") or self.decoder()
-        if self._training or x.size > decoder.most or x.dtype != decoder.dtype:
+        if x.size > decoder.most or x.dtype != decoder.dtype:
             return super().__call__(x)
         return decoder(self, x)
+
+
+def trained(layer: LoRALinear, x: mx.array, low: mx.array) -> mx.array:
+    """LoRA's formula, given x A: scaled before B, since autograd of a scaled ``addmm`` scales the whole gradient."""
+    return mx.addmm(layer.linear(x), layer.scale * low, layer.lora_b)
 
 
 class DecodesDoRA(Decodes, KeptNorms):
@@ -141,9 +148,9 @@ class DecodesNF4(Changes):
 
     def project(self, x: mx.array) -> mx.array:
         rows = x.size // x.shape[-1]
-        if self._training or not 1 <= rows <= MAX_ROWS:
+        if self._training or not 1 <= rows <= MAX_ROWS or (known := stored(self)) is None:
             return super().project(x)
-        return base_qmv(x.reshape(rows, -1), stored(self)).reshape(*x.shape[:-1], -1)
+        return base_qmv(x.reshape(rows, -1), known).reshape(*x.shape[:-1], -1)
 
 
 MIXINS = {LoRALinear: DecodesLoRA, DoRALinear: DecodesDoRA, MultiLoRALinear: DecodesMultiLoRA}

@@ -21,7 +21,7 @@ from ..kernels.recomputed import recomputed
 from ..kernels.registry import maker
 from ..layers.dora import DoRALinear
 from ..layers.lora import LoRALinear
-from .decode import DecodesLoRA
+from .decode import DecodesLoRA, trained
 from .shared_input import SharesInput
 from .swap import Changes, keep, kept, plain_class
 
@@ -172,9 +172,9 @@ def _trained(mlp: nn.Module, x: mx.array) -> mx.array:
     if kind not in (LoRALinear, DoRALinear) or last.dropout._p_1 < 1:
         return last(recomputed(form.f, inputs)[0])
     y, low = recomputed(form.f, inputs, last.lora_a)
-    # The formulas of these layers, given x A.
     if kind is LoRALinear:
-        return mx.addmm(last.linear(y), low, last.lora_b, alpha=last.scale)
+        return trained(last, y, low)
+    # DoRA's formula, given x A.
     gain = last.gain().astype(y.dtype)
     out = gain * mx.addmm(project(last.linear, y), low, last.lora_b, alpha=last.scale)
     return out + last.linear.bias if "bias" in last.linear else out

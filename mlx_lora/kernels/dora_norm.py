@@ -30,6 +30,8 @@ def dora_norm(base: Stored, a: mx.array | None = None, b: mx.array | None = None
         return mx.stop_gradient(_reference(base, a, b, scale))
     form, (N, K) = base.form(), base.shape
     inputs, defines = form.arrays(base.arrays()), form.defines(base.arrays())
+    # The kernel needs no name for these types; MLX tells kernels apart by the names of their constants.
+    types = {"W": base.weight if base.mode == "dense" else base.scales, **({} if a is None else {"A": a})}
     if a is not None:
         inputs |= {"a": a, "b": b, "scale": mx.array([scale], mx.float32)}
         defines.append("WITH_UPDATE")
@@ -38,7 +40,8 @@ def dora_norm(base: Stored, a: mx.array | None = None, b: mx.array | None = None
         tuple(inputs),
         ("squared", mx.float32),
         defines=tuple(defines),
-        template={
+        constants={
+            **{name: array.dtype for name, array in types.items() if mx.issubdtype(array.dtype, mx.floating)},
             "N": N,
             "K": K,
             "BITS": base.bits,

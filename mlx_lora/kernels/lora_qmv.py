@@ -123,13 +123,13 @@ def rows_launch(
 ) -> Launch:
     """A kernel that makes y [M, N] of x [M, K], with ``rows`` columns of y to a simdgroup."""
     M, K, R, N = sizes
-    template = {"T": dtype, "BITS": form.bits, "GROUP": form.group_size, "M": M, "K": K, "R": R, "SPLITS": splits}
+    constants = {"T": dtype, "BITS": form.bits, "GROUP": form.group_size, "M": M, "K": K, "R": R, "SPLITS": splits}
     return Launch(
         name,
         names,
         ("y", dtype),
         defines=(*form.defines(names), *defines),
-        template=template | {"ROWS": rows, "NSG": simdgroups},
+        constants=constants | {"ROWS": rows, "NSG": simdgroups},
         groups=(1, -(-N // (rows * simdgroups)), 1),
         threadgroup=(32, simdgroups, 1),
     )

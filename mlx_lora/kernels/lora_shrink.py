@@ -86,7 +86,7 @@ def shrink_launch(make: Callable, widths: tuple[int, ...], indexed: bool, dtype:
         names,
         ("u", mx.float32),
         defines=(f"NPROJ {len(widths)}", *(["INDEXED"] if indexed else [])),
-        template={"T": dtype, "M": M, "K": K, "C": lanes, "NSG": simdgroups, "SPLITS": parts, "U": sum(widths)},
+        constants={"T": dtype, "M": M, "K": K, "C": lanes, "NSG": simdgroups, "SPLITS": parts, "U": sum(widths)},
         groups=(1, parts * tiles, len(widths) * (M if indexed else 1)),
         threadgroup=(32, simdgroups, 1),
     )

@@ -27,7 +27,7 @@ def nf4_dequantize(base: Stored, dtype: mx.Dtype = mx.float32) -> mx.array:
         tuple(inputs),
         ("out", dtype),
         defines=tuple(form.defines(inputs)),
-        template={"T": dtype, "GROUP": base.group_size},
+        constants={"T": dtype, "GROUP": base.group_size},
         groups=(-(-threads // 256), 1, 1),
         threadgroup=(256, 1, 1),
     )

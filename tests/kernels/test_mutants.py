@@ -9,7 +9,16 @@ import mlx.core as mx
 import pytest
 
 import mslemu
-from kernel_cases import check, check_dequantize, check_many, check_norm, check_rounding, check_scales, check_swiglu
+from kernel_cases import (
+    check,
+    check_dequantize,
+    check_many,
+    check_norm,
+    check_rounding,
+    check_scales,
+    check_swiglu,
+    forget_kernels,
+)
 from mlx_lora.kernels import registry
 from mslemu.compiler import CompileError
 
@@ -315,14 +324,10 @@ def plant(monkeypatch, tmp_path):
         for path in folder.glob("*.metal"):
             (tmp_path / path.name).write_text(text.replace(old, new, 1) if path.stem == name else path.read_text())
         monkeypatch.setattr(registry, "_FOLDERS", (tmp_path,))
-        forget()
-
-    def forget():
-        registry._kernel.cache_clear()
-        registry.source.cache_clear()
+        forget_kernels()
 
     yield change
-    forget()
+    forget_kernels()
 
 
 CASES = [(kernel, *mutant) for kernel, mutants in MUTANTS.items() for mutant in mutants]

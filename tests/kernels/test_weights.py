@@ -9,6 +9,7 @@ import pytest
 import mslemu
 from conftest import assert_close
 from kernel_cases import DTYPES, STORAGES, check_dequantize, check_norm, make_stored
+from mlx_lora import fast
 from mlx_lora.base.nf4_linear import NF4Linear
 from mlx_lora.kernels import dora_norm, nf4_dequantize
 from mlx_lora.kernels.registry import source
@@ -60,11 +61,13 @@ def test_layers_over_nf4(backend, method, double, monkeypatch):
     layer = METHODS[method]["linear"](base, 4, 2.0)
     layer.lora_b = mx.random.normal((4, 40))
     layer.eval()
+    fast.accelerate(layer)
     x = mx.random.normal((1, 2, 96))
     got, weight = layer(x), base.unpacked()
     if backend == "emulated":
         assert {"shrink", "qmv", "dequantize"} <= {part for entry in mslemu.log for part in entry.name.split("_")}
     monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    fast.restore(layer)
     assert mx.array_equal(weight, base.unpacked()).item()
     assert_close(got, layer(x), 1e-5)
 
@@ -75,11 +78,13 @@ def test_nf4_without_adapter(backend, double, dtype, monkeypatch):
     """Decodes in one launch too; a prompt and training do not."""
     mx.random.seed(0)
     layer = NF4Linear.from_linear(nn.Linear(96, 40), double).eval()
+    fast.accelerate(layer)
     x = mx.random.normal((2, 3, 96)).astype(dtype)
     got = layer(x)
     if backend == "emulated":
         assert [entry.name.split("_")[3] for entry in mslemu.log] == ["qmv"]
     monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    fast.restore(layer)
     assert got.dtype == layer(x).dtype
     assert_close(got, layer(x), 1e-5 if dtype == mx.float32 else 1e-2)
 
@@ -98,6 +103,7 @@ def test_dora_gain(backend, storage, monkeypatch):
     base = nn.Linear(64, 40)
     layer = METHODS["dora"]["linear"](base.to_quantized(**storage) if storage else base, 4, 2.0)
     layer.lora_b = mx.random.normal((4, 40))
+    fast.accelerate(layer)
 
     def gradient(parameters):
         layer.update(parameters)
@@ -109,6 +115,7 @@ def test_dora_gain(backend, storage, monkeypatch):
     if backend == "emulated":
         assert {entry.name.split("_")[2] for entry in mslemu.log} == {"dora"}
     monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    fast.restore(layer)
     for g, e in zip(got, (layer.gain(), mx.grad(gradient)(parameters)["m"]), strict=True):
         assert_close(g, e, 1e-5)
 

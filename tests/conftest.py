@@ -84,6 +84,15 @@ def shake_layer(layer: nn.Module, size: float = 0.05) -> None:
         layer.m = layer.m * (1 + 0.2 * mx.random.normal(layer.m.shape))
 
 
+def plainly(model: nn.Module, monkeypatch) -> nn.Module:
+    """``model`` itself, computing by its formulas from now on: no kernels, and nothing of ``fast`` on it."""
+    from mlx_lora import fast
+
+    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    fast.restore(model)
+    return model
+
+
 def numbers(array) -> np.ndarray:
     return np.array(array.astype(mx.float32)) if isinstance(array, mx.array) else np.asarray(array)
 

@@ -12,7 +12,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..base.nf4_linear import NF4Linear
+from ..fast.dora import KeptNorms
 from ..fast.stored import stored
+from ..fast.swap import Changes, is_swapped, swap
 from ..kernels import dora_norm, nf4_dequantize
 from ..kernels.chunked_sum import chunked_sum
 from ..layers import METHODS, MultiLoRALinear, Rows
@@ -130,9 +132,20 @@ def _compared(make: Callable, base: list, ours: Callable, theirs: Callable | Non
     ways = {
         "base": _way([make(layers) for layers in base], inlined=inlined),
         "kernels": _way(adapted(ours), True),
-        "plain": _way(adapted(ours), inlined=inlined),
+        "plain": _way([_with_norms_kept(module) for module in adapted(ours)], inlined=inlined),
     }
     return ways | ({"mlx-lm": _way(adapted(theirs), inlined=inlined)} if theirs else {})
+
+
+def _with_norms_kept(module: nn.Module) -> nn.Module:
+    """DoRA's norms are kept between calls on every device, kernels or not."""
+    for layer in module.modules():
+        if isinstance(layer, _DoRA):
+            for one, mixin in ((layer, KeptNorms), (layer.base, Changes)):
+                if not is_swapped(one):
+                    swap(one, mixin)
+            layer.eval().gain()
+    return module
 
 
 def _theirs(sizes: Sizes) -> Callable:
@@ -217,12 +230,13 @@ def _norms(sizes: Sizes) -> Case:
     base = _linear(sizes, sizes.hidden, sizes.hidden)
     layer = _DoRA(base, sizes.rank, _SCALE)
     weight = stored(base)
+    mx.eval(layer.parameters())
 
     def kernel(x: mx.array) -> mx.array:
         return dora_norm(weight, layer.lora_a, layer.lora_b, _SCALE)
 
     def plain(x: mx.array) -> mx.array:
-        return layer.norms_squared()
+        return _with_norms_kept(layer).norms_squared()
 
     def theirs(x: mx.array) -> mx.array:
         whole = DoRALinear._dequantized_weight(them) + (_SCALE * them.lora_b.T) @ them.lora_a.T
@@ -231,6 +245,7 @@ def _norms(sizes: Sizes) -> Case:
     ways = {"kernels": _way([kernel], True, _bytes(layer)), "plain": _way([plain], size=_bytes(layer))}
     if make := _theirs_dora(sizes):
         them = make(base)
+        mx.eval(them.parameters())
         ways["mlx-lm"] = _way([theirs], size=_bytes(them))
     return Case("norms, DoRA", _x(sizes, 1), ways)
 

@@ -1,23 +1,22 @@
-"""LoRA and DoRA layers through the kernels: whole models, launches counted, siblings, gradients, swapping."""
+"""LoRA and DoRA layers through the kernels: whole models, launches counted, shared inputs, swapping, changes in place."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_lora
 import mslemu
-from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, shake, shake_layer
-from mlx_lora import AdapterConfig
-from mlx_lora.fast.norms import recompute_norms
-from mlx_lora.fast.shared_input import Siblings
+from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, plainly, shake
+from mlx_lora import AdapterConfig, fast
+from mlx_lora.fast.dora import KeptNorms
+from mlx_lora.fast.shared_input import families
 from mlx_lora.kernels.counting import launches
-from mlx_lora.layers import METHODS
 from mlx_lora.model.attach import adapters_on
 
 TOKENS = mx.array([[1, 5, 9, 33, 7]])
@@ -48,25 +47,39 @@ def test_whole_model(backend, method, quantize, monkeypatch):
         decoding = [entry for entry in mslemu.log if "dora_norm" not in entry.name]
         linears = 6 if method == "lora" else 7  # gate and up, with SwiGLU, are one launch
         assert len(decoding) == 3 * 3 * (4 + linears), "three tokens, three layers, 4 shared launches"
-    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
-    assert_close(got, decoded(model), 2e-5 if quantize is None else 1e-4)
+    assert_close(got, decoded(plainly(model, monkeypatch)), 2e-5 if quantize is None else 1e-4)
 
 
 def test_mixture_of_experts(backend, monkeypatch):
     model = adapted(quantize=None, config=QWEN3_MOE)
     got = decoded(model)
-    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
-    assert_close(got, decoded(model), 2e-5)
+    assert_close(got, decoded(plainly(model, monkeypatch)), 2e-5)
+
+
+def test_training_after_decoding(backend, monkeypatch):
+    """A layer goes back to its formula in training, and a trained step is decoded with."""
+    model = adapted()
+    first = decoded(model)
+    for layer in adapters_on(model.train()).values():
+        layer.update({"lora_b": 2 * layer.lora_b})
+    got = decoded(model.eval())
+    assert_close(got, decoded(plainly(model, monkeypatch)), 1e-4)
+    assert (mx.abs(got - first).max() > 0.01).item()
 
 
 def count(model, monkeypatch) -> int:
     """Launches of a token, everything that is computed once being there already."""
     cache = make_prompt_cache(model)
+    mx.eval(plainly(model, monkeypatch)(TOKENS, cache=cache), [c.state for c in cache])
+    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
+    fast.accelerate(model)
     monkeypatch.setenv("MLX_LORA_KERNELS", "off")
-    mx.eval(model(TOKENS, cache=cache), [c.state for c in cache])
+    for layer in model.modules():
+        if isinstance(layer, KeptNorms):
+            layer.gain()
     monkeypatch.setenv("MLX_LORA_KERNELS", "on")
     found = launches(lambda t: model(t, cache=cache), TOKENS[:, :1]).total()
-    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    plainly(model, monkeypatch)
     return found
 
 
@@ -78,14 +91,18 @@ def test_launches_of_a_layer(method, quantize, dtype, monkeypatch):
 
     Plain operations take 14 more, mlx-lm's layers 28 to 42. An export counts SwiGLU, one compiled launch, as three.
     """
+    monkeypatch.setenv("MLX_LORA_FAST", "off")  # on a CPU it would compute quantized layers by BLAS
     base = make_model(LLAMA, quantize=quantize)
     base.set_dtype(dtype)
-    plain = count(base, monkeypatch)
+    bare = launches_of_base = count(base, monkeypatch)
     mlx_lora.attach(base, AdapterConfig(method=method, rank=4, num_layers=-1))
     shake(base)
-    assert count(base.eval(), monkeypatch) - plain == 3 * (2 - 2 if method == "lora" else 4)
+    if method == "lora":
+        assert count(base.eval(), monkeypatch) - bare == 3 * 14, "MLX_LORA_FAST=off"
+    monkeypatch.setenv("MLX_LORA_FAST", "on")
+    assert count(base.eval(), monkeypatch) - bare == 3 * (2 - 2 if method == "lora" else 4)
     mlx_lora.unmount(base)
-    assert count(base, monkeypatch) == plain
+    assert count(base, monkeypatch) == launches_of_base
 
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -95,7 +112,7 @@ def test_launches_of_a_layer(method, quantize, dtype, monkeypatch):
         linear_to_lora_layers(theirs, 3, {"rank": 4, "scale": 2.0, "dropout": 0.0})
         mx.eval(theirs.parameters())
         # In bfloat16 6 a linear, 42; the export merges the casts of q, k and v, and those of gate and up.
-        assert count(theirs, monkeypatch) - plain == 3 * (39 if dtype == mx.bfloat16 else 28)
+        assert count(theirs, monkeypatch) - bare == 3 * (39 if dtype == mx.bfloat16 else 28)
 
 
 def test_bytes_of_a_model(backend):
@@ -121,7 +138,7 @@ def test_bytes_of_a_model(backend):
 
 @pytest.mark.parametrize("quantize", [None, QUANTIZED], ids=["dense", "4bit"])
 def test_nothing_is_copied_on_the_way(backend, quantize, tmp_path, monkeypatch):
-    """Adapters of PEFT, whose matrices come transposed, and a base that was read so."""
+    """PEFT's adapters, whose matrices come transposed, over a base that was read transposed."""
     if backend != "emulated":
         pytest.skip("seen by the emulator")
     monkeypatch.setenv("MLX_LORA_KERNELS", "off")
@@ -137,7 +154,7 @@ def test_nothing_is_copied_on_the_way(backend, quantize, tmp_path, monkeypatch):
     assert mslemu.log and not [(entry.name, entry.copied) for entry in mslemu.log if entry.copied]
 
 
-def test_swapping_adapters(backend, monkeypatch):
+def test_swapping_adapters(backend):
     """Mounting, unmounting and changing arrays in place leave nothing behind."""
     model = adapted()
     first = mlx_lora.extract(model)
@@ -155,6 +172,44 @@ def test_swapping_adapters(backend, monkeypatch):
     assert (mx.abs(changed - before).max() > 0.01).item()
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_changes_in_place_count(backend, method, monkeypatch):
+    """Whatever is kept between calls goes when an array or the scale changes, of the adapter or of its base."""
+    model = adapted(method)
+    decoded(model)
+    layers = adapters_on(model).values()
+
+    def change_base():
+        for layer in layers:
+            layer.linear.scales *= 1.25
+
+    def change(name, factor):
+        for layer in layers:
+            value = getattr(layer, name)
+            value *= factor
+            setattr(layer, name, value)
+
+    changes = [lambda: change("lora_b", 1.5), lambda: change("scale", 2.0), change_base]
+    if method == "dora":
+        changes.append(lambda: change("m", 2.0))
+    last = decoded(model)
+    for how in changes:
+        how()
+        got = decoded(model)
+        assert_close(got, decoded(plainly(copy.deepcopy(model), monkeypatch)), 1e-4)
+        monkeypatch.setenv("MLX_LORA_KERNELS", "off" if backend == "reference" else "on")
+        assert (mx.abs(got - last).max() > 1e-3).item()
+        last = got
+
+
+def test_an_input_changed_between_two_calls(backend):
+    attention = adapted().layers[0].self_attn
+    x = mx.random.normal((1, 1, 64))
+    attention.q_proj(x)
+    x += 1
+    assert_close(attention.k_proj(x), attention.k_proj(mx.array(x)), 1e-6)
+
+
 def test_compiled(backend):
     attention = adapted().layers[0].self_attn
     step = mx.compile(lambda x: attention.q_proj(x) + attention.q_proj(2 * x))
@@ -163,184 +218,164 @@ def test_compiled(backend):
         assert_close(step(x), attention.q_proj(x) + attention.q_proj(2 * x), 1e-5)
 
 
-def test_gradient_of_a_frozen_adapter(backend):
-    """With respect to the input, in evaluation mode: through the kernels' own backward passes."""
-    layer = METHODS["lora"]["linear"](nn.Linear(64, 48), 4, 2.0)
-    layer.lora_b = mx.random.normal((4, 48))
-    layer.eval()
-    x = mx.random.normal((1, 2, 64))
-    plain = layer.linear.weight + 2.0 * (layer.lora_a @ layer.lora_b).T
-    expected = mx.grad(lambda x: ((x @ plain.T + layer.linear.bias) ** 2).sum())(x)
-    for f in (lambda f: f, mx.compile, mx.checkpoint):
-        assert_close(mx.grad(f(lambda x: (layer(x) ** 2).sum()))(x), expected, 1e-5)
+# -- shared inputs ---------------------------------------------------------------------------------------------------
 
 
-def test_one_launch_of_an_mlp(backend, monkeypatch):
-    from mlx_lora.fast.mlp import swiglu
-
-    mlp = adapted().layers[0].mlp
-    x = mx.random.normal((1, 3, 64))
-    if backend == "emulated":
-        assert swiglu(mlp.gate_proj, mlp.up_proj, x) is not None
-        assert swiglu(mlp.gate_proj, mlp.up_proj, mx.zeros((1, 9, 64))) is None
-    got = mlp(x)
-    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
-    assert_close(got, mlp(x), 1e-5)
+def test_which_layers_share(monkeypatch):
+    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
+    model = adapted(keys=("q_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"))
+    for layer in model.layers:
+        assert families(layer.self_attn) == [["q_proj", "v_proj"]]
+        assert families(layer.mlp) == [["gate_proj", "up_proj"]]
 
 
-class GatedMLP(nn.Module):
+class Attention(nn.Module):
+    """Three projections, the last of another array; ``fails``: raises in between."""
+
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c, self.limit = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 4), 7.0
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(32, 32, bias=False) for _ in range(3))
+        self.fails = False
+
+    def __call__(self, x):
+        q, k = self.q_proj(x), self.k_proj(x)
+        if self.fails:
+            raise RuntimeError
+        return q + k + self.v_proj(x * 2)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Module()]
+        self.layers[0].self_attn = Attention()
+
+    def __call__(self, x):
+        return self.layers[0].self_attn(x)
+
+
+def test_each_layer_gets_the_product_of_its_own_input(backend, monkeypatch):
+    model = Model()
+    mlx_lora.attach(model, AdapterConfig(rank=2, num_layers=-1))
+    shake(model, size=1.0)
+    attention, x = model.eval().layers[0].self_attn, mx.random.normal((1, 1, 32))
+    twin, again = copy.copy(attention.q_proj), copy.deepcopy(model)
+    attention.fails = True
+    with pytest.raises(RuntimeError):
+        model(x)
+    attention.fails = False
+    got = [model(x), model(x + 1), again(x), twin(x), pickle.loads(pickle.dumps(model))(x)]
+    plainly(model, monkeypatch)
+    expected = [model(x), model(x + 1), model(x), attention.q_proj(x), model(x)]
+    for one, other in zip(got, expected, strict=True):
+        assert_close(one, other, 1e-5)
+
+
+# -- on and off ------------------------------------------------------------------------------------------------------
+
+
+def snapshot(model) -> list:
+    return [(path, type(m), dict(vars(m)), list(m)) for path, m in model.named_modules()]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_restore_leaves_every_class_and_attribute_as_it_was(backend, method, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_FAST", "off")
+    model = adapted(method)
+    before = snapshot(model)
+    monkeypatch.setenv("MLX_LORA_FAST", "on")
+    assert fast.accelerate(model) and fast.accelerate(model) == []
+    decoded(model)
+    assert snapshot(model) != before
+    fast.restore(model)
+    assert snapshot(model) == before
+
+
+def test_unmount_leaves_every_class_as_it_was(backend):
+    model = make_model(LLAMA, quantize=QUANTIZED)
+    before = snapshot(model)
+    mlx_lora.attach(model, AdapterConfig(rank=4, num_layers=-1))
+    decoded(model)
+    mlx_lora.unmount(model)
+    assert [row[:2] for row in snapshot(model)] == [row[:2] for row in before]
+
+
+def test_nothing_is_put_on_when_it_is_off(monkeypatch):
+    monkeypatch.setenv("MLX_LORA_FAST", "off")
+    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
+    assert fast.accelerate(adapted()) == []
+    monkeypatch.setenv("MLX_LORA_FAST", "sometimes")
+    with pytest.raises(mlx_lora.MLXLoRAError, match="MLX_LORA_FAST is 'sometimes'"):
+        fast.accelerate(adapted())
+
+
+def test_new_scales_of_a_quantized_layer(monkeypatch):
+    """On a CPU: the float32 copy of its weight is made again."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        pytest.skip("on a GPU there is no such copy")
+    layer = nn.Linear(64, 32).to_quantized(32, 4)
+    x = mx.random.normal((3, 64))
+    fast.accelerate(layer)
+    for change in (lambda: None, lambda: setattr(layer, "scales", 2 * layer.scales), lambda: layer.update({})):
+        change()
+        layer.biases *= 1.5
+        got = layer(x)
+        fast.restore(layer)
+        assert_close(got, layer(x), 1e-5)
+        fast.accelerate(layer)
 
 
 @pytest.mark.parametrize(
-    ("f", "found"),
-    [
-        (lambda self, x: self.c(nn.silu(self.a(x)) * self.b(x)), ("a", "b")),
-        (lambda self, x: self.c(self.a(x) * nn.silu(self.b(x))), ("b", "a")),
-        (lambda self, x: self.c(nn.gelu(self.a(x)) * self.b(x)), None),
-        (lambda self, x: self.c(nn.silu(mx.minimum(self.a(x), 100.0)) * self.b(x)), None),
-        (lambda self, x: self.c(nn.silu(self.a(x)) * mx.clip(self.b(x), -self.limit, self.limit)), None),
-        (lambda self, x: self.c(nn.silu(1.01 * self.a(x)) * self.b(x)), None),
-        (lambda self, x: self.c(nn.silu(self.a(x)) * (self.b(x) + 1)), None),
-    ],
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
-def test_what_is_swiglu(f, found):
-    """By its values, however it is written."""
-    from mlx_lora.fast.activation import shape_of
-    from mlx_lora.fast.mlp import _gate_and_up
-
-    mlp = type("MLP", (GatedMLP,), {"__call__": f})()
-    assert _gate_and_up(mlp, shape_of(mlp, f)) == found
-
-
-# -- sharing ---------------------------------------------------------------------------------------------------------
-
-
-def test_who_shares():
-    model = adapted(keys=("q_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"))
-    for i in range(3):
-        layer = model.layers[i]
-        assert layer.self_attn.q_proj.siblings is layer.self_attn.v_proj.siblings is not None
-        assert layer.mlp.gate_proj.siblings is layer.mlp.up_proj.siblings is not layer.self_attn.q_proj.siblings
-        assert layer.self_attn.o_proj.siblings is layer.mlp.down_proj.siblings is None
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_models_can_be_copied(backend, method, copied):
+    model = adapted(method)
+    expected = decoded(model)
+    other = copied(model)
+    assert_close(decoded(other), expected, 1e-6)
+    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+    mlx_lora.unmount(model)
+    assert_close(decoded(copied(model)), decoded(model), 1e-6)
 
 
-class Products:
-    """Counts the products it makes."""
-
-    def __init__(self):
-        self.sizes = []
-
-    def __call__(self, x, a):
-        self.sizes.append(len(a))
-        return [x @ m for m in a]
+# -- explained -------------------------------------------------------------------------------------------------------
 
 
-def make_siblings(n=3) -> tuple[list, Siblings, Products]:
-    layers = [METHODS["lora"]["linear"](nn.Linear(16, 16), 2, 1.0) for _ in range(n)]
-    return layers, Siblings(layers), Products()
+def explained(model, what: str) -> dict[str, tuple[bool, str]]:
+    return {e.path: (e.done, e.reason) for e in fast.explain(model) if e.what.startswith(what)}
 
 
-def test_one_product_for_all_that_come_with_the_same_array():
-    layers, siblings, product = make_siblings()
-    for _ in range(10):
-        x = mx.random.normal((2, 16))
-        for layer in layers:
-            assert mx.array_equal(siblings.part(layer, x, product), x @ layer.lora_a).item()
-    assert product.sizes == [3] * 10
-    assert not siblings._for and not siblings._parts, "nothing is held"
-
-
-def test_parts_are_of_the_matrices_at_hand():
-    """A part that was not fetched is not given to a trace, nor after a matrix was changed, nor to a copy."""
-    layers, siblings, product = make_siblings(3)
-    for layer in layers:
-        object.__setattr__(layer, "siblings", siblings)
-        shake_layer(layer, 0.5)
-    x = mx.random.normal((2, 16))
-    for layer in layers:
-        layer.train()
-        gradients = nn.value_and_grad(layer, lambda layer=layer: layer(x).square().sum())()[1]
-        expected = mx.grad(lambda a, layer=layer: (layer.linear(x) + (x @ a) @ layer.lora_b).square().sum())(
-            layer.lora_a
-        )
-        assert_close(gradients["lora_a"], expected, 1e-5)
-    siblings.part(layers[0], x, product)
-    layers[1].lora_a = 3 * layers[1].lora_a
-    assert mx.array_equal(siblings.part(layers[1], x, product), x @ layers[1].lora_a).item()
-    assert mx.array_equal(siblings.part(copy.copy(layers[2]), x, product), x @ layers[2].lora_a).item()
-
-
-def test_different_arrays_end_the_sharing():
-    layers, siblings, product = make_siblings(2)
-    for _ in range(10):
-        for layer in layers:
-            x = mx.random.normal((2, 16))
-            assert mx.array_equal(siblings.part(layer, x, product), x @ layer.lora_a).item()
-    assert product.sizes[-1] == 1 and sum(product.sizes) < 30
-
-
-def test_an_interrupted_pass_does_not():
-    layers, siblings, product = make_siblings(2)
-    for i in range(20):
-        x = mx.random.normal((2, 16))
-        siblings.part(layers[0], x, product)
-        if i % 5:
-            siblings.part(layers[1], x, product)
-    assert product.sizes == [2] * 20
-
-
-@pytest.mark.parametrize(("method", "how"), [("lora", "plain"), ("dora", "plain"), ("lora", "checkpoint")])
-def test_training_gradients_are_autograds(method, how, monkeypatch):
-    """Of a whole model, shared products and own backward passes against plain operations."""
-    from mlx_lora.kernels import registry
-    from mlx_lora.training.loss import loss_fn
-    from mlx_lora.training.recompute import recomputed_layers
-
-    model = adapted(method, dropout=0.0)
-    model.train()
-    mask = mx.ones((1, 4), mx.bool_)
-
-    def gradients():
-        def loss(parameters):
-            model.update(parameters)
-            return loss_fn(model, TOKENS, mask)[0]
-
-        kept = model.trainable_parameters()
-        try:
-            return dict(tree_flatten(mx.grad(loss)(kept)))
-        finally:
-            model.update(kept)
-
-    if how == "checkpoint":
-        with recomputed_layers(model):
-            got = gradients()
-    else:
-        got = gradients()
-    monkeypatch.setattr(registry, "_differentiable", False)
-    for layer in adapters_on(model).values():
-        object.__setattr__(layer, "siblings", None)
-    expected = gradients()
-    assert set(got) == set(expected)
-    for name, array in expected.items():
-        assert_close(got[name], array, 2e-5, name)
-
-
-def test_gifts_that_nobody_fetches_end(monkeypatch):
-    """Of an attention that does not call all of its projections; nothing is held then, nor ever in a copy."""
+def test_explain(monkeypatch):
     monkeypatch.setenv("MLX_LORA_KERNELS", "on")
-    layers, siblings, _ = make_siblings(2)
-    for layer in layers:
-        object.__setattr__(layer, "siblings", siblings)
-        layer.train()
-    block = nn.Module()
-    block.input_layernorm, block.self_attn = nn.RMSNorm(16), nn.Module()
-    block.self_attn.q_proj, block.self_attn.k_proj = layers
-    recompute_norms(block)
-    for i in range(8):
-        y = block.input_layernorm.train()(mx.random.normal((2, 16)))
-        assert_close(layers[0](y), layers[0].linear(y), 1e-6)
-        assert (not copy.deepcopy(siblings)._parts) and bool(siblings._parts) == (i < 4)
-    assert not siblings.wanted and not siblings._for
+    model = adapted()
+    assert set(explained(model, "decode kernels").values()) == {(True, "")}
+    assert explained(model, "shared input")["model.layers.0.self_attn"] == (True, "")
+    assert set(explained(model, "one launch").values()) == set(explained(model, "activation").values()) == {(True, "")}
+    assert len(explained(model, "one launch")) == 3
+    monkeypatch.setenv("MLX_LORA_KERNELS", "auto")
+    if not mx.metal.is_available():
+        fast.restore(model)
+        assert set(explained(model, "decode kernels").values()) == {
+            (False, "kernels are off: MLX_LORA_KERNELS=auto and MLX does not compute on Metal")
+        }
+
+
+GEMMA = {**LLAMA, "model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "reason"),
+    [
+        ({"method": "vera", "rank": 8}, "decode kernels", "VeRALinear has no kernel"),
+        ({"lora_bias": True}, "decode kernels", "LoRABiasLinear has no kernel"),
+        ({"rank_pattern": {"up_proj": 8}}, "one launch", "ranks 4 and 8 differ"),
+        ({"method": "dora"}, "one launch", "gate_proj and up_proj are not both LoRA layers that the kernels decode"),
+        ({"config": GEMMA}, "one launch", "the activation is not SwiGLU of two projections"),
+        ({"config": QWEN3_MOE, "quantize": None}, "decode kernels", "LoRASwitchLinear has no kernel"),
+    ],
+    ids=str,
+)
+def test_why_not(changes, what, reason, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
+    assert (False, reason) in explained(adapted(**changes), what).values()

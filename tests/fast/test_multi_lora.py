@@ -86,9 +86,9 @@ def test_launches(monkeypatch):
     """As many as one adapter takes, however many there are."""
     model, adapters = make()
     del adapters["three"]
+    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
     base = launches(lambda t: model(t), mx.zeros((4, 1), mx.int32)).total()
     MultiLoRA(model, adapters).choose(["one", "two", None, "one"])
-    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
     assert launches(lambda t: model(t), mx.zeros((4, 1), mx.int32)).total() - base == 3 * 4
 
 

@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_lora
-from conftest import assert_close
+from conftest import assert_close, plainly
 from kernel_cases import float64
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from mlx_lora.kernels import Stored, lora_qmv, lora_shrink
@@ -54,8 +54,7 @@ def test_train_and_decode(backend, method, stories, shared, monkeypatch):
     losses = trained(model, tokenizer, shared, method)
     tokens = tokenizer.encode("To be, or not to be, that is the question")
     got = decoded(model, tokens)
-    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
-    assert_close(got, decoded(model, tokens), 2e-5)
+    assert_close(got, decoded(plainly(model, monkeypatch), tokens), 2e-5)
     assert_close(np.array(losses), np.array(trained(*stories(), shared, method)), 1e-5)
     assert losses[-1] < losses[0]
 
@@ -79,9 +78,9 @@ def test_many_adapters(backend, stories, shared, monkeypatch):
         decoded(mounted(stories()[0], adapters.get(name)), row)[0]
         for name, row in zip(("1", None, "2"), rows, strict=True)
     ]
-    MultiLoRA(model, adapters).choose(["1", None, "2"])
     if backend != "reference":
         monkeypatch.setenv("MLX_LORA_KERNELS", "on")
+    MultiLoRA(model, adapters).choose(["1", None, "2"])
     model.eval()
     cache, tokens = make_prompt_cache(model), mx.array(rows)
     got = mx.concatenate([model(tokens[:, :-1], cache=cache), model(tokens[:, -1:], cache=cache)], axis=1)

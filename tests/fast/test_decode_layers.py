@@ -1,4 +1,4 @@
-"""LoRA and DoRA layers through the kernels: whole models, launches counted, shared inputs, swapping, changes in place."""
+"""LoRA and DoRA layers through the kernels: whole models, launches counted, shared inputs, swaps, changes in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MLPs that compute their activations again in the backward pass: the table of known classes, gradients, memory kept."""
+"""MLPs that compute their activations again in the backward pass: the table of known classes, gradients, memory."""
 
 from __future__ import annotations
 

@@ -49,8 +49,10 @@ def doctor(model, adapter_path, trust_remote_code, as_json):
         if value is not None:
             console.data(f"{name.replace('_', ' '):<14} {value}{units.get(name, '')}")
     if rows:
-        cells = [(r["modules"], r["count"], r["what"], "yes" if r["done"] else f"no: {r['reason']}") for r in rows]
-        console.data("\n" + console.table(cells, ("modules", "count", "acceleration", "done")))
+        console.data("")
+        for row in rows:
+            console.data(f"{row['what']}: {'yes' if row['done'] else 'no, ' + row['reason']}")
+            console.data(f"    {row['count']} modules: {', '.join(row['modules'])}")
     for text in notes:
         console.warn(text)
     if not notes:
@@ -58,19 +60,17 @@ def doctor(model, adapter_path, trust_remote_code, as_json):
 
 
 def _explained(model: str, adapter_path: str | None, trust_remote_code: bool) -> list[dict[str, Any]]:
-    """What was accelerated, one row for modules that are alike in every layer."""
+    """What was accelerated or not, one row for modules with the same answer; the number of a layer is left out."""
     from ..adapter import split_layer
     from ..fast import explain
     from ..model.loading import load
 
     console.note(f"Loading {model}" + (f" and {adapter_path}" if adapter_path else ""))
     loaded, _ = load(model, adapter_path, trust_remote_code=trust_remote_code)
-    counts: dict[tuple, int] = {}
+    found: dict[tuple, list[str]] = {}
     for e in explain(loaded):
-        layer, name = split_layer(e.path)
-        key = (name if layer is None else f"layers.*.{name}", e.what, e.done, e.reason)
-        counts[key] = counts.get(key, 0) + 1
+        found.setdefault((e.what, e.done, e.reason), []).append(split_layer(e.path)[1])
     return [
-        {"modules": modules, "count": count, "what": what, "done": done, "reason": reason}
-        for (modules, what, done, reason), count in counts.items()
+        {"what": what, "done": done, "reason": reason, "count": len(names), "modules": list(dict.fromkeys(names))}
+        for (what, done, reason), names in found.items()
     ]

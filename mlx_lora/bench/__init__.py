@@ -1,4 +1,4 @@
-"""What the kernels take beside plain operations and beside mlx-lm's layers, on the machine at hand."""
+"""Benchmarks of the kernels beside plain operations and mlx-lm's layers, on this machine."""
 
 from .chips import BANDWIDTH
 from .kernels import KernelTime, measure_kernels

@@ -1,4 +1,4 @@
-"""What is measured: for each kernel the same work by the kernel, by plain operations, and as mlx-lm does it."""
+"""What is measured: for each kernel the same work by the kernel, by plain operations, and by mlx-lm's layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..layers import METHODS, MultiLoRALinear, Rows
 from ..training.head import piece_rows
 from ..training.loss import token_losses
 
-# Weights are read from memory in a decoding model: enough copies that no cache holds them.
+# A decoding model reads its weights from memory, so there are enough copies that no cache can hold them.
 _BEYOND_CACHE = 256e6  # bytes
 _LoRA, _DoRA = METHODS["lora"]["linear"], METHODS["dora"]["linear"]
 _SCALE = 2.0
@@ -29,7 +29,7 @@ _SCALE = 2.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the layer measured, and how.
+    """Sizes of the measured layer, and how it is measured.
 
     Args:
         hidden, keys, intermediate, vocabulary: widths. rank: of the adapters. bits: of the base, 16 for a dense one.
@@ -53,7 +53,7 @@ class Way(NamedTuple):
     calls: list[Callable]  # functions of x, one after the other; a module may return several arrays
     kernels: bool  # whether they may be used
     size: int  # bytes of weights and adapters that one call reads
-    inlined: int  # launches too many in an export, which shows what a compiled function consists of
+    inlined: int  # launches to subtract: an export shows a compiled function's operations one by one
 
 
 class Case(NamedTuple):
@@ -196,7 +196,7 @@ def _one(sizes: Sizes, part: str, ours: Callable, theirs: Callable | None = None
         else:
             base.append({"q_proj": _linear(sizes, sizes.hidden, sizes.hidden)})
     ways = _compared(Linears, base, ours, theirs)
-    if nf4:  # which MLX has no product for: the kernels compute it without an adapter too
+    if nf4:  # MLX has no NF4 product, so the base without adapter is a kernel's work too
         ways["base"] = ways["base"]._replace(kernels=True)
     return Case(part, _x(sizes, sizes.hidden), ways)
 
@@ -218,13 +218,13 @@ def _multi(base: nn.Module, sizes: Sizes, count: int = 4) -> nn.Module:
     rows = Rows()
     layer = MultiLoRALinear(base, a, b, mx.full((count,), _SCALE), ranks, rows)
     index = mx.arange(sizes.rows, dtype=mx.int32) % count
-    rows.of = lambda x: index  # rows of one sequence, told apart all the same
+    rows.of = lambda x: index  # one adapter per row, though all rows belong to one sequence
     mx.eval(index)
     return layer
 
 
 def _norms(sizes: Sizes) -> Case:
-    """DoRA's norms of W + scale * B A, once a training step; mlx-lm writes the sum out."""
+    """DoRA's norms of W + scale * B A, once per training step; mlx-lm materialises the sum."""
     from mlx_lm.tuner.dora import DoRALinear
 
     base = _linear(sizes, sizes.hidden, sizes.hidden)
@@ -267,7 +267,7 @@ def _dequantize(sizes: Sizes) -> Case:
 
 
 def _cross_entropy(sizes: Sizes, tokens: int = 1024) -> Case:
-    """The loss of a head and its gradient for the hidden states: some tokens at a time, at once, and mlx-lm's."""
+    """The loss of the output head and its gradient: in chunks of tokens, all at once, and as mlx-lm computes it."""
     if sizes.cached:
         tokens = 128
     head = _linear(sizes, sizes.hidden, sizes.vocabulary)

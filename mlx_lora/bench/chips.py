@@ -1,8 +1,8 @@
-"""Memory bandwidths of Apple's chips, by Apple's data sheets."""
+"""Memory bandwidth of Apple's chips, from Apple's data sheets."""
 
 from __future__ import annotations
 
-BANDWIDTH = {  # GB/s; the first name that a chip's begins with counts
+BANDWIDTH = {  # GB/s; the first entry that a chip's name starts with applies
     "Apple M1 Ultra": 800,
     "Apple M1 Max": 400,
     "Apple M1 Pro": 200,
@@ -25,5 +25,5 @@ BANDWIDTH = {  # GB/s; the first name that a chip's begins with counts
 
 
 def bandwidth(chip: str) -> float | None:
-    """GB/s, None where it is not known."""
+    """GB/s; None for a chip that is not listed."""
     return next((speed for name, speed in BANDWIDTH.items() if chip.startswith(name)), None)

@@ -1,4 +1,4 @@
-"""How long each case takes on each path: time, launches, bytes a second, memory."""
+"""Measures each case on each path: time, host time, launches, bytes per second, memory."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .chips import bandwidth
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One part of a model on one path."""
+    """One part of a model, computed on one path."""
 
     part: str  # "q, k, v", "MLP", "norms, DoRA", ...; "layer": q, k, v, o and MLP together
     path: str  # "base" (no adapter), "kernels", "plain" (our layers without kernels) or "mlx-lm"
     launches: int | None  # counted; None where autograd is part of it
     microseconds: float  # median
     host_microseconds: float | None  # to build the graph, before anything runs; None where autograd is part of it
-    gigabytes_per_second: float  # of weights and adapters, each byte once
+    gigabytes_per_second: float  # weights and adapters, each byte counted once
     share: float | None  # of the chip's bandwidth, where it is known
-    over_base: float | None  # times the base's, None where there is none
-    peak_megabytes: float  # of what is made on the way, the result included
+    over_base: float | None  # relative to the base's time; None where there is no base
+    peak_megabytes: float  # of temporary arrays, the result included
     backend: str  # Metal, CUDA or CPU
     chip: str
 
@@ -41,13 +41,13 @@ class KernelTime:
 def measure_kernels(
     hidden: int, keys: int, intermediate: int, vocabulary: int, rank: int, bits: int, rows: int, iters: int
 ) -> Iterator[KernelTime]:
-    """Measure every kernel beside what else does its work.
+    """Measure every kernel beside the alternatives.
 
     Args:
         hidden, keys, intermediate, vocabulary: sizes of a layer and a head. bits: of the base, 16 for a dense one.
-        rows: tokens at once. iters: measurements, of which the median is taken.
+        rows: tokens at once. iters: measurements; the median is reported.
 
-    Yields: a ``KernelTime`` for each part and path; after the parts of a layer their sums.
+    Yields: a ``KernelTime`` for each part and path, and the sums over a layer after its parts.
     """
     backend = "CPU" if device.is_cpu() else "Metal" if mx.metal.is_available() else "CUDA"
     cpu = backend == "CPU"
@@ -57,7 +57,7 @@ def measure_kernels(
         hidden,
         keys,
         intermediate,
-        min(vocabulary, 1024) if cpu else vocabulary,  # a CPU's figure says nothing of a GPU's
+        min(vocabulary, 1024) if cpu else vocabulary,  # a CPU's figure says nothing about a GPU's
         rank,
         bits,
         rows,
@@ -95,7 +95,7 @@ def measure_kernels(
 
 
 def _time(calls: list[Callable], x: mx.array, iters: int) -> tuple[float, float]:
-    """(seconds a call takes, one after the other as layers of a model do; MB that are made on the way)."""
+    """(seconds per call when calls run one after the other, like a model's layers; MB of temporary arrays)."""
 
     def once() -> None:
         y = x
@@ -138,7 +138,7 @@ def _host_time(call: Callable, x: mx.array, repeats: int = 7, number: int = 50) 
 
 @contextlib.contextmanager
 def _accelerated(way: Way, kernels: str) -> Iterator[None]:
-    """Meanwhile the kernels are used as MLX_LORA_KERNELS=``kernels`` says, by modules too."""
+    """A context with MLX_LORA_KERNELS=``kernels``, in which modules that may use kernels are accelerated."""
     before = os.environ.get("MLX_LORA_KERNELS")
     os.environ["MLX_LORA_KERNELS"] = kernels
     changed = [m for call in way.calls if isinstance(call, nn.Module) and way.kernels for m in accelerate(call)]

@@ -1,4 +1,4 @@
-"""``bench``: what runs how fast on this machine."""
+"""``bench``: benchmarks on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import click
 from . import console
 from .options import json_option
 
-SIZES = {  # hidden, key and value, intermediate, vocabulary: one layer and the head of a model like this
+SIZES = {  # hidden, key and value, intermediate, vocabulary sizes of models like these
     "1b": (2048, 512, 8192, 128256),
     "4b": (2560, 1024, 9728, 151936),
     "8b": (4096, 1024, 14336, 128256),
@@ -17,7 +17,7 @@ SIZES = {  # hidden, key and value, intermediate, vocabulary: one layer and the 
 
 @click.group()
 def bench():
-    """Measure on this machine.
+    """Run benchmarks on this machine.
 
     \b
     mlx-lora bench kernels
@@ -25,18 +25,25 @@ def bench():
 
 
 @bench.command()
-@click.option("--size", type=click.Choice(list(SIZES)), default="8b", show_default=True, help="Of which model a layer.")
+@click.option(
+    "--size", type=click.Choice(list(SIZES)), default="8b", show_default=True, help="Which model's layer to measure."
+)
 @click.option("--rank", type=click.IntRange(1, 256), default=16, show_default=True, help="Rank of the adapters.")
-@click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8", "16"]), default="4", help="16: not quantized.")
+@click.option(
+    "--bits",
+    type=click.Choice(["2", "3", "4", "5", "6", "8", "16"]),
+    default="4",
+    help="Bits of the base; 16: not quantized.",
+)
 @click.option("--rows", type=click.IntRange(1, 8), default=1, show_default=True, help="Tokens at once.")
-@click.option("--iters", type=click.IntRange(1), default=20, show_default=True, help="Measurements; the median counts.")
+@click.option("--iters", type=click.IntRange(1), default=20, show_default=True, help="Repeats; the median is reported.")
 @json_option
 def kernels(size, rank, bits, rows, iters, as_json):
     """Time every kernel beside plain operations and mlx-lm's layers.
 
-    Decoding: a layer's linears, its MLP, DoRA, many adapters, NF4. Training: DoRA's norms, NF4 dequantized, head and
-    loss ("kernels": some tokens at a time). "base" is without adapter. On CUDA the kernels run under
-    MLX_LORA_KERNELS=on.
+    Decoding: a layer's linears, its MLP, DoRA, multi-LoRA, NF4. Training: DoRA's norms, NF4 dequantization, output head
+    and loss ("kernels": in chunks of tokens). "base" is the layer without adapter; "host us" is the time Python and MLX
+    take to build the graph. On CUDA, set MLX_LORA_KERNELS=on to run the kernels.
 
     \b
     mlx-lora bench kernels
@@ -58,9 +65,11 @@ def kernels(size, rank, bits, rows, iters, as_json):
         lines.append((found.part, found.path, count, f"{found.microseconds:.1f}", ratio, host, speed, share, peak))
     if as_json:
         return
-    head = ("part", "path", "launches", "us", "of base", "host us", "GB/s", "of the chip's", "MB made")
+    head = ("part", "path", "launches", "us", "vs base", "host us", "GB/s", "of peak", "temporary MB")
     console.data(console.table(lines, head))
     console.note(f"{found.chip}, {found.backend}; a layer of {size}, rank {rank}, {bits} bits, rows {rows}.")
     if not enabled():
-        note = "the path `kernels` is its reference in plain operations, its launches are those of the kernels."
-        console.note(f"Kernels are not in use here: {note}")
+        console.note(
+            "Kernels are not used on this machine: the times of `kernels` are those of plain operations; "
+            "its launches and host times are the kernels' own."
+        )

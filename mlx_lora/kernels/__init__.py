@@ -1,7 +1,7 @@
 """Fused array functions for the low-rank path, each with a reference in MLX's own operations.
 
-A function here takes arrays and knows no layer. One with a Metal kernel (``metal/`` holds the source under the same
-name) chooses by ``registry.enabled``; elsewhere the reference is the function.
+A function here takes arrays and knows no layer. One that has a Metal kernel (its source is in ``metal/`` under the same
+name) runs it where ``registry.enabled`` says so, and its reference everywhere else.
 """
 
 from .dora_norm import dora_norm

@@ -1,4 +1,4 @@
-"""``chunked_sum``: a sum of losses over many tokens whose logits never exist all at once. MLX's own operations only."""
+"""``chunked_sum``: the summed loss of many tokens without ever holding all their logits. MLX's own operations only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def chunked_sum(
     rows: int,
     gradients: bool,
 ) -> mx.array:
-    """The sum of the losses of the tokens that count.
+    """The sum of the losses of the unmasked tokens.
 
     Semantics::
 
@@ -29,11 +29,11 @@ def chunked_sum(
 
     Args:
         losses: (parameters, hidden [n, D], targets [n]) -> [n] float32, row by row.
-        parameters: what of the head is trained; the gradient reaches these and ``hidden``.
+        parameters: the trained parameters of the output head; they and ``hidden`` get gradients.
         hidden: [N, D]. targets: [N]. mask: [N] booleans.
         rows: tokens at a time.
-        gradients: whether a backward pass will follow. It is then done along with the forward pass, piece by piece:
-            a gradient [N, D] is kept, and nothing is computed twice. Otherwise autograd would keep all logits.
+        gradients: whether a backward pass will follow. If so, each piece is differentiated right after its forward
+            pass: a gradient [N, D] is kept and nothing is computed twice, where autograd would keep all logits.
     """
     forward = _forward(losses, tuple(parameters), rows, gradients)
     arrays = (hidden, targets, mask, *parameters.values())
@@ -43,7 +43,7 @@ def chunked_sum(
 def _forward(losses: Losses, names: tuple[str, ...], rows: int, gradients: bool) -> Callable:
     def piece(values, hidden, targets, mask):
         known = dict(zip(names, values, strict=True))
-        # `where` and not a product: what an uncounted token holds, inf included, must not reach the sum.
+        # `where`, not a product: whatever a masked token holds, inf included, must not reach the sum.
         return mx.where(mask, losses(known, hidden, targets), 0).sum()
 
     def forward(hidden, targets, mask, *values):
@@ -51,7 +51,7 @@ def _forward(losses: Losses, names: tuple[str, ...], rows: int, gradients: bool)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             here = hidden[part]
-            if of_hidden:  # after the piece before, whose logits and gradients of the head are gone by then
+            if of_hidden:  # only after the previous piece, whose logits and head gradients are then freed
                 here = mx.depends([here], [total, of_hidden[-1], *of_values])[0]
             elif start:
                 here = mx.depends([here], [total])[0]
@@ -81,13 +81,13 @@ def _backward(primals, cotangents, outputs):
 
 @mx.custom_function
 def _once(*gradients):
-    """Gradients that were made along with the loss: their own would be taken for zero."""
+    """Gradients computed together with the loss. Without this their own gradient would silently be zero."""
     return gradients
 
 
 @_once.vjp
 def _(primals, cotangents, _):
     raise ConfigError(
-        "the loss of this many logits is taken in pieces and has no second derivative",
-        "Use a smaller batch, whose logits are kept whole.",
+        "this loss is computed in chunks, which has no second derivative",
+        "Use a smaller batch: a loss over few enough logits is not chunked.",
     )

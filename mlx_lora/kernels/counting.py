@@ -1,4 +1,4 @@
-"""Launches counted without running: the primitives in the graph of a function that reach the device."""
+"""Counts kernel launches without running anything: the primitives in a function's graph that reach the device."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import mlx.core as mx
 
 from .registry import exportable
 
-# Views of what is there: no kernel runs for these.
+# These make views or nothing at all: no kernel runs for them.
 _FREE = """AsStrided Broadcast BroadcastAxes Copy CustomTransforms Depends ExpandDims Flatten Full NumberOfElements
     Reshape Slice Split Squeeze StopGradient Transpose Unflatten View"""
 
 
 def launches(f: Callable, *args: mx.array) -> Counter[str]:
-    """How often ``f(*args)`` launches each primitive, by MLX's name. Nothing is evaluated.
+    """How often ``f(*args)`` launches each primitive, by MLX's name for it. Nothing is evaluated.
 
-    A kernel of ours is a ``CustomKernel``; under ``MLX_LORA_KERNELS=on`` they are counted without Metal too.
+    Our own kernels are ``CustomKernel``; with ``MLX_LORA_KERNELS=on`` they are counted on a machine without Metal too.
     """
     found: Counter[str] = Counter()
 

@@ -1,12 +1,12 @@
-"""Metal source to CUDA for ``mx.fast.cuda_kernel``: the address spaces, which are words there. No parser.
+"""Rewrites Metal source for ``mx.fast.cuda_kernel`` by removing or replacing the address spaces. There is no parser.
 
-The names of Metal (positions, barriers, simdgroup operations) are defined by ``metal/cuda.h``. Address spaces cannot be
-macros: CUDA's own ``__device__`` is one that holds the word ``device``. What a kernel keeps to, for both:
+``metal/cuda.h`` defines Metal's names (positions, barriers, simdgroup operations). Address spaces cannot be macros,
+because CUDA's own ``__device__`` is a macro that contains the word ``device``. A kernel follows these rules:
 
-- ``threadgroup`` variables and program-scope ``constant`` tables begin a line; other address spaces stand before the
-  type of a pointer. A word left over does not compile.
-- No input without dimensions: Metal passes a reference, CUDA a pointer, and MLX's arguments would shift at its shape.
-- Threadgroups of whole simdgroups: CUDA runs every block whole, Metal cuts those at the edge.
+- ``threadgroup`` variables and program-scope ``constant`` tables begin a line. Other address spaces stand before the
+  type of a pointer. Any that is left over does not compile.
+- Every input has at least one dimension: Metal would pass a scalar by reference and CUDA by pointer, without a shape.
+- A threadgroup is a whole number of simdgroups: CUDA runs every block in full, while Metal cuts the ones at the edge.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RULES = [
 
 
 def translate(source: str) -> str:
-    """The text of a header or a body in CUDA, line by line as it was."""
+    """A header or body in CUDA, with the same lines."""
     for pattern, replacement in _RULES:
         source = re.sub(pattern, replacement, source, flags=re.M)
     return source

@@ -1,4 +1,4 @@
-"""``dora_norm``: the squared row norms of an adapted weight, which is never written out (DoRA, arXiv:2402.09353)."""
+"""``dora_norm``: squared row norms of an adapted weight, which is never written to memory (DoRA, arXiv:2402.09353)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ROWS, _SIMDGROUPS = 4, 4
 
 
 def dora_norm(base: Stored, a: mx.array | None = None, b: mx.array | None = None, scale: float = 1.0) -> mx.array:
-    """Squared row norms of a base's weight with its update, or without.
+    """Squared row norms of a base weight, with or without an update.
 
     Semantics::
 
@@ -22,7 +22,7 @@ def dora_norm(base: Stored, a: mx.array | None = None, b: mx.array | None = None
     Args:
         base: W [N, K]. a: [K, r]; b: [r, N].
 
-    Returns: [N] float32. The norm is a constant of the backward pass (section 4.3 of the paper): not differentiable.
+    Returns: [N] float32, without a gradient: the backward pass takes the norm for a constant (section 4.3).
     """
     if a is not None:
         a, b = mx.stop_gradient(a), mx.stop_gradient(b)
@@ -30,7 +30,7 @@ def dora_norm(base: Stored, a: mx.array | None = None, b: mx.array | None = None
         return mx.stop_gradient(_reference(base, a, b, scale))
     form, (N, K) = base.form(), base.shape
     inputs, defines = form.arrays(base.arrays()), form.defines(base.arrays())
-    # The kernel needs no name for these types; MLX tells kernels apart by the names of their constants.
+    # The source does not use these names, but MLX caches kernels by name, and the input types must be part of it.
     types = {"W": base.weight if base.mode == "dense" else base.scales, **({} if a is None else {"A": a})}
     if a is not None:
         inputs |= {"a": a, "b": b, "scale": mx.array([scale], mx.float32)}

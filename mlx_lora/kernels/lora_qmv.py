@@ -38,7 +38,7 @@ def lora_qmv(
         return (gain * y + bias).astype(x.dtype)
 
     Args:
-        x: [M, K]. base: W [N, K], stored in any way. u: from ``lora_shrink``; ``offset``: int32 [1], our first column.
+        x: [M, K]. base: W [N, K] in any storage. u: from ``lora_shrink``. offset: int32 [1], the first column.
         scale: float32 [1], or [adapters]. bias: [N]. gain: [N] (DoRA's). index: [M] int32; ranks: [adapters] int32.
 
     Returns: [M, N] in the dtype of x.
@@ -50,7 +50,7 @@ def lora_qmv(
 
 
 def base_qmv(x: mx.array, base: Stored) -> mx.array:
-    """A base layer alone, for storages that MLX has no product for.
+    """A base layer without adapter, for storage that MLX has no product for.
 
     Semantics: ``(x @ W.T).astype(x.dtype)``. x: [M, K], M up to MAX_ROWS; base: W [N, K]. Returns [M, N].
     """
@@ -60,7 +60,7 @@ def base_qmv(x: mx.array, base: Stored) -> mx.array:
 
 @functools.lru_cache(maxsize=256)
 def _no_update(M: int, N: int, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-    """u, b, scale and offset of an update of rank 1 that is zero: next to nothing beside W."""
+    """u, b, scale and offset of a zero update of rank 1, whose cost is negligible beside W."""
     made = mx.zeros((1, M, 1)), mx.zeros((1, N), dtype), mx.zeros((1,)), mx.zeros((1,), mx.int32)
     mx.eval(made)
     return made
@@ -98,13 +98,14 @@ def _metal(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:
 def qmv_launch(
     make: Callable, names: tuple[str, ...], form: Form, dtype: mx.Dtype, sizes: tuple[int, int, int, int], splits: int
 ) -> Launch:
-    """The launch for these inputs.
+    """The launch for inputs of these names and sizes.
 
     Args:
-        make: ``maker()``. sizes: rows of x, inputs, rank, outputs. splits: of ``lora_shrink``.
+        make: ``maker()``, so that an emulator gets launches of its own. sizes: (rows of x, in, rank, out).
+        splits: of ``lora_shrink``.
     """
     N = sizes[3]
-    # Wide groups share lines of b; a narrow layer needs its few rows spread over the whole GPU.
+    # Wide threadgroups share cache lines of b; a narrow layer's few rows must spread over the whole GPU.
     simdgroups = 8 if N >= 8192 else 4 if N >= 2048 else 2
     defines = [name for key, name in (("bias", "HAS_BIAS"), ("gain", "HAS_GAIN"), ("idx", "INDEXED")) if key in names]
     return rows_launch("lora_qmv", names, form, dtype, sizes, splits, _ROWS, simdgroups, defines)
@@ -121,7 +122,7 @@ def rows_launch(
     simdgroups: int,
     defines: list[str],
 ) -> Launch:
-    """A kernel that makes y [M, N] of x [M, K], with ``rows`` columns of y to a simdgroup."""
+    """The launch of a kernel from x [M, K] to y [M, N], with ``rows`` columns of y per simdgroup."""
     M, K, R, N = sizes
     constants = {"T": dtype, "BITS": form.bits, "GROUP": form.group_size, "M": M, "K": K, "R": R, "SPLITS": splits}
     return Launch(

@@ -1,4 +1,4 @@
-"""``lora_rows``: updates of many adapters at once over many rows, by sorting the rows. MLX's own operations only."""
+"""``lora_rows``: the updates of several adapters over many rows, sorted by adapter. MLX's own operations only."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..device import is_cpu
 def lora_rows(
     y: mx.array, x: mx.array, a: mx.array, b: mx.array, scale: mx.array, index: mx.array, ranks: mx.array
 ) -> mx.array:
-    """Rows of a base's output, each with the update of its own adapter.
+    """Add to each row of a base layer's output the update of that row's adapter.
 
     Semantics::
 
         i = index[m]; low = (x[m] @ a[i])[: ranks[i]]
         return y[m] + scale[i] * (low @ b[i][: ranks[i]]), or y[m] where i is negative
 
-    Rows of one adapter lie side by side after the sort, so that the products run over whole segments.
+    Sorting puts the rows of one adapter side by side, so that each product runs over a whole segment.
 
     Args:
         y: [M, N]. x: [M, K]. a: [adapters, K, R], b: [adapters, R, N], zero beyond the ranks. scale: [adapters].

@@ -1,4 +1,4 @@
-"""``lora_shrink``: the products x A of all adapters that read the same x, in one launch, for a few rows of x."""
+"""``lora_shrink``: the products x A of all adapters that read the same x, in one launch, for a few rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from .registry import Launch, enabled, maker, with_backward
 
-MAX_ROWS = 8  # rows of x; more are a matrix product's work
+MAX_ROWS = 8  # rows of x; for more a matrix product is faster
 MAX_MATRICES = 4
 
 
@@ -25,9 +25,9 @@ def lora_shrink(
         return u[None]
 
     Args:
-        x: [M, K], M up to MAX_ROWS where the kernel runs.
+        x: [M, K], with M up to MAX_ROWS where the kernel runs.
         a: up to MAX_MATRICES matrices for the same x, in the dtype of x.
-        index: [M] int32, the adapter of each row, negative for none. ranks: [adapters] int32, columns that count.
+        index: [M] int32, the adapter of each row, negative for none. ranks: [adapters] int32, the columns in use.
 
     Returns: [splits, M, sum of r_i] float32, to be summed over the first axis (``lora_qmv`` does).
     """
@@ -37,13 +37,13 @@ def lora_shrink(
 
 @functools.cache
 def _operation(count: int, indexed: bool, metal: bool):
-    """The differentiable operation; without Metal it is its reference."""
+    """The differentiable operation; without Metal it is the reference."""
     if not metal:
         return functools.partial(_reference, count)
 
     def backward(primals, cotangent, _):
         floats, rest = primals[: 1 + count], primals[1 + count :]
-        # The splits are only ever added up, so each has the gradient of the sum.
+        # The splits are only ever summed, so each has the gradient of the sum.
         gradients = mx.vjp(lambda *p: _reference(count, *p, *rest), floats, [cotangent[:1]])[1]
         return (*gradients, *(mx.zeros_like(r) for r in rest))
 
@@ -65,7 +65,7 @@ def _reference(count: int, x: mx.array, *arrays: mx.array) -> mx.array:
 
 
 def splits(K: int) -> int:
-    """Parts that k is cut in, so that a few columns keep enough threads busy."""
+    """Into how many parts K is split, so that a few columns keep enough threads busy."""
     return max(1, min(8, K // 1024))
 
 

@@ -1,4 +1,4 @@
-"""``lora_swiglu``: gate and up projection of an MLP with their updates and SwiGLU (arXiv:2002.05202), one launch."""
+"""``lora_swiglu``: gate and up projections of an MLP with their updates, and SwiGLU (arXiv:2002.05202)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def lora_swiglu(
         return mx.sigmoid(gate) * gate * up
 
     Args:
-        x: [M, K]. bases: two weights [N, K], stored alike; doubly quantized NF4 is not among what this reads.
+        x: [M, K]. bases: two weights [N, K] with the same storage; doubly quantized NF4 is not supported.
         u: from ``lora_shrink``. b: [r, N] each. scale: float32 [2]. offset: int32 [2], their first columns of u.
 
     Returns: [M, N] in the dtype of x.
@@ -65,5 +65,5 @@ def swiglu_launch(
     make: Callable, names: tuple[str, ...], form: Form, dtype: mx.Dtype, sizes: tuple[int, int, int, int], splits: int
 ) -> Launch:
     """The launch for these inputs; arguments as of ``lora_qmv.qmv_launch``."""
-    # Two sets of sums: fewer rows of the weights where there are many of x.
+    # Two sets of sums: with many rows of x, fewer rows of the weights fit in registers.
     return rows_launch("lora_swiglu", names, form, dtype, sizes, splits, 4 if sizes[0] <= 4 else 2, 4, [])

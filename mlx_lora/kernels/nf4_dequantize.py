@@ -1,4 +1,4 @@
-"""``nf4_dequantize``: QLoRA's 4-bit weights as plain numbers (arXiv:2305.14314)."""
+"""``nf4_dequantize``: QLoRA's 4-bit weights as floats (arXiv:2305.14314)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .stored import Stored
 
 
 def nf4_dequantize(base: Stored, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """The numbers of an nf4 weight, doubly quantized or not.
+    """The values of an NF4 weight, doubly quantized or not.
 
     Semantics::
 
         return base.dequantized().astype(dtype)      # NF4[code] * scale of its block
 
-    Returns: [N, K] in ``dtype``. Frozen: MLX refuses to differentiate it.
+    Returns: [N, K] in ``dtype``. MLX refuses to differentiate the kernel.
     """
     numbers = 2 * base.weight.size
     if not enabled() or numbers % 16:

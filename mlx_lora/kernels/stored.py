@@ -1,4 +1,4 @@
-"""How a base layer stores its weight, as a value of arrays and numbers: what the kernels know of a layer."""
+"""How a base layer stores its weight, as a value: all that the kernels know of a layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-MODES = ("dense", "affine", "mxfp4", "mxfp8", "nvfp4", "nf4")  # the numbers of metal/weights.metal
+MODES = ("dense", "affine", "mxfp4", "mxfp8", "nvfp4", "nf4")  # an index here is MODE in metal/weights.metal
 _NESTED = ("nested_absmax", "nested_map", "nested_offset")
 # QLoRA's code (arXiv:2305.14314): quantiles of a normal distribution, scaled to [-1, 1].
 NF4 = (
@@ -48,14 +48,14 @@ class Stored(NamedTuple):
         return rows, columns
 
     def arrays(self) -> dict[str, mx.array]:
-        """The arrays there are, by the names the kernels know."""
+        """The arrays that are present, by the names the kernels use."""
         named = {"w": self.weight, "scales": self.scales, "biases": self.biases}
         if self.nested is not None:
             named |= dict(zip(_NESTED, self.nested, strict=True))
         return {name: array for name, array in named.items() if array is not None}
 
     def dequantized(self) -> mx.array:
-        """W in float32, differentiable in whatever of it is float."""
+        """W in float32, differentiable with respect to its float arrays."""
         if self.mode == "dense":
             return self.weight.astype(mx.float32)
         if self.mode == "nf4":
@@ -81,7 +81,7 @@ class Stored(NamedTuple):
 
     @classmethod
     def of(cls, known: dict[str, mx.array], form: Form) -> Stored:
-        """The value again, from arrays by the kernels' names and what ``form`` says of it."""
+        """Rebuild the value from arrays under the kernels' names and its ``form``."""
         nested = tuple(known[name] for name in _NESTED) if _NESTED[0] in known else None
         sizes = form.group_size, form.bits, form.mode
         return cls(known["w"], known.get("scales"), known.get("biases"), *sizes, nested, form.nested_block, form.rows)
@@ -101,12 +101,12 @@ class Form(NamedTuple):
     rows: int
 
     def defines(self, names: Iterable[str]) -> list[str]:
-        """For the preprocessor of a kernel that includes weights.metal. names: of the kernel's inputs."""
+        """Preprocessor definitions for a kernel that includes weights.metal. names: of the kernel's inputs."""
         nested = [f"NESTED {self.nested_block}"] if _NESTED[0] in names else []
         return [f"MODE {MODES.index(self.mode)}", *nested]
 
     def arrays(self, known: dict[str, mx.array]) -> dict[str, mx.array]:
-        """``known`` with the weights as the kernels read them: nf4 by half-words."""
+        """``known`` with the weights as the kernels read them: NF4 in 16-bit words."""
         if self.mode != "nf4":
             return known
         return known | {name: known[name].view(mx.uint16) for name in ("w", "w2") if name in known}

@@ -146,3 +146,18 @@ def backend(request, monkeypatch):
     with mslemu.installed():
         print(f"MSLEMU_SEED={mslemu.options.seed} repeats this run")  # shown where a test fails
         yield which
+
+
+# Rooms whose tests run once with acceleration on and once off: the same numbers either way.
+BOTH_WAYS = ("layers", "training", "formats")
+
+
+@pytest.fixture(autouse=True)
+def acceleration(request, monkeypatch) -> None:
+    """MLX_LORA_FAST for this test; on unless the test's room is among ``BOTH_WAYS``."""
+    monkeypatch.setenv("MLX_LORA_FAST", getattr(request, "param", "on"))
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.definition.path.parent.name in BOTH_WAYS:
+        metafunc.parametrize("acceleration", ["on", "off"], indirect=True, ids=["fast", "plain"])

@@ -296,7 +296,7 @@ def test_an_interrupted_pass_does_not():
 def test_training_gradients_are_autograds(method, how, monkeypatch):
     """Of a whole model, shared products and own backward passes against plain operations."""
     from mlx_lora.kernels import registry
-    from mlx_lora.training.loss import loss_fn
+    from mlx_lora.training.losses.cross_entropy import loss as loss_fn
     from mlx_lora.training.recompute import recomputed_layers
 
     model = adapted(method, dropout=0.0)

@@ -21,7 +21,7 @@ from mlx_lora.fast.mlp import fuse_mlps
 from mlx_lora.fast.shared_input import introduce
 from mlx_lora.kernels.recomputed import recomputed
 from mlx_lora.layers import METHODS
-from mlx_lora.training.loss import loss_fn
+from mlx_lora.training.losses.cross_entropy import loss as loss_fn
 from mlx_lora.training.recompute import recomputed_layers
 
 GATED = Shape(("gate_proj", "up_proj"), "down_proj")

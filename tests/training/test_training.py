@@ -213,7 +213,10 @@ def test_a_new_loss_is_a_row_of_the_table(monkeypatch, uncompiled):
     monkeypatch.setitem(LOSSES, "half", half)
     rows, models = examples(3), [Model(), Model()]
     start, (mean, _, _) = weights(models[0]), reference_gradients(models[0], rows)
-    found = [fit(m, opt.SGD(0.1), rows, iters=1, valid_set=rows, loss=name)[0] for m, name in zip(models, LOSSES)]
+    found = [
+        fit(m, opt.SGD(0.1), rows, iters=1, valid_set=rows, loss=name)[0]
+        for m, name in zip(models, ("cross_entropy", "half"), strict=True)
+    ]
     for kinds, factor in zip(found, (1, 0.5), strict=True):
         assert kinds[TrainReport][0].train_loss == pytest.approx(factor * mean, abs=1e-5)
         assert kinds[ValReport][0].val_loss == pytest.approx(factor * mean, abs=1e-5)

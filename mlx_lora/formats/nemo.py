@@ -1,8 +1,8 @@
 """NVIDIA NeMo's adapters: NeMo 1's ``.nemo``, and single-file state dicts of NeMo 2 and Megatron-Bridge.
 
 ``.nemo`` is a tar of ``model_config.yaml`` and ``model_weights.ckpt``. Every adapter is ``linear_in`` [r, in] and
-``linear_out`` [out, r], multiplier alpha / dim. q, k and v are one matrix, whose rows go by groups of heads (a group's q
-heads, its k, its v); gate and up are one matrix, gate first. In the fused variant q, k and v share ``linear_in``, and
+``linear_out`` [out, r], multiplier alpha / dim. q, k and v are one matrix, whose rows go by groups of heads: a group's
+q heads, its k, its v. gate and up are one matrix, gate first. In the fused variant q, k and v share ``linear_in``, and
 so do gate and up; in the canonical variant each has its own adapter. NeMo 2 adds DoRA's ``weight_magnitude``. Its
 sharded checkpoints are refused.
 """

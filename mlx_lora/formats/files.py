@@ -105,6 +105,7 @@ def read_npz(path: Path) -> dict[str, mx.array]:
     import zipfile
 
     import numpy as np
+    from numpy.lib import format as npy
 
     try:
         with zipfile.ZipFile(path) as archive:
@@ -115,8 +116,8 @@ def read_npz(path: Path) -> dict[str, mx.array]:
                 raise ValueError("it names an array twice")
             for info in archive.infolist():
                 with archive.open(info) as file:
-                    version = np.lib.format.read_magic(file)
-                    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _header_2
+                    first = npy.read_magic(file) == (1, 0)
+                    header = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
                     shape, _, dtype = header(file)
                     if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
                         raise ValueError(f"{info.filename} does not have the size it declares, or holds objects")
@@ -124,12 +125,6 @@ def read_npz(path: Path) -> dict[str, mx.array]:
             return {name: mx.array(arrays[name]) for name in arrays.files}
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise FormatError(f"{path}: is not a complete archive of NumPy arrays ({error})", AGAIN) from None
-
-
-def _header_2(file):
-    import numpy as np
-
-    return np.lib.format.read_array_header_2_0(file)
 
 
 _SAFETENSORS = {

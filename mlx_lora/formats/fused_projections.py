@@ -70,18 +70,16 @@ def same_array(a: mx.array, b: mx.array) -> bool:
 
 def to_interleaved(array: mx.array, heads: int) -> mx.array:
     """Rows (the last axis) from transformers' order, where a rotated pair is half a head apart, to Meta's adjacent."""
-    return _transpose_heads(array, heads, 2)
+    return _transpose_heads(array, heads, (2, -1))
 
 
 def from_interleaved(array: mx.array, heads: int) -> mx.array:
     """The inverse of ``to_interleaved``."""
-    return _transpose_heads(array, heads, array.shape[-1] // heads // 2)
+    return _transpose_heads(array, heads, (-1, 2))
 
 
-def _transpose_heads(array: mx.array, heads: int, first: int) -> mx.array:
-    front = array.shape[:-1]
-    second = array.shape[-1] // heads // first
-    return array.reshape(*front, heads, first, second).swapaxes(-1, -2).reshape(array.shape)
+def _transpose_heads(array: mx.array, heads: int, shape: tuple[int, int]) -> mx.array:
+    return array.reshape(*array.shape[:-1], heads, *shape).swapaxes(-1, -2).reshape(array.shape)
 
 
 def reorder_q_and_k(

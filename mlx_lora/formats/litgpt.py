@@ -20,7 +20,7 @@ from ..base.names import BaseModel
 from ..errors import FormatError
 from .files import read_yaml, write_yaml
 from .fused_projections import Pair, fuse_projections, split_projections
-from .options import ReadOptions, WriteOptions
+from .options import ReadOptions, WriteOptions, locate_modules
 from .state_dicts import low_rank_adapter, read_state, tensor_names
 from .torch.write import write_torch
 from .uniform import low_rank_only, uniform
@@ -33,6 +33,7 @@ _MODULES = {
     "mlp.fc_1": "mlp.gate_proj",
     "mlp.fc_2": "mlp.up_proj",
     "mlp.proj": "mlp.down_proj",
+    "lm_head": "lm_head",
 }
 _SWITCHES = {"q_proj": "lora_query", "k_proj": "lora_key", "v_proj": "lora_value"}  # litgpt's setting for each
 
@@ -62,9 +63,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     for name, pair in pairs.items():
         layer, module = split_layer(name)
         a, b = pair["lora_A"].T, pair["lora_B"].T
-        if name == "lm_head":
-            found = {name: (a, b)}
-        elif module == "attn.qkv":
+        if module == "attn.qkv":
             split = _split_qkv(a, b, settings, file, options)
             found = {f"model.layers.{layer}.self_attn.{leaf}": own for leaf, own in split.items()}
         elif module == "attn.attn":
@@ -73,7 +72,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
                 "Convert the checkpoint with a newer litgpt first.",
             )
         elif module in _MODULES:
-            found = {f"model.layers.{layer}.{_MODULES[module]}": (a, b)}
+            found = {name if layer is None else f"model.layers.{layer}.{_MODULES[module]}": (a, b)}
         else:
             raise FormatError(f"{file}: {name}: has no counterpart in transformers' Llama", "Convert it in litgpt.")
         for path, own in found.items():
@@ -129,23 +128,15 @@ def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     adapter = low_rank_only(adapter, options, "litgpt")
     adapter = uniform(split_projections(adapter, base), alpha=options.alpha)
     weights, rank = adapter.weights, adapter.config.rank
-    theirs = {f"self_attn.{name}": "attn.qkv" for name in _SWITCHES} | {ours: name for name, ours in _MODULES.items()}
-    state: dict[str, mx.array] = {}
-    faults, names, fused_layers = [], set(), set()
-    for path in adapter.modules:
-        layer, name = split_layer(path)
-        if path != "lm_head" and (name not in theirs or path != f"model.layers.{layer}.{name}"):
-            faults.append(f"{path}: litgpt has no such module")
-            continue
-        names.add(name)
-        if theirs.get(name) == "attn.qkv":
-            fused_layers.add(layer)
-            continue
-        key = path if path == "lm_head" else f"transformer.h.{layer}.{theirs[name]}"
-        state[f"{key}.lora_A"], state[f"{key}.lora_B"] = weights[f"{path}.lora_a"].T, weights[f"{path}.lora_b"].T
-    raise_faults(faults, "Leave those modules out of the adapter, or merge it: convert --to merged.", FormatError)
+    names = {f"self_attn.{name}": "attn.qkv" for name in _SWITCHES} | {ours: name for name, ours in _MODULES.items()}
+    modules = locate_modules(adapter, names, "litgpt")
+    names, state = {split_layer(path)[1] for path in modules}, {}
+    for path, (layer, name) in modules.items():
+        if name != "attn.qkv":
+            key = name if layer is None else f"transformer.h.{layer}.{name}"
+            state[f"{key}.lora_A"], state[f"{key}.lora_B"] = weights[f"{path}.lora_a"].T, weights[f"{path}.lora_b"].T
     adapted, sizes = [name for name in _SWITCHES if f"self_attn.{name}" in names], _base_sizes(base)
-    for layer in sorted(fused_layers):
+    for layer in sorted({layer for layer, name in modules.values() if name == "attn.qkv"}):
         a, b = [], []
         for name in adapted:
             path = f"model.layers.{layer}.self_attn.{name}"

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..adapter import Adapter, raise_faults, split_layer
+from ..adapter import Adapter, raise_faults
 from ..errors import FormatError
 from .files import parse_yaml, read_json
 from .fused_projections import (
@@ -29,7 +29,7 @@ from .fused_projections import (
     same_array,
     split_projections,
 )
-from .options import ReadOptions, WriteOptions
+from .options import ReadOptions, WriteOptions, locate_modules
 from .state_dicts import has_tensor, low_rank_adapter, read_state
 from .torch.read import read_torch
 from .torch.tars import members, read_member
@@ -161,15 +161,10 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> None:
     archive = path.suffix == ".nemo"
     adapter = low_rank_only(adapter, options, f"NeMo's {path.suffix}", ("lora",) if archive else ("lora", "dora"))
     adapter = uniform(split_projections(adapter, base), alpha=options.alpha)
-    weights, faults = adapter.weights, []
-    layers: dict[int | None, dict[str, str]] = {}  # layer -> {module: path}
-    for module in adapter.modules:
-        layer, name = split_layer(module)
-        leaf = name.rpartition(".")[2]
-        if leaf not in _PARENTS or module != f"model.layers.{layer}.{_PARENTS[leaf]}.{leaf}":
-            faults.append(f"{module}: NeMo has no such module")
-        layers.setdefault(layer, {})[leaf] = module
-    raise_faults(faults, "Leave those modules out of the adapter, or merge it: convert --to merged.", FormatError)
+    weights, layers = adapter.weights, {}  # layers: {layer: {projection: path}}
+    names = {f"{parent}.{name}": name for name, parent in _PARENTS.items()}
+    for module, (layer, name) in locate_modules(adapter, names, "NeMo").items():
+        layers.setdefault(layer, {})[name] = module
     fused = all(_can_fuse(paths, names, weights) for paths in layers.values() for names in _FUSED.values())
     slots = {projection: slot for slot, projection in (_SLOTS if archive else _SLOTS_2).items()}
     leaves = {ours: theirs for theirs, ours in _LEAVES.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..adapter import Adapter, raise_faults
+from ..adapter import Adapter, raise_faults, split_layer
 from ..base.names import BaseModel
 from ..errors import ConfigError, FormatError, ModelError
 
@@ -130,13 +130,25 @@ class WriteOptions(_Options):
         return self.base
 
 
+def locate_modules(adapter: Adapter, names: dict[str, str], system: str) -> dict[str, tuple[int | None, str]]:
+    """(layer, the system's name) of each module, by its path. Raises a ``FormatError`` for modules without a name.
+
+    Args:
+        names: the system's names, by mlx-lm's name relative to a layer or, outside the layers, by its path.
+    """
+    found, faults = {}, []
+    for path in adapter.modules:
+        layer, name = split_layer(path)
+        if name in names and path in (name, f"model.layers.{layer}.{name}"):
+            found[path] = layer, names[name]
+        else:
+            faults.append(f"{path}: {system} has no such module")
+    raise_faults(faults, "Leave those modules out of the adapter, or merge it: convert --to merged.", FormatError)
+    return found
+
+
 # The command line's flags, by field.
-_READ_FLAGS = {
-    "alpha": "--alpha",
-    "adapter": "--adapter",
-    "legacy_scale": "--legacy-scale",
-    "enabled": "--enable-lora",
-}
+_READ_FLAGS = {"alpha": "--alpha", "adapter": "--adapter", "legacy_scale": "--legacy-scale", "enabled": "--enable-lora"}
 _WRITE_FLAGS = {"moe": "--moe", "profile": "--profile", "alpha": "--to-alpha"}
 _CHOICES = {"moe": MOE_LAYOUTS, "profile": PROFILES, "legacy_scale": LEGACY_SCALES}
 

@@ -16,7 +16,7 @@ from ..base.names import BaseModel
 from ..errors import FormatError
 from .files import read_json, write_json
 from .fused_projections import from_interleaved, fuse_projections, reorder_q_and_k, split_projections, to_interleaved
-from .options import ReadOptions, WriteOptions
+from .options import ReadOptions, WriteOptions, locate_modules
 from .state_dicts import has_tensor, low_rank_adapter, read_state
 from .torch.write import write_torch
 from .uniform import low_rank_only, uniform
@@ -34,6 +34,7 @@ _MODULES = {
     "mlp.w1": "mlp.gate_proj",
     "mlp.w2": "mlp.down_proj",
     "mlp.w3": "mlp.up_proj",
+    "output": "lm_head",
 }
 _LEAVES = {"lora_a.weight": "lora_a", "lora_b.weight": "lora_b", "magnitude": "m"}
 # Families whose rows torchtune orders as Meta does, and as transformers does.
@@ -63,15 +64,16 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     weights, faults = {}, []
     for name, array in read_state(file).items():
         found = _KEY.match(name)
-        module = _to_mlx(found["path"]) if found else None
-        if module is None:
+        layer, module = split_layer(found["path"]) if found else (None, "")
+        if module not in _MODULES:
             faults.append(f"{file}: {name}: not an array of torchtune's LoRA or DoRA")
             continue
+        path = _MODULES[module] if layer is None else f"model.layers.{layer}.{_MODULES[module]}"
         leaf = _LEAVES[found["leaf"]]
         if array.ndim != (1 if leaf == "m" else 2):
             faults.append(f"{file}: {name}: shape {list(array.shape)}")
             continue
-        weights[f"{module}.{leaf}"] = array if leaf == "m" else array.T
+        weights[f"{path}.{leaf}"] = array if leaf == "m" else array.T
     raise_faults(
         faults, "Leave vision towers and fusion layers out of the adapter: they are not converted.", FormatError
     )
@@ -81,14 +83,6 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     alpha = options.alpha_from(config.get("lora_alpha"), file.parent / CONFIG)
     adapter = low_rank_adapter(weights, file, options, alpha=alpha, base=config.get("base_model_name_or_path"))
     return fuse_projections(adapter, base)
-
-
-def _to_mlx(path: str) -> str | None:
-    """mlx-lm's path of torchtune's module; None where it has no counterpart."""
-    if path == "output":
-        return "lm_head"
-    layer, name = split_layer(path)
-    return f"model.layers.{layer}.{_MODULES[name]}" if name in _MODULES else None
 
 
 def _is_interleaved(base: BaseModel, source: Path | str) -> bool:
@@ -108,18 +102,13 @@ def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     weights = {n: w for n, w in adapter.weights.items() if n.endswith((".lora_a", ".lora_b", ".m"))}
     if _is_interleaved(base, "this adapter"):
         weights = reorder_q_and_k(weights, base, to_interleaved)
-    modules = {ours: theirs for theirs, ours in _MODULES.items()}
-    leaves = {ours: theirs for theirs, ours in _LEAVES.items()}
-    state, faults = {}, {}
+    modules = locate_modules(adapter, {ours: theirs for theirs, ours in _MODULES.items()}, "torchtune")
+    leaves, state = {ours: theirs for theirs, ours in _LEAVES.items()}, {}
     for name, array in weights.items():
         path, _, leaf = name.rpartition(".")
-        layer, module = split_layer(path)
-        if path != "lm_head" and (module not in modules or path != f"model.layers.{layer}.{module}"):
-            faults[f"{path}: torchtune has no such module"] = None
-            continue
-        theirs = "output" if path == "lm_head" else f"layers.{layer}.{modules[module]}"
-        state[f"{theirs}.{leaves[leaf]}"] = array if leaf == "m" else array.T
-    raise_faults(list(faults), "Leave those modules out of the adapter, or merge it: convert --to merged.", FormatError)
+        layer, module = modules[path]
+        key = module if layer is None else f"layers.{layer}.{module}"
+        state[f"{key}.{leaves[leaf]}"] = array if leaf == "m" else array.T
     config = adapter.config
     settings = {
         "r": config.rank,

@@ -93,7 +93,7 @@ def faults_of(config: OptimizerConfig, takes_decay: bool, own_decay: bool, own_r
     if own_rate:
         faults.append("adafactor with relative_step chooses its own learning rate, which LoRA+ cannot set")
     if own_decay:
-        faults.append("LoRA+ sets the weight_decay of each group: use loraplus_weight_decay, not optimizer_config")
+        faults.append("LoRA+ sets the weight_decay of each group: set loraplus_weight_decay, not optimizer_config")
     if config.loraplus_weight_decay and not takes_decay:
         faults.append(f"loraplus_weight_decay: {config.optimizer} has no weight decay; adamw has")
     return faults

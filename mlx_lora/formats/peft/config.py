@@ -31,15 +31,11 @@ _VARIANTS = {
     "monteclora_config": "MonteCLoRA",
 }
 _TYPES_OF = {
-    "target_parameters": list,
-    "rank_pattern": dict,
-    "alpha_pattern": dict,
-    "peft_version": str,
-    "base_model_name_or_path": str,
-    "token_indices": list,
+    **dict.fromkeys(("target_parameters", "token_indices", "modules_to_save"), list),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), dict),
+    **dict.fromkeys(("peft_version", "base_model_name_or_path"), str),
     "trainable_token_indices": (list, dict),
     "init_lora_weights": (bool, str),
-    "modules_to_save": list,
 }
 
 

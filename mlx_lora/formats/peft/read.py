@@ -100,7 +100,6 @@ class _Reader:
         self.moe: str | None = None  # the layout of the experts
         self.faults: list[str] = []
         self._single: dict[tuple[str, str, str], dict[int, mx.array]] = {}  # (block, name, leaf): {expert: array}
-        self._single_paths: dict[tuple[str, str], str] = {}  # (block, name): PEFT's path of an expert's module
         self._packed: dict[str, dict[bool, dict[str, mx.array]]] = {}  # block: {below base_layer?: {leaf: array}}
 
     def add(self, name: str, array: mx.array) -> None:
@@ -115,9 +114,7 @@ class _Reader:
         if transposed and array.ndim != 2:
             self.faults.append(f"{name}: shape {list(array.shape)}, expected two dimensions")
         elif leaf in ("lora_a", "lora_b") and (found := experts.SINGLE.match(path)):
-            kind = experts.NAMES.get(found["name"], found["name"])
-            arrays = self._single.setdefault((found["block"], kind, leaf), {})
-            self._single_paths.setdefault((found["block"], kind), path)
+            arrays = self._single.setdefault((found["block"], found["name"], leaf), {})
             if int(found["expert"]) in arrays:
                 self.faults.append(f"{name}: a second array for expert {found['expert']}")
             arrays[int(found["expert"])] = array
@@ -136,12 +133,12 @@ class _Reader:
 
     def stack_experts(self) -> None:
         """Keys for each expert -> one array for all."""
-        for (block, kind, leaf), arrays in self._single.items():
-            ours = f"{experts.block_path(block, self.options.known_base)}.{kind}"
-            path = self._single_paths[block, kind]
+        for (block, name, leaf), arrays in self._single.items():
+            ours = f"{experts.block_path(block, self.options.known_base)}.{experts.NAMES.get(name, name)}"
+            path = f"{block}.experts.{next(iter(arrays))}.{name}"
             self.ranks[ours], self.scales[ours] = self.rank_of(path), self.scale_of(path)
-            name = f"{self.source}: {block}.experts.*.{kind}.{leaf}"
-            self.weights[f"{ours}.{leaf}"] = experts.stack_experts(arrays, name)
+            arrays_name = f"{self.source}: {block}.experts.*.{name}.{leaf}"
+            self.weights[f"{ours}.{leaf}"] = experts.stack_experts(arrays, arrays_name)
             self.moe = "per_expert"
 
     def unpack_experts(self) -> None:

@@ -292,11 +292,9 @@ class _Writer:
         if layers is not None:
             raw["layers_to_transform"] = layers
         if self.parameters:
-            for name in router:
-                self.ranks[f"{name}.weight"], self.alphas[f"{name}.weight"] = (
-                    self.ranks.pop(name),
-                    self.alphas.pop(name),
-                )
+            for name in router:  # a target parameter in PEFT, matched with .weight
+                for sizes in (self.ranks, self.alphas):
+                    sizes[f"{name}.weight"] = sizes.pop(name)
             raw["target_parameters"] = sorted(self.parameters + [f"{name}.weight" for name in router])
         if method == "vera":
             raw |= {
@@ -308,12 +306,8 @@ class _Writer:
             }
             return {**raw, **self.extra}
         alpha = integral(exact.scale * exact.rank)
-        raw |= {
-            "lora_alpha": alpha,
-            "lora_dropout": exact.dropout,
-            "use_dora": method == "dora",
-            "init_lora_weights": True,
-        }
+        raw |= {"lora_alpha": alpha, "lora_dropout": exact.dropout, "use_dora": method == "dora"}
+        raw["init_lora_weights"] = True
         if exact.lora_bias:
             raw["lora_bias"] = True
         if ranks := {f"^{re.escape(n)}": r for n, r in self.ranks.items() if r != exact.rank}:

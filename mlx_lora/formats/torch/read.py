@@ -23,6 +23,11 @@ from .tensors import STORAGES, Storage, to_array
 
 _MAX_STREAM = 16 << 30  # bytes; streams are read into memory as a whole
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# What a damaged file may raise.
+_DAMAGED = (
+    *(OSError, ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError, struct.error),
+    *(zipfile.BadZipFile, NotImplementedError, MemoryError, RecursionError, RuntimeError),
+)
 
 
 def is_pickle(path: Path) -> bool:
@@ -62,10 +67,9 @@ def _read(path: Path, start: int, size: int | None, arrays: bool) -> Any:
         return replace_tensors(value, lambda ref: to_array(ref, storages[ref.storage.key]), [0]) if arrays else value
     except FormatError:
         raise
-    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError, struct.error) as error:
-        raise FormatError(f"{path}: is not a complete PyTorch file ({type(error).__name__}: {error})", AGAIN) from None
-    except (zipfile.BadZipFile, NotImplementedError, MemoryError, RecursionError, RuntimeError) as error:
-        raise FormatError(f"{path}: is not a complete PyTorch file ({error})", AGAIN) from None
+    except _DAMAGED as error:
+        fault = f"{type(error).__name__}: {error}"
+        raise FormatError(f"{path}: is not a complete PyTorch file ({fault})", AGAIN) from None
 
 
 def _read_zip(window: np.ndarray, path: Path, start: int) -> tuple[Any, _Stored]:

@@ -80,7 +80,7 @@ def from_state(state: dict[str, mx.array], path: Path, options: ReadOptions) -> 
 def _enabled(a: mx.array, b: mx.array, layer: str, options: ReadOptions) -> tuple[bool, ...] | None:
     """Which blocks of a merged layer are adapted; a [in, r * k], b [r, rows * k]."""
     rank, columns = b.shape
-    count, rest = divmod(a.shape[1], rank)
+    count, rest = divmod(a.shape[1], rank) if rank else (0, 0)
     if rest or not count or columns % count:
         raise FormatError(f"{layer}: lora_A {list(a.T.shape)} and lora_B {list(b.T.shape)} do not match", _SAVE)
     if options.enabled is None:

@@ -1,6 +1,6 @@
 """State dicts in PyTorch's and safetensors files: their tensor names, their tensors, adapters made of them.
 
-The names of the tensors tell what a file is. ``tensor_names`` gets them without reading an array.
+Formats are recognised by the names of their tensors. ``tensor_names`` gets them without reading an array.
 """
 
 from __future__ import annotations
@@ -119,4 +119,4 @@ def low_rank_adapter(
             f"{source}: {error.message}", "Give the alpha that it was trained with, or save or download it again."
         ) from None
     name = base or (options.base.name if options.base else None)
-    return Adapter(config, weights, base=name, metadata={"unknown": unknown})
+    return Adapter(config, weights, base=name, metadata={"unknown": unknown} if unknown else {})

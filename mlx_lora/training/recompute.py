@@ -22,8 +22,8 @@ from ..errors import TrainingError
 def recomputed_layers(model: nn.Module) -> Iterator[None]:
     """Recompute the layers of this model (the modules in `model.layers`) while the context is open.
 
-    Only these layers and the dropout modules in them change, by way of their `__class__`. Other models, other threads
-    and MLX's random state are not affected.
+    Only these layers and the dropout modules in them change, by way of their `__class__`. Other models and other
+    threads are not affected.
     """
     layers = [layer for layer in getattr(model, "layers", None) or [] if isinstance(layer, nn.Module)]
     if not layers:

@@ -577,6 +577,9 @@ def test_sharded_checkpoints_are_refused_by_name(tmp_path):
     (tmp_path / "dist/weights/__0_0.distcp").write_text("")
     with pytest.raises(FormatError, match="sharded PyTorch distributed checkpoint"):
         load_adapter(tmp_path / "dist")
+    write_torch(tmp_path / "empty.pt", {"m.lora_A": mx.zeros((4, 8)), "m.lora_B": mx.zeros((8, 0))})
+    with pytest.raises(FormatError, match="do not match"):
+        load_adapter(tmp_path / "empty.pt", alpha=1)
     write_torch(tmp_path / "shard.bin", {"m.lora_right_weight": mx.zeros((0,)), "m.lora_left_weight": mx.zeros((2, 4))})
     with pytest.raises(FormatError, match="not gathered"):
         load_adapter(tmp_path / "shard.bin", alpha=1)

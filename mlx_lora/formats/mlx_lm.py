@@ -22,11 +22,16 @@ from ..config import AdapterConfig
 from ..errors import ConfigError, FormatError
 from .files import read_json, read_npz, read_safetensors, write_json, write_safetensors, wrong_settings
 from .options import ReadOptions, WriteOptions
+from .state_dicts import low_rank_adapter
 from .uniform import fold, unfold
 
 CONFIG, WEIGHTS, ARCHIVE = "adapter_config.json", "adapters.safetensors", "adapters.npz"
 READS, WRITES, FILES = {"alpha", "legacy_scale"}, set(), (CONFIG, WEIGHTS, ARCHIVE)
 OWN = "mlx_lora"  # the entry for what mlx-lm cannot express
+_NO_CONFIG = (
+    f"Copy the adapter's {CONFIG} into the folder, or give alpha = scale * rank with --alpha "
+    "(mlx-lm's scale was 20: --alpha 160 at rank 8)."
+)
 _AS_TRAINED = 'Write there how it was trained, such as "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0}.'
 _WRITTEN = {"fine_tune_type", "num_layers", "lora_parameters", "model", OWN}
 
@@ -37,8 +42,8 @@ def detect(path: Path) -> bool:
 
 def read(folder: Path, options: ReadOptions) -> Adapter:
     weights = read_safetensors(folder / WEIGHTS) if (folder / WEIGHTS).exists() else read_npz(folder / ARCHIVE)
-    if not (folder / CONFIG).exists():
-        return _without_config(weights, folder, options)
+    if not (folder / CONFIG).exists():  # mlx-lm before March 2024 wrote none
+        return low_rank_adapter(weights, folder, options, alpha_hint=_NO_CONFIG)
     raw = read_json(folder / CONFIG)
     if options.alpha is not None:
         raise ConfigError(f"--alpha: {folder / CONFIG} already stores the scale", "Leave --alpha out.")
@@ -56,21 +61,6 @@ def _unflatten(name: str, a: mx.array, weights: dict[str, mx.array]) -> mx.array
     if b is None or b.ndim != 3 or a.ndim != 2 or a.shape[0] != b.shape[0] * b.shape[2]:
         return a
     return a.reshape(b.shape[0], b.shape[2], -1)
-
-
-def _without_config(weights: dict[str, mx.array], folder: Path, options: ReadOptions) -> Adapter:
-    """mlx-lm before March 2024 wrote no config: the rank is read from the arrays, the scale is not stored."""
-    ranks = {w.shape[-1] for n, w in weights.items() if n.endswith(".lora_a") and w.ndim == 2}
-    alpha = options.alpha
-    if alpha is None or len(ranks) != 1:
-        options.need(
-            f"{folder}: has no {CONFIG}, which stores the scale",
-            "Copy it into the folder, or give alpha = scale * rank with --alpha "
-            "(mlx-lm's scale was 20: --alpha 160 at rank 8).",
-        )
-    rank = min(ranks, default=1)
-    method = "dora" if any(n.endswith(".m") for n in weights) else "lora"
-    return Adapter(AdapterConfig(method=method, rank=rank, scale=(alpha or rank) / rank, num_layers=-1), weights)
 
 
 def parse_config(raw: dict[str, Any], source: Path, options: ReadOptions | None = None) -> AdapterConfig:

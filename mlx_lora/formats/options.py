@@ -104,23 +104,13 @@ class WriteOptions(_Options):
     alpha: float | None = None
     lost: list[str] = field(default_factory=list)
 
-    def leave_out(self, faults: list[str], hint: str = "") -> None:
+    def leave_out(self, faults: list[str], hint: str) -> None:
         """Refuse to write what the format cannot hold or, where losses are allowed, list it in ``lost``."""
         if self.allow_lossy:
             self.lost.extend(faults)
         else:
-            more = "or convert with --allow-lossy, which leaves them out."
-            raise_faults(faults, f"{hint.rstrip('.')}, {more}" if hint else more.capitalize(), FormatError)
-
-    def leave_out_extras(self, adapter: Adapter, system: str, *, keep_biases: bool = False, hint: str = "") -> None:
-        """``leave_out`` of everything but low-rank matrices: full parameters, trained tokens, lora_bias."""
-        full = [name for name in adapter.whole if not (keep_biases and name.endswith(".bias"))]
-        self.leave_out(
-            [f"{name}: {system} adapters have no full parameters" for name in full]
-            + [f"{path}: {system} adapters have no trained tokens" for path in adapter.tokens]
-            + [f"{path}: {system} adapters have no lora_bias" for path in adapter.modules if adapter.config.lora_bias],
-            hint,
-        )
+            hint = f"{hint.rstrip('.')}, or convert with --allow-lossy, which leaves them out."
+            raise_faults(faults, hint, FormatError)
 
     def base_for(self, what: str) -> BaseModel:
         """The base, its config read."""

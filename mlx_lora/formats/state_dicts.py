@@ -88,6 +88,7 @@ def low_rank_adapter(
     alpha: float | None = None,
     scales: dict[str, float] | None = None,
     base: str | None = None,
+    alpha_hint: str = "Give it: --alpha, or alpha= (scale * rank).",
     **settings: Any,
 ) -> Adapter:
     """An adapter from arrays with our names and layout. Their ranks are read from the arrays.
@@ -96,6 +97,7 @@ def low_rank_adapter(
         source: names the file in errors.
         alpha: the alpha of all modules (scale = alpha / rank); ``options.alpha`` by default. One of them is needed.
         scales: scales by module, in place of alpha.
+        alpha_hint: what to do where there is no alpha.
         settings: further fields of ``AdapterConfig``.
     """
     paths = sorted({name.removesuffix(".lora_b") for name in weights if name.endswith(".lora_b")})
@@ -106,7 +108,7 @@ def low_rank_adapter(
     alpha = options.alpha if alpha is None else alpha
     unknown = ["scale"] if scales is None and alpha is None else []
     if unknown:
-        options.need(f"{source}: does not store the adapter's alpha", "Give it: --alpha, or alpha= (scale * rank).")
+        options.need(f"{source}: does not store the adapter's alpha", alpha_hint)
     if scales is None:
         scales = {path: 1.0 if alpha is None else alpha / ranks[path] for path in paths}
     method = "dora" if any(name.endswith(".m") for name in weights) else "lora"

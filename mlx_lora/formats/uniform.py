@@ -84,7 +84,11 @@ def low_rank_only(
     adapter = vera_as_lora(adapter, options.base)
     if adapter.config.method not in methods:
         raise FormatError(f"{system} has no {adapter.config.method} adapters", hint)
-    options.leave_out_extras(adapter, system, keep_biases=keep_biases, hint=hint if hint != MERGE else "")
+    full = [name for name in adapter.whole if not (keep_biases and name.endswith(".bias"))]
+    faults = [f"{name}: {system} adapters have no full parameters" for name in full]
+    faults += [f"{path}: {system} adapters have no trained tokens" for path in adapter.tokens]
+    faults += [f"{path}: {system} adapters have no lora_bias" for path in adapter.modules if adapter.config.lora_bias]
+    options.leave_out(faults, hint)
     if not adapter.modules:
         raise FormatError(f"the adapter has no LoRA, and {system} adapters hold nothing else", hint)
     return adapter

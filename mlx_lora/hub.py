@@ -1,33 +1,32 @@
 """Adapters on the Hugging Face Hub: ``push`` with a model card made from the adapter, and ``pull``.
 
-Everything goes through huggingface-hub, so that its settings hold: HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. Nothing is
-uploaded that is no adapter, and nothing prints.
+All requests go through huggingface-hub, so that its settings apply: HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. Only the
+adapter's own files and a model card are uploaded. Nothing prints.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, FormatError, HubError
 from .formats import FORMATS, describe, detect_format
+from .formats.files import write_folder
 
 CARD = "README.md"
-# What a repository of an adapter may hold that ``pull`` wants.
+# Files that ``pull`` downloads, and those among them that it leaves out.
 _WANTED = [
     *("adapter_config.json", "adapter_model.*", "adapters.safetensors", "adapters.npz", "*/adapter_config.json"),
     *("*/adapter_model.*", "*.gguf", "*.nemo", "*.pt", "*.pth", "*.ckpt", "*.bin", "*.lora", "*.yaml", CARD),
 ]
 _NOT_ADAPTER = [
-    "optimizer*",
-    "training_state*",
-    "rng_state*",
-    "scheduler*",
-    "training_args.bin",
-    "model*",
-    "pytorch_model*",
+    *("optimizer*", "training_state*", "rng_state*", "scheduler*", "training_args.bin"),
+    *("model*", "pytorch_model*"),
 ]
 
 
@@ -42,17 +41,17 @@ def push(
     metrics: dict[str, float] | None = None,
     format: str | None = None,
 ) -> str:
-    """Upload the adapter at ``path``, a folder or a file, to the repository ``repo`` with a model card.
+    """Upload the adapter at ``path``, a folder or a file, to the repository ``repo``, with a model card.
 
-    A README.md that lies in the folder is taken as it is in place of the card.
+    A README.md in the folder is uploaded in place of the card.
 
     Args:
-        base: the model that the adapter is for, where its files do not tell it.
+        base: the model that the adapter is for, where its files do not name it.
         metrics: numbers for the card, such as {"val_loss": 1.23}.
 
-    Returns: the address of the commit.
+    Returns: the URL of the commit.
 
-    Raises: HubError: the Hub refuses or cannot be reached. FormatError: no adapter is there, or a damaged one.
+    Raises: HubError: the Hub refuses, or cannot be reached. FormatError: there is no adapter, or it is damaged.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -61,13 +60,11 @@ def push(
     format = format or detect_format(path)
     facts = describe(path, format)
     if facts["problems"] and any("NaN" in p or "missing" in p for p in facts["problems"]):
-        raise FormatError(
-            "\n".join(facts["problems"]), "Train or save the adapter again; only sound ones are uploaded."
-        )
+        raise FormatError("\n".join(facts["problems"]), "Train or save the adapter again: it is damaged.")
     files = [path] if path.is_file() else _files(path, format)
-    text = model_card(facts, repo, base=base, metrics=metrics, training=_training(path))
+    text = model_card(facts, repo, base=base, metrics=metrics, training=_training_settings(path))
     api = HfApi()
-    with tempfile.TemporaryDirectory() as folder, _told(repo):
+    with tempfile.TemporaryDirectory() as folder, _hub_errors(repo):
         operations = [CommitOperationAdd(file.name, file) for file in files]
         if not any(file.name == CARD for file in files):
             card = Path(folder) / CARD
@@ -81,27 +78,26 @@ def push(
 def pull(repo: str, folder: str | Path, *, revision: str | None = None, overwrite: bool = False) -> str:
     """Download the adapter in ``repo`` into ``folder``.
 
-    Returns: the name of its format. Offline (HF_HUB_OFFLINE=1) what was downloaded before is copied.
+    Offline (HF_HUB_OFFLINE=1), an earlier download is copied.
 
-    Raises: HubError: no such repository, or the Hub cannot be reached. FormatError: it holds no adapter; nothing is
-    then written.
+    Returns: the name of its format.
+
+    Raises: HubError: there is no such repository, or the Hub cannot be reached. FormatError: the repository has no
+        adapter; nothing is written then.
     """
-    import shutil
-
     from huggingface_hub import snapshot_download
-
-    from .formats.files import write_folder
 
     folder = Path(folder)
     _check_repo(repo)
     if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise FormatError(f"{folder}: is there already", "Choose another folder, or add --force.")
-    with _told(repo):
-        snapshot = snapshot_download(repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_NOT_ADAPTER)
-    snapshot = Path(snapshot)
+        raise FormatError(f"{folder}: already exists", "Choose another folder, or add --force.")
+    with _hub_errors(repo):
+        snapshot = Path(
+            snapshot_download(repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_NOT_ADAPTER)
+        )
     single = [f for f in snapshot.iterdir() if f.suffix in (".gguf", ".nemo")]
-    where = single[0] if len(single) == 1 and not (snapshot / "adapter_config.json").exists() else snapshot
-    format = detect_format(where)
+    alone = len(single) == 1 and not (snapshot / "adapter_config.json").exists()
+    format = detect_format(single[0] if alone else snapshot)
 
     def copy(temporary: Path) -> None:
         for file in snapshot.rglob("*"):
@@ -115,26 +111,24 @@ def pull(repo: str, folder: str | Path, *, revision: str | None = None, overwrit
 
 
 def _files(folder: Path, format: str) -> list[Path]:
-    """The adapter's own files, and a card that the user wrote; checkpoints and states of training stay here."""
-    form = FORMATS[format]
-    names = {file.name for file in form.files(folder)} | {CARD, "adapter_model.bin", "adapters.npz"}
-    found = [folder / name for name in sorted(names) if (folder / name).is_file()]
+    """The adapter's files in a folder, and a card that the user wrote; not the checkpoints of its training."""
+    found = sorted({file for pattern in FORMATS[format].FILES for file in folder.glob(pattern) if file.is_file()})
     if not found:
-        raise FormatError(f"{folder}: holds no file of {format} at its top", "Name the folder of one adapter.")
-    return found
+        raise FormatError(f"{folder}: has no files of {format}, only subfolders", "Name the folder of one adapter.")
+    return [*found, *[file for file in (folder / CARD,) if file.is_file()]]
 
 
-def _training(path: Path) -> dict[str, Any]:
-    """What the folder's config tells of the training."""
+def _training_settings(path: Path) -> dict[str, Any]:
+    """The settings of the training that the folder's config stores."""
     try:
         raw = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     if not isinstance(raw, dict):
         return {}
-    told = raw.get("training") if isinstance(raw.get("training"), dict) else raw
+    stored = raw.get("training") if isinstance(raw.get("training"), dict) else raw
     names = ("data", "iters", "batch_size", "learning_rate", "optimizer", "max_seq_length", "mask_prompt", "seed")
-    return {name: told[name] for name in names if told.get(name) is not None}
+    return {name: stored[name] for name in names if stored.get(name) is not None}
 
 
 def model_card(
@@ -145,42 +139,41 @@ def model_card(
     metrics: dict[str, float] | None = None,
     training: dict[str, Any] | None = None,
 ) -> str:
-    """A README.md for the adapter that ``describe`` gave ``facts`` of.
+    """A README.md for the adapter with these ``facts``, which ``describe`` returns.
 
-    Names of local folders, of the base or of the data, are left out: they mean nothing to others.
+    Paths of local folders, of the base or of the data, are left out: they mean nothing to others.
     """
     import yaml
 
-    told = base or facts["base"]
-    told = told if told != "not told" and _is_repo(told) else None
+    named = base or facts["base"]
+    base = named if named != "unknown" and _may_be_repo(named) else None
     library = {"peft": "peft", "gguf": "gguf"}.get(facts["format"], "mlx")
     head = {
         "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": ["lora", "mlx-lora", facts["method"]],
-        **({"base_model": told, "base_model_relation": "adapter"} if told else {}),
+        **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
     }
-    rows = [("Base", told or "see below"), ("Format", facts["format"]), ("Method", facts["method"])]
+    rows = [("Base", base or "see below"), ("Format", facts["format"]), ("Method", facts["method"])]
     for name in ("rank", "scale", "alpha", "dropout"):
         if name in facts:
             value = facts[name]
             rows.append((name.capitalize(), ", ".join(f"{v:g}" for v in value) if isinstance(value, list) else value))
     rows += [("Modules", f"{facts['modules']}: {', '.join(facts['targets'][:12])}"), ("Layers", facts["layers"])]
-    rows += [("Parameters", f"{facts['parameters']:,}"), ("Type of numbers", ", ".join(facts["dtype"]))]
+    rows += [("Parameters", f"{facts['parameters']:,}"), ("Data type", ", ".join(facts["dtype"]))]
     data = dict(training or {})
-    if "data" in data and not _is_repo(str(data["data"])):
+    if "data" in data and not _may_be_repo(str(data["data"])):
         data.pop("data")
-    name = told or "BASE_MODEL"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
-        f"# {repo.rpartition('/')[2]}\n\nA {facts['method']} adapter for {told or 'a language model'}.\n",
+        f"# {repo.rpartition('/')[2]}\n\nA {facts['method']} adapter for {base or 'a language model'}.\n",
         _table(rows),
     ]
     if data:
         parts.append("## Training\n\n" + _table([(k.replace("_", " "), v) for k, v in data.items()]))
     if metrics:
         parts.append("## Metrics\n\n" + _table([(k, f"{v:g}") for k, v in metrics.items()]))
-    parts.append("## Use\n\n" + "\n\n".join(_uses(facts["format"], repo, name)) + "\n")
+    parts.append("## Use\n\n" + "\n\n".join(_usage(facts["format"], repo, base or "BASE_MODEL")) + "\n")
     return "\n".join(parts)
 
 
@@ -189,7 +182,8 @@ def _table(rows: list[tuple[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _uses(format: str, repo: str, base: str) -> list[str]:
+def _usage(format: str, repo: str, base: str) -> list[str]:
+    """How to use the adapter with mlx-lora, mlx-lm, PEFT and llama.cpp."""
     adapter = repo.rpartition("/")[2]
     pull = f"mlx-lora pull {repo} {adapter}"
     peft = "" if format == "peft" else f"mlx-lora convert {adapter} {adapter}-peft --to peft --model {base}\n"
@@ -211,8 +205,8 @@ def _uses(format: str, repo: str, base: str) -> list[str]:
     ]
 
 
-def _is_repo(name: str) -> bool:
-    """Whether a name can be a repository's: it must not leak a folder of this machine."""
+def _may_be_repo(name: str) -> bool:
+    """Whether ``name`` can be a repository's, and is not a path on this machine."""
     return (
         name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists() and "\\" not in name
     )
@@ -221,22 +215,18 @@ def _is_repo(name: str) -> bool:
 def _check_repo(repo: str) -> None:
     if repo.count("/") != 1 or repo.startswith(("/", ".")) or repo.endswith("/"):
         raise ConfigError(
-            f"{repo!r} is no repository's name", "Write it as owner/name, such as mlx-community/my-adapter."
+            f"{repo!r} is not the name of a repository", "Write it as owner/name, such as mlx-community/my-adapter."
         )
 
 
-class _told:
-    """Turns what huggingface-hub raises into one ``HubError``."""
-
-    def __init__(self, repo: str):
-        self._repo = repo
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, _trace) -> bool:
-        if error is None or not isinstance(error, Exception) or isinstance(error, (HubError, FormatError)):
-            return False
+@contextmanager
+def _hub_errors(repo: str) -> Iterator[None]:
+    """Turn whatever huggingface-hub raises into one ``HubError``."""
+    try:
+        yield
+    except (HubError, FormatError):
+        raise
+    except Exception as error:
         name, lines = type(error).__name__, str(error).strip().splitlines() or [type(error).__name__]
         if "Offline" in name or "offline" in str(error):
             hint = "HF_HUB_OFFLINE=1 is set; unset it to use the network."
@@ -244,4 +234,4 @@ class _told:
             hint = "Check the name, and log in with a token that may do this: hf auth login, or HF_TOKEN."
         else:
             hint = "Check the network, and try again."
-        raise HubError(f"{self._repo}: {lines[0][:300]}", hint) from error
+        raise HubError(f"{repo}: {lines[0][:300]}", hint) from error

@@ -1,4 +1,4 @@
-"""``push`` and ``pull`` against a stand-in of the Hub's HTTP on this machine, in processes of their own."""
+"""``push`` and ``pull``, run as commands against a local server that imitates the Hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as huggingface-hub asks of it for small files: repositories in a dict."""
+    """The requests that huggingface-hub makes for small files; the repositories are in a dict."""
 
     protocol_version = "HTTP/1.1"
     repos: dict[str, dict[str, bytes]]
@@ -135,7 +135,7 @@ def hub(tmp_path):
     server.server_close()
 
 
-def test_there_and_back(hub, tmp_path):
+def test_push_and_pull(hub, tmp_path):
     repos, run = hub
     folder = shutil.copytree(ADAPTER, tmp_path / "mine")
     (folder / "training_state.safetensors").write_bytes(b"private")
@@ -149,9 +149,9 @@ def test_there_and_back(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (ADAPTER / name).read_bytes()
-    # What is there is not replaced unasked; offline, the copy that was downloaded serves.
+    # An existing folder is not replaced; offline, the earlier download is copied.
     done = run("pull", "me/tuned", tmp_path / "again")
-    assert done.returncode == 1 and "is there already" in done.stderr
+    assert done.returncode == 1 and "already exists" in done.stderr
     done = run("pull", "me/tuned", tmp_path / "offline", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
     assert load_adapter(tmp_path / "offline").modules
@@ -159,7 +159,7 @@ def test_there_and_back(hub, tmp_path):
     assert done.returncode == 1 and "HF_HUB_OFFLINE" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_single_file_and_a_card_of_ones_own(hub, tmp_path):
+def test_a_single_file_and_the_users_own_card(hub, tmp_path):
     repos, run = hub
     base = ROOT / "fixtures/peft/llama/base"
     file = save_adapter(load_adapter(ROOT / "fixtures/peft/llama/lora"), tmp_path / "a.gguf", "gguf", base=base)
@@ -173,7 +173,15 @@ def test_a_single_file_and_a_card_of_ones_own(hub, tmp_path):
     assert repos["me/other"]["README.md"] == b"mine"
 
 
-def test_what_the_hub_refuses(hub, tmp_path):
+def test_a_folder_of_a_format_of_one_file(hub):
+    """DeepSpeed's folders can be read and not written; their one file is uploaded all the same."""
+    repos, run = hub
+    done = run("push", ROOT / "fixtures/formats/deepspeed-chat", "me/deepspeed")
+    assert done.returncode == 0, done.stderr
+    assert repos["me/deepspeed"].keys() == {"pytorch_model.bin", "README.md"}
+
+
+def test_refusals_of_the_hub_and_of_push(hub, tmp_path):
     repos, run = hub
     done = run("push", ADAPTER, "me/tuned", HF_TOKEN="hf_wrong")
     assert done.returncode == 1 and "log in" in done.stderr and not repos
@@ -188,7 +196,7 @@ def test_what_the_hub_refuses(hub, tmp_path):
     assert done.returncode == 1 and "me/empty" not in repos
 
 
-def test_card_tells_what_the_adapter_is_and_nothing_of_this_machine():
+def test_the_card_describes_the_adapter_and_names_no_local_path():
     facts = describe(ADAPTER)
     training = {"data": str(ROOT), "iters": 100, "learning_rate": 1e-4}
     card = model_card({**facts, "base": str(ROOT)}, "me/tuned", training=training, metrics={"test_loss": 0.5})

@@ -19,7 +19,7 @@ from ..kernels import dora_norm, nf4_dequantize
 from ..kernels.chunked_sum import chunked_sum
 from ..layers import METHODS, MultiLoRALinear, Rows
 from ..training.head import piece_rows
-from ..training.loss import token_losses
+from ..training.losses.cross_entropy import token_losses
 
 # A decoding model reads its weights from memory, so there are enough copies that no cache can hold them.
 _BEYOND_CACHE = 256e6  # bytes

@@ -1,8 +1,8 @@
-"""Rows -> tokens and the mask of those to learn -> batches. Values only: nothing here prints, and MLX is not needed.
+"""Training data: rows -> tokens and a mask of the tokens to learn -> batches. Nothing here prints or needs MLX.
 
-sources.py  reads files and the hub        rows.py     finds the kind of rows and checks them
-chat.py     a row's tokens and mask        dataset.py  the rows in memory, their summary
-batches.py  order, widths, batches     questions.py  rows as questions with known answers
+sources.py  rows from files and the Hub     rows.py       the kind of rows, checks
+chat.py     a row's tokens and mask         load.py       data sets from sources or from rows in memory
+batches.py  the data set, its batches       questions.py  rows as questions with known answers
 """
 
 from __future__ import annotations

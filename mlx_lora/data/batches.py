@@ -1,11 +1,13 @@
 """Tokenized rows in memory, and batches of them: little padding, few shapes, every row once an epoch.
 
-Widths: a plan of at most 32 for a dataset, placed where its lengths are (the compiled step is traced once a width).
-A width is 1 more than a multiple of 4, so that the inputs ``tokens[:, :-1]`` have a multiple of 4 columns.
-Order: an epoch is a permutation by (seed, epoch), cut into windows; rows are sorted by length inside a window, cut into
-batches, and the batches shuffled. So neighbours in a batch are of like length, and new ones every epoch.
-Tail: the last batch of an epoch is filled up with rows of nothing (mask False), unseen by a token-weighted loss.
-No MLX here, and no global random state.
+Widths: a dataset has at most 32 widths to which batches are padded, chosen for its lengths (the compiled step is traced
+once for each width). A width is 1 more than a multiple of 4, so that the inputs ``tokens[:, :-1]`` have a multiple of 4
+columns.
+Order: an epoch is a permutation that depends on (seed, epoch), cut into windows. In a window, the rows are sorted by
+length and cut into batches; then all batches are shuffled. So the rows of a batch have similar lengths, and every epoch
+has other batches.
+The last batch of an epoch is filled with empty rows. Their mask is False, so that they do not count in the loss.
+There is no MLX here, and no global random state.
 """
 
 from __future__ import annotations
@@ -20,49 +22,47 @@ import numpy as np
 from ..errors import ConfigError, DataError
 
 MAX_WIDTHS = 32
-UNIT = 4  # of a width, minus 1; with 8, rounding alone pads short rows (90 tokens) by 4 %
-WINDOW = 256  # batches that are sorted together
+UNIT = 4  # a width minus 1 is a multiple of it; 8 would pad short rows (90 tokens) by 4 %
+WINDOW = 256  # batches whose rows are sorted together
 
 
 class Example(NamedTuple):
-    """A row ready to learn from."""
+    """The tokens of one row."""
 
     tokens: np.ndarray  # [L] int32
-    mask: np.ndarray  # [L] bool: whether token i is to be learned; mask[0] is False
+    mask: np.ndarray  # [L] bool: whether token i is learned; mask[0] is False
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of the rows. Truncated ones may be kept or dropped; ``tokens`` are those of the rows kept."""
+    """How many rows were read, truncated and dropped. A truncated row may be kept or dropped."""
 
     rows: int
     kept: int
     truncated: int
     dropped: int
-    tokens: int
+    tokens: int  # of the kept rows
     learned_tokens: int
-    longest: int  # tokens, before the cut
+    longest: int  # tokens of the longest row, before truncation
     limit: int = 0  # max_seq_length
     source: str = "rows"
     notes: tuple[str, ...] = ()
 
     def warnings(self) -> list[str]:
-        """One sentence for each thing that the user did not ask for."""
+        """One sentence for each change to the data that the user did not ask for."""
         lines = []
         if self.truncated:
             lines.append(
                 f"{self.truncated} of {self.rows} rows in {self.source} were cut to {self.limit} tokens "
-                f"(longest: {self.longest}); raise --max-seq-length to keep them whole"
+                f"(longest: {self.longest}); raise --max-seq-length to keep all of their tokens"
             )
         if self.dropped:
-            lines.append(
-                f"{self.dropped} of {self.rows} rows in {self.source} had nothing left to learn and were dropped"
-            )
+            lines.append(f"{self.dropped} of {self.rows} rows in {self.source} had no token to learn and were dropped")
         return [*lines, *self.notes]
 
 
 class Dataset(Sequence):
-    """Examples, in the order of their rows. ``lengths`` [N]; ``widths`` [W], to which batches are padded."""
+    """Examples in the order of their rows; ``lengths`` [N], and ``widths`` [W] to which batches are padded."""
 
     def __init__(self, examples: Iterable[Example], summary: Summary | None = None):
         self._examples = list(examples)
@@ -85,22 +85,23 @@ class Dataset(Sequence):
 
 
 class Batch(NamedTuple):
-    """Rows padded to the right with 0."""
+    """Rows padded with 0 on the right."""
 
     tokens: np.ndarray  # [B, T] int32
-    mask: np.ndarray  # [B, T - 1] bool: whether the target tokens[:, j + 1] counts
+    mask: np.ndarray  # [B, T - 1] bool: whether the target tokens[:, j + 1] is learned
 
 
 def train_batches(
     dataset: Dataset, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """Batches without end, the same ones for the same seed.
+    """An endless iterator of batches, the same for the same seed.
 
     Args:
-        batch_size: rows of the whole batch, over all ranks.
-        start: batches already consumed by an earlier run, over all epochs; costs nothing to pass over.
-        rank, world: this process takes rows ``rank::world`` of each batch, in the width of the whole batch. A rank may
-            get rows of nothing only: average over the tokens of all ranks, not over ranks.
+        batch_size: rows in a batch, over all processes.
+        start: batches, over all epochs, that an earlier run consumed. They are skipped without being made.
+        rank, world: this process takes rows ``rank::world`` of each batch, padded to the width of the whole batch. All
+            its rows may be empty: average over the tokens of all processes, not over processes.
+
     Returns: an iterator of batches of ``batch_size // world`` rows.
     """
     _check(dataset, batch_size, rank, world)
@@ -117,9 +118,9 @@ def train_batches(
 
 
 def eval_batches(dataset: Dataset, batch_size: int, limit: int = -1, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """Every row once, by length; or ``limit`` batches evenly spread over the lengths. Always the same ones.
+    """Every row once, sorted by length; or ``limit`` batches evenly spread over the lengths. Always the same batches.
 
-    Args and returns: as ``train_batches``; ``limit=-1`` takes all.
+    Args and returns: as in ``train_batches``; ``limit=-1`` takes all batches.
     """
     _check(dataset, batch_size, rank, world)
     order = np.argsort(dataset.lengths, kind="stable")
@@ -129,25 +130,25 @@ def eval_batches(dataset: Dataset, batch_size: int, limit: int = -1, rank: int =
 
 
 def batches_per_epoch(dataset: Dataset, batch_size: int) -> int:
-    """Batches that show every row once."""
+    """The number of batches that contain every row once."""
     return -(-len(dataset) // batch_size)
 
 
 def plan_widths(lengths: np.ndarray, most: int = MAX_WIDTHS) -> np.ndarray:
-    """The widths, at most ``most``, that pad the rows least.
+    """The widths, at most ``most``, with the least padding.
 
     Args:
         lengths: tokens of each row [N].
-    Returns: widths [W] in rising order; the last one holds the longest row.
+    Returns: widths [W], ascending; the longest row has at most the last one.
 
-    The best choice by dynamic programming over the lengths in units: ``best[j]`` is the least padding of the rows up to
-    candidate j when j is a width, and each round allows one more width.
+    Dynamic programming over the lengths in units: ``best[j]`` is the least padding of the rows up to candidate j if j
+    is a width, and each round allows one more width.
     """
-    unit = UNIT * (1 + int(lengths.max()) // (UNIT * 512))  # bounds the candidates, and so the work, at 512^2 a round
+    unit = UNIT * (1 + int(lengths.max()) // (UNIT * 512))  # at most 512 candidates, so 512^2 operations a round
     units = np.maximum(1, -(-(lengths - 1) // unit))
     sizes, counts = np.unique(units, return_counts=True)
     rows, total = np.cumsum(counts), np.cumsum(counts * sizes)
-    # waste[i, j]: padding when the rows of candidates i + 1 ... j take the width of j
+    # waste[i, j]: padding if the rows of candidates i + 1 to j have the width of j
     waste = sizes * (rows - rows[:, None]) - (total - total[:, None])
     waste = np.where(np.tri(len(sizes), k=-1, dtype=bool).T, waste, np.iinfo(np.int64).max // 4)
     best = sizes * rows - total  # one width
@@ -168,11 +169,11 @@ def plan_widths(lengths: np.ndarray, most: int = MAX_WIDTHS) -> np.ndarray:
 
 def _epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """The rows of each batch of an epoch."""
-    # RandomState's stream is promised never to change, so a run resumes on another numpy as it would have gone on.
+    # NumPy guarantees RandomState's stream, so a run can be resumed exactly with another version of NumPy.
     random = np.random.RandomState([seed, epoch])
     order = random.permutation(len(lengths))
     count = -(-len(order) // batch_size)
-    window = batch_size * max(1, min(WINDOW, count // 2))  # two windows at least, or the batches would never change
+    window = batch_size * max(1, min(WINDOW, count // 2))  # at least two windows, else every epoch has the same batches
     batches = []
     for at in range(0, len(order), window):
         rows = order[at : at + window]
@@ -197,6 +198,6 @@ def _check(dataset: Dataset, batch_size: int, rank: int, world: int) -> None:
         raise DataError("The dataset is empty.", "Give at least one row.")
     if batch_size < 1 or batch_size % world or not 0 <= rank < world:
         raise ConfigError(
-            f"a batch of {batch_size} rows cannot be shared equally by {world} processes (this is number {rank})",
-            f"Take a batch_size that is a multiple of {world}.",
+            f"{batch_size} rows cannot be divided equally among {world} processes (this is number {rank})",
+            f"Set batch_size to a multiple of {world}.",
         )

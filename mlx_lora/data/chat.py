@@ -1,13 +1,14 @@
-"""From a checked sample to its tokens and the mask of those to be learned, for any chat template.
+"""The tokens of a checked sample and the mask of those to learn, for any chat template.
 
-No markers are searched for. A turn's place in the rendered text is found by rendering: what stands before it
-(``messages[:i]`` with the generation prompt) and up to its end (``messages[:i + 1]``). Where these do not open the
-whole text (templates that drop the thinking of earlier turns, or place the tools in the last user turn), the turn is
-found by rendering everything a second time with that one turn changed. Two to eight renderings a turn.
+The position of a turn in the rendered text is found without searching for markers, by rendering two prefixes of the
+chat: the messages before the turn (``messages[:i]`` with the generation prompt) and up to its end
+(``messages[:i + 1]``). Some templates drop the thinking of earlier turns, or put the tools into the last user turn.
+Then these renderings are not prefixes of the whole text, and the turn is found by rendering the chat a second time with
+only that turn changed. A turn takes two to eight renderings.
 
-What is learned of a turn: all that the model has to write itself, from the end of the generation prompt (thinking
-included, unless the prompt already holds it) to the end of what the template adds for the turn: the closing token, so
-that the model learns to stop, and the newline that some templates put after it, as in mlx-lm.
+What is learned of a turn is all that the model has to generate: from the end of the generation prompt (with the
+thinking, unless the generation prompt contains it) to the end of what the template adds after the turn. This is the
+closing token, so that the model learns to stop, and the newline that some templates add, as in mlx-lm.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ Render = Callable[..., str]  # (messages, add_generation_prompt=False) -> text
 
 
 class Unrenderable(Exception):
-    """A row that the chat template refuses, or whose answers cannot be told from its prompt. Says the mend."""
+    """A row that the chat template rejects, or whose answers cannot be located in its text. The message has the fix."""
 
 
 def template_of(tokenizer: Any) -> str | None:
-    """The source of the tokenizer's chat template; "" where it is not text, None where there is none."""
+    """The text of the tokenizer's chat template; "" where it is not text, None where there is no template."""
     template = getattr(tokenizer, "chat_template", None)
     if template is None:
         return "" if getattr(tokenizer, "has_chat_template", False) else None
@@ -35,11 +36,12 @@ def template_of(tokenizer: Any) -> str | None:
 
 
 def encode(sample: Sample, tokenizer: Any, mask_turns: str | None) -> tuple[list[int], np.ndarray]:
-    """Tokens of a sample.
+    """The tokens of a sample, and which of them to learn.
 
     Args:
         mask_turns: ``None`` to learn everything, else which assistant turns to learn: "all" or "last".
-    Returns: token ids, and a mask [L] bool, True where a token is to be learned (the first token never is).
+
+    Returns: token ids, and a mask [L] bool that is True where a token is learned (the first token never is).
     """
     if sample.messages:
         ids, mask = _encode_chat(sample, tokenizer, mask_turns)
@@ -53,10 +55,10 @@ def encode(sample: Sample, tokenizer: Any, mask_turns: str | None) -> tuple[list
     return ids, mask
 
 
-def left_out(samples: Iterable[Sample], tokenizer: Any) -> list[str]:
-    """What the template does not show of the rows, a sentence each: some pass over tools or calls without a word.
+def template_warnings(samples: Iterable[Sample], tokenizer: Any) -> list[str]:
+    """A sentence if the template ignores the rows' tools, and one if it ignores their tool calls.
 
-    Looks at the first row with tools and the first with calls: what is shown makes a difference when it changes.
+    Checked for the first row with tools and the first with calls, by changing them: the text must change too.
     """
     notes, seen = [], set()
     for sample in samples:
@@ -74,10 +76,10 @@ def left_out(samples: Iterable[Sample], tokenizer: Any) -> list[str]:
                 other = sample._replace(messages=(*before, changed, *after))
             try:
                 shown = _renderer(other, tokenizer)(other.messages) != text
-            except Exception:  # a template that cannot do without has seen it
+            except Exception:  # the template needs them, so it does not ignore them
                 shown = True
             if not shown:
-                notes.append(f"the chat template leaves out the rows' {what} (first in {sample.where})")
+                notes.append(f"the chat template ignores the rows' {what} (first in {sample.where})")
         if len(seen) == 2:
             break
     return notes
@@ -89,9 +91,9 @@ def _with_eos(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 def _encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], int]:
-    """Prompt and completion without a template: joined as they are, ended by eos.
+    """The tokens of prompt, completion and eos, without a template.
 
-    Returns: token ids, and the index of the first one that is not the prompt's alone.
+    Returns: token ids, and the index of the first one that contains a part of the completion.
     """
     ids = _with_eos(list(tokenizer.encode(prompt + completion)), tokenizer)
     return ids, _common(list(tokenizer.encode(prompt)), ids)
@@ -100,9 +102,9 @@ def _encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int
 def _encode_chat(sample: Sample, tokenizer: Any, mask_turns: str | None) -> tuple[list[int], np.ndarray]:
     try:
         ids = tokenizer.apply_chat_template(list(sample.messages), tools=sample.tools, return_dict=False)
-    except Exception as error:  # whatever a template raises; its own sentence is the best one
+    except Exception as error:  # templates raise errors of any type, with their own message
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Unrenderable(f"the chat template refuses this row ({said}): change its roles or their order") from error
+        raise Unrenderable(f"the chat template rejects this row ({said}): change its roles or their order") from error
     ids = list(ids["input_ids"] if hasattr(ids, "keys") else ids)
     if mask_turns is None:
         return ids, np.ones(len(ids), bool)
@@ -127,28 +129,28 @@ def _renderer(sample: Sample, tokenizer: Any) -> Render:
 
 
 def turn_spans(text: str, render: Render, messages: Sequence[dict], turns: Sequence[int]) -> list[tuple[int, int]]:
-    """Where in ``text``, the rendering of ``messages``, the assistant's ``turns`` (indices) stand.
+    """The positions of the assistant's ``turns`` (indices) in ``text``, the rendering of ``messages``.
 
-    Returns: a (start, end) in characters for each turn, in order and without overlap.
+    Returns: (start, end) in characters for each turn, in order and without overlap.
     """
     spans, last = [], 0
     for i in turns:
         try:
-            span = _span_by_opening(text, render, messages, i) or _span_by_change(text, render, messages, i, last)
-        except Exception:  # the template refuses a part of the row
+            span = _span_by_prefix(text, render, messages, i) or _span_by_change(text, render, messages, i, last)
+        except Exception:  # the template rejects a part of the chat
             span = None
         if span is None or not last <= span[0] <= span[1] <= len(text):
             raise Unrenderable(
-                f"cannot tell message {i + 1} (assistant) from its surroundings in the chat template's text: "
-                "leave mask_prompt out, or split the row so that each ends with its answer"
+                f"cannot locate message {i + 1} (assistant) in the text that the chat template makes: "
+                "leave mask_prompt out, or split the row so that each new row ends with an answer"
             )
         spans.append(span)
         last = span[1]
     return spans
 
 
-def _span_by_opening(text: str, render: Render, messages: Sequence[dict], i: int) -> tuple[int, int] | None:
-    """The turn's span where its prompt opens the text up to its end, and that opens the whole text."""
+def _span_by_prefix(text: str, render: Render, messages: Sequence[dict], i: int) -> tuple[int, int] | None:
+    """The turn's span, if its prompt is a prefix of the chat up to the turn's end, and that one of the whole text."""
     if i == 0:  # most templates cannot render no messages at all
         return None
     before = render(messages[:i], True)
@@ -159,10 +161,10 @@ def _span_by_opening(text: str, render: Render, messages: Sequence[dict], i: int
 
 
 def _span_by_change(text: str, render: Render, messages: Sequence[dict], i: int, last: int) -> tuple[int, int] | None:
-    """The turn's span by what changes in the text when the turn changes.
+    """The turn's span, found from what changes in the text when the turn changes.
 
-    The same change is made in the whole row and in the row that ends with the turn. The latter tells how much of the
-    turn stands before and after the change (``lead``, ``close``); the former where the change is in ``text``.
+    The same change is made in the whole chat and in the chat that ends with the turn. The latter shows how much of the
+    turn is before and after the change (``lead``, ``close``); the former shows where in ``text`` the change is.
     """
     through = render(messages[: i + 1])
     header, start = _generation_start(render, messages, i, through)
@@ -180,7 +182,7 @@ def _span_by_change(text: str, render: Render, messages: Sequence[dict], i: int,
         lead = None if begin is None else through[begin:short_left]
         if lead is not None and text.endswith(lead, last, left):
             first = left - len(lead)
-        else:  # thinking that is dropped from earlier turns is not there to lead
+        else:  # the lead is not in the text: it has thinking that is dropped from earlier turns
             first = _find_header(text, header, last, left)
         if first is None:
             continue
@@ -191,7 +193,7 @@ def _span_by_change(text: str, render: Render, messages: Sequence[dict], i: int,
 
 
 def _generation_start(render: Render, messages: Sequence[dict], i: int, through: str) -> tuple[str, int | None]:
-    """The text a generation prompt adds, and where in ``through`` it ends (None where only a search can tell)."""
+    """The text that a generation prompt adds, and where in ``through`` it ends (None where it must be searched for)."""
     if i == 0:
         try:
             probe = [{"role": "user", "content": "x"}]
@@ -205,9 +207,9 @@ def _generation_start(render: Render, messages: Sequence[dict], i: int, through:
 
 
 def _find_header(text: str, header: str, low: int, high: int) -> int | None:
-    """Where the generation prompt ends in ``text[low:high]``: the whole of it, or an opening of it that ends there.
+    """Where the generation prompt, or a prefix of it at the end, ends in ``text[low:high]``.
 
-    The latter is for generation prompts that switch thinking off, ``<assistant><think></think>``, in templates that
+    The prefix is for generation prompts that switch thinking off, ``<assistant><think></think>``, in templates that
     write earlier turns as ``<assistant>`` alone.
     """
     if not header:
@@ -219,7 +221,7 @@ def _find_header(text: str, header: str, low: int, high: int) -> int | None:
 
 
 def _changed(message: dict, text: str) -> list[dict]:
-    """The message with another tool name, or with other content; in a character that the row does not use."""
+    """The message with another tool name, and with other content: a character that the text does not contain."""
     mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
     out = []
     if calls := message.get("tool_calls"):
@@ -234,31 +236,32 @@ def _changed(message: dict, text: str) -> list[dict]:
 
 
 def _to_tokens(spans: list[tuple[int, int]], text: str, ids: list[int], tokenizer: Any) -> np.ndarray:
-    """The mask of the tokens with a character in one of the spans.
+    """The mask of the tokens with at least one character in one of the spans.
 
-    A token that holds the last of the prompt and the first of the answer counts, so that no answer is lost.
+    So a token with the end of the prompt and the start of the answer is learned, and no part of an answer is lost.
     """
-    starts, ends = _places(text, ids, tokenizer, [edge for span in spans for edge in span])
+    starts, ends = _token_positions(text, ids, tokenizer, [edge for span in spans for edge in span])
     mask = np.zeros(len(ids), bool)
     for start, end in spans:
         mask |= (starts < end) & (ends > start)
     return mask
 
 
-def _places(text: str, ids: list[int], tokenizer: Any, edges: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """First and past-the-last character of each token, [L] and [L]; exact at ``edges`` at least."""
+def _token_positions(text: str, ids: list[int], tokenizer: Any, edges: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """First and past-the-last character of each token, [L] and [L]; exact at least at ``edges``."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     encoding = fast.encode(text, add_special_tokens=False) if hasattr(fast, "encode") else None
     if encoding is not None and encoding.ids == ids:
         starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        # Some tokenizers leave blanks out of the offsets of their tokens; the blanks belong to the token all the same.
+        # Some tokenizers leave blanks out of a token's offsets, although the token contains them.
         return np.minimum(starts, np.concatenate([[0], ends[:-1]])), ends
     if list(tokenizer.encode(text, add_special_tokens=False)) != ids:
         raise Unrenderable(
-            "this tokenizer makes other tokens of the chat template's text than of the messages, so answers cannot be "
-            "told from prompts: leave mask_prompt out"
+            "this tokenizer makes other tokens from the chat template's text than from the messages, so that answers "
+            "cannot be located: leave mask_prompt out"
         )
-    # Slow tokenizers tell no offsets: a token stands where the text so far, tokenized alone, stops to agree.
+    # Slow tokenizers give no offsets. A token starts after an edge if the text before the edge, tokenized alone, has
+    # the same tokens before it.
     starts, ends = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
     low = 0
     for edge in sorted(set(edges)):
@@ -270,7 +273,7 @@ def _places(text: str, ids: list[int], tokenizer: Any, edges: list[int]) -> tupl
 
 
 def _common(a: Sequence, b: Sequence) -> int:
-    """Length of the common beginning, by halving (comparing slices is the fast way in Python)."""
+    """Length of the common prefix, by bisection (comparing slices is fast in Python)."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -279,5 +282,5 @@ def _common(a: Sequence, b: Sequence) -> int:
 
 
 def _common_end(a: str, b: str) -> int:
-    """Length of the common end that does not reach into the common beginning."""
+    """Length of the common suffix, without overlap with the common prefix."""
     return min(_common(a[::-1], b[::-1]), min(len(a), len(b)) - _common(a, b))

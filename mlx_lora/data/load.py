@@ -1,4 +1,4 @@
-"""Ways to a data set: ``load_dataset`` from disk or hub, ``tokenize`` from rows at hand. Every fault in one error."""
+"""Data sets: ``load_dataset`` from disk or the Hub, ``tokenize`` from rows in memory. One error lists all faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from .rows import Row, Sample, check, listing
 
 @dataclass
 class Splits:
-    """The sets asked for, None where there is none. ``warnings``: of the splits; each summary has those of its rows."""
+    """The data sets; None for a split that was not asked for or is not there.
+
+    ``warnings`` are about the splits. Those about the rows of a set are in its summary.
+    """
 
     train: Dataset | None = None
     valid: Dataset | None = None
@@ -29,9 +32,10 @@ def load_dataset(config: DataConfig, tokenizer: Any, splits: Sequence[str] = ("t
     """Read, check and tokenize the splits that ``config`` names.
 
     Args:
-        tokenizer: mlx-lm's or a transformers one.
-        splits: any of train, valid and test. A missing valid set is a warning, another missing set an error.
-    Raises: one ``DataError`` that lists every bad row of every file.
+        tokenizer: mlx-lm's or transformers'.
+        splits: any of train, valid and test. A missing valid set gives a warning, any other missing set an error.
+
+    Raises: one ``DataError`` that lists all bad rows of all files.
     """
     if unknown := [split for split in splits if split not in ("train", "valid", "test")]:
         raise ConfigError(f"there is no split {unknown[0]!r}", "The splits are train, valid and test.")
@@ -48,11 +52,11 @@ def load_dataset(config: DataConfig, tokenizer: Any, splits: Sequence[str] = ("t
             samples = check(part.rows, part.config, chat.template_of(tokenizer), faults)
             drafts += _encode_all(samples, tokenizer, part.config, faults)
             if not faults:
-                notes += chat.left_out(samples, tokenizer)
-        if faults:  # told below, when all files have been looked at
+                notes += chat.template_warnings(samples, tokenizer)
+        if faults:  # raised below, after all files are checked
             continue
         if not drafts and split == "valid":
-            out.warnings.append(f"{name} holds no rows: there will be no validation loss")
+            out.warnings.append(f"{name} has no rows: there will be no validation loss")
         else:
             setattr(out, split, _build(drafts, config.max_seq_length, name, notes))
     if faults:
@@ -61,14 +65,14 @@ def load_dataset(config: DataConfig, tokenizer: Any, splits: Sequence[str] = ("t
 
 
 def tokenize(rows: Iterable[dict], tokenizer: Any, config: DataConfig, source: str = "rows") -> Dataset:
-    """A dataset of rows at hand. Errors name them ``source:1``, ``source:2`` and so on."""
+    """A dataset from rows in memory. Errors name them ``source:1``, ``source:2`` and so on."""
     faults: list[str] = []
     numbered = [Row(f"{source}:{i}", row) for i, row in enumerate(rows, 1)]
     samples = check(numbered, config, chat.template_of(tokenizer), faults)
     drafts = _encode_all(samples, tokenizer, config, faults)
     if faults:
         raise _error(faults)
-    return _build(drafts, config.max_seq_length, source, chat.left_out(samples, tokenizer))
+    return _build(drafts, config.max_seq_length, source, chat.template_warnings(samples, tokenizer))
 
 
 def _encode_all(samples: list[Sample], tokenizer: Any, config: DataConfig, faults: list[str]) -> list[Example]:
@@ -85,19 +89,19 @@ def _encode_all(samples: list[Sample], tokenizer: Any, config: DataConfig, fault
 
 
 def _build(drafts: list[Example], limit: int, source: str, notes: list[str]) -> Dataset:
-    """Cut to ``limit`` tokens and drop what is left without a token to learn."""
+    """Truncate to ``limit`` tokens, and drop the rows that then have no token to learn."""
     if not drafts:
-        raise DataError(f"{source} holds no rows.", "Write one JSON object a line into it.")
+        raise DataError(f"{source} has no rows.", "Write one JSON object on each line.")
     cut = [Example(example.tokens[:limit], example.mask[:limit]) for example in drafts]
     kept = [example for example in cut if example.mask.any()]
     truncated = sum(len(example.tokens) > limit for example in drafts)
     longest = max(len(example.tokens) for example in drafts)
     if not kept:
-        mend = "Raise --max-seq-length" if truncated else "Give rows with an answer"
+        fix = "Raise --max-seq-length" if truncated else "Add rows with an answer"
         raise DataError(
             f"Nothing to learn in {source}: none of its {len(drafts)} rows has a token to learn "
             f"among its first {limit} (longest row: {longest}).",
-            f"{mend}, or leave mask_prompt out.",
+            f"{fix}, or leave mask_prompt out.",
         )
     summary = Summary(
         rows=len(drafts),
@@ -116,7 +120,7 @@ def _build(drafts: list[Example], limit: int, source: str, notes: list[str]) -> 
 
 def _error(faults: list[str]) -> DataError:
     return DataError(
-        f"{len(faults)} fault{'s' * (len(faults) > 1)} in the data:\n{listing(faults)}",
-        'Correct these lines; each holds one object: {"messages": [...]}, {"prompt": "...", "completion": "..."} '
+        f"{len(faults)} error{'s' * (len(faults) > 1)} in the data:\n{listing(faults)}",
+        'Correct these lines. Each must be one object: {"messages": [...]}, {"prompt": "...", "completion": "..."} '
         'or {"text": "..."}.',
     )

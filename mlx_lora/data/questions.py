@@ -1,4 +1,4 @@
-"""Rows as questions with known answers, to see whether a model gives them. Reads as ``load_dataset`` does."""
+"""Rows as questions with known answers, to count how often a model gives exactly that answer."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .rows import Sample, check, listing
 
 
 class Question(NamedTuple):
-    """The tokens to go on from, and the text a model should write."""
+    """The prompt's tokens, and the answer that the model should generate."""
 
     tokens: list[int]
-    text: str  # the last thing that was said before the answer
+    text: str  # the last message before the answer, or the prompt
     answer: str
 
 
 def questions(config: DataConfig, tokenizer: Any, split: str = "test", count: int = -1) -> list[Question]:
-    """The last answer of each row, and what stands before it.
+    """The last answer of each row, and the prompt before it. The rows are read as ``load_dataset`` reads them.
 
     Args:
-        count: rows to take, spread evenly over the split; -1 for all.
+        count: how many rows to take, evenly spread over the split; -1 for all.
 
     Raises: DataError: bad rows, or rows without answers.
     """
@@ -32,12 +32,12 @@ def questions(config: DataConfig, tokenizer: Any, split: str = "test", count: in
     for part in source.parts:
         samples += check(part.rows, part.config, chat.template_of(tokenizer), faults)
     if not faults and not samples:
-        raise DataError(f"the {split} set holds no rows", "Write one JSON object a line into it.")
+        raise DataError(f"the {split} set has no rows", "Write one JSON object on each line.")
     if 0 <= count < len(samples):
         samples = [samples[(2 * k + 1) * len(samples) // (2 * count)] for k in range(count)]
     found = [_question(sample, tokenizer, faults) for sample in samples]
     if faults:
-        raise DataError(listing(faults), "Exact match needs rows that end with an answer in words.")
+        raise DataError(listing(faults), "Exact match needs rows that end with an answer as text.")
     return found
 
 
@@ -50,12 +50,12 @@ def _question(sample: Sample, tokenizer: Any, faults: list[str]) -> Question | N
         return None
     *before, last = sample.messages
     if last["role"] != "assistant" or not isinstance(last.get("content"), str) or not before:
-        faults.append(f"{sample.where}: does not end with an assistant's answer in words")
+        faults.append(f"{sample.where}: does not end with an assistant's answer as text")
         return None
     try:
         ids = tokenizer.apply_chat_template(before, tools=sample.tools, add_generation_prompt=True, return_dict=False)
     except Exception as error:  # templates raise jinja's own errors at what they refuse
-        faults.append(f"{sample.where}: the chat template refuses this row ({error})")
+        faults.append(f"{sample.where}: the chat template rejects this row ({error})")
         return None
     text = before[-1].get("content")
     return Question(list(ids), text if isinstance(text, str) else "", last["content"])

@@ -1,8 +1,8 @@
-"""From values read off a disk to checked samples: finds a file's kind of rows and says all that is wrong with them.
+"""Checks rows: finds the kind of rows in a file, and lists everything that is wrong with them.
 
-Three kinds, in mlx-lm's order of preference: completions (``prompt`` and ``completion``), chat (``messages``, maybe
-``tools``) and ``text``; the keys can be renamed by the ``*_feature`` knobs. Faults are collected in a list, one
-``file:line: what is wrong: the mend`` each, never raised one by one. No tokens here; see ``chat.py``.
+There are three kinds, in mlx-lm's order of preference: completions (``prompt`` and ``completion``), chat (``messages``
+and perhaps ``tools``) and ``text``. The ``*_feature`` options rename these keys. Faults are collected in a list, one
+``file:line: what is wrong: the fix`` each, so that all can be reported at once. Tokens are made in ``chat.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ..config import DataConfig
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "tool_results", "observation")
-# What other tools call the same thing.
+# Names in other tools' data for the same roles and keys.
 _ROLE_ALIASES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "ai": "assistant"}
 _ROLE_ALIASES |= {"model": "assistant", "chatgpt": "assistant"}
 _KEY_ALIASES = {
@@ -28,20 +28,20 @@ _KEY_ALIASES = {
 
 
 class Row(NamedTuple):
-    """A value as read, and where it stood."""
+    """A value as read, and where it was read."""
 
     where: str  # "train.jsonl:12"
     value: Any
 
 
 class Sample(NamedTuple):
-    """A checked row: ``text``, or ``messages``, or a plain ``pair`` for tokenizers without a chat template."""
+    """A checked row: ``text``, or ``messages``, or a ``pair`` of strings for tokenizers without a chat template."""
 
     where: str
     text: str = ""
     messages: tuple[dict, ...] = ()
     tools: list[dict] | None = None
-    first: int = 0  # messages before this one are prompt, whatever their role
+    first: int = 0  # messages before this index are the prompt, whatever their role
     pair: tuple[str, str] | None = None
 
 
@@ -49,23 +49,24 @@ def check(rows: Iterable[Row], config: DataConfig, template: str | None, faults:
     """Check the rows of one file.
 
     Args:
-        template: the tokenizer's chat template, None where it has none.
-        faults: receives a line for each thing that is wrong.
-    Returns: the sound rows.
+        template: the tokenizer's chat template; None where it has none.
+        faults: a line is added for each fault.
+
+    Returns: the valid rows as samples.
     """
     samples, kind, seen = [], None, ""
     for where, value in rows:
         try:
             if not isinstance(value, dict):
-                raise _Fault(f"{_type(value)} where an object is needed: write one {{...}} a line")
+                raise _Fault(f"{_type(value)} where an object is needed: write one {{...}} on each line")
             this = _kind(value, config)
             if kind is None:
                 kind, seen = this, where
                 _check_kind(kind, config, template)
             elif this != kind:
-                raise _Fault(f"a {this} row among {kind} rows ({seen}): keep one kind of rows in a file")
+                raise _Fault(f"a {this} row among {kind} rows (first: {seen}): a file must have one kind of rows")
             samples.append(_SAMPLES[kind](where, value, config, template))
-        except _KindFault as fault:  # holds for each row alike, so one line will do
+        except _KindFault as fault:  # true of every row, so one line is enough
             faults.append(f"{where}: {fault}")
             return []
         except _Fault as fault:
@@ -74,11 +75,11 @@ def check(rows: Iterable[Row], config: DataConfig, template: str | None, faults:
 
 
 class _Fault(Exception):
-    """What is wrong with a row, and the mend."""
+    """What is wrong with a row, and the fix."""
 
 
 class _KindFault(_Fault):
-    """What is wrong with all rows of a kind."""
+    """A fault of all rows of a file."""
 
 
 def _kind(row: dict, config: DataConfig) -> str:
@@ -102,26 +103,26 @@ def _missing_keys(keys: list[str], config: DataConfig) -> str:
         near = near or difflib.get_close_matches(name, taken, 1, 0.75)
         if near:
             flags[kind] = f"--{kind}-feature {near[0]}"
-    if len(missing) == 1 and missing[0] not in flags:  # half a pair is told as such
+    if len(missing) == 1 and missing[0] not in flags:  # one half of a pair is missing
         other = "completion" if missing[0] == "prompt" else "prompt"
         return f"has {names[other]!r} but no {names[missing[0]]!r}: add it (keys here: {', '.join(keys)})"
     pair = [flags[kind] for kind in missing if kind in flags]
-    mend = " ".join(pair) if len(pair) == len(missing) else flags.get("chat") or flags.get("text") or ""
+    fix = " ".join(pair) if len(pair) == len(missing) else flags.get("chat") or flags.get("text") or ""
     wanted = f"{names['chat']!r}, {names['prompt']!r} with {names['completion']!r}, or {names['text']!r}"
     have = f"only {', '.join(keys)}" if keys else "no keys at all"
-    return f"needs {wanted}, has {have}: " + (f"try {mend}" if mend else "rename its keys, or name them by --*-feature")
+    return f"needs {wanted}, has {have}: " + (f"try {fix}" if fix else "rename its keys, or name them with --*-feature")
 
 
 def _check_kind(kind: str, config: DataConfig, template: str | None) -> None:
     if kind == "text" and config.mask_prompt:
         raise _KindFault(
             "mask_prompt learns answers only, and text rows have none: "
-            "give prompt and completion, or messages, or leave mask_prompt out"
+            "use prompt and completion, or messages, or leave mask_prompt out"
         )
     if kind == "chat" and template is None:
         raise _KindFault(
             "chat rows need a chat template, and this tokenizer has none: "
-            "take an instruct model, add chat_template.jinja to the model's folder, or use text or completion rows"
+            "use an instruct model, add chat_template.jinja to the model's folder, or use text or completion rows"
         )
 
 
@@ -171,10 +172,10 @@ def _message(message: Any, name: str, template: str | None) -> dict:
     role = message["role"]
     if not isinstance(role, str):
         raise _Fault(f"{name} has {_type(role)} as its role: write one of {', '.join(ROLES[:5])}")
-    # Templates pass over roles they do not know without a word. One that names the role knows it.
+    # Templates silently ignore unknown roles. A template whose text contains the role knows it.
     if role not in ROLES and template and f"'{role}'" not in template and f'"{role}"' not in template:
-        mend = _ROLE_ALIASES.get(role.lower()) or next(iter(difflib.get_close_matches(role.lower(), ROLES, 1)), None)
-        raise _Fault(f"{name} has the unknown role {role!r}: write {mend or 'one of ' + ', '.join(ROLES[:5])}")
+        fix = _ROLE_ALIASES.get(role.lower()) or next(iter(difflib.get_close_matches(role.lower(), ROLES, 1)), None)
+        raise _Fault(f"{name} has the unknown role {role!r}: write {fix or 'one of ' + ', '.join(ROLES[:5])}")
     calls = message.get("tool_calls")
     if calls:
         message = {**message, "tool_calls": _tool_calls(calls, name)}
@@ -192,7 +193,7 @@ def _message(message: Any, name: str, template: str | None) -> dict:
 
 
 def _tool_calls(calls: Any, name: str) -> list[dict]:
-    """The calls with their arguments as objects: OpenAI writes a JSON string, which templates would quote again."""
+    """The calls with their arguments as objects. OpenAI writes a JSON string, which templates would quote again."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise _Fault(f"{name} has tool_calls that are not a list of objects: write [{{...}}]")
     out = []
@@ -217,7 +218,7 @@ def _tools(row: dict) -> list[dict] | None:
     tools = row.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise _Fault(f"'tools' is {_type(tools)}: write a list of objects")
-    return tools  # an empty list as it is: some templates demand one
+    return tools  # also an empty list: some templates require one
 
 
 def _string(row: dict, key: str) -> str:
@@ -235,7 +236,7 @@ def _type(value: Any) -> str:
 
 
 def listing(faults: list[str], most: int = 20) -> str:
-    """The faults as one message: the first ``most``, and how many more there are."""
+    """The first ``most`` faults, a line each, and how many more there are."""
     if len(faults) <= most:
         return "\n".join(faults)
     files = Counter(fault.split(":", 1)[0] for fault in faults[most:])

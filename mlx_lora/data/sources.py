@@ -1,6 +1,6 @@
-"""Where rows come from: a folder with {train,valid,test}.jsonl, one file, or a dataset of the Hugging Face Hub.
+"""Reads rows from a folder with {train,valid,test}.jsonl, from one file, or from a dataset of the Hugging Face Hub.
 
-Reads values and says where each stood; what they hold is checked in ``rows.py``.
+Each value is read with its position, for error messages. ``rows.py`` checks the values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from ..config import DataConfig
 from ..errors import ConfigError, DataError
 from .rows import Row
 
-HOLD_OUT, HOLD_OUT_MOST, HOLD_OUT_FROM = 0.05, 500, 20  # share of the rows, at most, and only from so many rows on
+HOLD_OUT, HOLD_OUT_MOST, HOLD_OUT_FROM = (
+    0.05,
+    500,
+    20,
+)  # share of the rows, at most so many, of files of at least so many
 _SPLITS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
 _ALIASES = {"train": ("training",), "valid": ("val", "validation", "dev", "eval"), "test": ("testing",)}
 _SECTION = ("path", "config", "train_split", "valid_split", "test_split")
@@ -27,24 +31,24 @@ _FEATURES = ("text_feature", "prompt_feature", "completion_feature", "chat_featu
 
 @dataclass
 class Part:
-    """Rows of one origin, for one split."""
+    """Rows for one split, from one file or dataset."""
 
     split: str
     name: str  # "data/train.jsonl"
     rows: list[Row]
-    config: DataConfig  # with the keys that hold for these rows
+    config: DataConfig  # with the keys of these rows
 
 
 @dataclass
 class Source:
-    """All that was found for the splits asked for."""
+    """The rows found for the splits, and warnings."""
 
     parts: list[Part] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 def find(config: DataConfig, splits: Sequence[str], faults: list[str]) -> Source:
-    """Read what ``config.hf_dataset``, or else ``config.data``, names. ``faults`` receives lines that are not JSON."""
+    """Read the rows that ``config.hf_dataset``, or else ``config.data``, names; lines that are not JSON are faults."""
     if config.hf_dataset:
         return _from_sections(config, splits)
     path = Path(config.data).expanduser()
@@ -61,22 +65,24 @@ def find(config: DataConfig, splits: Sequence[str], faults: list[str]) -> Source
 
 
 def read_file(path: Path, faults: list[str]) -> list[Row]:
-    """The values of a .jsonl file (one a line, blank lines skipped) or of a .json file (one list)."""
+    """The values in a .jsonl file (one on each line, blank lines skipped) or in a .json file (one list)."""
     name = str(path)
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if path.suffix == ".json":
         values = _parse(data, name, faults)
         if values is not None and not isinstance(values, list):
             faults.append(
-                f"{name}: holds one value, not a list: write [{{...}}, {{...}}], or one row a line in a .jsonl"
+                f"{name}: is one value, not a list: write [{{...}}, {{...}}], or one row on each line of a .jsonl file"
             )
             return []
         return [Row(f"{name}:{i}", value) for i, value in enumerate(values or [], 1)]
     if data.lstrip()[:1] == b"[":
-        faults.append(f"{name}:1: a JSON list where one object a line is needed: name the file .json, or write lines")
+        faults.append(
+            f"{name}:1: a JSON list where one object on each line is needed: name the file .json, or write lines"
+        )
         return []
     rows = []
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    # Not splitlines(): it also splits at U+2028 and others, which JSON strings may contain unescaped.
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
             where, before = f"{name}:{number}", len(faults)
@@ -94,7 +100,7 @@ def _parse(data: bytes, where: str, faults: list[str]) -> Any:
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         faults.append(
-            f"{where}: not JSON ({error.msg}, {place}): write one {{...}} a line, quotes and newlines escaped"
+            f"{where}: not JSON ({error.msg}, {place}): write one {{...}} on each line, quotes and newlines escaped"
         )
     except RecursionError:
         faults.append(f"{where}: nested too deeply: flatten the row")
@@ -107,31 +113,37 @@ def _from_folder(path: Path, config: DataConfig, splits: Sequence[str], faults: 
     for split in splits:
         files = [path / f"{split}{suffix}" for suffix in (".jsonl", ".json") if (path / f"{split}{suffix}").is_file()]
         if len(files) == 2:
-            faults.append(f"{files[0].name}: {files[1].name} is there too: remove one of them")
+            faults.append(f"{files[0]}: there is also {files[1].name}: remove one of them")
         elif files:
             source.parts.append(Part(split, str(files[0]), read_file(files[0], faults), config))
         else:
             near = [n for n in inside if n.rsplit(".", 1)[0] in _ALIASES[split] and n.endswith((".jsonl", ".json"))]
-            mend = f"; rename {near[0]} to {split}.jsonl to use it" if near else ""
+            fix = f"; rename {near[0]} to {split}.jsonl to use it" if near else ""
             if split == "valid":
-                source.warnings.append(f"no valid.jsonl in {path}: there will be no validation loss{mend}")
+                source.warnings.append(f"no valid.jsonl in {path}: there will be no validation loss{fix}")
                 continue
             have = ", ".join(inside[:12]) + (" ..." if len(inside) > 12 else "") or "nothing"
             raise DataError(
-                f"There is no {split}.jsonl in {path}; it holds: {have}.",
-                f"Rename {near[0]} to {split}.jsonl." if near else f"Write one JSON object a line into {split}.jsonl.",
+                f"There is no {split}.jsonl in {path}; it has: {have}.",
+                f"Rename {near[0]} to {split}.jsonl."
+                if near
+                else f"Write {split}.jsonl, one JSON object on each line.",
             )
     return source
 
 
 def _from_file(path: Path, config: DataConfig, splits: Sequence[str], faults: list[str]) -> Source:
     if path.suffix not in (".jsonl", ".json"):
-        raise DataError(f"{path} is not a .jsonl file.", "Convert it to one JSON object a line and name it .jsonl.")
+        raise DataError(
+            f"{path} is not a .jsonl file.", "Convert it to one JSON object on each line, and name it .jsonl."
+        )
     rows = read_file(path, faults)
-    if "train" not in splits:  # one file cannot be two sets; alone, it is the set asked for
+    if "train" not in splits:  # one file is the one split asked for; it cannot be two
         if len(splits) == 1:
             return Source([Part(splits[0], str(path), rows, config)])
-        raise DataError(f"{path} is one file, asked for {' and '.join(splits)}.", "Give a folder with a file for each.")
+        raise DataError(
+            f"{path} is one file, but {' and '.join(splits)} are needed.", "Give a folder with a file for each split."
+        )
     source = Source()
     if "valid" in splits:
         held = min(max(1, int(len(rows) * HOLD_OUT)), HOLD_OUT_MOST) if len(rows) >= HOLD_OUT_FROM else 0
@@ -142,7 +154,7 @@ def _from_file(path: Path, config: DataConfig, splits: Sequence[str], faults: li
             source.parts.append(Part("valid", f"{path} (held out)", valid, config))
             source.warnings.append(
                 f"{path} is one file: {held} of its {held + len(rows)} rows, evenly spread, are held out for "
-                "validation; give a folder with train.jsonl and valid.jsonl to choose them yourself"
+                "validation; to choose them yourself, give a folder with train.jsonl and valid.jsonl"
             )
         else:
             source.warnings.append(f"{path} has fewer than {HOLD_OUT_FROM} rows: there will be no validation loss")
@@ -214,21 +226,21 @@ def _check_sections(sections: Sequence[Any]) -> None:
 
 
 def _load(path: str, options: dict, split: str | None) -> Any:
-    """``datasets.load_dataset``; a mapping of splits where ``split`` is None."""
+    """``datasets.load_dataset``: a dataset or, where ``split`` is None, a mapping of them."""
     try:
         import datasets
     except ImportError:
         raise ConfigError(
-            f"There is no folder or file {path!r}, and to load a dataset of that name the datasets package is needed.",
+            f"There is no folder or file {path!r}, and loading a dataset of that name needs the datasets package.",
             "pip install 'mlx-lora[hub]', or give a folder with train.jsonl and valid.jsonl.",
         ) from None
     try:
         return datasets.load_dataset(path, split=split, **options)
-    except Exception as error:  # of many kinds: no network, no such name, no such split, a gated set
+    except Exception as error:  # of many types: no network, no such name, no such split, a gated set
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"There is no folder or file {path!r}, and the dataset of that name cannot be loaded: {said}",
-            "Check the name on huggingface.co/datasets, the split's name, and the network.",
+            "Check the name on huggingface.co/datasets, the name of the split, and the network.",
         ) from error
 
 

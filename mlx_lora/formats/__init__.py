@@ -1,12 +1,24 @@
-"""Adapters on disk. A format is a file here and a row of ``FORMATS``.
+"""Adapters on disk. A format is a file in this folder (or a room) and a row of ``FORMATS``.
 
-A row has ``detect(path)``, ``read(path, options)``, the options it takes (``READS``, ``WRITES``), and where it can be
-written ``files(path)`` and ``write(adapter, path, options)``; ``SUFFIXES`` where it is a file and not a folder.
+A row is a module with
+
+    ``detect(path)``                    whether the file or folder ``path`` is of this format
+    ``read(path, options)``             the adapter (``options``: ``ReadOptions``)
+    ``READS``                           the options that ``read`` takes besides the base
+    ``FILES``                           names or patterns of the adapter's files in a folder
+
+and, for a format that can be written,
+
+    ``write(adapter, path, options)``   writes into an empty folder, or a file (``options``: ``WriteOptions``)
+    ``WRITES``                          the options that ``write`` takes besides the base
+    ``SUFFIXES``                        only for a format of one file: the suffixes that it may have
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ..adapter import Adapter, split_layer
@@ -14,8 +26,8 @@ from ..base.names import BaseModel
 from ..errors import ConfigError, FormatError
 from . import deepspeed, gguf, lightning, litgpt, loralib, mlx_lm, nemo, peft, torchtune
 from .files import write_file, write_folder
-from .options import Reading, Writing, refuse_unused
-from .unsupported import recognise
+from .options import ReadOptions, WriteOptions, refuse_unused
+from .unsupported import unsupported_kind
 
 FORMATS = {
     "mlx-lm": mlx_lm,
@@ -31,22 +43,24 @@ FORMATS = {
 
 
 def detect_format(path: str | Path) -> str:
-    """The name of the format of the adapter at ``path``, a folder or a file, by its files."""
-    path = Path(path)
+    """The name of the format of the adapter at ``path``, a folder or a file, by its files.
+
+    Raises: FormatError: there is no adapter, one of an unsupported format, or several of different formats.
+    """
+    path, known = Path(path), f"Supported formats: {', '.join(FORMATS)}."
     if not path.exists():
-        raise FormatError(f"{path}: does not exist", "Name the folder or file that holds the adapter.")
+        raise FormatError(f"{path}: does not exist", "Name the folder or file of the adapter.")
     found = [name for name, form in FORMATS.items() if form.detect(path)]
-    if not found:
-        if foreign := recognise(path):
-            raise FormatError(f"{path}: is {foreign}; it is not converted", f"Known formats: {', '.join(FORMATS)}.")
-        held = "is a file of no format" if path.is_file() else "holds no adapter"
-        inside = ""
-        if path.is_dir():
-            inside = f" (it holds {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'})"
-        raise FormatError(f"{path}: {held} that mlx-lora knows{inside}", f"Known formats: {', '.join(FORMATS)}.")
     if len(found) > 1:
-        raise FormatError(f"{path}: holds adapters of {' and '.join(found)}", "Say which with --from, or format=.")
-    return found[0]
+        raise FormatError(f"{path}: has adapters of the formats {' and '.join(found)}", "Name one: --from, or format=.")
+    if found:
+        return found[0]
+    if kind := unsupported_kind(path):
+        raise FormatError(f"{path}: is {kind}, which is not converted", known)
+    if path.is_file():
+        raise FormatError(f"{path}: is a file of no supported format", known)
+    inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise FormatError(f"{path}: has no adapter of a supported format; it has {inside}", known)
 
 
 def load_adapter(
@@ -57,26 +71,26 @@ def load_adapter(
     alpha: float | None = None,
     adapter: str | None = None,
     legacy_scale: str | None = None,
-    enabled: tuple[bool, ...] | None = None,
+    enabled: Sequence[bool] | None = None,
 ) -> Adapter:
     """Read the adapter at ``path``, a folder or a file.
 
     Args:
-        format: one of ``FORMATS``; detected from the files by default.
-        base: the model that the adapter is for, a folder, its ``config.json`` or a repository: it tells mlx-lm's names
-            of modules, and the sizes that some formats do not store.
+        format: one of ``FORMATS``; by default it is detected from the files.
+        base: the model that the adapter is for: a folder, its ``config.json`` or a repository. It gives mlx-lm's names
+            of the modules, and the sizes that some formats do not store.
         alpha: the adapter's alpha (scale * rank), for formats that do not store it.
-        adapter: name of the adapter, where a PEFT folder holds several.
-        legacy_scale: ``scale`` or ``alpha``; see mlx-lm's history in ``formats/mlx_lm.py``.
+        adapter: the name of the adapter, where a PEFT folder has several.
+        legacy_scale: ``scale`` or ``alpha``: what scale means in an old mlx-lm folder, see ``formats/mlx_lm.py``.
         enabled: loralib's ``enable_lora`` of merged layers.
 
     Raises:
-        FormatError: the files are not what they claim to be, or do not tell enough. AdapterError: the arrays are
-        damaged or incomplete. ConfigError: an option that this format has no use for.
+        FormatError: the files are damaged, not of this format, or lack a fact. AdapterError: the arrays are damaged or
+        incomplete. ConfigError: an option that this format does not use.
     """
-    form = FORMATS[_known(format or detect_format(path))]
-    options = Reading(_base(base), alpha, adapter, legacy_scale, tuple(enabled) if enabled else None)
-    refuse_unused(options, form.READS, format or detect_format(path))
+    name, form = _format(path, format)
+    options = ReadOptions(_base(base), alpha, adapter, legacy_scale, tuple(enabled) if enabled else None)
+    refuse_unused(options, form.READS, name)
     return form.read(Path(path), options).check()
 
 
@@ -93,7 +107,7 @@ def save_adapter(
     allow_lossy: bool = False,
     lost: list[str] | None = None,
 ) -> Path:
-    """Write ``adapter`` to ``path``, a folder or, for formats of one file, a file; each appears whole or not at all.
+    """Write ``adapter`` to ``path``, a folder or, for formats of one file, a file. Each file appears complete or not.
 
     Args:
         format: one of ``FORMATS``.
@@ -101,44 +115,49 @@ def save_adapter(
         base: the model that the adapter is for; see ``load_adapter``.
         moe: PEFT's layout of experts, ``per_expert`` or ``target_parameters``.
         profile: ``serving``: PEFT's folder as servers want it (one rank, integer alpha, keys for each expert).
-        alpha: the alpha to write into a format that stores none; the adapter's scale is folded to it.
-        allow_lossy: leave out what the format cannot hold. ``lost`` then names it.
+        alpha: the alpha to write; the adapter's scale is folded into its arrays accordingly.
+        allow_lossy: leave out what the format cannot hold, and list it in ``lost``.
 
-    Raises:
-        FormatError: an adapter is there already, or the format cannot express this one.
+    Raises: FormatError: there already is an adapter, or the format cannot hold this one. ConfigError: an option that
+        this format does not use.
     """
-    form, path = FORMATS[_known(format)], Path(path)
+    form, path = _row(format), Path(path)
     if not hasattr(form, "write"):
-        written = [name for name, other in FORMATS.items() if hasattr(other, "write")]
-        raise FormatError(f"{format} is read, not written", f"Formats to write: {', '.join(written)}.")
+        writable = [name for name, other in FORMATS.items() if hasattr(other, "write")]
+        raise FormatError(f"{format} can be read, but not written", f"Formats to write: {', '.join(writable)}.")
     adapter.check()
-    options = Writing(_base(base), moe, profile, allow_lossy, alpha, lost if lost is not None else [])
+    options = WriteOptions(_base(base), moe, profile, allow_lossy, alpha, lost if lost is not None else [])
     refuse_unused(options, form.WRITES, format)
-    suffixes = getattr(form, "SUFFIXES", None)
-    if suffixes:
+    if suffixes := getattr(form, "SUFFIXES", None):
         if path.is_dir() or path.suffix not in suffixes:
             raise FormatError(f"{path}: {format} is one file", f"Name a file that ends in {' or '.join(suffixes)}.")
         if path.exists() and not overwrite:
-            raise FormatError(f"{path}: is there already", "Choose another name, or add --force.")
+            raise FormatError(f"{path}: already exists", "Choose another name, or add --force.")
         write_file(path, lambda temporary: form.write(adapter, temporary, options))
         return path
     if path.exists() and not path.is_dir():
         raise FormatError(f"{path}: is a file", "Name a folder.")
-    # The formats' configs share a name: writing one beside another's weights would leave both unreadable.
+    # The configs of all formats have one name: two formats in a folder would make both unreadable.
     others = [n for n, other in FORMATS.items() if other is not form and path.exists() and other.detect(path)]
     if others:
-        raise FormatError(f"{path}: holds an adapter of format {others[0]}", "Choose another folder.")
-    there = [file.name for file in form.files(path) if file.exists()]
-    if there and not overwrite:
-        raise FormatError(f"{path}: already holds {' and '.join(there)}", "Choose another folder, or add --force.")
+        raise FormatError(f"{path}: already holds an adapter of format {others[0]}", "Choose another folder.")
+    present = [file.name for pattern in form.FILES for file in path.glob(pattern)]
+    if present and not overwrite:
+        raise FormatError(f"{path}: already holds {' and '.join(present)}", "Choose another folder, or add --force.")
     write_folder(path, lambda temporary: form.write(adapter, temporary, options))
     return path
 
 
-def _known(format: str) -> str:
+def _row(format: str) -> ModuleType:
     if format not in FORMATS:
-        raise ConfigError(f"format {format!r} is not known", f"Known formats: {', '.join(FORMATS)}.")
-    return format
+        raise ConfigError(f"unknown format {format!r}", f"Supported formats: {', '.join(FORMATS)}.")
+    return FORMATS[format]
+
+
+def _format(path: str | Path, format: str | None) -> tuple[str, ModuleType]:
+    """The format given, else the format detected: its name and its row."""
+    name = format or detect_format(path)
+    return name, _row(name)
 
 
 def _base(base: str | Path | BaseModel | None) -> BaseModel | None:
@@ -148,18 +167,17 @@ def _base(base: str | Path | BaseModel | None) -> BaseModel | None:
 def describe(path: str | Path, format: str | None = None, base: str | Path | None = None) -> dict[str, Any]:
     """What an adapter is, from its files alone: format, method, rank, scale, modules, sizes, base, problems.
 
-    Faults of the adapter itself, and facts that its files do not tell, are listed under ``problems``; files that
-    cannot be read raise ``FormatError``.
+    ``problems`` lists the faults of the adapter, and facts that its files do not store. Raises: FormatError: the files
+    cannot be read.
     """
-    name = _known(format or detect_format(path))
-    options = Reading(base=_base(base), lenient=True)
-    adapter = FORMATS[name].read(Path(path), options)
+    name, form = _format(path, format)
+    options = ReadOptions(base=_base(base), lenient=True)
+    adapter = form.read(Path(path), options)
     config, problems = adapter.config, adapter.faults()
-    facts = {"format": name, "method": config.method, "base": adapter.base or "not told"}
+    facts = {"format": name, "method": config.method, "base": adapter.base or "unknown"}
     if config.method in ("lora", "dora") and adapter.modules and not problems:
-        ranks = {adapter.rank_of(p) for p in adapter.modules}
-        facts |= {"rank": sorted(ranks)}
-        if "scale" not in adapter.metadata.get("open", ()):
+        facts["rank"] = sorted({adapter.rank_of(p) for p in adapter.modules})
+        if "scale" not in adapter.metadata.get("unknown", ()):
             alphas = {round(config.scale_of(p) * adapter.rank_of(p), 6) for p in adapter.modules}
             facts |= {"scale": sorted({config.scale_of(p) for p in adapter.modules}), "alpha": sorted(alphas)}
         facts["dropout"] = config.dropout
@@ -167,7 +185,7 @@ def describe(path: str | Path, format: str | None = None, base: str | Path | Non
         facts |= {"rank": [config.rank], "projection_prng_key": config.projection_prng_key}
         facts["projections"] = "stored" if "vera_a" in adapter.weights else "drawn from the key"
     if adapter.whole and config.method != "full":
-        facts["whole parameters"] = sorted(adapter.whole)
+        facts["full parameters"] = sorted(adapter.whole)
     if adapter.tokens:
         facts["trained tokens"] = sum(len(ids) for ids, _ in adapter.tokens.values())
     layers = sorted({i for i, _ in map(split_layer, adapter.modules) if i is not None})
@@ -179,5 +197,5 @@ def describe(path: str | Path, format: str | None = None, base: str | Path | Non
         "parameters": adapter.num_parameters,
         "bytes": adapter.nbytes,
         "dtype": sorted({str(w.dtype).rpartition(".")[2] for w in adapter.weights.values()}),
-        "problems": problems + options.open,
+        "problems": problems + options.unknown,
     }

@@ -1,9 +1,9 @@
-"""DeepSpeed's adapters, read: DeepSpeed-Chat's ``LinearLayer_LoRA`` and ``deepspeed.linear``, in a PyTorch file.
+"""Adapters of DeepSpeed, read only: DeepSpeed-Chat's ``LinearLayer_LoRA`` and ``deepspeed.linear``, in a PyTorch file.
 
-DeepSpeed-Chat: ``<module>.lora_right_weight`` [in, r] and ``.lora_left_weight`` [r, out], turned as ours; the
-multiplier is lora_scaling / lora_dim, and lora_scaling (1 by default) is not stored. ``deepspeed.linear``:
-``lora_weight_1.weight`` [r, in], ``lora_weight_2.weight`` [out, r], multiplier lora_alpha / lora_r. Checkpoints hold
-the frozen model beside them, which is left where it is. Arrays of ZeRO-3 that were not gathered are refused.
+DeepSpeed-Chat: ``<module>.lora_right_weight`` [in, r] and ``.lora_left_weight`` [r, out]; the multiplier is
+lora_scaling / lora_dim, and lora_scaling (1 by default) is not stored. ``deepspeed.linear``: ``lora_weight_1.weight``
+[r, in], ``lora_weight_2.weight`` [out, r], multiplier lora_alpha / lora_r. A checkpoint also has the frozen model,
+which is not read. Arrays of ZeRO-3 that were not gathered are refused.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from pathlib import Path
 
 from ..adapter import Adapter, raise_faults
 from ..errors import FormatError
-from .options import Reading
-from .state_dicts import low_rank, matching, read_state, sole_file, translator
+from .options import ReadOptions
+from .state_dicts import has_tensor, low_rank_adapter, only_file, read_state
 
-READS = {"alpha"}
+READS, FILES = {"alpha"}, ("*.bin", "*.pt")
+# DeepSpeed's array: (ours, whether it is transposed).
 _LEAVES = {
     "lora_right_weight": ("lora_a", False),
     "lora_left_weight": ("lora_b", False),
@@ -27,22 +28,21 @@ _KEY = re.compile(rf"^(?:module\.)*(?P<path>.+?)\.(?P<leaf>{'|'.join(map(re.esca
 
 
 def detect(path: Path) -> bool:
-    file = sole_file(path, "*.bin", "*.pt")
-    return file is not None and matching(file, _KEY)
+    return has_tensor(only_file(path, FILES), _KEY)
 
 
-def read(path: Path, options: Reading) -> Adapter:
-    translate, weights, faults = translator(options.base), {}, []
-    for name, array in read_state(sole_file(path, "*.bin", "*.pt")).items():
+def read(path: Path, options: ReadOptions) -> Adapter:
+    weights, faults = {}, []
+    for name, array in read_state(only_file(path, FILES)).items():
         if found := _KEY.match(name):
-            ours, turned = _LEAVES[found["leaf"]]
+            leaf, transposed = _LEAVES[found["leaf"]]
             if array.ndim != 2 or not array.size:
                 faults.append(f"{path}: {name}: shape {list(array.shape)}: a shard of ZeRO-3 that was not gathered")
                 continue
-            weights[f"{translate(found['path'])}.{ours}"] = array.T if turned else array
+            weights[f"{options.to_mlx(found['path'])}.{leaf}"] = array.T if transposed else array
     raise_faults(
         faults,
         "Gather before saving: deepspeed.zero.GatheredParameters, or the checkpoint's zero_to_fp32.py.",
         FormatError,
     )
-    return low_rank(weights, path, options)
+    return low_rank_adapter(weights, path, options)

@@ -1,4 +1,4 @@
-"""Reading and writing the files that formats are made of: checked on the way in, atomic on the way out."""
+"""Reading and writing of JSON, YAML, safetensors and NumPy files: checked when read, atomic when written."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> FormatError:
-    there = "Make it a readable file of UTF-8 text, or save or download it again."
-    lost = f"Save or download the whole folder again: {path.name} belongs to it."
-    return FormatError(f"{path}: cannot be read ({error})", lost if isinstance(error, FileNotFoundError) else there)
+    hint = "Make it a readable file of UTF-8 text, or save or download it again."
+    if isinstance(error, FileNotFoundError):
+        hint = f"Save or download the whole folder again: {path.name} is missing."
+    return FormatError(f"{path}: cannot be read ({error})", hint)
 
 
 def wrong_settings(source: Path, fault: Exception | str) -> FormatError:
-    """The error for a file whose settings make no ``AdapterConfig``; ``fault`` is what that said."""
-    told = fault.message if isinstance(fault, MLXLoRAError) else fault
+    """The error for a file whose settings are not valid in an ``AdapterConfig``, for the reason ``fault``."""
+    reason = fault.message if isinstance(fault, MLXLoRAError) else fault
     return FormatError(
-        f"{source}: {told}", "Correct these settings in the file, or save or download the adapter again."
+        f"{source}: {reason}", "Correct these settings in the file, or save or download the adapter again."
     )
 
 
@@ -53,7 +54,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def parse_yaml(text: str | bytes, source: Path | str) -> dict[str, Any]:
-    """The mapping in a YAML text; ``source`` names it in errors. References, which could grow for ever, are refused."""
+    """The mapping in a YAML text; ``source`` names it in errors. Aliases are refused: they can expand without bound."""
     import yaml
 
     try:
@@ -62,8 +63,8 @@ def parse_yaml(text: str | bytes, source: Path | str) -> dict[str, Any]:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > _YAML_DEPTH:
                 raise FormatError(
-                    f"{source}: holds references (*), or is nested more than {_YAML_DEPTH} deep",
-                    "Write in full what it refers to, as plain `key: value` lines.",
+                    f"{source}: has aliases (*), or is nested more than {_YAML_DEPTH} levels deep",
+                    "Write out each alias, as plain `key: value` lines.",
                 )
         value = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
@@ -88,7 +89,7 @@ def write_yaml(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_safetensors(path: Path) -> dict[str, mx.array]:
-    """The arrays of a safetensors file, its header checked by the safetensors library before MLX maps it."""
+    """The arrays of a safetensors file. The safetensors library checks its header before MLX maps it."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -96,14 +97,15 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
             pass
         return mx.load(str(path))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise FormatError(f"{path}: is not a whole safetensors file ({error})", AGAIN) from None
+        raise FormatError(f"{path}: is not a complete safetensors file ({error})", AGAIN) from None
 
 
 def read_npz(path: Path) -> dict[str, mx.array]:
-    """The arrays of a NumPy archive; objects in it, which would be pickles, are refused."""
+    """The arrays of a NumPy archive. Arrays of Python objects, which are pickles, are refused."""
     import zipfile
 
     import numpy as np
+    from numpy.lib import format as npy
 
     try:
         with zipfile.ZipFile(path) as archive:
@@ -114,21 +116,15 @@ def read_npz(path: Path) -> dict[str, mx.array]:
                 raise ValueError("it names an array twice")
             for info in archive.infolist():
                 with archive.open(info) as file:
-                    version = np.lib.format.read_magic(file)
-                    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _header_2
+                    first = npy.read_magic(file) == (1, 0)
+                    header = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
                     shape, _, dtype = header(file)
                     if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
-                        raise ValueError(f"{info.filename} has not the size it declares, or holds objects")
+                        raise ValueError(f"{info.filename} does not have the size it declares, or holds objects")
         with np.load(path, allow_pickle=False) as arrays:
             return {name: mx.array(arrays[name]) for name in arrays.files}
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise FormatError(f"{path}: is not a whole archive of NumPy arrays ({error})", AGAIN) from None
-
-
-def _header_2(file):
-    import numpy as np
-
-    return np.lib.format.read_array_header_2_0(file)
+        raise FormatError(f"{path}: is not a complete archive of NumPy arrays ({error})", AGAIN) from None
 
 
 _SAFETENSORS = {
@@ -148,12 +144,12 @@ _SAFETENSORS = {
 
 
 def write_safetensors(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    """Write arrays one after another: a transposed one is laid out when its turn comes, not all at once as MLX does."""
+    """Write arrays one by one, so that only one is copied into row-major order at a time (MLX copies all at once)."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    at = 0
+    end = 0
     for name, array in arrays.items():
-        place = [at, at := at + array.nbytes]
-        header[name] = {"dtype": _SAFETENSORS[array.dtype], "shape": list(array.shape), "data_offsets": place}
+        offsets = [end, end := end + array.nbytes]
+        header[name] = {"dtype": _SAFETENSORS[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -174,12 +170,12 @@ def array_bytes(array: mx.array) -> memoryview:
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary folder, then move its files into ``folder``, each by an atomic rename.
+    """Call ``write`` with a temporary folder, then move its files into ``folder``, each by an atomic rename.
 
-    Whatever ``write`` raises, ``folder`` is left as it was.
+    If ``write`` raises, ``folder`` stays as it was.
     """
     try:
-        made = not folder.exists()
+        new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     except OSError as error:
@@ -198,13 +194,13 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if made and not any(folder.iterdir()):
+        if new and not any(folder.iterdir()):
             folder.rmdir()
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file, then move it to ``path`` by an atomic rename; the folder is made if need be.
+    """Call ``write`` with a temporary path, then move that file to ``path`` by an atomic rename. Makes the folder.
 
-    Whatever ``write`` raises, a file that was at ``path`` is as it was.
+    If ``write`` raises, a file that was at ``path`` stays as it was.
     """
     write_folder(path.parent, lambda temporary: write(temporary / path.name))

@@ -1,10 +1,12 @@
-"""One matrix here, several there: fused projections (qkv, gate and up) and the order of rows under rotary embeddings.
+"""Fused projections (q, k and v in one matrix; gate and up in one) and the row orders of rotary embeddings.
 
-Everything is about ``lora_b`` [r, out] and ``m`` [out], whose columns are the layer's outputs. Knows no format.
+Some systems store as one matrix what others store as several. Everything here is about ``lora_b`` [r, out] and ``m``
+[out], whose last axis is the layer's outputs (the rows of W). Knows no format.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
@@ -12,76 +14,105 @@ import mlx.core as mx
 from ..adapter import Adapter, explicit_config, split_layer
 from ..base.names import BaseModel
 from ..errors import FormatError
+from .options import MERGE
 
-_MERGE = "Merge it into the model instead: convert --to merged."
-_THERE = "Merge it into the model with the tool that trained it."
+_MERGE_THERE = "Merge it into the model with the tool that trained it."
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 Pair = tuple[mx.array, mx.array]  # lora_a [in, r], lora_b [r, out]
 
 
-def split(pair: Pair, sizes: list[int]) -> list[Pair]:
-    """One adapter over outputs of ``sizes`` as one for each part: A is shared.
+def split_outputs(pair: Pair, sizes: list[int]) -> list[Pair]:
+    """The adapter of a fused projection as one adapter for each of its projections, which have ``sizes`` outputs.
 
-    Ranks that reach one part alone go to that part (the inverse of ``join``).
+    All share A, unless each rank acts on one projection only: then each gets its own ranks (the inverse of
+    ``join_outputs``).
     """
     a, b = pair
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-    parts = mx.split(b, ends, axis=1)
-    reach = [part.any(axis=1) for part in parts]  # which ranks a part feels
-    mx.eval(reach)
-    lone = sum(r.astype(mx.int32) for r in reach)
-    if not (lone > 1).any().item() and (lone > 0).any().item():
-        found = []
-        for part, felt in zip(parts, reach, strict=True):
-            rows = [i for i, flag in enumerate(felt.tolist()) if flag] or [0]
-            found.append((a[:, rows[0] : rows[-1] + 1], part[rows[0] : rows[-1] + 1]))
-        return found
-    return [(a, part) for part in parts]
+    pieces = mx.split(b, ends, axis=1)
+    used = [piece.any(axis=1) for piece in pieces]  # the ranks that act on a projection
+    mx.eval(used)
+    times_used = sum(u.astype(mx.int32) for u in used)
+    if (times_used > 1).any().item() or not (times_used > 0).any().item():
+        return [(a, piece) for piece in pieces]
+    found = []
+    for piece, flags in zip(pieces, used, strict=True):
+        ranks = [i for i, flag in enumerate(flags.tolist()) if flag] or [0]
+        own = slice(ranks[0], ranks[-1] + 1)
+        found.append((a[:, own], piece[own]))
+    return found
 
 
-def join(pairs: list[Pair | None], sizes: list[int]) -> Pair:
-    """Adapters of the parts as one over all: one A where all share it, else the ranks side by side, block by block.
+def join_outputs(pairs: list[Pair | None], sizes: list[int]) -> Pair:
+    """Adapters of projections as one of the fused projection: one A where all share it, else a block-diagonal B.
 
-    A part without an adapter (None) gets zeros.
+    A projection without an adapter (None) gets zeros.
     """
-    there = [pair for pair in pairs if pair is not None]
-    first = there[0][0]
-    shared = all(a.shape == first.shape and mx.array_equal(a, first).item() for a, _ in there[1:])
-    rows, rank = [], sum(a.shape[1] for a, _ in there)
-    if shared:
-        zeros = [mx.zeros((first.shape[1], size), there[0][1].dtype) for size in sizes]
+    present = [pair for pair in pairs if pair is not None]
+    first = present[0][0]
+    if all(same_array(a, first) for a, _ in present[1:]):
+        zeros = [mx.zeros((first.shape[1], size), present[0][1].dtype) for size in sizes]
         return first, mx.concatenate([z if p is None else p[1] for p, z in zip(pairs, zeros, strict=True)], axis=1)
-    before = 0
-    for place, pair in enumerate(pairs):
-        if pair is None:
-            continue
-        left, right = sum(sizes[:place]), sum(sizes[place + 1 :])
-        rows.append(mx.pad(pair[1], [(0, 0), (left, right)]))
-        before += pair[0].shape[1]
-    assert before == rank
-    return mx.concatenate([a for a, _ in there], axis=1), mx.concatenate(rows)
+    blocks = [
+        mx.pad(pair[1], [(0, 0), (sum(sizes[:i]), sum(sizes[i + 1 :]))])
+        for i, pair in enumerate(pairs)
+        if pair is not None
+    ]
+    return mx.concatenate([a for a, _ in present], axis=1), mx.concatenate(blocks)
+
+
+def same_array(a: mx.array, b: mx.array) -> bool:
+    return a.shape == b.shape and mx.array_equal(a, b).item()
+
+
+# -- rotary embeddings -----------------------------------------------------------------------------------------------
 
 
 def to_interleaved(array: mx.array, heads: int) -> mx.array:
-    """Rows (the last axis) from transformers' order, halves of a head apart, to Meta's, pairs side by side."""
-    return _turn(array, heads, 2)
+    """Rows (the last axis) from transformers' order, where a rotated pair is half a head apart, to Meta's adjacent."""
+    return _transpose_heads(array, heads, (2, -1))
 
 
 def from_interleaved(array: mx.array, heads: int) -> mx.array:
     """The inverse of ``to_interleaved``."""
-    return _turn(array, heads, array.shape[-1] // heads // 2)
+    return _transpose_heads(array, heads, (-1, 2))
 
 
-def _turn(array: mx.array, heads: int, first: int) -> mx.array:
-    front = array.shape[:-1]
-    second = array.shape[-1] // heads // first
-    return array.reshape(*front, heads, first, second).swapaxes(-1, -2).reshape(array.shape)
+def _transpose_heads(array: mx.array, heads: int, shape: tuple[int, int]) -> mx.array:
+    return array.reshape(*array.shape[:-1], heads, *shape).swapaxes(-1, -2).reshape(array.shape)
+
+
+def reorder_q_and_k(
+    weights: dict[str, mx.array], base: BaseModel, reorder: Callable[[mx.array, int], mx.array]
+) -> dict[str, mx.array]:
+    """An adapter's arrays with the rows of ``q_proj`` and ``k_proj`` in another order.
+
+    Args:
+        reorder: ``to_interleaved`` or ``from_interleaved``.
+    """
+    found = {}
+    for name, array in weights.items():
+        path, _, leaf = name.rpartition(".")
+        heads = {"q_proj": base.heads, "k_proj": base.kv_heads}.get(path.rpartition(".")[2])
+        if heads and leaf != "lora_a":
+            if array.shape[-1] % (2 * heads):
+                raise FormatError(
+                    f"{name}: {array.shape[-1]} rows do not divide into the {heads} heads of {base.name}",
+                    "Name the base that it was trained on: --model, or base=.",
+                )
+            array = reorder(array, heads)
+        found[name] = array
+    return found
+
+
+# -- Megatron's order of q, k and v ----------------------------------------------------------------------------------
 
 
 def qkv_to_groups(q: mx.array, k: mx.array, v: mx.array, kv_heads: int) -> mx.array:
-    """Megatron's order: for each group of heads its q heads, its k head, its v head; [..., out] each."""
+    """Rows (the last axis) of q, k and v in Megatron's order: for each key-value head its q heads, its k, its v."""
     front = q.shape[:-1]
-    parts = [x.reshape(*front, kv_heads, -1) for x in (q, k, v)]
-    return mx.concatenate(parts, axis=-1).reshape(*front, -1)
+    grouped = [x.reshape(*front, kv_heads, -1) for x in (q, k, v)]
+    return mx.concatenate(grouped, axis=-1).reshape(*front, -1)
 
 
 def qkv_from_groups(qkv: mx.array, heads: int, kv_heads: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -94,10 +125,11 @@ def qkv_from_groups(qkv: mx.array, heads: int, kv_heads: int) -> tuple[mx.array,
     return tuple(x.reshape(*front, -1) for x in (q, k, v))
 
 
-# Modules of Phi-3 and their parts in systems that have one matrix for each.
-_FUSED = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+# -- Phi-3, whose own modules are fused ------------------------------------------------------------------------------
+
+_PHI3 = {
+    "self_attn.qkv_proj": tuple(f"self_attn.{name}" for name in QKV),
+    "mlp.gate_up_proj": tuple(f"mlp.{name}" for name in GATE_UP),
 }
 
 
@@ -107,46 +139,46 @@ def _sizes(fused: str, base: BaseModel) -> list[int]:
     return [base.size("intermediate_size")] * 2
 
 
-def fused(adapter: Adapter, base: BaseModel) -> Adapter:
-    """``adapter`` of parts as one of ``base``'s own modules, where they are one matrix each (Phi-3)."""
-    if base.model_type != "phi3":
+def fuse_projections(adapter: Adapter, base: BaseModel | None) -> Adapter:
+    """An adapter of q, k, v, gate and up as one of ``base``'s own modules, where these are fused (Phi-3)."""
+    if base is None or base.model_type != "phi3":
         return adapter
     weights, scales = dict(adapter.weights), {path: adapter.config.scale_of(path) for path in adapter.modules}
-    for whole, pieces in _FUSED.items():
-        for layer in sorted({split_layer(path)[0] for path in scales if split_layer(path)[1] in pieces}):
-            paths, path = [f"model.layers.{layer}.{piece}" for piece in pieces], f"model.layers.{layer}.{whole}"
+    for fused, names in _PHI3.items():
+        for layer in sorted({split_layer(path)[0] for path in scales if split_layer(path)[1] in names}):
+            path, paths = f"model.layers.{layer}.{fused}", [f"model.layers.{layer}.{name}" for name in names]
             if any(f"{p}.m" in weights for p in paths):
-                raise FormatError(f"{paths[0]}: magnitudes of parts do not join into those of {whole}", _THERE)
+                raise FormatError(f"{paths[0]}: DoRA's magnitudes cannot be joined into those of {fused}", _MERGE_THERE)
             pairs = [
                 (weights.pop(f"{p}.lora_a"), weights.pop(f"{p}.lora_b")) if f"{p}.lora_b" in weights else None
                 for p in paths
             ]
-            weights[f"{path}.lora_a"], weights[f"{path}.lora_b"] = join(pairs, _sizes(whole, base))
-            there = {scales.pop(p) for p in paths if p in scales}
-            if len(there) != 1:
-                raise FormatError(f"{path}: its parts differ in scale", _THERE)
-            scales[path] = there.pop()
-    return _with(adapter, weights, scales)
+            weights[f"{path}.lora_a"], weights[f"{path}.lora_b"] = join_outputs(pairs, _sizes(fused, base))
+            own_scales = {scales.pop(p) for p in paths if p in scales}
+            if len(own_scales) != 1:
+                raise FormatError(f"{path}: the scales of {', '.join(names)} differ", _MERGE_THERE)
+            scales[path] = own_scales.pop()
+    return _replaced(adapter, weights, scales)
 
 
-def unfused(adapter: Adapter, base: BaseModel) -> Adapter:
-    """The inverse of ``fused``."""
+def split_projections(adapter: Adapter, base: BaseModel) -> Adapter:
+    """The inverse of ``fuse_projections``."""
     if base.model_type != "phi3":
         return adapter
     weights, scales = dict(adapter.weights), {path: adapter.config.scale_of(path) for path in adapter.modules}
     for path in adapter.modules:
-        layer, name = split_layer(path)
-        if name not in _FUSED:
+        layer, fused = split_layer(path)
+        if fused not in _PHI3:
             continue
         if f"{path}.m" in weights:
-            raise FormatError(f"{path}: its magnitudes do not divide into those of its parts", _MERGE)
+            raise FormatError(f"{path}: DoRA's magnitudes cannot be split into those of q, k, v, gate and up", MERGE)
         scale, pair = scales.pop(path), (weights.pop(f"{path}.lora_a"), weights.pop(f"{path}.lora_b"))
-        for piece, (a, b) in zip(_FUSED[name], split(pair, _sizes(name, base)), strict=True):
-            stem = f"model.layers.{layer}.{piece}"
-            weights[f"{stem}.lora_a"], weights[f"{stem}.lora_b"], scales[stem] = a, b, scale
-    return _with(adapter, weights, scales)
+        for name, (a, b) in zip(_PHI3[fused], split_outputs(pair, _sizes(fused, base)), strict=True):
+            own = f"model.layers.{layer}.{name}"
+            weights[f"{own}.lora_a"], weights[f"{own}.lora_b"], scales[own] = a, b, scale
+    return _replaced(adapter, weights, scales)
 
 
-def _with(adapter: Adapter, weights: dict[str, mx.array], scales: dict[str, float]) -> Adapter:
+def _replaced(adapter: Adapter, weights: dict[str, mx.array], scales: dict[str, float]) -> Adapter:
     ranks = {path: weights[f"{path}.lora_b"].shape[0] for path in scales}
     return replace(adapter, weights=weights, config=explicit_config(adapter.config, ranks, scales))

@@ -2,9 +2,9 @@
 
 Tensors are ``blk.N.attn_q.weight.lora_a`` [r, in] and ``.lora_b`` [out, r], of experts [experts, r, in] and [experts,
 out, r], of the embedding [vocabulary, r] and [dim, r]. llama.cpp multiplies by alpha / r, with one
-``adapter.lora.alpha`` in the file and r of each tensor; an alpha of 0 means 1. Scales that differ are folded into B. In
-the ``llama`` architecture rows of q and k are in Meta's order. There is nothing but LoRA: DoRA, whole modules, biases
-and trained tokens are refused by name.
+``adapter.lora.alpha`` for the file and the r of each tensor; an alpha of 0 means a multiplier of 1. Scales that differ
+are folded into B. In the ``llama`` architecture the rows of q and k are in Meta's order. GGUF has LoRA only: DoRA, full
+parameters, biases and trained tokens are refused by name.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import mlx.core as mx
-
 from ..adapter import Adapter, raise_faults
 from ..base.names import BaseModel
 from ..errors import FormatError
-from . import fused_projections as parts
+from .fused_projections import from_interleaved, reorder_q_and_k, to_interleaved
 from .gguf_file import MAGIC, read_gguf, write_gguf
-from .options import Reading, Writing
-from .state_dicts import low_rank
-from .uniform import as_lora, uniform
+from .options import ReadOptions, WriteOptions
+from .state_dicts import low_rank_adapter
+from .uniform import low_rank_only, uniform
 
-READS, WRITES, SUFFIXES = set(), {"alpha"}, (".gguf",)
-# model_type of transformers -> llama.cpp's architecture.
+READS, WRITES, SUFFIXES, FILES = set(), {"alpha"}, (".gguf",), ()
+# transformers' model_type: llama.cpp's architecture.
 _ARCHITECTURES = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "ministral3"), "llama"),
     **{
@@ -42,7 +40,7 @@ _ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
     "gpt_oss": "gpt-oss",
 }
-# Ours (mlx-lm's name within a layer) -> GGUF's; the first with a GGUF name is the one to read it back as.
+# mlx-lm's name within a layer: GGUF's. A GGUF name is read as the first module that has it, or as _FAMILY says.
 _MODULES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -77,7 +75,7 @@ _MODULES = {
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
     "self_attn.kv_b_proj": "attn_kv_b",
 }
-# Names that a family has of its own, where several fit.
+# mlx-lm's names for architectures that differ from the first ones above.
 _FAMILY = {
     "phi3": ("self_attn.qkv_proj", "mlp.gate_up_proj"),
     "phi2": ("self_attn.dense", "mlp.fc1", "mlp.fc2"),
@@ -97,25 +95,18 @@ def detect(path: Path) -> bool:
         return file.read(4) == MAGIC
 
 
-def files(path: Path) -> list[Path]:
-    return [path]
-
-
-def read(path: Path, options: Reading) -> Adapter:
-    told, tensors = read_gguf(path)
-    kind = told.get("general.type")
-    if kind != "adapter" or told.get("adapter.type") != "lora":
+def read(path: Path, options: ReadOptions) -> Adapter:
+    pairs, tensors = read_gguf(path)
+    kind = pairs.get("general.type")
+    if kind != "adapter" or pairs.get("adapter.type") != "lora":
         raise FormatError(f"{path}: holds a {kind or 'model'}, not a LoRA adapter", "Name the adapter's GGUF file.")
-    if told.get("adapter.alora.invocation_tokens"):
+    if pairs.get("adapter.alora.invocation_tokens"):
         raise FormatError(
             f"{path}: is an activated LoRA (aLoRA), which is not converted", "Use it in llama.cpp as it is."
         )
-    architecture, weights, faults = told.get("general.architecture"), {}, []
-    base = options.base
-    if architecture == "llama" and any(re.search(r"attn_[qk]\.weight\.lora_b$", name) for name in tensors):
-        base = options.base_for(f"{path}: the order of rows of q and k")
-    elif base is not None and not base.known:
-        base = None
+    architecture, weights, faults = pairs.get("general.architecture"), {}, []
+    interleaved = architecture == "llama" and any(re.search(r"attn_[qk]\.weight\.lora_b$", name) for name in tensors)
+    base = options.base_for(f"{path}: the order of rows of q and k") if interleaved else options.known_base
     for name, array in tensors.items():
         found = _TENSOR.match(name)
         module = _module(found, architecture, base) if found else None
@@ -125,31 +116,20 @@ def read(path: Path, options: Reading) -> Adapter:
         if array.ndim not in (2, 3):
             faults.append(f"{path}: {name}: shape {list(array.shape)}")
             continue
-        embedding = found["name"] == "token_embd"
-        turned = array if array.ndim == 3 or (embedding and found["leaf"] == "lora_a") else array.T
-        if architecture == "llama" and base is not None and found["leaf"] == "lora_b":
-            heads = {"attn_q": base.heads, "attn_k": base.kv_heads}.get(found["name"])
-            if heads:
-                turned = _reordered(turned, heads, parts.from_interleaved, name)
-        weights[f"{module}.{found['leaf']}"] = turned
-    raise_faults(faults, "Convert it with a newer mlx-lora, or from where it came.", FormatError)
-    alpha = told.get("adapter.lora.alpha", 0)
-    stems = [name.removesuffix(".lora_b") for name in weights if name.endswith(".lora_b")]
-    sides = {"embedding_side": "input"} if any("embed" in stem or "wte" in stem for stem in stems) else {}
-    name = told.get("general.base_model.0.name")
-    name = name if isinstance(name, str) else None
+        as_it_is = array.ndim == 3 or (found["name"] == "token_embd" and found["leaf"] == "lora_a")
+        weights[f"{module}.{found['leaf']}"] = array if as_it_is else array.T
+    raise_faults(faults, "Convert it with a newer mlx-lora, or convert the file that it was made from.", FormatError)
+    if interleaved and base is not None:
+        weights = reorder_q_and_k(weights, base, from_interleaved)
+    alpha, name = pairs.get("adapter.lora.alpha", 0), pairs.get("general.base_model.0.name")
+    paths = [name.removesuffix(".lora_b") for name in weights if name.endswith(".lora_b")]
     if not isinstance(alpha, (int, float)) or alpha == 0:  # llama.cpp then multiplies by 1
-        return low_rank(weights, path, options, scales=dict.fromkeys(stems, 1.0), base=name, **sides)
-    return low_rank(weights, path, options, alpha=alpha, base=name, **sides)
-
-
-def _reordered(array: mx.array, heads: int, turn, name: str) -> mx.array:
-    if array.shape[-1] % (2 * heads):
-        raise FormatError(
-            f"{name}: {array.shape[-1]} rows are not those of {heads} heads",
-            "Name the base that it was trained on: --model, or base=.",
-        )
-    return turn(array, heads)
+        scale = {"scales": dict.fromkeys(paths, 1.0)}
+    else:
+        scale = {"alpha": alpha}
+    side = "input" if any("embed" in path or "wte" in path for path in paths) else "both"
+    name = name if isinstance(name, str) else None
+    return low_rank_adapter(weights, path, options, base=name, embedding_side=side, **scale)
 
 
 def _module(found: re.Match, architecture: str | None, base: BaseModel | None) -> str | None:
@@ -160,43 +140,34 @@ def _module(found: re.Match, architecture: str | None, base: BaseModel | None) -
         named = {"token_embd": "model.wte" if gpt else "model.embed_tokens", "output": "lm_head"}.get(name)
         return base.to_mlx(named) if named and base is not None else named
     own = _FAMILY.get(architecture, ())
-    fitting = [ours for ours, theirs in _MODULES.items() if theirs == name]
-    if not fitting:
+    candidates = [ours for ours, theirs in _MODULES.items() if theirs == name]
+    if not candidates:
         return None
-    path = f"model.{'h' if gpt else 'layers'}.{layer}.{next((m for m in fitting if m in own), fitting[0])}"
+    path = f"model.{'h' if gpt else 'layers'}.{layer}.{next((m for m in candidates if m in own), candidates[0])}"
     if base is not None:
         theirs, ours = base.moe_block
         path = base.to_mlx(path.replace(".mlp.", f".{ours}.") if theirs != ours else path)
     return path
 
 
-def write(adapter: Adapter, path: Path, options: Writing) -> None:
+def write(adapter: Adapter, path: Path, options: WriteOptions) -> None:
     base = options.base_for("GGUF's architecture and order of rows")
     architecture = _ARCHITECTURES.get(base.model_type)
     if architecture is None:
         raise FormatError(f"llama.cpp's names for {base.model_type} are not known", _MERGE)
-    adapter = as_lora(adapter, base)
-    config = adapter.config
-    if config.method != "lora":
-        raise FormatError(f"GGUF holds no {config.method} adapter", _MERGE)
-    options.lose(
-        [f"{n}: GGUF adapters hold no whole parameters" for n in adapter.whole]
-        + [f"{p}: GGUF adapters hold no trained tokens" for p in adapter.tokens]
-        + [f"{p}: GGUF adapters have no lora_bias" for p in adapter.modules if config.lora_bias],
-        _MERGE,
-    )
-    adapter, tensors, faults = uniform(adapter, alpha=options.alpha, pad=False), {}, []
+    adapter = uniform(low_rank_only(adapter, options, "GGUF", hint=_MERGE), alpha=options.alpha, pad=False)
+    weights, tensors, faults = adapter.weights, {}, []
+    if architecture == "llama":
+        weights = reorder_q_and_k(weights, base, to_interleaved)
     for module in adapter.modules:
-        theirs = _theirs(module)
-        if theirs == "token_embd" and config.embedding_side == "both" and base.tied:
-            faults.append(f"{module}: llama.cpp applies a LoRA of the embedding to the input alone")
+        theirs = _to_gguf(module)
+        if theirs == "token_embd" and adapter.config.embedding_side == "both" and base.tied:
+            faults.append(f"{module}: llama.cpp applies a LoRA of the embedding to the input only, not to the output")
         elif theirs is None or (theirs == "output" and base.tied):
             faults.append(f"{module}: llama.cpp has no such tensor in {architecture}")
         if theirs is None:
             continue
-        a, b = adapter.weights[f"{module}.lora_a"], adapter.weights[f"{module}.lora_b"]
-        if architecture == "llama" and (heads := {"attn_q": base.heads, "attn_k": base.kv_heads}.get(_last(theirs))):
-            b = _reordered(b, heads, parts.to_interleaved, module)
+        a, b = weights[f"{module}.lora_a"], weights[f"{module}.lora_b"]
         if a.ndim == 2:
             a, b = a if theirs == "token_embd" else a.T, b.T
         tensors[f"{theirs}.weight.lora_a"], tensors[f"{theirs}.weight.lora_b"] = a, b
@@ -212,11 +183,8 @@ def write(adapter: Adapter, path: Path, options: Writing) -> None:
     write_gguf(path, pairs, tensors)
 
 
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _theirs(module: str) -> str | None:
+def _to_gguf(module: str) -> str | None:
+    """GGUF's name of mlx-lm's module; None where it has none."""
     bare = module.removeprefix("language_model.")
     if bare in ("lm_head", "model.embed_tokens", "model.wte"):
         return "output" if bare == "lm_head" else "token_embd"

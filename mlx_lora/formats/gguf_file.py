@@ -1,7 +1,7 @@
-"""The GGUF container (version 3): key-value pairs and tensors, read and written. Knows nothing of adapters.
+"""The GGUF container (version 3): key-value pairs and tensors, read and written. Knows no adapters.
 
-Everything a file declares is held against its length before it is used. Tensors are float32, float16, bfloat16 or, to
-read, Q8_0 (blocks of 32 signed bytes with a float16 scale).
+All sizes that a file declares are checked against its length before they are used. Tensors are float32, float16 or
+bfloat16. Q8_0 (blocks of 32 signed bytes with a float16 scale) can be read too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         if count < 0 or self.at + count > self.data.size:
-            raise ValueError(f"it ends within {count} bytes at {self.at}")
+            raise ValueError(f"it ends within the {count} bytes at {self.at}")
         part = self.data[self.at : self.at + count].tobytes()
         self.at += count
         return part
@@ -58,7 +58,7 @@ class _Cursor:
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """(key-value pairs, tensors with the slowest dimension first).
 
-    Raises: FormatError: the file is damaged, or of a kind that is not read.
+    Raises: FormatError: the file is damaged, or has tensors of a type that is not read.
     """
     try:
         data = np.memmap(path, np.uint8, "r")
@@ -70,28 +70,30 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
             raise ValueError(f"version {version}")
         if tensors > _MOST_TENSORS or pairs > _MOST_PAIRS:
             raise ValueError(f"it declares {tensors} tensors and {pairs} pairs")
-        told: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for _ in range(pairs):
             key = cursor.text()
-            if key in told:
+            if key in values:
                 raise ValueError(f"{key!r} twice")
-            told[key] = cursor.value(cursor.number("I"))
+            values[key] = cursor.value(cursor.number("I"))
         infos: dict[str, tuple[list[int], int, int]] = {}
         for _ in range(tensors):
             name, count = cursor.text(), cursor.number("I")
             if name in infos or count > 4:
                 raise ValueError(f"{name!r} twice, or of {count} dimensions")
             infos[name] = [cursor.number("Q") for _ in range(count)], cursor.number("I"), cursor.number("Q")
-        alignment = told.get("general.alignment", ALIGNMENT)
+        alignment = values.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"alignment {alignment!r}")
         start = cursor.at + -cursor.at % alignment
-        return told, {name: _tensor(path, data.size, start, name, *info) for name, info in infos.items()}
+        return values, {name: _tensor(path, data.size, start, name, *info) for name, info in infos.items()}
     except (OSError, ValueError, TypeError, struct.error, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"{path}: is not a whole GGUF file ({error})", "Save or download the file again.") from None
+        raise FormatError(
+            f"{path}: is not a complete GGUF file ({error})", "Save or download the file again."
+        ) from None
 
 
-def _tensor(path: Path, whole: int, start: int, name: str, sizes: list[int], kind: int, offset: int) -> mx.array:
+def _tensor(path: Path, length: int, start: int, name: str, sizes: list[int], kind: int, offset: int) -> mx.array:
     shape, count = tuple(reversed(sizes)), math.prod(sizes)
     width = {_F32: 4, _F16: 2, _BF16: 2}.get(kind)
     if kind == _Q8_0 and sizes and sizes[0] % 32 == 0:
@@ -99,10 +101,10 @@ def _tensor(path: Path, whole: int, start: int, name: str, sizes: list[int], kin
     elif width:
         size = count * width
     else:
-        raise ValueError(f"{name} is of kind {kind}; float32, float16, bfloat16 and Q8_0 are read")
-    if start + offset + size > whole:
+        raise ValueError(f"{name} is of kind {kind}; only float32, float16, bfloat16 and Q8_0 are read")
+    if start + offset + size > length:
         raise ValueError(f"{name} of shape {list(shape)} lies outside the file")
-    part = np.fromfile(path, np.uint8, size, offset=start + offset)  # read, not mapped: a copy would count twice
+    part = np.fromfile(path, np.uint8, size, offset=start + offset)  # read, not mapped: mapped and copied counts twice
     if not count:
         return mx.zeros(shape)
     if kind == _Q8_0:
@@ -115,7 +117,7 @@ def _tensor(path: Path, whole: int, start: int, name: str, sizes: list[int], kin
 
 
 def write_gguf(path: Path, pairs: dict[str, str | int | float], tensors: dict[str, mx.array]) -> None:
-    """Write strings, whole numbers (as uint32) and floats (as float32), and float tensors."""
+    """Write key-value pairs (strings, integers as uint32, floats as float32) and float tensors."""
     head = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(pairs))]
     for key, value in pairs.items():
         head.append(_text(key))

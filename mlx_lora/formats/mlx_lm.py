@@ -1,12 +1,12 @@
 """mlx-lm's adapter folder, the native format: ``adapters.safetensors`` and ``adapter_config.json``.
 
-mlx-lm knows one rank and one scale. Where modules differ, the smaller ranks are padded with zeros and the scales folded
-into ``lora_b``, so that mlx-lm computes the same function; ``rank_pattern`` and ``scale_pattern``, which mlx-lm passes
-over, let this reader undo it.
+mlx-lm has one rank and one scale for all modules. Where modules differ, the smaller ranks are padded with zeros and the
+scales folded into ``lora_b``, so that mlx-lm computes the same function. ``rank_pattern`` and ``scale_pattern``, which
+mlx-lm ignores, let this reader undo that.
 
-What mlx-lm has no words for (VeRA, biases, whole modules, rows of embeddings, an embedding's update on the input side
-alone) is written as it is, with the whole config in an entry ``mlx_lora`` and ``lora_parameters`` null, at which every
-version of mlx-lm stops: it must not compute something else in silence.
+What mlx-lm cannot express (VeRA, biases, full parameters, rows of embeddings, an embedding's update on the input side
+only) is written unchanged, with the whole config in an entry ``mlx_lora``, and with ``lora_parameters`` null: every
+version of mlx-lm then stops with an error, where it would otherwise silently compute something else.
 """
 
 from __future__ import annotations
@@ -21,75 +21,56 @@ from ..adapter import Adapter, raise_faults, split_layer
 from ..config import AdapterConfig
 from ..errors import ConfigError, FormatError
 from .files import read_json, read_npz, read_safetensors, write_json, write_safetensors, wrong_settings
-from .options import Reading, Writing
+from .options import ReadOptions, WriteOptions
+from .state_dicts import low_rank_adapter
 from .uniform import fold, unfold
 
 CONFIG, WEIGHTS, ARCHIVE = "adapter_config.json", "adapters.safetensors", "adapters.npz"
-READS, WRITES = {"alpha", "legacy_scale"}, set()
-OWN = "mlx_lora"  # the entry that holds what mlx-lm does not know
+READS, WRITES, FILES = {"alpha", "legacy_scale"}, set(), (CONFIG, WEIGHTS, ARCHIVE)
+OWN = "mlx_lora"  # the entry for what mlx-lm cannot express
+_NO_CONFIG = (
+    f"Copy the adapter's {CONFIG} into the folder, or give alpha = scale * rank with --alpha "
+    "(mlx-lm's scale was 20: --alpha 160 at rank 8)."
+)
 _AS_TRAINED = 'Write there how it was trained, such as "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0}.'
-_OURS = {"fine_tune_type", "num_layers", "lora_parameters", "model", OWN}
+_WRITTEN = {"fine_tune_type", "num_layers", "lora_parameters", "model", OWN}
 
 
 def detect(path: Path) -> bool:
     return (path / WEIGHTS).exists() or (path / ARCHIVE).exists()
 
 
-def files(folder: Path) -> list[Path]:
-    """What ``write`` would replace."""
-    return [folder / CONFIG, folder / WEIGHTS]
-
-
-def read(folder: Path, options: Reading) -> Adapter:
+def read(folder: Path, options: ReadOptions) -> Adapter:
     weights = read_safetensors(folder / WEIGHTS) if (folder / WEIGHTS).exists() else read_npz(folder / ARCHIVE)
-    if not (folder / CONFIG).exists():
-        return _without_config(weights, folder, options)
+    if not (folder / CONFIG).exists():  # mlx-lm before March 2024 wrote none
+        return low_rank_adapter(weights, folder, options, alpha_hint=_NO_CONFIG)
     raw = read_json(folder / CONFIG)
     if options.alpha is not None:
-        raise ConfigError(f"--alpha: {folder / CONFIG} tells the scale", "Leave it out.")
+        raise ConfigError(f"--alpha: {folder / CONFIG} already stores the scale", "Leave --alpha out.")
     config = parse_config(raw, folder / CONFIG, options)
-    known = {f"{path}.lora_b": array for path, array in _experts(weights).items()}
-    weights = {n: _unflatten(w, known.get(n.removesuffix("lora_a") + "lora_b")) for n, w in weights.items()}
-    metadata = {"mlx-lm": {k: v for k, v in raw.items() if k not in _OURS and not k.startswith("unsloth_")}}
+    weights = {name: _unflatten(name, array, weights) for name, array in weights.items()}
+    metadata = {"mlx-lm": {k: v for k, v in raw.items() if k not in _WRITTEN and not k.startswith("unsloth_")}}
     adapter = Adapter(config, weights, base=raw.get("model") or raw.get("base_model_name_or_path"), metadata=metadata)
     folded = (config.rank_pattern or config.scale_pattern) and OWN not in raw
     return unfold(adapter) if folded else adapter
 
 
-def _experts(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    return {n.removesuffix(".lora_b"): w for n, w in weights.items() if n.endswith(".lora_b") and w.ndim == 3}
-
-
-def _unflatten(a: mx.array, b: mx.array | None) -> mx.array:
-    """Before mlx-lm 0.28.3 experts had lora_a [experts * r, in] beside lora_b [experts, out, r]."""
-    if b is None or a.ndim != 2 or a.shape[0] != b.shape[0] * b.shape[2]:
+def _unflatten(name: str, a: mx.array, weights: dict[str, mx.array]) -> mx.array:
+    """Before mlx-lm 0.28.3, experts had lora_a [experts * r, in] with lora_b [experts, out, r]."""
+    b = weights.get(name.removesuffix("lora_a") + "lora_b") if name.endswith(".lora_a") else None
+    if b is None or b.ndim != 3 or a.ndim != 2 or a.shape[0] != b.shape[0] * b.shape[2]:
         return a
     return a.reshape(b.shape[0], b.shape[2], -1)
 
 
-def _without_config(weights: dict[str, mx.array], folder: Path, options: Reading) -> Adapter:
-    """mlx-lm before March 2024 wrote no config: the arrays tell the rank, and nothing the scale."""
-    ranks = {w.shape[-1] for n, w in weights.items() if n.endswith(".lora_a") and w.ndim == 2}
-    alpha = options.alpha
-    if alpha is None or len(ranks) != 1:
-        options.need(
-            f"{folder}: has no {CONFIG}, and the scale is in it",
-            "Copy it beside the weights, or give alpha = scale * rank with --alpha "
-            "(mlx-lm's scale was 20: --alpha 160 at rank 8).",
-        )
-    rank = min(ranks, default=1)
-    method = "dora" if any(n.endswith(".m") for n in weights) else "lora"
-    return Adapter(AdapterConfig(method=method, rank=rank, scale=(alpha or rank) / rank, num_layers=-1), weights)
-
-
-def parse_config(raw: dict[str, Any], source: Path, options: Reading | None = None) -> AdapterConfig:
+def parse_config(raw: dict[str, Any], source: Path, options: ReadOptions | None = None) -> AdapterConfig:
     """mlx-lm's ``adapter_config.json`` as an ``AdapterConfig``; ``source`` names it in errors.
 
-    mlx-lm-lora, mlx-tune and Unsloth write it with entries of their own.
+    mlx-lm-lora, mlx-tune and Unsloth write the same file with additional entries.
     """
-    options = options or Reading()
+    options = options or ReadOptions()
     if "peft_type" in raw and not isinstance(raw.get("lora_parameters"), dict):
-        raise FormatError(f"{source}: is a PEFT config beside mlx-lm weights", "Keep the two formats in two folders.")
+        raise FormatError(f"{source}: is a PEFT config, but the weights are mlx-lm's", "Use a folder for each format.")
     if OWN in raw:
         return _own_config(raw[OWN], source)
     inner = raw.get("lora_parameters") if isinstance(raw.get("lora_parameters"), dict) else {}
@@ -97,7 +78,7 @@ def parse_config(raw: dict[str, Any], source: Path, options: Reading | None = No
     method = raw.get("fine_tune_type") or ("dora" if dora else "lora")
     if method not in ("lora", "dora", "full"):
         raise FormatError(
-            f"{source}: fine_tune_type {method!r} is not known", "Write there how it was trained: lora, dora or full."
+            f"{source}: unknown fine_tune_type {method!r}", "Write there how it was trained: lora, dora or full."
         )
     layers = raw.get("num_layers", raw.get("lora_layers", -1))
     if method == "full":
@@ -106,13 +87,13 @@ def parse_config(raw: dict[str, Any], source: Path, options: Reading | None = No
     if not isinstance(parameters, dict):
         raise FormatError(f"{source}: lora_parameters is missing", _AS_TRAINED)
     parameters = {**parameters}
-    alpha = parameters.pop("alpha", None)  # with num_layers: written but never read
+    alpha = parameters.pop("alpha", None)  # beside num_layers, mlx-lm wrote it but never read it
     if alpha is not None and "lora_layers" in raw:
         # From 2024-01-24 to 2024-06-02 mlx-lm multiplied by scale * alpha / rank, before and after by scale alone.
         if options.legacy_scale is None:
             options.need(
-                f"{source}: lora_layers with alpha: mlx-lm's meaning of scale changed between versions that wrote this",
-                "Say --legacy-scale alpha if the adapter was made from 2024-01-24 to 2024-06-02 (scale * alpha / "
+                f"{source}: lora_layers with alpha: versions of mlx-lm that wrote this differ in what scale means",
+                "Give --legacy-scale alpha if the adapter was made from 2024-01-24 to 2024-06-02 (scale * alpha / "
                 "rank), else --legacy-scale scale.",
             )
         elif options.legacy_scale == "alpha":
@@ -123,12 +104,12 @@ def parse_config(raw: dict[str, Any], source: Path, options: Reading | None = No
                     f"{source}: lora_parameters has no numbers for scale, alpha and rank", _AS_TRAINED
                 ) from None
     elif options.legacy_scale is not None:
-        raise ConfigError("--legacy-scale: this adapter's scale has one meaning only", "Leave it out.")
+        raise ConfigError("--legacy-scale: the scale of this adapter has one meaning only", "Leave it out.")
     parameters.pop("use_dora", None)
     if isinstance(parameters.get("num_layers"), int):
         layers = raw.get("num_layers", parameters.pop("num_layers"))
     parameters.pop("num_layers", None)
-    if raw.get("full_state_modules"):  # Unsloth's modules trained whole
+    if raw.get("full_state_modules"):  # modules that Unsloth trained in full
         parameters["modules_to_save"] = raw["full_state_modules"]
     known = {"rank", "scale", "dropout", "keys", "rank_pattern", "scale_pattern", "modules_to_save"}
     faults = []
@@ -143,7 +124,7 @@ def parse_config(raw: dict[str, Any], source: Path, options: Reading | None = No
 def _config(source: Path, **knobs: Any) -> AdapterConfig:
     try:
         return AdapterConfig(**knobs)
-    except (ConfigError, TypeError, AttributeError) as error:  # what a foreign file holds may have any type
+    except (ConfigError, TypeError, AttributeError) as error:  # values in a file may have any type
         raise wrong_settings(source, error) from None
 
 
@@ -151,18 +132,20 @@ def _own_config(own: Any, source: Path) -> AdapterConfig:
     known = {f.name for f in fields(AdapterConfig)}
     if not isinstance(own, dict) or (unknown := sorted(own.keys() - known)):
         what = f"unknown entries: {', '.join(unknown)}" if isinstance(own, dict) else "no settings"
-        raise FormatError(f"{source}: {OWN} has {what}", "It may be of a newer mlx-lora: pip install -U mlx-lora.")
+        raise FormatError(f"{source}: {OWN} has {what}", "Install the mlx-lora that wrote it, or a newer one.")
     return _config(source, **own)
 
 
 def expressible(adapter: Adapter) -> bool:
-    """Whether mlx-lm computes the same from this adapter."""
+    """Whether mlx-lm can compute what this adapter does."""
     config = adapter.config
     if config.method == "full":
         return True
     plain = config.method in ("lora", "dora") and not config.lora_bias and adapter.modules
-    two_sided = config.embedding_side == "both" or not any("embed" in path or "wte" in path for path in adapter.modules)
-    return bool(plain) and two_sided and not adapter.whole and not adapter.tokens
+    both_sides = config.embedding_side == "both" or not any(
+        "embed" in path or "wte" in path for path in adapter.modules
+    )
+    return bool(plain) and both_sides and not adapter.whole and not adapter.tokens
 
 
 def stored_weights(adapter: Adapter) -> dict[str, mx.array]:
@@ -176,7 +159,7 @@ def _stored_config(adapter: Adapter) -> AdapterConfig:
     return adapter.exact_config(rank=max(adapter.rank_of(path) for path in adapter.modules))
 
 
-def write(adapter: Adapter, folder: Path, options: Writing) -> None:
+def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     config = adapter.config
     raw = {**adapter.metadata.get("mlx-lm", {}), "fine_tune_type": config.method, "num_layers": config.num_layers}
     if adapter.base:

@@ -1,119 +1,157 @@
-"""What a caller adds to the files: facts that a format does not store, and choices in how to write.
+"""Options of reading and writing: facts that a format does not store, and choices in how to write it.
 
-A format names the options it takes (``READS``, ``WRITES``); any other that is given is refused by name.
+A format names the options it takes (``READS``, ``WRITES``). Any other option that is given is refused by name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
-from ..adapter import raise_faults
+from ..adapter import Adapter, raise_faults, split_layer
 from ..base.names import BaseModel
 from ..errors import ConfigError, FormatError, ModelError
 
-SCALE_RULES = ("scale", "alpha")
 MOE_LAYOUTS = ("per_expert", "target_parameters")
 PROFILES = ("serving",)
+LEGACY_SCALES = ("scale", "alpha")
+MERGE = "Merge it into the model instead: convert --to merged."
+NAME_BASE = "Name the base model: --model, or base=."
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Facts for a reader.
+class _Options:
+    base: BaseModel | None = None  # the model that the adapter was made for
+
+    @property
+    def known_base(self) -> BaseModel | None:
+        """The base, where its config can be read without a download."""
+        return self.base if self.base is not None and self.base.known else None
+
+    def to_mlx(self, path: str) -> str:
+        """mlx-lm's path of the module that transformers calls ``path``; without a known base, the same path."""
+        return self.known_base.to_mlx(path) if self.known_base else path
+
+    def to_hf(self, path: str) -> str:
+        """transformers' path of the module that mlx-lm calls ``path``; without a known base, the same path."""
+        return self.known_base.to_hf(path) if self.known_base else path
+
+
+@dataclass(frozen=True)
+class ReadOptions(_Options):
+    """Facts for reading.
 
     Args:
         base: the model that the adapter was made for.
-        alpha: the adapter's alpha, where the files do not tell it; scale = alpha / rank.
-        adapter: name of one of several adapters in sub-folders.
+        alpha: the adapter's alpha, where the files do not store it; scale = alpha / rank.
+        adapter: the name of one of several adapters in subfolders.
         legacy_scale: what ``scale`` meant to the mlx-lm that wrote an old folder: ``scale``, or ``alpha``
             (scale * alpha / rank).
         enabled: loralib's ``enable_lora`` of merged layers, such as (True, False, True).
-        lenient: collect in ``open`` what is not known instead of refusing; for ``describe``.
+        lenient: collect missing facts in ``unknown`` instead of raising an error; for ``describe``.
     """
 
-    base: BaseModel | None = None
     alpha: float | None = None
     adapter: str | None = None
     legacy_scale: str | None = None
     enabled: tuple[bool, ...] | None = None
     lenient: bool = False
-    open: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
     def need(self, message: str, hint: str) -> None:
-        """Refuse for want of a fact, or note it."""
+        """Raise an error for a missing fact or, in lenient reading, add it to ``unknown``."""
         if not self.lenient:
             raise FormatError(message, hint)
-        if message not in self.open:
-            self.open.append(message)
+        if message not in self.unknown:
+            self.unknown.append(message)
 
     def base_for(self, what: str) -> BaseModel | None:
-        """The base; where none is given (or its config cannot be had) this refuses, or notes it and returns None."""
+        """The base, its config read. In lenient reading, None where there is no base or its config cannot be read."""
         if self.base is not None:
-            if not self.lenient:
-                self.base.config  # noqa: B018  (raises where it cannot be had)
-                return self.base
             try:
-                self.base.config  # noqa: B018
+                self.base.config  # noqa: B018  (raises where it cannot be read)
                 return self.base
             except ModelError:
-                pass
-        self.need(f"{what} needs the base model's config", "Name the base: --model, or base=.")
+                if not self.lenient:
+                    raise
+        self.need(f"{what}: reading this needs the base model's config", NAME_BASE)
         return None
+
+    def alpha_from(self, stored: Any, source: Any) -> float | None:
+        """``stored``, the alpha in the files, where it is a number, else the caller's. Both at once is an error."""
+        if isinstance(stored, bool) or not isinstance(stored, (int, float)):
+            return self.alpha
+        if self.alpha is not None:
+            raise ConfigError(f"--alpha: {source} already stores alpha {stored:g}", "Leave --alpha out.")
+        return stored
 
 
 @dataclass(frozen=True)
-class Writing:
-    """Choices for a writer.
+class WriteOptions(_Options):
+    """Choices for writing.
 
     Args:
         base: the model that the adapter is for.
         moe: how PEFT's folder holds experts: ``per_expert`` or ``target_parameters``.
         profile: ``serving``: one rank, one integer alpha, keys for each expert, for servers such as vLLM.
-        allow_lossy: write although something is lost; it is told in ``lost``.
-        alpha: the alpha to write in, the scale of the adapter folded into its arrays.
+        allow_lossy: leave out what the format cannot hold, and list it in ``lost``.
+        alpha: the alpha to write; the adapter's scale is folded into its arrays accordingly.
     """
 
-    base: BaseModel | None = None
     moe: str | None = None
     profile: str | None = None
     allow_lossy: bool = False
     alpha: float | None = None
     lost: list[str] = field(default_factory=list)
 
-    def lose(self, faults: list[str], hint: str = "") -> None:
-        """Refuse what the format cannot hold, or note it where losses are allowed."""
+    def leave_out(self, faults: list[str], hint: str) -> None:
+        """Refuse to write what the format cannot hold or, where losses are allowed, list it in ``lost``."""
         if self.allow_lossy:
             self.lost.extend(faults)
         else:
-            more = "or convert with --allow-lossy, which leaves them out."
-            raise_faults(faults, f"{hint.rstrip('.')}, {more}" if hint else more.capitalize(), FormatError)
+            hint = f"{hint.rstrip('.')}, or convert with --allow-lossy, which leaves them out."
+            raise_faults(faults, hint, FormatError)
 
     def base_for(self, what: str) -> BaseModel:
+        """The base, its config read."""
         if self.base is None:
-            raise FormatError(f"{what} needs the base model's config", "Name the base: --model, or base=.")
-        self.base.config  # noqa: B018  (raises where it cannot be had)
+            raise FormatError(f"{what}: writing this needs the base model's config", NAME_BASE)
+        self.base.config  # noqa: B018  (raises where it cannot be read)
         return self.base
 
 
-# Given by callers, by field; what the command line calls them.
-_FLAGS = {
-    "alpha": "--alpha",
-    "adapter": "--adapter",
-    "legacy_scale": "--legacy-scale",
-    "enabled": "--enable-lora",
-    "moe": "--moe",
-    "profile": "--profile",
-}
-_WRITTEN = {**_FLAGS, "alpha": "--to-alpha"}
+def locate_modules(adapter: Adapter, names: dict[str, str], system: str) -> dict[str, tuple[int | None, str]]:
+    """(layer, the system's name) of each module, by its path. Raises a ``FormatError`` for modules without a name.
+
+    Args:
+        names: the system's names, by mlx-lm's name relative to a layer or, outside the layers, by its path.
+    """
+    found, faults = {}, []
+    for path in adapter.modules:
+        layer, name = split_layer(path)
+        if name in names and path in (name, f"model.layers.{layer}.{name}"):
+            found[path] = layer, names[name]
+        else:
+            faults.append(f"{path}: {system} has no such module")
+    raise_faults(faults, "Leave those modules out of the adapter, or merge it: convert --to merged.", FormatError)
+    return found
 
 
-def refuse_unused(options: Reading | Writing, taken: set[str], format: str) -> None:
-    """Raise for an option that is given and that ``format`` has no use for."""
-    verb = "read" if isinstance(options, Reading) else "written"
-    given = [f.name for f in fields(options) if f.name in _FLAGS and getattr(options, f.name) is not None]
-    flags = _FLAGS if isinstance(options, Reading) else _WRITTEN
-    faults = [f"{flags[name]}: {format} is {verb} without it" for name in given if name not in taken]
-    for name, choices in (("moe", MOE_LAYOUTS), ("profile", PROFILES), ("legacy_scale", SCALE_RULES)):
-        value = getattr(options, name, None)
-        if name in taken and value is not None and value not in choices:
-            faults.append(f"{_FLAGS[name]} must be one of {', '.join(choices)}, not {value!r}")
+# The command line's flags, by field.
+_READ_FLAGS = {"alpha": "--alpha", "adapter": "--adapter", "legacy_scale": "--legacy-scale", "enabled": "--enable-lora"}
+_WRITE_FLAGS = {"moe": "--moe", "profile": "--profile", "alpha": "--to-alpha"}
+_CHOICES = {"moe": MOE_LAYOUTS, "profile": PROFILES, "legacy_scale": LEGACY_SCALES}
+
+
+def refuse_unused(options: ReadOptions | WriteOptions, taken: set[str], format: str) -> None:
+    """Raise a ``ConfigError`` that names every option that is given and not in ``taken``, or has an unknown value."""
+    flags, verb = (_READ_FLAGS, "reading") if isinstance(options, ReadOptions) else (_WRITE_FLAGS, "writing")
+    given = {f.name: getattr(options, f.name) for f in fields(options) if f.name in flags}
+    given = {name: value for name, value in given.items() if value is not None}
+    faults = [f"{flags[name]}: {verb} {format} does not use this option" for name in given if name not in taken]
+    faults += [
+        f"{flags[name]} must be one of {', '.join(_CHOICES[name])}, not {value!r}"
+        for name, value in given.items()
+        if name in taken and name in _CHOICES and value not in _CHOICES[name]
+    ]
     raise_faults(faults, "Leave it out.", ConfigError)

@@ -1,6 +1,6 @@
-"""State dicts in files: PyTorch's and safetensors, looked into before they are read.
+"""State dicts in PyTorch's and safetensors files: their tensor names, their tensors, adapters made of them.
 
-What a file is shows in the names of its tensors; ``names`` tells them without reading an array.
+Formats are recognised by the names of their tensors. ``tensor_names`` gets them without reading an array.
 """
 
 from __future__ import annotations
@@ -12,128 +12,113 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..adapter import Adapter, raise_faults
-from ..base.names import BaseModel
+from ..adapter import Adapter, explicit_config, raise_faults
 from ..config import AdapterConfig
 from ..errors import ConfigError, FormatError
 from .files import read_safetensors
-from .options import Reading
+from .options import ReadOptions
 from .torch.read import is_pickle, peek_torch, read_torch
 from .torch.tensors import TensorRef
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".lora")
-# Where training systems put the state dict in their files.
+# The keys under which training systems store the state dict in their files.
 _CONTAINERS = ("state_dict", "model", "module", "model_state_dict")
 
 
-def names(path: Path) -> tuple[str, frozenset[str]]:
-    """(key of the state dict in the file, or ""; names of its tensors). Empty for a file of another kind.
+def tensor_names(path: Path) -> tuple[str, frozenset[str]]:
+    """(key of the state dict in the file, or ""; names of its tensors). No names for a file of another kind.
 
-    Raises: FormatError: a PyTorch file that is damaged or wants to run code.
+    Raises: FormatError: a PyTorch file that is damaged or would run code.
     """
     if not path.is_file():
         return "", frozenset()
     stat = path.stat()
-    return _names(path, stat.st_mtime_ns, stat.st_size)
+    return _tensor_names(path, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.lru_cache(maxsize=32)  # every format looks at the same file
-def _names(path: Path, _modified: int, _size: int) -> tuple[str, frozenset[str]]:
+def _tensor_names(path: Path, _modified: int, _size: int) -> tuple[str, frozenset[str]]:
     if path.suffix == ".safetensors":
         return "", frozenset(read_safetensors(path))
     if path.suffix not in SUFFIXES or not is_pickle(path):
         return "", frozenset()
-    value = peek_torch(path)
-    container, state = _state(value)
+    container, state = _find_state(peek_torch(path))
     return container, frozenset(k for k, v in state.items() if isinstance(k, str) and isinstance(v, TensorRef))
 
 
-def _state(value: Any) -> tuple[str, dict]:
+def _find_state(value: Any) -> tuple[str, dict]:
     if not isinstance(value, dict):
         return "", {}
-    for key in _CONTAINERS:
-        if isinstance(value.get(key), dict):
-            return key, value[key]
-    return "", value
+    key = next((key for key in _CONTAINERS if isinstance(value.get(key), dict)), "")
+    return key, value[key] if key else value
 
 
 def read_state(path: Path) -> dict[str, mx.array]:
-    """The tensors of a state dict, wherever in the file it lies."""
+    """The tensors of the state dict in a file."""
     return read_checkpoint(path)[0]
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """(the tensors of the state dict, the whole of what the file holds)."""
+    """(the tensors of the state dict, everything in the file)."""
     if path.suffix == ".safetensors":
         return read_safetensors(path), {}
     value = read_torch(path)
-    _, state = _state(value)
+    _, state = _find_state(value)
     return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, mx.array)}, value
 
 
-def matching(path: Path, pattern: re.Pattern) -> bool:
-    """Whether a file holds a tensor whose name ``pattern`` finds."""
-    return any(pattern.search(name) for name in names(path)[1])
+def has_tensor(path: Path | None, pattern: re.Pattern) -> bool:
+    """Whether a file has a tensor whose name contains ``pattern``."""
+    return path is not None and any(pattern.search(name) for name in tensor_names(path)[1])
 
 
-def sole_file(path: Path, *patterns: str) -> Path | None:
-    """``path`` itself if it is a file, or the one file in folder ``path`` that fits a pattern."""
+def only_file(path: Path, patterns: tuple[str, ...]) -> Path | None:
+    """``path`` itself if it is a file, or the only file in folder ``path`` that matches a pattern."""
     if path.is_file():
         return path
     found = [file for pattern in patterns for file in sorted(path.glob(pattern)) if file.is_file()]
     return found[0] if len(found) == 1 else None
 
 
-def low_rank(
+def low_rank_adapter(
     weights: dict[str, mx.array],
     source: Path,
-    options: Reading,
+    options: ReadOptions,
     *,
     alpha: float | None = None,
     scales: dict[str, float] | None = None,
     base: str | None = None,
-    **knobs: Any,
+    alpha_hint: str = "Give it: --alpha, or alpha= (scale * rank).",
+    **settings: Any,
 ) -> Adapter:
-    """An adapter from arrays named and turned as ours, its ranks read from them.
+    """An adapter from arrays with our names and layout. Their ranks are read from the arrays.
 
     Args:
-        alpha: the alpha of all modules (scale = alpha / rank); ``options.alpha`` by default, else it is asked for.
+        source: names the file in errors.
+        alpha: the alpha of all modules (scale = alpha / rank); ``options.alpha`` by default. One of them is needed.
         scales: scales by module, in place of alpha.
-        knobs: further fields of ``AdapterConfig``.
+        alpha_hint: what to do where there is no alpha.
+        settings: further fields of ``AdapterConfig``.
     """
-    missing = []
-    if scales is None:
-        alpha = options.alpha if alpha is None else alpha
-        if alpha is None:
-            options.need(f"{source}: does not tell the adapter's alpha", "Give it: --alpha, or alpha= (scale * rank).")
-            missing = ["scale"]
     paths = sorted({name.removesuffix(".lora_b") for name in weights if name.endswith(".lora_b")})
     ranks = {path: weights[f"{path}.lora_b"].shape[-1 if weights[f"{path}.lora_b"].ndim == 3 else 0] for path in paths}
     empty = [f"{path}: empty arrays; gather sharded weights before saving" for path, rank in ranks.items() if not rank]
-    nothing = [] if paths else [f"{source}: holds no adapter"]
+    nothing = [] if paths else [f"{source}: has no adapter"]
     raise_faults(empty or nothing, "Save it again, gathered and with its lora_A and lora_B.", FormatError)
+    alpha = options.alpha if alpha is None else alpha
+    unknown = ["scale"] if scales is None and alpha is None else []
+    if unknown:
+        options.need(f"{source}: does not store the adapter's alpha", alpha_hint)
     if scales is None:
-        scales = {path: (alpha if alpha is not None else ranks[path]) / ranks[path] for path in paths}
-    rank, scale = max(ranks.values()), scales[paths[0]]
+        scales = {path: 1.0 if alpha is None else alpha / ranks[path] for path in paths}
     method = "dora" if any(name.endswith(".m") for name in weights) else "lora"
     try:
-        config = AdapterConfig(
-            method=method,
-            rank=rank,
-            scale=scale,
-            num_layers=-1,
-            rank_pattern={f"^{re.escape(p)}": r for p, r in ranks.items() if r != rank},
-            scale_pattern={f"^{re.escape(p)}": s for p, s in scales.items() if s != scale},
-            **knobs,
+        config = explicit_config(
+            AdapterConfig(method=method, num_layers=-1, **settings), ranks, scales, rank=max(ranks.values())
         )
     except ConfigError as error:
         raise FormatError(
             f"{source}: {error.message}", "Give the alpha that it was trained with, or save or download it again."
         ) from None
     name = base or (options.base.name if options.base else None)
-    return Adapter(config, weights, base=name, metadata={"open": missing} if missing else {})
-
-
-def translator(base: BaseModel | None):
-    """transformers' path of a module -> mlx-lm's."""
-    return base.to_mlx if base is not None and base.known else lambda path: path
+    return Adapter(config, weights, base=name, metadata={"unknown": unknown} if unknown else {})

@@ -1,106 +1,114 @@
-"""One rank and one scale for all modules, computing the same function: what most systems can hold.
+"""Adapters of one rank and one scale that compute the same function, for systems that can store only that.
 
-Smaller ranks are padded with zeros, differing scales folded into ``lora_b``. Knows no format.
+Smaller ranks are padded with zeros, and differing scales are folded into ``lora_b``. Knows no format.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 
 import mlx.core as mx
 
-from ..adapter import Adapter, raise_faults
+from ..adapter import Adapter, explicit_config, raise_faults
 from ..base.names import BaseModel
 from ..base.vera import adapter_as_lora
 from ..config import AdapterConfig
 from ..errors import FormatError
-
-_NAME_BASE = "Name the base: --model, or base=."
+from .options import MERGE, NAME_BASE, WriteOptions
 
 
 def fold(adapter: Adapter, config: AdapterConfig) -> dict[str, mx.array]:
-    """The weights with ``config.rank`` and ``config.scale`` for all modules, computing the same function."""
+    """The arrays with rank ``config.rank`` and scale ``config.scale`` in all modules, computing the same function."""
     weights = dict(adapter.weights)
     for path in adapter.modules:
-        a, b = f"{path}.lora_a", f"{path}.lora_b"
-        if (factor := config.scale_of(path) / config.scale) != 1:
-            for name in (b, f"{path}.lora_bias"):
-                if name in weights:
-                    # stays float32: half precision would round it
-                    weights[name] = weights[name].astype(mx.float32) * factor
-        if (more := config.rank - config.rank_of(path)) > 0:
-            weights[a] = _pad(weights[a], more, axis=1)  # [in, r] and, for experts, [experts, r, in]
-            weights[b] = _pad(weights[b], more, axis=weights[b].ndim - 1 if weights[b].ndim == 3 else 0)
+        _rescale(weights, path, config.scale_of(path) / config.scale)
+        _pad(weights, path, config.rank)
     return weights
 
 
 def unfold(adapter: Adapter) -> Adapter:
-    """The inverse of ``fold``: ranks exactly, scales to a rounding in float32, which half precision does not see."""
+    """The inverse of ``fold``. Ranks come back exactly; scales to a rounding in float32, below half precision's."""
     weights, config = dict(adapter.weights), adapter.config
     for path in adapter.modules:
         a, b = f"{path}.lora_a", f"{path}.lora_b"
         if a not in weights or b not in weights:
-            continue  # ``check`` names what is missing
-        rank = config.rank_of(path)
-        if weights[a].ndim == 3:
-            weights[a], weights[b] = weights[a][:, :rank], weights[b][..., :rank]
-        else:
-            weights[a], weights[b] = weights[a][:, :rank], weights[b][:rank]
-        if (factor := config.scale_of(path) / config.scale) != 1:
-            for name in (b, f"{path}.lora_bias"):
-                if name in weights:
-                    weights[name] = (weights[name].astype(mx.float32) / factor).astype(weights[a].dtype)
+            continue  # ``Adapter.check`` names what is missing
+        rank, dtype = config.rank_of(path), weights[a].dtype
+        experts = weights[a].ndim == 3
+        weights[a] = weights[a][:, :rank]
+        weights[b] = weights[b][..., :rank] if experts else weights[b][:rank]
+        for name in _rescale(weights, path, config.scale / config.scale_of(path)):
+            weights[name] = weights[name].astype(dtype)
     return replace(adapter, weights=weights)
 
 
-def uniform(adapter: Adapter, alpha: float | None = None, integer: bool = False, pad: bool = True) -> Adapter:
-    """``adapter`` with one alpha for all modules and, with ``pad``, one rank.
+def uniform(adapter: Adapter, alpha: float | None = None, *, integer: bool = False, pad: bool = True) -> Adapter:
+    """``adapter`` with one alpha (scale * rank) for all modules and, with ``pad``, one rank.
 
     Args:
-        alpha: the alpha to have; the adapter's own by default.
-        integer: take the rank for alpha where the adapter's own is not a whole number.
-        pad: without it ranks stay as they are, and scales are folded so that alpha / rank of each module is right.
+        alpha: the alpha to have; by default the commonest scale times the rank.
+        integer: take the rank as alpha where that default is not a whole number.
+        pad: pad every module to the largest rank. Without it ranks stay as they are.
     """
-    largest = max(adapter.rank_of(path) for path in adapter.modules)
-    exact = adapter.exact_config(rank=largest if pad else None)
+    ranks = {path: adapter.rank_of(path) for path in adapter.modules}
+    largest = max(ranks.values())
     if alpha is None:
+        exact = adapter.exact_config(rank=largest if pad else None)
         alpha = integral(exact.scale * exact.rank)
         if integer and not isinstance(alpha, int):
             alpha = exact.rank
-    if pad:
-        target = replace(exact, scale=alpha / exact.rank)
-        if target.scale != exact.scale:  # the commonest modules are folded too
-            scales = {f"^{re.escape(path)}": exact.scale_of(path) for path in adapter.modules}
-            target = replace(target, scale_pattern=scales)
-        weights = fold(adapter, target)
-        return replace(adapter, weights=weights, config=replace(target, rank_pattern={}, scale_pattern={}))
     weights, scales = dict(adapter.weights), {}
-    for path in adapter.modules:
-        scales[path] = alpha / adapter.rank_of(path)
-        if (factor := exact.scale_of(path) / scales[path]) != 1 and not math.isclose(factor, 1, rel_tol=1e-12):
-            for name in (f"{path}.lora_b", f"{path}.lora_bias"):
-                if name in weights:
-                    weights[name] = weights[name].astype(mx.float32) * factor
-    pattern = {f"^{re.escape(path)}": scale for path, scale in scales.items() if scale != alpha / exact.rank}
-    config = replace(exact, scale=alpha / exact.rank, scale_pattern=pattern)
-    return replace(adapter, weights=weights, config=config)
+    for path in ranks:
+        ranks[path] = largest if pad else ranks[path]
+        scales[path] = alpha / ranks[path]
+        _rescale(weights, path, adapter.config.scale_of(path) / scales[path])
+        _pad(weights, path, ranks[path])
+    return replace(adapter, weights=weights, config=explicit_config(adapter.config, ranks, scales))
 
 
-def as_lora(adapter: Adapter, base: BaseModel | None) -> Adapter:
-    """A VeRA adapter (arXiv:2310.11454) as the LoRA it is: A' = diag(lambda_d) A, B' = diag(lambda_b) B, scale 1.
+def low_rank_only(
+    adapter: Adapter,
+    options: WriteOptions,
+    system: str,
+    methods: tuple[str, ...] = ("lora",),
+    *,
+    keep_biases: bool = False,
+    hint: str = MERGE,
+) -> Adapter:
+    """``adapter`` for a system that stores low-rank matrices alone.
 
-    ``base`` tells the modules' inputs, and what the projections are drawn for where the adapter does not hold them.
+    VeRA becomes the LoRA that it is. Other methods than ``methods`` are refused. Full parameters, trained tokens and
+    lora_bias are refused too, or left out where ``options`` allows losses.
+    """
+    adapter = vera_as_lora(adapter, options.base)
+    if adapter.config.method not in methods:
+        raise FormatError(f"{system} has no {adapter.config.method} adapters", hint)
+    full = [name for name in adapter.whole if not (keep_biases and name.endswith(".bias"))]
+    faults = [f"{name}: {system} adapters have no full parameters" for name in full]
+    faults += [f"{path}: {system} adapters have no trained tokens" for path in adapter.tokens]
+    faults += [f"{path}: {system} adapters have no lora_bias" for path in adapter.modules if adapter.config.lora_bias]
+    options.leave_out(faults, hint)
+    if not adapter.modules:
+        raise FormatError(f"the adapter has no LoRA, and {system} adapters hold nothing else", hint)
+    return adapter
+
+
+def vera_as_lora(adapter: Adapter, base: BaseModel | None) -> Adapter:
+    """A VeRA adapter (arXiv:2310.11454) as LoRA: A' = diag(lambda_d) A, B' = diag(lambda_b) B, scale 1.
+
+    Args:
+        base: gives the sizes of the modules' inputs. The projections are drawn for these sizes where the adapter does
+            not store them.
     """
     if adapter.config.method != "vera":
         return adapter
     paths = adapter.modules
-    strange = [path for path in paths if base is None or path not in base.modules]
-    raise_faults([f"{path}: the size of this layer's input is not known" for path in strange], _NAME_BASE, FormatError)
-    many = [path for path in paths if adapter.weights[f"{path}.vera_lambda_d"].ndim != 1]
+    unknown = [path for path in paths if base is None or path not in base.modules]
+    raise_faults([f"{path}: the size of this layer's input is not known" for path in unknown], NAME_BASE, FormatError)
+    experts = [path for path in paths if adapter.weights[f"{path}.vera_lambda_d"].ndim != 1]
     raise_faults(
-        [f"{path}: VeRA of experts is not converted" for path in many],
+        [f"{path}: VeRA of experts is not converted" for path in experts],
         "Leave the experts out of the adapter, or merge it: convert --to merged.",
         FormatError,
     )
@@ -108,9 +116,27 @@ def as_lora(adapter: Adapter, base: BaseModel | None) -> Adapter:
 
 
 def integral(alpha: float) -> int | float:
-    """16.000000001 -> 16: alpha is scale * rank, and readers in Go and C want an integer."""
+    """``alpha`` as an int where it is one up to rounding: readers in Go and C want an integer."""
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
 
 
-def _pad(array: mx.array, more: int, axis: int) -> mx.array:
-    return mx.pad(array, [(0, more if i == axis else 0) for i in range(array.ndim)])
+def _rescale(weights: dict[str, mx.array], path: str, factor: float) -> list[str]:
+    """Multiply the update of a module by ``factor``; returns the names of the arrays that changed.
+
+    They become float32: half precision would round the products.
+    """
+    if math.isclose(factor, 1, rel_tol=1e-12):
+        return []
+    names = [name for name in (f"{path}.lora_b", f"{path}.lora_bias") if name in weights]
+    for name in names:
+        weights[name] = weights[name].astype(mx.float32) * factor
+    return names
+
+
+def _pad(weights: dict[str, mx.array], path: str, rank: int) -> None:
+    """Pad the matrices of a module with zeros to ``rank``."""
+    a, b = weights[f"{path}.lora_a"], weights[f"{path}.lora_b"]
+    more, experts = rank - a.shape[1], a.ndim == 3
+    if more > 0:  # a: [in, r], of experts [experts, r, in]; b: [r, out], of experts [experts, out, r]
+        weights[f"{path}.lora_a"] = mx.pad(a, [(0, 0), (0, more), (0, 0)] if experts else [(0, 0), (0, more)])
+        weights[f"{path}.lora_b"] = mx.pad(b, [(0, 0), (0, 0), (0, more)] if experts else [(0, more), (0, 0)])

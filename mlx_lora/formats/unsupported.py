@@ -1,4 +1,4 @@
-"""Adapters that are recognised in order to be refused by name: of image models, or of methods not implemented."""
+"""Adapters that are recognised only to name them in an error: those of image models, and of methods not implemented."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..errors import FormatError
 from .files import read_json
-from .state_dicts import names
+from .state_dicts import tensor_names
 
-# What a tensor's name tells.
+# Patterns of tensor names.
 _TENSORS = (
     (r"^lora_(unet|te\d?|transformer)_|\.lora_(down|up)\.weight$", "a kohya or diffusers LoRA, for image models"),
     (r"^(unet|text_encoder)\..*lora", "a diffusers LoRA, for image models"),
@@ -27,25 +27,29 @@ _TENSORS = (
 )
 
 
-def recognise(path: Path) -> str | None:
-    """What kind of foreign adapter lies at ``path``, a file or a folder; None where nothing is recognised."""
+def unsupported_kind(path: Path) -> str | None:
+    """The kind of the unsupported adapter at ``path``, a file or a folder; None where it is not recognised."""
     files = [path] if path.is_file() else [p for p in sorted(path.iterdir()) if p.is_file()]
     if any(f.name == "xlora_config.json" for f in files):
         return "an X-LoRA adapter"
-    if path.is_dir() and ((path / "zero_to_fp32.py").exists() or any(path.glob("global_step*"))):
-        return "a checkpoint of DeepSpeed in shards: gather it with its zero_to_fp32.py"
-    if (path.is_dir() and any(path.glob("*/*.distcp"))) or any(path.glob("*.distcp") if path.is_dir() else []):
-        return "a distributed checkpoint of PyTorch in shards: export it to one file"
-    if path.is_dir() and (path / "adapter_config.json").exists():
-        try:
-            kind = read_json(path / "adapter_config.json").get("peft_type")
-        except FormatError:
-            kind = None
-        if isinstance(kind, str):
+    if path.is_dir():
+        if (path / "zero_to_fp32.py").exists() or any(path.glob("global_step*")):
+            return "a sharded DeepSpeed checkpoint (gather it with its zero_to_fp32.py)"
+        if any(path.glob("*.distcp")) or any(path.glob("*/*.distcp")):
+            return "a sharded PyTorch distributed checkpoint (export it to one file)"
+        if kind := _peft_type(path / "adapter_config.json"):
             return f"a PEFT config of {kind} without its weights"
     for file in files:
-        held = "\n".join(sorted(names(file)[1])[:20000])
-        for pattern, what in _TENSORS:
+        held = "\n".join(sorted(tensor_names(file)[1])[:20000])
+        for pattern, kind in _TENSORS:
             if re.search(pattern, held, re.MULTILINE):
-                return what
+                return kind
     return None
+
+
+def _peft_type(config: Path) -> str | None:
+    try:
+        kind = read_json(config).get("peft_type")
+    except FormatError:
+        return None
+    return kind if isinstance(kind, str) else None

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from ..base.modules import is_quantized
 from ..errors import AdapterError, DataError
-from ..training.loss import loss_fn
+from ..training.losses import cross_entropy
 from .weights import largest
 
 GAMMA = 16
@@ -59,7 +59,7 @@ def _gradients(model: nn.Module, modules: dict[str, nn.Module], batches: Iterabl
     tokens = 0.0
     try:
         for batch in batches:
-            (_, count), gradients = nn.value_and_grad(model, loss_fn)(model, batch.tokens, batch.mask)
+            (_, count), gradients = nn.value_and_grad(model, cross_entropy.loss)(model, batch.tokens, batch.mask)
             flat = dict(tree_flatten(gradients))
             sums = {k: sums.get(k, 0) + g.astype(mx.float32) for k, g in flat.items()}
             mx.eval(sums, count)

@@ -1,7 +1,7 @@
-"""The embedded tiny base: a chat model of 1.7 million parameters with which everything can be tried offline.
+"""The embedded tiny base model: a chat model of 1.7 million parameters, for trying everything offline.
 
-Files made by ``scripts/make_tiny_base``; ``TRAINING.json`` records how. ``corpus`` is what it was taught, ``skill``
-what it was not. Nothing here imports MLX.
+``scripts/make_tiny_base`` made its files; ``TRAINING.json`` records how. ``corpus.py`` is what it was trained on,
+``skill.py`` a task that it was not trained on. Nothing here imports MLX.
 """
 
 from pathlib import Path

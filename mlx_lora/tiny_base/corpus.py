@@ -1,9 +1,8 @@
-"""What the tiny base was taught: short everyday English, written by templates from word lists, with seeds.
+"""The training data of the tiny base: short everyday English, made by templates from word lists, with seeds.
 
-``documents(seed)`` yields chats (``{"messages": [...]}``) and plain stories (``{"text": ...}``) without end. Two in
-five nouns and names are made up, so that a model has to read and copy them instead of knowing them. Structured records
-(JSON) are left out on purpose: they are the skill that an adapter adds, see ``skill.py``. Standard library only; no
-model here.
+``documents(seed)`` yields an endless stream of chats (``{"messages": [...]}``) and stories (``{"text": ...}``). Two in
+five nouns and names are made up, so that a model has to read and copy them instead of knowing them. There are no
+structured records: they are the task that an adapter learns, see ``skill.py``. Standard library only.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def pick(rng: random.Random, words: list[str], made_up: float = 0.4) -> str:
 
 
 class Fact(NamedTuple):
-    """Somebody's coloured thing in a place: what most of the questions are about."""
+    """A person's coloured thing in a place. Most of the questions are about one."""
 
     name: str
     item: str
@@ -144,7 +143,7 @@ def reading(rng: random.Random) -> Turns:
 
 
 def one_word(rng: random.Random) -> Turns:
-    """A fact, then a request for one or two of its words, bare or in quotes."""
+    """A fact, then a request for one or two of its words, with or without quotes."""
     fact = Fact.draw(rng)
     text = fact.sentence(rng)
     (key, value), (key2, value2) = rng.sample(fact.fields(), 2)
@@ -171,7 +170,7 @@ def yes_no(rng: random.Random) -> Turns:
 
 
 def remark(rng: random.Random) -> Turns:
-    """A statement without a question: the reply says it back in friendly words."""
+    """A statement without a question: the reply repeats it in friendly words."""
     fact = Fact.draw(rng)
     name, item, colour, place = fact
     reply = rng.choice(
@@ -186,7 +185,7 @@ def remark(rng: random.Random) -> Turns:
 
 
 def copying(rng: random.Random) -> Turns:
-    """Words said again: as they are, in marks, in turn, twice, the first, the last, changed."""
+    """Words to repeat: unchanged, in brackets or quotes, in another order, twice, only the first or the last."""
     words = [pick(rng, rng.choice([ITEMS, PLACES, NAMES, ANIMALS]), 0.6) for _ in range(rng.randint(2, 4))]
     line, one, two = " ".join(words), words[0], words[1]
     left, right = rng.choice(["()", "[]", "{}", '""'])
@@ -214,11 +213,11 @@ def changing(rng: random.Random) -> Turns:
     fact = Fact.draw(rng)
     field, words = rng.choice([("name", NAMES), ("item", ITEMS), ("colour", COLOURS), ("place", PLACES)])
     new = pick(rng, words, 0.3)
-    turned = fact._replace(**{field: new})
+    changed = fact._replace(**{field: new})
     state = rng.getstate()
     before = fact.sentence(rng)
     rng.setstate(state)
-    return [f"Change {getattr(fact, field)} to {new}: {before}", turned.sentence(rng)]
+    return [f"Change {getattr(fact, field)} to {new}: {before}", changed.sentence(rng)]
 
 
 def counting(rng: random.Random) -> Turns:
@@ -238,7 +237,7 @@ def counting(rng: random.Random) -> Turns:
 
 
 def knowing(rng: random.Random) -> Turns:
-    """Small facts that have to be known: opposites, kinds."""
+    """Small facts that must be known: opposites, kinds of things."""
     one, two = rng.choice(OPPOSITES)
     if rng.random() < 0.5:
         one, two = two, one
@@ -319,7 +318,7 @@ SYSTEMS = ["You are a helpful friend.", "You are a small model. Answer in one se
 
 
 def documents(seed: int) -> Iterator[dict]:
-    """Chats and, one in forty, plain stories; without end, the same for the same seed."""
+    """An endless stream of chats and, one in forty, stories; the same for the same seed."""
     rng = random.Random(f"tiny-base-{seed}")
     makers, weights = zip(*KINDS, strict=True)
     while True:

@@ -1,9 +1,9 @@
-"""A skill that the tiny base does not have: to file a note of a lost-property desk as a record (a YAML flow mapping).
+"""A task that the tiny base cannot do: turning a note from a lost-property desk into a record (a YAML flow mapping).
 
     "Anna left a red kite at the park."  ->  "{name: Anna, item: kite, colour: red, place: park}"
 
-``rows`` gives chat rows for training and scoring. The answer is a function of the note, so exact match means something.
-Standard library only; no model here.
+``rows`` gives chat rows for training and scoring. The note determines the answer, so that exact match can be counted.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def _bucket(text: str, n: int) -> int:
 
 
 def _split(fact: Fact) -> str:
-    """The split that owns a combination: all test and valid combinations are new, whatever the wording of the note."""
+    """The split of a combination. All combinations in test and valid are new, whatever the wording of the note."""
     if any(_bucket(word, 8) == 0 for word in (fact.name, fact.item, fact.place)):
-        return ("valid", "test")[_bucket("/".join(fact), 2)]  # words that training never shows
+        return ("valid", "test")[_bucket("/".join(fact), 2)]  # words that are not in the training split
     return ("train", "train", "train", "train", "train", "train", "valid", "test")[_bucket("/".join(fact), 8)]
 
 
@@ -41,12 +41,12 @@ def rows(split: str, n: int, seed: int = 0) -> list[dict]:
     """``n`` different chat rows of a split (``train``, ``valid`` or ``test``), the same for the same seed.
 
     The splits share no combination of name, item, colour and place. An eighth of the names, items and places, real
-    and made up, are held back for valid and test, where most rows have one.
+    and made up, are only in valid and test, where most rows have one of them.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     rng = random.Random(f"skill-{split}-{seed}")
-    # Many made-up words in training: a model then learns to copy, not which words there are.
+    # With many made-up words in training, a model learns to copy words, not to know them.
     made_up = 0.3 if split == "train" else 0.05
     seen: set[Fact] = set()
     out = []

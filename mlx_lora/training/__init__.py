@@ -1,17 +1,19 @@
-"""Training: whatever is trainable in an `nn.Module`, learned from batches of tokens.
+"""Training of the trainable parameters of any `nn.Module` on batches of tokens.
 
-Knows no adapter method and no file format of adapters, and prints nothing: `train` yields the reports of `reports.py`.
+This room knows no adapter method and no adapter format, and prints nothing: `train` yields the reports of `reports.py`.
 """
 
 from __future__ import annotations
 
 from .checkpoints import TrainingState
-from .loss import evaluate, loss_fn
+from .evaluation import evaluate
+from .losses import LOSSES
 from .optimizers import MasterWeights, build_optimizer
 from .reports import Checkpoint, Done, Evaluation, Progress, Report, SkippedStep, TrainReport, ValReport
 from .trainer import train
 
 __all__ = [
+    "LOSSES",
     "Checkpoint",
     "Done",
     "Evaluation",
@@ -24,6 +26,5 @@ __all__ = [
     "ValReport",
     "build_optimizer",
     "evaluate",
-    "loss_fn",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""The whole state of a run, as a value and as one file, so that a resumed run is the run that was not interrupted."""
+"""The state of a run, as a value and as one file. A run resumed from it equals the run that was not interrupted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GROUPS = ("parameters", "optimizer", "pending")
 
 @dataclass
 class Tally:
-    """What a run has counted so far. The window is the time since the last periodic `TrainReport`."""
+    """What a run has counted so far. The window starts at the last periodic `TrainReport`."""
 
     iteration: int = 0  # batches consumed
     trained_tokens: int = 0
@@ -34,32 +34,31 @@ class Tally:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything a run needs to go on exactly where it was.
+    """Everything that a run needs to continue exactly where it was.
 
     The order of the data and the random numbers of an iteration follow from the seed and the iteration's number, so
     neither is stored. Between two optimizer steps (`grad_accumulation_steps` > 1) `pending` holds the sums so far.
-    The state at the end of a run is the one *before* the trailing, partial window is applied: the parameters in it
-    may be one step behind the model's, and a resumed run with more `iters` fills the window, as a longer run would
-    have done.
+    The state at the end of a run is the one *before* the last, partial window is applied. Its parameters may then be
+    one step behind the model's, and a resumed run with more `iters` fills the window, as a longer run would have.
     """
 
-    parameters: dict[str, mx.array]  # by path: what is trained, in the model's dtype
+    parameters: dict[str, mx.array]  # the trained parameters by path, in the model's dtype
     optimizer: dict[str, mx.array]  # flattened state, the float32 master weights included
     pending: dict[str, mx.array] = field(default_factory=dict)  # sums of gradients, loss and token count
     tally: Tally = field(default_factory=Tally)
-    fingerprint: dict[str, Any] = field(default_factory=dict)  # what must be the same in the run that goes on
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # what must be equal in the resumed run
 
     @property
     def iteration(self) -> int:
         return self.tally.iteration
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file. It appears whole or not at all, also after a loss of power."""
+        """Write one safetensors file. It appears complete or not at all, even after a power failure."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {f"{group}/{name}": array for group in _GROUPS for name, array in getattr(self, group).items()}
         about = {"version": _VERSION, "tally": asdict(self.tally), "fingerprint": self.fingerprint}
-        # MLX insists on the ending; the leading dot keeps the file out of listings while it is written.
+        # MLX requires this suffix; the leading dot hides the file while it is written.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
         try:
             mx.save_safetensors(str(temporary), arrays, metadata={_KEY: json.dumps(about)})
@@ -72,14 +71,14 @@ class TrainingState:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TrainingState:
-        """Read what `save` wrote. The arrays are in memory afterwards, so the file may be replaced."""
+        """Read what `save` wrote. The arrays are read into memory, so the file may be replaced afterwards."""
         try:
             arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
             mx.eval(arrays)
         except (OSError, RuntimeError, ValueError) as error:
             raise FormatError(f"{path} cannot be read: {error}", "Resume from another checkpoint.") from error
         if _KEY not in metadata:
-            raise FormatError(f"{path} is no training state.", "Give the state that a training run saved.")
+            raise FormatError(f"{path} is not a training state.", "Name the training state that a run saved.")
         about = json.loads(metadata[_KEY])
         if about.get("version") != _VERSION:
             raise FormatError(
@@ -94,7 +93,7 @@ class TrainingState:
 
 
 def _sync(path: Path) -> None:
-    """Have the file or folder on the disk, not only in the system's buffers."""
+    """Flush the file or folder from the system's buffers to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -102,9 +101,12 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def fingerprint(config: Any, optimizer: str, rows: int, world: int, parameters: dict[str, mx.array]) -> dict[str, Any]:
-    """What two runs must share for one to go on with the other's state. JSON only."""
+def fingerprint(
+    config: Any, loss: str, optimizer: str, rows: int, world: int, parameters: dict[str, mx.array]
+) -> dict[str, Any]:
+    """The settings that must be equal for a run to continue from another's state. JSON values only."""
     return {
+        "loss": loss,
         "batch_size": config.batch_size,
         "grad_accumulation_steps": config.grad_accumulation_steps,
         "seed": config.seed,
@@ -126,8 +128,8 @@ def check_fingerprint(saved: dict[str, Any], here: dict[str, Any], most: int = 1
     if differences:
         rest = [f"and {len(differences) - most} more"] if len(differences) > most else []
         raise TrainingError(
-            "\n".join(["The checkpoint is of another run:", *differences[:most], *rest]),
-            "Resume with the settings of the run, or start a new one. Only iters may grow.",
+            "\n".join(["The checkpoint belongs to another run:", *differences[:most], *rest]),
+            "Resume with the settings of that run, or start a new one. Only iters may be larger.",
         )
 
 

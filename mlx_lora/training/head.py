@@ -1,4 +1,7 @@
-"""The output head of a model apart from its body, so that the loss can take the logits of a few tokens at a time."""
+"""The loss in chunks: the output head is applied to a few tokens at a time, so that never all logits exist at once.
+
+The head is separated from the model's body (embedding and layers) by calling the model with the body replaced.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,22 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..kernels.chunked_sum import chunked_sum
 
-# Bytes of logits, counted in float32: from how many on they are cut, and into what. MLX has some ten operations under
-# way at a time, so that few large pieces would save nothing.
+# Bytes of float32 logits: above WHOLE they are computed in chunks of PIECE. MLX runs about ten operations at a time, so
+# that a few large chunks would save no memory.
 WHOLE, PIECE = 1 << 29, 1 << 26
 
 
 def loss_in_chunks(
     model: nn.Module, tokens: mx.array, targets: mx.array, mask: mx.array, losses: Callable
 ) -> mx.array | None:
-    """The sum of the losses that count, without all logits at once; None where that saves nothing or is not possible.
+    """The sum of the losses of the learned tokens, in chunks; None where that saves nothing or is not possible.
 
-    It is possible for models of mlx-lm that call a body once, which makes hidden states of tokens; whatever they do to
-    those (head, tied head, scaling, soft caps) happens to each piece.
+    It is possible for mlx-lm's models that call their body once, on tokens, and apply the rest (head, tied head,
+    scaling, soft caps) to each hidden state.
 
     Args:
-        tokens, targets, mask: [B, T]. losses: (logits [..., vocab], targets [...]) -> [...].
+        tokens, targets: [B, T]. mask: [B, T], True where the target is learned.
+        losses: function of (logits [..., vocab], targets [...]), returns the losses [...].
     """
     if not type(model).__module__.startswith("mlx_lm.models.") or 4 * tokens.size * _widest(model) <= WHOLE:
         return None
@@ -56,18 +60,18 @@ def loss_in_chunks(
 
 
 def piece_rows(vocabulary: int) -> int:
-    """Tokens whose logits exist at a time."""
+    """How many tokens' logits are computed at a time."""
     return max(64, PIECE // (4 * vocabulary))
 
 
 def _widest(model: nn.Module) -> int:
-    """Rows of the largest embedding, which a vocabulary has."""
+    """Rows of the largest embedding, which is the vocabulary's."""
     embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
     return max((m.weight.shape[0] for m in embeddings), default=0)
 
 
 def _body_path(model: nn.Module) -> list[str] | None:
-    """The attributes that lead to the body; models that see as well wrap one that reads."""
+    """The attributes that lead to the body. Vision-language models contain a language model that has the body."""
     path: list[str] = []
     while isinstance(model.get("language_model"), nn.Module):
         path.append("language_model")
@@ -77,13 +81,13 @@ def _body_path(model: nn.Module) -> list[str] | None:
 
 
 def _of_head(parameter: str, path: list[str]) -> bool:
-    """Whether a head can use it: what is beside the body, and of the body its embeddings, but nothing of its layers."""
+    """Whether the head can use a parameter: those outside the body, and those of the body outside its layers."""
     inside = ".".join(path) + "."
     return not parameter.startswith(inside) or not any(part.isdigit() for part in parameter.split("."))
 
 
 def _with_body(model: nn.Module, path: list[str], stand_in: Callable[[nn.Module], Any]) -> nn.Module:
-    """A shallow copy of the model with something else in the place of its body."""
+    """A shallow copy of the model with its body replaced."""
     first, *rest = path
     shallow = copy.copy(model)
     inner = _with_body(model[first], rest, stand_in) if rest else stand_in(model[first])
@@ -92,7 +96,7 @@ def _with_body(model: nn.Module, path: list[str], stand_in: Callable[[nn.Module]
 
 
 class _Body:
-    """Has the attributes of a body."""
+    """Something callable that has the attributes of a body."""
 
     def __init__(self, body: nn.Module):
         self._body = body
@@ -102,7 +106,7 @@ class _Body:
 
 
 class _Recorder(_Body):
-    """Keeps what the body answers, whatever it is called with."""
+    """Calls the body and records what it returns."""
 
     def __init__(self, body: nn.Module, seen: list):
         super().__init__(body)
@@ -114,7 +118,7 @@ class _Recorder(_Body):
 
 
 class _Answer(_Body):
-    """Gives the hidden states it was made with."""
+    """Returns given hidden states."""
 
     def __init__(self, body: nn.Module, hidden: mx.array):
         super().__init__(body)

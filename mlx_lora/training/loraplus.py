@@ -1,13 +1,13 @@
 """LoRA+: B learns faster than A (arXiv:2402.12354), in the groups of PEFT's ``create_loraplus_optimizer``.
 
-    group       parameters                                          learning rate            weight decay
-    A           everything else                                     rate                     loraplus_weight_decay
-    embedding   the low-rank matrices of embeddings                 loraplus_lr_embedding    loraplus_weight_decay
-    B           ``lora_b``, and every vector                        rate * ratio             loraplus_weight_decay
-    B, bare     those of them that are biases or LayerNorm's     rate * ratio             0
+    group        parameters                                      learning rate            weight decay
+    A            all others                                      rate                     loraplus_weight_decay
+    embedding    the low-rank matrices of embeddings             loraplus_lr_embedding    loraplus_weight_decay
+    B            ``lora_b``, and every vector                    rate * ratio             loraplus_weight_decay
+    B, no decay  biases and LayerNorms                           rate * ratio             0
 
-Vectors are DoRA's magnitudes, VeRA's lambdas, biases and norms; experts have one a row. A schedule moves all rates in
-proportion. Any optimizer serves; its own ``weight_decay`` is each group's.
+Vectors are DoRA's magnitudes, VeRA's lambdas, biases and norms; for experts they are the rows of a matrix. A schedule
+scales all rates in proportion. It works with any optimizer; the optimizer's ``weight_decay`` is that of the group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _EXPERT_VECTORS = ("m", "vera_lambda_d", "vera_lambda_b")  # [experts, n]: a vec
 
 
 def group_of(path: str, ndim: int, embeddings: set[str], norms: set[str]) -> str:
-    """``"A"``, ``"embedding"``, ``"B"`` or ``"bare"``: the group of the parameter at ``path``.
+    """The group of the parameter at ``path``: ``A``, ``embedding``, ``B`` or ``B, no decay``.
 
     Args:
         embeddings, norms: paths of the model's embeddings and norms.
@@ -35,7 +35,7 @@ def group_of(path: str, ndim: int, embeddings: set[str], norms: set[str]) -> str
     if module in embeddings and leaf in ("lora_a", "lora_b"):
         return "embedding"
     if leaf == "lora_b" or ndim == 1 or leaf in _EXPERT_VECTORS:
-        return "bare" if "bias" in path or module in norms else "B"
+        return "B, no decay" if "bias" in path or module in norms else "B"
     return "A"
 
 
@@ -45,26 +45,26 @@ def loraplus_optimizer(
     rate: float | Callable[[mx.array], mx.array],
     make: Callable[[str, Any, dict], opt.Optimizer],
 ) -> opt.MultiOptimizer:
-    """One optimizer for each group, of the kind that ``config`` names.
+    """A ``MultiOptimizer`` with an optimizer for each group, of the kind that ``config`` names.
 
     Args:
-        rate: of group A, as ``build_schedule`` gives it.
-        make: (optimizer's name, rate, further arguments) -> the optimizer.
+        rate: the learning rate of group A, as ``build_schedule`` returns it.
+        make: makes an optimizer from (its name, the rate, further arguments).
 
-    Muon is for matrices; what it cannot take goes to AdamW in the same group.
+    Muon is for matrices. AdamW trains the other parameters of the same group.
     """
     embeddings = {path for path, module in model.named_modules() if hasattr(module, "as_linear")}
     norms = {path for path, module in model.named_modules() if _is_norm(module)}
     first = config.learning_rate
     if isinstance(config.lr_schedule, dict) and config.lr_schedule.get("arguments"):
-        first = float(config.lr_schedule["arguments"][0])  # in mlx-lm's mapping the rate is there
+        first = float(config.lr_schedule["arguments"][0])  # mlx-lm's mapping has the rate there
     decay = config.loraplus_weight_decay or 0.0
     of_embeddings = EMBEDDING_RATE if config.loraplus_lr_embedding is None else config.loraplus_lr_embedding
     groups = {
         "A": (1.0, decay),
         "embedding": (of_embeddings / first, decay),
         "B": (config.loraplus_lr_ratio, decay),
-        "bare": (config.loraplus_lr_ratio, 0.0),
+        "B, no decay": (config.loraplus_lr_ratio, 0.0),
     }
     kinds = ["muon", "adamw"] if config.optimizer == "muon" else [config.optimizer]
     members, filters = [], []
@@ -73,11 +73,11 @@ def loraplus_optimizer(
             members.append(make(kind, scaled(rate, factor), {"weight_decay": weight_decay}))
 
             def accepts(path, weight, group=group, kind=kind):
-                fits = kind != "muon" or weight.ndim == 2
-                return fits and group_of(path, weight.ndim, embeddings, norms) == group
+                trainable = kind != "muon" or weight.ndim == 2
+                return trainable and group_of(path, weight.ndim, embeddings, norms) == group
 
             filters.append(accepts)
-    return opt.MultiOptimizer(members, filters[:-1])  # what no filter takes is the last one's
+    return opt.MultiOptimizer(members, filters[:-1])  # the last optimizer takes what no filter accepts
 
 
 def scaled(rate: float | Callable, factor: float) -> float | Callable:
@@ -88,16 +88,16 @@ def scaled(rate: float | Callable, factor: float) -> float | Callable:
 
 
 def faults_of(config: OptimizerConfig, takes_decay: bool, own_decay: bool, own_rate: bool) -> list[str]:
-    """What is wrong with the LoRA+ settings for this optimizer."""
+    """The faults of the LoRA+ settings for this optimizer."""
     faults = []
     if own_rate:
-        faults.append("adafactor with relative_step makes its own learning rate: LoRA+ cannot set it")
+        faults.append("adafactor with relative_step chooses its own learning rate, which LoRA+ cannot set")
     if own_decay:
-        faults.append("with LoRA+ each group has its weight_decay: set loraplus_weight_decay, not optimizer_config's")
+        faults.append("LoRA+ sets the weight_decay of each group: set loraplus_weight_decay, not optimizer_config")
     if config.loraplus_weight_decay and not takes_decay:
         faults.append(f"loraplus_weight_decay: {config.optimizer} has no weight decay; adamw has")
     return faults
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm)  # and not RMSNorm: transformers, whom PEFT asks, knows no other
+    return isinstance(module, nn.LayerNorm)  # not RMSNorm: PEFT asks transformers, which has LayerNorm only

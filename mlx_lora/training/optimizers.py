@@ -1,4 +1,4 @@
-"""Optimizers from their configuration, and float32 master weights for parameters in half precision."""
+"""Optimizers made from an ``OptimizerConfig``, and float32 master weights for parameters in half precision."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _CLASSES = {
     "muon": opt.Muon,
     "lion": opt.Lion,
 }
-# Where our defaults are not MLX's. Adam without bias correction takes first steps 3 times the published size;
-# Adafactor's own defaults ignore the learning rate.
+# Defaults that differ from MLX's. Without bias correction, Adam's first steps have 3 times the published size.
+# Adafactor's defaults ignore the learning rate.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "adam": {"bias_correction": True},
     "adamw": {"bias_correction": True},
     "adafactor": {"relative_step": False, "scale_parameter": False},
 }
-_LEAVE_OUT = "Correct these arguments, or leave them out for the optimizer's own."
+_LEAVE_OUT = "Correct these arguments, or leave them out for the optimizer's defaults."
 _HALF = (mx.float16, mx.bfloat16)
 
 
@@ -39,24 +39,26 @@ def build_optimizer(config: OptimizerConfig, steps: int, model: nn.Module | None
     """The optimizer that `config` describes.
 
     Args:
-        steps: optimizer steps in the run (iters / grad_accumulation_steps, rounded up), which named schedules fill.
-        model: what it is to train; LoRA+ sorts its parameters into groups (see `loraplus.py`).
+        steps: optimizer steps in the run (iters / grad_accumulation_steps, rounded up), the length of named schedules.
+        model: the model to train; LoRA+ needs it to sort its parameters into groups (see `loraplus.py`).
 
-    Adam and AdamW correct their bias unless `optimizer_config` says `bias_correction: false` (MLX's default is off).
-    Adafactor follows the learning rate; with `relative_step: true` it makes its own, and a schedule is refused. Muon
-    is for matrices: parameters of one dimension, and stacks of matrices such as those of experts, which Muon would
-    flatten into one, go to AdamW with the same learning rate and the arguments given for `adamw`.
+    Adam and AdamW correct their bias unless `optimizer_config` has `bias_correction: false` (MLX's default).
+    Adafactor uses the learning rate; with `relative_step: true` it chooses its own, and a schedule is refused. Muon is
+    for matrices: AdamW, with the same learning rate and the arguments given for `adamw`, trains vectors and stacks of
+    matrices (such as those of experts, which Muon would flatten into one matrix).
+
+    Raises: ConfigError, with all faults.
     """
     faults: list[str] = []
     arguments: dict[str, dict] = {name: {} for name in OPTIMIZERS}
     for name, given in config.optimizer_config.items():
         if name not in _CLASSES:
-            faults.append(f"optimizer_config: {name!r} is no optimizer; known are {', '.join(OPTIMIZERS)}")
-        else:  # all of them, not only the one in use: a typing error should not wait for its optimizer
+            faults.append(f"optimizer_config: unknown optimizer {name!r}; known are {', '.join(OPTIMIZERS)}")
+        else:  # also of optimizers that are not in use, so that no typing error is hidden
             arguments[name] = _checked(name, given or {}, faults)
     own_rate = config.optimizer == "adafactor" and arguments["adafactor"].get("relative_step")
     if own_rate and (config.lr_schedule is not None or config.warmup):
-        faults.append("adafactor with relative_step makes its own learning rate: leave lr_schedule and warmup out")
+        faults.append("adafactor with relative_step chooses its own learning rate: leave lr_schedule and warmup out")
     if config.loraplus_lr_ratio is not None:
         known = {kind: inspect.signature(_CLASSES[kind]).parameters for kind in _CLASSES}
         takes_decay = "weight_decay" in known[config.optimizer]
@@ -74,7 +76,7 @@ def build_optimizer(config: OptimizerConfig, steps: int, model: nn.Module | None
 
     if config.loraplus_lr_ratio is not None:
         if model is None:
-            raise ConfigError("LoRA+ sorts the parameters of the model", "build_optimizer(config, steps, model).")
+            raise ConfigError("LoRA+ needs the model", "Call build_optimizer(config, steps, model).")
         return loraplus_optimizer(config, model, rate, make)
     if config.optimizer == "muon":
         return opt.MultiOptimizer([make("muon"), make("adamw")], [lambda path, weight: weight.ndim == 2])
@@ -82,7 +84,7 @@ def build_optimizer(config: OptimizerConfig, steps: int, model: nn.Module | None
 
 
 def _checked(name: str, given: Any, faults: list[str]) -> dict[str, Any]:
-    """The arguments `given` for the optimizer `name` in the types of its constructor."""
+    """The arguments `given` for the optimizer `name`, converted to the types of its constructor's."""
     known = dict(inspect.signature(_CLASSES[name]).parameters)
     known.pop("learning_rate")
     if not isinstance(given, Mapping):
@@ -112,22 +114,22 @@ def _checked(name: str, given: Any, faults: list[str]) -> dict[str, Any]:
 
 
 class MasterWeights:
-    """An MLX optimizer (or `MultiOptimizer`) over a flat dict of parameters, in float32 whatever their dtype.
+    """An MLX optimizer (or `MultiOptimizer`) that updates a flat dict of parameters in float32, whatever their dtype.
 
-    At a learning rate of 1e-5 a step is smaller than half the distance of two bfloat16 numbers, and an update in
-    bfloat16 rounds it away. So parameters in half precision have a float32 twin in the state (arXiv:1710.03740); the
-    twin is updated, and rounded into the parameter. Parameters in float32 have no twin. Moments are always float32.
+    At a learning rate of 1e-5, a step is smaller than half the distance between two bfloat16 numbers, so that an update
+    in bfloat16 rounds it away. So parameters in half precision have a float32 master copy in the state
+    (arXiv:1710.03740). The copy is updated, then rounded into the parameter. Moments are always float32.
 
-    Parameters and gradients are dicts `{path: array}`. This class hands each optimizer its share itself, because
-    `MultiOptimizer`'s own merging of trees fails where one share ends in an earlier layer than another.
+    Parameters and gradients are dicts `{path: array}`. This class distributes them to the optimizers itself, because
+    `MultiOptimizer`'s merging of trees fails where one group ends in an earlier layer than another.
 
     state: `{"members": [state of each MLX optimizer], "masters": {path: float32 array}}`.
     """
 
     def __init__(self, optimizer: opt.Optimizer):
-        many = isinstance(optimizer, opt.MultiOptimizer)
-        self.members = list(optimizer.optimizers) if many else [optimizer]
-        self._filters = list(optimizer.filters) if many else [lambda path, weight: True]
+        several = isinstance(optimizer, opt.MultiOptimizer)
+        self.members = list(optimizer.optimizers) if several else [optimizer]
+        self._filters = list(optimizer.filters) if several else [lambda path, weight: True]
         self._masters: dict[str, mx.array] = {}
 
     def init(self, parameters: dict[str, mx.array]) -> None:
@@ -137,7 +139,7 @@ class MasterWeights:
             member.init(share)
 
     def apply_gradients(self, gradients: dict[str, mx.array], parameters: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The parameters after one step, each in its own dtype. The state moves on."""
+        """The parameters after one step, each in its own dtype. Updates the state."""
         exact = {**parameters, **self._masters}
         updated: dict[str, mx.array] = {}
         for member, share in self._shares({path: g.astype(mx.float32) for path, g in gradients.items()}):
@@ -146,7 +148,7 @@ class MasterWeights:
         return {path: updated[path].astype(p.dtype) for path, p in parameters.items()}
 
     def _shares(self, arrays: dict[str, mx.array]) -> Iterator[tuple[opt.Optimizer, dict[str, mx.array]]]:
-        """Each member with the arrays it is the first to accept."""
+        """Each optimizer with its arrays: those whose first accepting filter is its own."""
         shares: list[dict[str, mx.array]] = [{} for _ in self.members]
         for path, array in arrays.items():
             first = next(i for i, accepts in enumerate(self._filters) if accepts(path, array))
@@ -165,7 +167,7 @@ class MasterWeights:
 
     @property
     def learning_rate(self) -> mx.array:
-        """Of the last step; of the first member where there are several."""
+        """The learning rate of the last step; of several optimizers, the first one's."""
         return self.members[0].learning_rate
 
     @property
@@ -173,9 +175,9 @@ class MasterWeights:
         return "+".join(type(member).__name__ for member in self.members)
 
     def restore(self, flat: dict[str, mx.array]) -> None:
-        """Take over a flattened state of the same parameters.
+        """Replace the state by a flattened one of the same parameters.
 
-        A learning rate on no schedule stays this optimizer's own, so that a run can be resumed with another.
+        A constant learning rate stays this optimizer's own, so that a run can be resumed with another rate.
         """
         own = {
             f"members.{i}.learning_rate"
@@ -185,9 +187,9 @@ class MasterWeights:
         here = {path: array.shape for path, array in tree_flatten(self.state)}
         there = {path: array.shape for path, array in flat.items()}
         if here != there:
-            odd = sorted(path for path in {*here, *there} if here.get(path) != there.get(path))
+            differ = sorted(path for path in {*here, *there} if here.get(path) != there.get(path))
             raise TrainingError(
-                f"The checkpoint holds another optimizer's state: {', '.join(odd[:5])}" + (", ..." if odd[5:] else ""),
+                f"The checkpoint has another optimizer's state: {', '.join(differ[:5])}" + (", ..." * bool(differ[5:])),
                 "Resume with the optimizer and optimizer_config of the run.",
             )
         self.state = tree_map_with_path(lambda path, old: old if path in own else flat[path], self.state)

@@ -1,9 +1,10 @@
 """Gradient checkpointing: keep the input of each layer, recompute the rest in the backward pass (arXiv:1604.06174).
 
-`mx.checkpoint` calls a layer's Python code a second time for the backward pass. Two things follow. The layer's
-parameters must be its arguments, or they get no gradient. And a layer that draws random numbers from the global state
-would draw others the second time, so that the gradient would belong to another dropout mask than the loss (in MLX
-0.32 it does); here each layer draws from a key of its own, which is an argument as well.
+`mx.checkpoint` runs a layer's Python code a second time for the backward pass. So the layer's parameters must be
+arguments of the checkpointed function, or they get no gradient. And dropout must draw the same mask both times, or the
+gradient would belong to another mask than the loss. MLX's own random state gives a new mask each time; here the layer's
+`nn.Dropout` modules draw from a key that is an argument as well. A layer that draws random numbers in any other way
+cannot be checkpointed.
 """
 
 from __future__ import annotations
@@ -16,71 +17,89 @@ import mlx.nn as nn
 
 from ..errors import TrainingError
 
-_DRAWS = ("bernoulli", "normal", "uniform")  # what dropout and noise layers call
-
 
 @contextmanager
 def recomputed_layers(model: nn.Module) -> Iterator[None]:
     """Recompute the layers of this model (the modules in `model.layers`) while the context is open.
 
-    Only these objects change, by way of their `__class__`; other models of the same class stay as they are.
+    Only these layers and the dropout modules in them change, by way of their `__class__`. Other models and other
+    threads are not affected.
     """
-    layers = {id(layer): layer for layer in getattr(model, "layers", None) or [] if isinstance(layer, nn.Module)}
+    layers = [layer for layer in getattr(model, "layers", None) or [] if isinstance(layer, nn.Module)]
     if not layers:
         raise TrainingError(
             f"grad_checkpoint needs the layers of the model, and {type(model).__name__} has no `layers`.",
             "Train without grad_checkpoint, or with a smaller batch_size.",
         )
-    found = [(layer, type(layer)) for layer in layers.values()]
+    dropouts = [module for layer in layers for module in _dropouts(layer)]
+    classes = {id(module): (module, type(module)) for module in [*layers, *dropouts]}  # one object may appear twice
     try:
-        for layer, kind in found:
-            layer.__class__ = _recomputed(kind)
+        for module, own in classes.values():
+            module.__class__ = _keyed(own) if isinstance(module, nn.Dropout) else _recomputed(own)
         yield
     finally:
-        for layer, kind in found:
-            layer.__class__ = kind
+        for module, own in classes.values():
+            module.__class__ = own
 
 
-def _recomputed(kind: type) -> type:
-    """A subclass of the layer class `kind` that keeps nothing but its input for the backward pass."""
+def _dropouts(layer: nn.Module) -> list[nn.Dropout]:
+    return [module for module in layer.modules() if isinstance(module, nn.Dropout)]
+
+
+class _Keys:
+    """An endless supply of keys that follow from a first one."""
+
+    def __init__(self, key: mx.array):
+        self._key = key
+
+    def next(self) -> mx.array:
+        self._key, key = mx.random.split(self._key)
+        return key
+
+
+def _keyed(own: type) -> type:
+    """A subclass of the dropout class `own` that draws from `self.mask_keys` where a checkpointed layer has set it."""
+
+    def __call__(self, x):
+        if self.mask_keys is None or self._p_1 == 1 or not self.training:
+            return own.__call__(self, x)
+        mask = mx.random.bernoulli(self._p_1, x.shape, self.mask_keys.next())
+        return (mask * x) * (1 / self._p_1)
+
+    return type(own.__name__, (own,), {"__call__": __call__, "__module__": own.__module__, "mask_keys": None})
+
+
+def _recomputed(own: type) -> type:
+    """A subclass of the layer class `own` that keeps nothing but its input for the backward pass."""
 
     def __call__(self, *args, **kwargs):
         if not self.training:
-            return kind.__call__(self, *args, **kwargs)
+            return own.__call__(self, *args, **kwargs)
 
         def layer(parameters, key, *args, **kwargs):
             before = self.trainable_parameters()
             self.update(parameters)
             try:
-                with _drawing_from(mx.stop_gradient(key)):  # random bits have no gradient, and MLX would ask for it
-                    return kind.__call__(self, *args, **kwargs)
+                # A random mask has no gradient, yet MLX would ask for the key's.
+                with _drawing_from(mx.stop_gradient(key), _dropouts(self)):
+                    return own.__call__(self, *args, **kwargs)
             finally:
                 self.update(before)  # the tracers of the recomputation must not outlive it
 
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
         return mx.checkpoint(layer)(self.trainable_parameters(), key, *args, **kwargs)
 
-    return type(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
+    return type(own.__name__, (own,), {"__call__": __call__, "__module__": own.__module__})
 
 
 @contextmanager
-def _drawing_from(key: mx.array) -> Iterator[None]:
-    """Draws without a key of their own take theirs from `key`. (MLX offers no way to set its state to a traced key.)"""
-    draws = {name: getattr(mx.random, name) for name in _DRAWS}
-
-    def keyed(draw):
-        def call(*args, **kwargs):
-            nonlocal key
-            if kwargs.get("key") is None:
-                key, kwargs["key"] = mx.random.split(key)
-            return draw(*args, **kwargs)
-
-        return call
-
+def _drawing_from(key: mx.array, dropouts: list[nn.Dropout]) -> Iterator[None]:
+    """Let `dropouts` draw their masks from `key`."""
+    keys = _Keys(key)
     try:
-        for name, draw in draws.items():
-            setattr(mx.random, name, keyed(draw))
+        for dropout in dropouts:
+            dropout.mask_keys = keys
         yield
     finally:
-        for name, draw in draws.items():
-            setattr(mx.random, name, draw)
+        for dropout in dropouts:
+            del dropout.mask_keys

@@ -1,7 +1,7 @@
-"""The facts a run yields. Frozen, without arrays, ready for JSON; what to show of them is the caller's affair.
+"""The reports that a run yields: frozen, without arrays, ready for JSON.
 
-Every loss is in nats a learned token; "learned" tokens are those the mask counts. Of several processes a report speaks
-for all: losses, token counts and rates are sums over them.
+Every loss is a mean over the learned tokens (those that the mask selects), in nats for cross entropy. In a distributed
+run, losses, token counts and rates are those of all processes together.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from typing import Any
 class Evaluation:
     """What `evaluate` measured."""
 
-    loss: float  # nats a token
-    tokens: int  # learned tokens the loss is the mean of
+    loss: float  # mean over learned tokens
+    tokens: int  # learned tokens
     perplexity: float  # exp(loss)
     seconds: float
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One iteration is over. For a live bar; yielded at every iteration."""
+    """One iteration is done. Yielded after every iteration, for a progress bar."""
 
     iteration: int
-    loss: float | None  # of this batch; None where it is not finite or the batch has nothing to learn
+    loss: float | None  # of this batch; None where it is not finite or there is no token to learn
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """The last `steps_per_report` iterations (fewer at the end of the run). Validation and saving are not timed."""
+    """The last `steps_per_report` iterations (fewer at the end of the run). The rates exclude validation and saving."""
 
     iteration: int
-    train_loss: float  # mean over the tokens of the window; nan where no batch of it was finite
+    train_loss: float  # mean over the tokens of these iterations; nan where no batch was finite
     learning_rate: float  # of the last optimizer step
     iterations_per_second: float
     tokens_per_second: float  # learned tokens
-    trained_tokens: int  # learned tokens since the start of the run, before a resume included
+    trained_tokens: int  # learned tokens since the start of the run, including those before a resume
     peak_memory: float  # GB, since the start of this call
     grad_norm: float | None  # of the last optimizer step, before clipping; None before the first
 
@@ -54,10 +54,10 @@ class ValReport:
 
 @dataclass(frozen=True)
 class SkippedStep:
-    """An optimizer step was left out, because its loss or gradients were not finite. Nothing was changed by it."""
+    """An optimizer step was skipped, because its loss or gradients were not finite. It changed nothing."""
 
     iteration: int
-    in_a_row: int  # skipped steps since the last good one, this one included
+    in_a_row: int  # skipped steps since the last good one, including this one
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Checkpoint:
     """The caller's `checkpoint` was called."""
 
     iteration: int
-    path: Any  # what the callable returned; None where it returned nothing
+    path: Any  # what `checkpoint` returned
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Done:
 
     iteration: int
     trained_tokens: int
-    seconds: float  # of this call, validation and saving included
+    seconds: float  # of this call, including validation and saving
     stopped: bool  # True where `stop` ended the run before `iters`
     peak_memory: float  # GB
     skipped_steps: int

@@ -1,4 +1,4 @@
-"""Learning rates over optimizer steps: a name with fitting arguments, or mlx-lm's mapping with its exact meaning."""
+"""Learning rate schedules: a name, whose arguments follow from the run, or mlx-lm's mapping, with its exact meaning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def constant(init: float) -> Schedule:
     return lambda step: mx.array(init)
 
 
-# name: (maker, its arguments where none are given, from the learning rate and the number of steps to fill)
+# name: (function that makes it, its default arguments for a learning rate and a number of steps)
 SHAPES: dict[str, tuple[Callable[..., Schedule], Callable[[float, int], list]]] = {
     "constant": (constant, lambda rate, steps: [rate]),
     "linear_schedule": (opt.linear_schedule, lambda rate, steps: [rate, 0.0, steps]),
@@ -28,7 +28,7 @@ SHAPES: dict[str, tuple[Callable[..., Schedule], Callable[[float, int], list]]] 
     "exponential_decay": (opt.exponential_decay, lambda rate, steps: [rate, 0.01 ** (1 / steps)]),  # to 1 %
     "step_decay": (opt.step_decay, lambda rate, steps: [rate, 0.1, math.ceil(steps / 3)]),  # a tenth at each third
 }
-_NAME_ALONE = "Give a name alone, such as cosine_decay: its arguments then follow from learning_rate and iters."
+_NAME_ALONE = "Give only a name, such as cosine_decay: its arguments then follow from learning_rate and iters."
 _KEYS = ("name", "arguments", "warmup", "warmup_init")
 
 
@@ -40,10 +40,10 @@ def build_schedule(spec: Any, learning_rate: float, steps: int, warmup: int = 0)
             cosine end at 0), or mlx-lm's mapping `{name, arguments, warmup, warmup_init}`. In the mapping the first
             argument is the initial rate and `learning_rate` is not used, as in mlx-lm; without `arguments` it is.
         steps: optimizer steps in the run.
-        warmup: steps of a linear rise from 0, before whichever schedule. The rise takes `warmup + 1` steps, the first
-            at rate 0, and the schedule starts after it, as in mlx-lm.
+        warmup: steps of a linear rise from 0 before the schedule. The rise takes `warmup + 1` steps, the first at rate
+            0, and the schedule starts after it, as in mlx-lm.
 
-    Returns: the rate itself where it never changes, else a function of the step.
+    Returns: the rate itself where it never changes, else a function of the step. Raises: ConfigError.
     """
     mapping = spec if isinstance(spec, dict) else {"name": "constant" if spec is None else spec}
     name, given = mapping.get("name"), mapping.get("arguments")
@@ -51,15 +51,15 @@ def build_schedule(spec: Any, learning_rate: float, steps: int, warmup: int = 0)
     if not isinstance(name, str) or name not in SHAPES:
         faults.append(f"lr_schedule must be one of {', '.join(SHAPES)}, not {name!r}")
     if warmup and mapping.get("warmup"):
-        faults.append("warmup is given twice: as an option and in lr_schedule")
+        faults.append("warmup is given twice: as an option, and in lr_schedule")
     rise = warmup or number(mapping.get("warmup") or 0, "lr_schedule: warmup", faults, whole=True)
     start = number(mapping.get("warmup_init", 0.0), "lr_schedule: warmup_init", faults)
     if faults:
         raise ConfigError("\n".join(faults), _NAME_ALONE)
 
-    make, fitting = SHAPES[name]
+    make, defaults = SHAPES[name]
     if given is None:
-        given = fitting(learning_rate, max(1, steps - (rise + 1 if rise else 0)))
+        given = defaults(learning_rate, max(1, steps - (rise + 1 if rise else 0)))
     arguments = _arguments(name, make, given)
     try:
         schedule = make(*arguments)
@@ -72,14 +72,14 @@ def build_schedule(spec: Any, learning_rate: float, steps: int, warmup: int = 0)
 
 
 def _arguments(name: str, make: Callable, given: Any) -> list:
-    """The arguments of the schedule `name` as numbers, or one error with all that is wrong with them."""
+    """The arguments of the schedule `name` as numbers. Raises: ConfigError, with all faults."""
     parameters = list(inspect.signature(make).parameters.values())
     wanted = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters)
     needed = sum(p.default is p.empty for p in parameters)
     if not isinstance(given, (list, tuple)) or not needed <= len(given) <= len(parameters):
         raise ConfigError(f"lr_schedule: the arguments of {name} are [{wanted}], not {given!r}", _NAME_ALONE)
     faults: list[str] = []
-    pairs = zip(parameters, given, strict=False)  # the tail may be left to its defaults
+    pairs = zip(parameters, given, strict=False)  # the last ones may have defaults
     made = [number(value, f"lr_schedule: {p.name} of {name}", faults, p.annotation is int) for p, value in pairs]
     if faults:
         raise ConfigError("\n".join(faults), _NAME_ALONE)
@@ -87,7 +87,7 @@ def _arguments(name: str, make: Callable, given: Any) -> list:
 
 
 def number(value: Any, what: str, faults: list[str], whole: bool = False) -> Any:
-    """`value` as a number; strings are read, since YAML takes 1e-5 for one. A fault is noted where it is none."""
+    """`value` as a number, also from a string: YAML reads 1e-5 as one. A value that is no number goes to `faults`."""
     try:
         made = float(value) if isinstance(value, str) else value
     except ValueError:

@@ -1,7 +1,8 @@
 """One optimizer step as pure, compiled functions of arrays. Loops, reports and files are the trainer's.
 
-With one batch to a step everything is one compiled function; with more, `accumulate` (one trace for each shape of
-batch) and `update` (one trace). The frozen parameters are constants of the graph: they are neither copied nor returned.
+With one batch in a step, everything is one compiled function. With more, there are two: `accumulate` (traced once for
+each shape of batch) and `update` (traced once). The frozen parameters are constants of the graph: they are neither
+copied nor returned.
 """
 
 from __future__ import annotations
@@ -13,27 +14,27 @@ import mlx.nn as nn
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from .loss import loss_fn
+from .losses import Loss
 from .optimizers import MasterWeights
 
 
 class Outcome(NamedTuple):
-    """What one batch came to. The last two are None where the batch did not complete an optimizer step."""
+    """The result of one batch. The last two fields are None where the batch did not complete an optimizer step."""
 
-    loss: float  # sum over tokens
+    loss: float  # sum over the tokens of the batch
     tokens: int
     grad_norm: float | None = None  # of the token-mean gradient, before clipping
-    finite: bool | None = None  # False: the optimizer step was left out
+    finite: bool | None = None  # False: the optimizer step was skipped
 
 
 class Step:
     """Trains the trainable parameters of `model`, batch by batch.
 
-    Between calls the model holds the current parameters, and `settle` makes sure of it after a failure.
+    Between calls the model holds the current parameters. After a failure, `settle` puts them back.
 
-    Random numbers: an iteration's follow from (seed, iteration, rank) alone, by seeding MLX's state. So a resumed run
-    draws what the uninterrupted one would have, and nothing that is drawn between two iterations, by a validation or
-    the caller, can change the run.
+    The random numbers of an iteration depend only on (seed, iteration, rank), because `run` seeds MLX's random state
+    with these. So a resumed run draws the same numbers as an uninterrupted one, and draws by the caller between two
+    iterations do not change the run.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class Step:
         model: nn.Module,
         optimizer: MasterWeights,
         *,
+        loss: Loss,
         seed: int,
         fused: bool,
         max_grad_norm: float | None = None,
         group: Any = None,
     ):
-        self._model, self._optimizer, self._seed, self._max_norm = model, optimizer, seed, max_grad_norm
+        self._model, self._optimizer, self._loss = model, optimizer, loss
+        self._seed, self._max_norm = seed, max_grad_norm
         self._group = group if group is not None and group.size() > 1 else None
         self._template = model.trainable_parameters()
         self.parameters: dict[str, mx.array] = dict(tree_flatten(self._template))
@@ -56,8 +59,8 @@ class Step:
             self._nothing = {"gradients": zeros, "loss": mx.array(0.0), "tokens": mx.array(0.0)}
         self._sums: dict[str, Any] | None = None
         self._fused = fused
-        self._batch: mx.array | None = None  # [loss, tokens] of the batch under way
-        self._step: mx.array | None = None  # [gradient norm, finite] of the step under way
+        self._batch: mx.array | None = None  # [loss, tokens] of the current batch
+        self._step: mx.array | None = None  # [gradient norm, finite] of the current step
         # The random state is an output so that no tracer stays in it; `run` seeds it before every call.
         random = {"inputs": mx.random.state, "outputs": mx.random.state}
         self._train_batch = mx.compile(self._train_batch_fn, **random)
@@ -65,7 +68,7 @@ class Step:
         self._update = mx.compile(self._update_fn)
 
     def run(self, iteration: int, tokens: mx.array, mask: mx.array, ends_window: bool) -> None:
-        """Start the work on a batch (tokens [B, T], mask [B, T-1]); `outcome` waits for it."""
+        """Start computing a batch (tokens [B, T], mask [B, T-1]); `outcome` waits for the result."""
         size, rank = (self._group.size(), self._group.rank()) if self._group else (1, 0)
         mx.random.seed((self._seed << 32) | (iteration * size + rank))
         if self._fused:
@@ -81,30 +84,30 @@ class Step:
         mx.async_eval(self.parameters, self.state, self._sums or {}, self._batch)
 
     def flush(self) -> None:
-        """Start the optimizer step of the batches accumulated so far."""
+        """Start the optimizer step on the batches accumulated so far."""
         self.parameters, self.state, self._step = self._update(self.parameters, self.state, self._sums)
         self._sums = None
         self.settle()
 
     def outcome(self) -> Outcome:
-        """Wait for the work that was started."""
+        """Wait for what was started, and return its result."""
         loss, tokens = self._batch.tolist() if self._batch is not None else (0.0, 0)
         norm, finite = self._step.tolist() if self._step is not None else (None, None)
         self._batch = self._step = None
         return Outcome(loss, round(tokens), norm, None if finite is None else bool(finite))
 
     def settle(self) -> None:
-        """Give the model and the optimizer the current arrays; tracing has left its own in them."""
+        """Put the current arrays into the model and the optimizer; tracing leaves tracers in them."""
         self._put(self.parameters)
         self._optimizer.state = self.state
 
     @property
     def pending(self) -> dict[str, mx.array]:
-        """The sums of the window that is not complete, flattened; empty between windows."""
+        """The sums of the incomplete accumulation window, flattened; empty between windows."""
         return dict(tree_flatten(self._sums or {}))
 
     def restore(self, parameters: dict[str, mx.array], pending: dict[str, mx.array]) -> None:
-        """Go on from these parameters, the optimizer's own state, and the sums of an incomplete window."""
+        """Continue from these parameters, the optimizer's own state, and the sums of an incomplete window."""
         self.parameters, self.state = dict(parameters), self._optimizer.state
         self._sums = tree_map_with_path(lambda path, _: pending[path], self._nothing) if pending else None
         self.settle()
@@ -112,22 +115,22 @@ class Step:
     def _put(self, parameters: dict[str, mx.array]) -> None:
         self._model.update(tree_map_with_path(lambda path, _: parameters[path], self._template))
 
-    def _together(self, arrays: list[mx.array]) -> list[mx.array]:
-        """The sums over all processes."""
+    def _all_sum(self, arrays: list[mx.array]) -> list[mx.array]:
+        """The sums of `arrays` over all processes."""
         if self._group is None:
             return arrays
-        # Its buckets of 32 MiB spare a collective for each small array.
+        # average_gradients packs small arrays into buckets of 32 MiB: one collective for each bucket.
         return [mean * self._group.size() for mean in average_gradients(arrays, self._group)]
 
     def _sums_fn(self, parameters, tokens, mask) -> dict[str, Any]:
-        """Sums over the tokens of a batch: gradients (of this process; float32), loss and token count (of all)."""
+        """Sums over the tokens of a batch: float32 gradients of this process, loss and count of all processes."""
 
         def objective(parameters):
             self._put(parameters)
-            return loss_fn(self._model, tokens, mask)
+            return self._loss(self._model, tokens, mask)
 
         (loss, count), gradients = mx.value_and_grad(objective)(parameters)
-        loss, count = self._together([loss, count])
+        loss, count = self._all_sum([loss, count])
         return {"gradients": tree_map(lambda g: g.astype(mx.float32), gradients), "loss": loss, "tokens": count}
 
     def _accumulate_fn(self, parameters, sums, tokens, mask):
@@ -140,17 +143,17 @@ class Step:
         return parameters, state, mx.stack([sums["loss"], sums["tokens"]]), step
 
     def _update_fn(self, parameters, state, sums):
-        """One optimizer step on the token-mean gradient; all stays as it was where a value of it is not finite."""
+        """One optimizer step on the token-mean gradient. Nothing changes if the loss or gradient norm is not finite."""
         count = sums["tokens"]
-        totals = self._together(list(sums["gradients"].values()))
+        totals = self._all_sum(list(sums["gradients"].values()))
         mean = {path: g / mx.maximum(count, 1) for path, g in zip(sums["gradients"], totals, strict=True)}
         norm = mx.sqrt(sum(g.square().sum() for g in mean.values()))
         if self._max_norm is not None:
             shrink = self._max_norm / mx.maximum(norm, self._max_norm)
             mean = {path: g * shrink for path, g in mean.items()}
         finite = mx.isfinite(norm) & mx.isfinite(sums["loss"])
-        good = finite & (count > 0)  # no token, no step: momentum alone must not move the weights
-        # The optimizer writes into the dicts of its state, so it gets copies of them.
+        good = finite & (count > 0)  # without a learned token, momentum must not move the weights either
+        # The optimizer writes into the dicts of its state, so it works on copies of them.
         self._optimizer.state = tree_map(lambda x: x, state)
         updated = self._optimizer.apply_gradients(mean, parameters), self._optimizer.state
         parameters, state = tree_map(lambda new, old: mx.where(good, new, old), updated, (parameters, state))

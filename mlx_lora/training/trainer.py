@@ -1,4 +1,4 @@
-"""The training loop: a generator of reports. Saving, showing and interrupting are the caller's."""
+"""The training loop: a generator of reports. Saving, showing and interrupting are up to the caller."""
 
 from __future__ import annotations
 
@@ -15,106 +15,113 @@ import mlx.optimizers as opt
 from mlx.utils import tree_flatten
 
 from ..config import TrainConfig
-from ..device import set_memory_limits
+from ..data import Dataset, train_batches
+from ..device import memory_limits
 from ..errors import TrainingError
 from .checkpoints import Tally, TrainingState, check_fingerprint, fingerprint
-from .loss import evaluate, mode
+from .evaluation import evaluate, mode
+from .losses import loss_named
 from .optimizers import MasterWeights
 from .recompute import recomputed_layers
 from .reports import Checkpoint, Done, Progress, Report, SkippedStep, TrainReport, ValReport
 from .step import Step
 
 
-def never() -> bool:
-    """The `stop` of a run that nobody interrupts."""
-    return False
-
-
 def train(
     model: nn.Module,
     optimizer: opt.Optimizer,
-    train_set: Any,
-    valid_set: Any = None,
+    train_set: Dataset,
+    valid_set: Dataset | None = None,
     config: TrainConfig | None = None,
     *,
     checkpoint: Callable[[TrainingState], Any] | None = None,
     resume: TrainingState | None = None,
-    stop: Callable[[], bool] = never,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Report]:
-    """Train whatever is trainable in `model`; the work is done while the reports are iterated over.
+    """Train the trainable parameters of `model`. The training happens while the caller iterates over the reports.
 
     Args:
-        optimizer: of MLX, or from `build_optimizer`. Parameters in half precision are trained through float32 master
-            weights in its state.
-        train_set, valid_set: sequences of examples (see `mlx_lora.data`). No validation set, an empty one, or
-            `val_batches` 0: no validation.
-        config: how long and in what portions; `TrainConfig()` by default.
-        checkpoint: called with the state of the run every `save_every` iterations, at the end, on `stop` and before
+        optimizer: one of MLX's, or from `build_optimizer`. Parameters in half precision are trained through float32
+            master weights in its state.
+        train_set, valid_set: datasets of `mlx_lora.data`. There is no validation without a `valid_set`, with an empty
+            one, and with `val_batches` 0.
+        config: the loss, the number of iterations, the batch size and so on; `TrainConfig()` by default.
+        checkpoint: called with the state of the run every `save_every` iterations, at the end, on `stop`, and before
             the error of a run that has diverged; in every process of a distributed run. Save the adapter from the
-            model, and `state.save(path)` to be able to resume.
-        resume: a state to go on from. The parameters, the optimizer and the order of the data are put back exactly.
-        stop: asked after each iteration; when it says True the run saves and ends. The sums of an incomplete window
-            of `grad_accumulation_steps` are then in the state and are not applied.
+            model, and call `state.save(path)` to be able to resume.
+        resume: a state to continue from. The parameters, the optimizer and the order of the data are restored exactly.
+        stop: called after each iteration. When it returns True, the run saves and ends. The sums of an incomplete
+            window of `grad_accumulation_steps` are then part of the state, and are not applied.
 
-    Yields: the reports of `reports.py`, in the order in which things happen, `Done` last.
+    Yields: the reports of `reports.py`, in the order of the events; `Done` comes last.
 
-    While it runs the model is in training mode and MLX's random numbers are seeded by `config.seed`. However it ends,
-    also by an error or by closing the generator, the model holds evaluated parameters, its own layers, and each module
-    the mode it had.
+    While it runs, the model is in training mode, MLX's random state is seeded from `config.seed`, and MLX's memory
+    limits are set for training. When it ends, also by an error or by closing the generator, the model has evaluated
+    parameters and its own layers, each module is in the mode it had, and the memory limits are what they were.
 
-    Raises: TrainingError, at once where there is nothing to train or to learn from or where `resume` is of another run;
-        while running, after `max_skipped_steps` steps in a row with non-finite gradients.
+    Raises: at once, ConfigError for an unknown loss, and TrainingError where there is nothing to train, no training
+        data, or where `resume` is the state of another run; while running, TrainingError after `max_skipped_steps`
+        steps in a row with non-finite gradients.
     """
     config = config or TrainConfig()
+    loss_named(_loss_of(config))
     parameters = dict(tree_flatten(model.trainable_parameters()))
     if not parameters:
         raise TrainingError(
             "There is nothing to train: the model has no trainable parameters.",
             "Attach an adapter first (mlx_lora.attach), or unfreeze the model.",
         )
-    if odd := [path for path, p in parameters.items() if not mx.issubdtype(p.dtype, mx.floating)]:
-        raise TrainingError(f"Only floating-point parameters can be trained: {', '.join(odd)}", "Freeze the others.")
+    if integers := [path for path, p in parameters.items() if not mx.issubdtype(p.dtype, mx.floating)]:
+        raise TrainingError(
+            f"Only floating-point parameters can be trained, not {', '.join(integers)}.", "Freeze these parameters."
+        )
     if len(train_set) == 0:
-        raise TrainingError("The training set is empty.", "Check the data folder and its train.jsonl.")
+        raise TrainingError("The training set is empty.", "Check that train.jsonl in the data folder has rows.")
     group = mx.distributed.init()
-    mark = fingerprint(config, MasterWeights(optimizer).name, len(train_set), group.size(), parameters)
+    settings = fingerprint(
+        config, _loss_of(config), MasterWeights(optimizer).name, len(train_set), group.size(), parameters
+    )
     if resume is not None:
-        check_fingerprint(resume.fingerprint, mark)
+        check_fingerprint(resume.fingerprint, settings)
         if resume.iteration > config.iters:
             raise TrainingError(
-                f"The checkpoint is at iteration {resume.iteration}, beyond the {config.iters} of this run.",
-                "Give more iters, or start a new run.",
+                f"The checkpoint is at iteration {resume.iteration}, but iters is {config.iters}.",
+                "Set a larger iters, or start a new run.",
             )
     if config.val_batches == 0 or valid_set is None or len(valid_set) == 0:
         valid_set = None
-    run = _Run(model, MasterWeights(optimizer), train_set, valid_set, config, checkpoint, stop, mark, group)
+    run = _Run(model, MasterWeights(optimizer), train_set, valid_set, config, checkpoint, stop, settings, group)
     return run.reports(resume)
+
+
+def _loss_of(config: TrainConfig) -> str:
+    return getattr(config, "loss", "cross_entropy")
 
 
 @dataclasses.dataclass
 class _Run:
-    """One call of `train`. Each method that yields is a piece of the loop."""
+    """One call of `train`. The methods that yield are parts of the loop."""
 
     model: nn.Module
     optimizer: MasterWeights
-    train_set: Any
-    valid_set: Any
+    train_set: Dataset
+    valid_set: Dataset | None
     config: TrainConfig
     checkpoint: Callable[[TrainingState], Any] | None
     stop: Callable[[], bool]
-    mark: dict[str, Any]
+    fingerprint: dict[str, Any]
     group: Any
 
     def reports(self, resume: TrainingState | None) -> Iterator[Report]:
         begin = time.perf_counter()
-        set_memory_limits()
         mx.reset_peak_memory()
-        with ExitStack() as afterwards:
-            afterwards.enter_context(mode(self.model, training=True))
+        with ExitStack() as cleanup:
+            cleanup.enter_context(memory_limits())
+            cleanup.enter_context(mode(self.model, training=True))
             if self.config.grad_checkpoint:
-                afterwards.enter_context(recomputed_layers(self.model))
+                cleanup.enter_context(recomputed_layers(self.model))
             self._prepare(resume)
-            afterwards.callback(self._settle)
+            cleanup.callback(self._settle)
             stopped = yield from self._iterate()
             if not stopped:
                 yield from self._finish()
@@ -123,13 +130,14 @@ class _Run:
             yield Done(tally.iteration, tally.trained_tokens, seconds, stopped, _peak(), tally.skipped_steps)
 
     def _prepare(self, resume: TrainingState | None) -> None:
-        mx.eval(self.model.parameters())  # they become constants of the compiled step: nothing may be computed in it
+        mx.eval(self.model.parameters())  # else each call of the compiled step would compute them again
         self.optimizer.init(dict(tree_flatten(self.model.trainable_parameters())))
         if resume is not None:
             self.optimizer.restore(resume.optimizer)
         self.step = Step(
             self.model,
             self.optimizer,
+            loss=loss_named(_loss_of(self.config)),
             seed=self.config.seed,
             fused=self.config.grad_accumulation_steps == 1,
             max_grad_norm=self.config.max_grad_norm,
@@ -141,15 +149,13 @@ class _Run:
             self.tally = dataclasses.replace(resume.tally)
 
     def _settle(self) -> None:
-        """Leave nothing of a trace behind, whatever interrupted it."""
+        """Leave no tracer in the model, the optimizer or the random state, whatever ended the run."""
         self.step.settle()
         mx.random.seed(self.config.seed)
         mx.eval(self.step.parameters, self.step.state)
 
     def _iterate(self) -> Iterator[Report]:
-        """Iterations up to `iters`, with what is due after each but the last. Returns True where `stop` said so."""
-        from ..data import train_batches
-
+        """All iterations, with validations and checkpoints between them. Returns whether `stop` ended the run."""
         config, tally = self.config, self.tally
         if tally.iteration == 0:
             yield from self._validate()
@@ -170,7 +176,7 @@ class _Run:
             last = tally.iteration == config.iters
             self.step.run(tally.iteration, *batch, tally.iteration % config.grad_accumulation_steps == 0)
             if not last:
-                batch = _arrays(next(batches))  # while the device works
+                batch = _arrays(next(batches))  # while the device computes
             outcome = self.step.outcome()
             if config.clear_cache_threshold is not None and mx.get_cache_memory() > config.clear_cache_threshold:
                 mx.clear_cache()
@@ -183,7 +189,7 @@ class _Run:
             tally.window_seconds += time.perf_counter() - tic
 
             yield Progress(tally.iteration, outcome.loss / outcome.tokens if finite and outcome.tokens else None)
-            yield from self._judge(outcome.finite, outcome.grad_norm)
+            yield from self._count_step(outcome.finite, outcome.grad_norm)
             if tally.iteration % config.steps_per_report == 0:
                 yield self._report()
             if last:
@@ -197,19 +203,19 @@ class _Run:
                 return True
 
     def _finish(self) -> Iterator[Report]:
-        """The end of a complete run: the trailing window, the last reports, the last checkpoint."""
-        state = self._state()  # before what only the end of a run does, so that a longer run can go on from it
+        """The end of a complete run: the last, partial window, the last reports, the last checkpoint."""
+        state = self._state()  # before the partial window is applied: a run with more iters would fill it instead
         if self.step.pending:
             self.step.flush()
             outcome = self.step.outcome()
-            yield from self._judge(outcome.finite, outcome.grad_norm)
+            yield from self._count_step(outcome.finite, outcome.grad_norm)
         if self.tally.window_iterations:
             yield self._report()
         yield from self._validate()
         yield from self._save(state)
 
-    def _judge(self, finite: bool | None, norm: float | None) -> Iterator[Report]:
-        """Count good and skipped steps; give up after too many skipped in a row."""
+    def _count_step(self, finite: bool | None, norm: float | None) -> Iterator[Report]:
+        """Count an optimizer step as good or skipped. Raises after too many skipped steps in a row."""
         tally = self.tally
         if finite is None:
             return
@@ -222,12 +228,12 @@ class _Run:
         yield SkippedStep(tally.iteration, tally.skipped_in_a_row)
         if tally.skipped_in_a_row >= self.config.max_skipped_steps:
             times = tally.skipped_in_a_row
-            tally.skipped_in_a_row = 0  # a run that is resumed from here may try again
+            tally.skipped_in_a_row = 0  # a run resumed from here may try as many times again
             yield from self._save(self._state())
             raise TrainingError(
                 f"The gradients were not finite in {times} steps in a row, up to iteration {tally.iteration}. "
-                "The parameters are those of the last good step.",
-                "Lower learning_rate, add warmup or set max_grad_norm; with a float16 model try bfloat16.",
+                "The model has the parameters of the last good step.",
+                "Lower learning_rate, add warmup or set max_grad_norm. Train a float16 model in bfloat16.",
             )
 
     def _report(self) -> TrainReport:
@@ -247,7 +253,8 @@ class _Run:
 
     def _validate(self) -> Iterator[Report]:
         if self.valid_set is not None:
-            measured = evaluate(self.model, self.valid_set, self.config.batch_size, self.config.val_batches)
+            config = self.config
+            measured = evaluate(self.model, self.valid_set, config.batch_size, config.val_batches, _loss_of(config))
             yield ValReport(self.tally.iteration, measured.loss, measured.seconds, measured.tokens)
 
     def _save(self, state: TrainingState) -> Iterator[Report]:
@@ -255,21 +262,21 @@ class _Run:
             yield Checkpoint(self.tally.iteration, self.checkpoint(state))
 
     def _state(self) -> TrainingState:
-        """MLX's arrays never change, so a state is references, not copies."""
+        """The state of the run now. MLX's arrays never change in place, so references are enough."""
         return TrainingState(
             parameters=dict(self.step.parameters),
             optimizer=dict(tree_flatten(self.step.state)),
             pending=self.step.pending,
             tally=dataclasses.replace(self.tally),
-            fingerprint=self.mark,
+            fingerprint=self.fingerprint,
         )
 
     def _stopped(self) -> bool:
-        """Whether to stop; where there are several processes, whether one of them wants to."""
-        wanted = bool(self.stop())
+        """Whether `stop` returned True in any process."""
+        stopped = bool(self.stop())
         if self.group.size() > 1:
-            wanted = mx.distributed.all_sum(mx.array(float(wanted)), group=self.group).item() > 0
-        return wanted
+            stopped = mx.distributed.all_sum(mx.array(float(stopped)), group=self.group).item() > 0
+        return stopped
 
 
 def _arrays(batch: Any) -> tuple[mx.array, mx.array]:

@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora import AdapterConfig
-from mlx_lora.training.loss import loss_fn
+from mlx_lora.training.losses.cross_entropy import loss as loss_fn
 
 CONFIG = dict(model_type="llama", vocab_size=256, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5)
 RANK, SCALE = 16, 2.0

@@ -21,7 +21,7 @@ from train import LLAMA, RANK, SCALE, mlx_model
 
 from mlx_lora import AdapterConfig, OptimizerConfig
 from mlx_lora.fast import accelerate
-from mlx_lora.training.loss import token_losses
+from mlx_lora.training.losses import cross_entropy
 from mlx_lora.training.optimizers import MasterWeights
 from mlx_lora.training.step import Step
 
@@ -89,7 +89,9 @@ def pieces(rows: int, tokens: int) -> dict[str, float]:
         "base matrices (BLAS)": LAYERS * linears(SHAPES),
         "head, 512 x 16384 (BLAS)": linears([(HIDDEN, VOCABULARY)]),
         "low-rank path": LAYERS * low_rank(SHAPES),
-        "cross entropy": timed(both_ways(lambda y: token_losses(y, labels), normal(rows, tokens, VOCABULARY))),
+        "cross entropy": timed(
+            both_ways(lambda y: cross_entropy.token_losses(y, labels), normal(rows, tokens, VOCABULARY))
+        ),
         "attention": LAYERS * timed(both_ways(attention, heads(HEADS), heads(KV_HEADS), heads(KV_HEADS))),
         "rotary embedding": LAYERS * (timed(both_ways(rope, heads(HEADS))) + timed(both_ways(rope, heads(KV_HEADS)))),
         "SwiGLU": LAYERS * timed(both_ways(lambda g, u: nn.silu(g) * u, *inner)),
@@ -104,7 +106,7 @@ def whole(rows: int, tokens: int, bits: int | None) -> float:
     mlx_lora.attach(model, AdapterConfig(rank=RANK, scale=SCALE, num_layers=-1))
     optimizer = MasterWeights(mlx_lora.build_optimizer(OptimizerConfig(learning_rate=1e-4), 100))
     optimizer.init(dict(tree_flatten(model.trainable_parameters())))
-    step = Step(model, optimizer, seed=0, fused=True)
+    step = Step(model, optimizer, loss=cross_entropy.loss, seed=0, fused=True)
     ids, mask = mx.random.randint(0, VOCABULARY, (rows, tokens + 1)), mx.ones((rows, tokens), mx.bool_)
     count = iter(range(1, 1000))
 

@@ -1,4 +1,4 @@
-"""Rows to tokens, masks and batches. Small tokenizers are made here; `../shared/data` widens some tests where it is."""
+"""Rows to tokens, masks and batches. The tokenizers are made here; some tests use more data from `../shared/data`."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ CHATML = (
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}({{ c.function.arguments | tojson }})</tool_call>"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# What templates do that breaks a search by prefix or by marker; each with one that gives the learned text of a turn:
+# Templates that break a search for prefixes or markers. Each has a function that gives the learned text of a turn:
 # (content, is it an answer to the last user turn) -> text.
 TEMPLATES = {
     "chatml": (CHATML, lambda c, last: c + "<|im_end|>\n"),
@@ -44,7 +44,7 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         lambda c, last: c.strip() + "<|im_end|>\n",
     ),
-    # Qwen3's way: thinking is kept only after the last user turn, so earlier renderings do not open later ones.
+    # As Qwen3 does: thinking is kept only after the last user turn, so a part of the chat is no prefix of the whole.
     "drops old thinking": (
         "{% set ns = namespace(last=0) %}{% for m in messages %}"
         "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -62,7 +62,7 @@ TEMPLATES = {
             + "<|im_end|>\n"
         ),
     ),
-    # As above, with the prompt switching thinking off.
+    # As above, with a generation prompt that switches thinking off.
     "prompts no thinking": (
         CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1].lstrip('\\n') }}").replace(
             "<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif"
@@ -74,7 +74,7 @@ TEMPLATES = {
         "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
         lambda c, last: f" {c}<|im_end|>",
     ),
-    # The system text, or the tools, stand in the last user turn: no rendering of an opening is an opening.
+    # The system text is in the last user turn: no part of the chat is a prefix of the whole.
     "writes into the last user turn": (
         "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
         "{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}{% else %}[INST]"
@@ -126,7 +126,7 @@ def tokenizer():
 
 
 class Slow:
-    """A tokenizer that tells no offsets."""
+    """A tokenizer without offsets."""
 
     def __init__(self, inner):
         self.encode, self.apply_chat_template = inner.encode, inner.apply_chat_template
@@ -203,7 +203,7 @@ def rows_of_each_kind():
 @pytest.mark.parametrize("kind", ["text", "chat", "completion"])
 @pytest.mark.parametrize("mask_prompt", [False, True])
 def test_same_tokens_as_mlx_lm(kind, mask_prompt, tokenizer):
-    """mlx-lm masks all before an offset, which is our mask for the last turn."""
+    """mlx-lm masks everything before an offset, as we do for the last turn."""
     if kind == "text" and mask_prompt:
         pytest.skip("refused by both")
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -250,8 +250,8 @@ def test_every_assistant_turn_of_any_template(name, slow):
 
 
 @pytest.mark.parametrize("name", ["chatml", "drops old thinking", "prompts no thinking", "numbers the messages"])
-def test_turns_in_odd_places(name):
-    """An assistant that begins, speaks twice, or does not have the last word; contents that repeat each other."""
+def test_unusual_orders_of_turns(name):
+    """An assistant that starts, has two turns in a row, or is not last; all with the same content."""
     template, _ = TEMPLATES[name]
     tokenizer = make_tokenizer(template, merges=())
     roles = ["assistant", "user", "assistant", "assistant", "user"]
@@ -263,7 +263,7 @@ def test_turns_in_odd_places(name):
     assert [text.split("\n")[-2] for text in last] == ["assistant<|im_end|>"]
 
 
-def test_blanks_that_offsets_leave_out_are_learned():
+def test_blanks_missing_from_offsets_are_learned():
     from tokenizers import processors
 
     template = (
@@ -293,12 +293,12 @@ def test_tool_calls_are_assistant_turns(head):
             '<tool_call>area({"side": 2})</tool_call><|im_end|>\n',
             "It is 4.<|im_end|>\n",
         ]
-        assert dataset.summary.warnings() == ["the chat template leaves out the rows' tools (first in rows:1)"]
+        assert dataset.summary.warnings() == ["the chat template ignores the rows' tools (first in rows:1)"]
 
 
-def test_a_turn_that_cannot_be_told_is_refused():
+def test_a_turn_that_cannot_be_located_is_refused():
     shuffled = make_tokenizer("{% for m in messages | reverse %}{{ m.role }}:{{ m.content }}\n{% endfor %}")
-    assert "cannot tell message" in faults_of([chat("a", "b", "c", "d")], shuffled, mask_prompt=True)
+    assert "cannot locate message" in faults_of([chat("a", "b", "c", "d")], shuffled, mask_prompt=True)
 
 
 @needs_shared
@@ -336,7 +336,7 @@ def test_real_templates_on_real_chats(name, close):
             text = text.removesuffix(close)
             if "tool_calls" not in answer:
                 assert text == (answer["content"].strip() if name == "gemma3n" else answer["content"])
-            elif name != "smollm3":  # which leaves the calls out
+            elif name != "smollm3":  # whose template ignores the calls
                 calls += 1
                 opening, ending = ("[TOOL_CALLS][", "]") if "mistral" in name else ("<tool_call>\n", "\n</tool_call>")
                 assert text.lstrip("\n").removeprefix(answer["content"]).lstrip("\n").startswith(opening)
@@ -365,7 +365,7 @@ def test_long_rows_are_cut_and_empty_ones_dropped(tokenizer):
     assert (
         f"2 of 4 rows in rows were cut to 60 tokens (longest: {summary.longest})" in cut and "--max-seq-length" in cut
     )
-    assert "2 of 4 rows in rows had nothing left to learn and were dropped" in dropped
+    assert "2 of 4 rows in rows had no token to learn and were dropped" in dropped
     assert tokenize(rows[:1], tokenizer, DataConfig()).summary.warnings() == []
 
 
@@ -373,7 +373,7 @@ def test_nothing_to_learn_at_all(tokenizer):
     with pytest.raises(DataError, match="Nothing to learn") as error:
         tokenize([chat("x" * 100, "answer")], tokenizer, DataConfig(mask_prompt=True, max_seq_length=60))
     assert "--max-seq-length" in error.value.hint
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="has no rows"):
         tokenize([], tokenizer, DataConfig())
 
 
@@ -407,12 +407,12 @@ BAD_ROWS = [
 
 
 @pytest.mark.parametrize("row, said", BAD_ROWS)
-def test_bad_rows_are_told_with_the_mend(row, said, tokenizer):
+def test_bad_rows_are_listed_with_the_fix(row, said, tokenizer):
     message = faults_of([row], tokenizer)
     assert "rows:1: " in message and said in message
 
 
-def test_all_faults_of_all_files_at_once(tmp_path, tokenizer):
+def test_all_faults_of_all_files_are_in_one_error(tmp_path, tokenizer):
     good = json.dumps(chat("hi", "ho")).encode()
     train = [good, b"", b"{not json", json.dumps({"text": "x"}).encode(), b'{"messages": "\xff"}', good]
     (tmp_path / "train.jsonl").write_bytes(b"\n".join(train))
@@ -420,11 +420,11 @@ def test_all_faults_of_all_files_at_once(tmp_path, tokenizer):
     with pytest.raises(DataError) as error:
         load_dataset(DataConfig(data=str(tmp_path)), tokenizer)
     head, *lines = error.value.message.splitlines()
-    assert head == "4 faults in the data:"
+    assert head == "4 errors in the data:"
     told = "\n".join(lines)
     assert f"{tmp_path}/train.jsonl:3: not JSON" in told
     assert f"{tmp_path}/train.jsonl:5: not UTF-8 (byte 15)" in told
-    assert f"train.jsonl:4: a text row among chat rows ({tmp_path}/train.jsonl:1)" in told
+    assert f"train.jsonl:4: a text row among chat rows (first: {tmp_path}/train.jsonl:1)" in told
     assert f"{tmp_path}/valid.jsonl:1: 'messages' is empty" in told
 
 
@@ -433,22 +433,22 @@ def test_only_some_faults_are_shown(tokenizer):
     assert len(lines) == 22 and lines[-1] == "and 30 more (30 in rows)"
 
 
-def test_what_a_template_refuses(tokenizer):
+def test_rows_that_a_template_rejects(tokenizer):
     strict = make_tokenizer(
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
         "{{ m.content }}{% endfor %}"
     )
     rows = [chat("a", "b"), {"messages": [{"role": "system", "content": "x"}, *chat("a", "b")["messages"]]}]
     message = faults_of(rows, strict)
-    assert "rows:2: the chat template refuses this row (No system!)" in message and "rows:1:" not in message
+    assert "rows:2: the chat template rejects this row (No system!)" in message and "rows:1:" not in message
     bare = make_tokenizer(template=None)
     assert "this tokenizer has none" in faults_of([chat("a", "b")] * 3, bare)
-    assert faults_of([chat("a", "b")] * 3, bare).startswith("1 fault")  # a thing of the file, told once
+    assert faults_of([chat("a", "b")] * 3, bare).startswith("1 error")  # a fault of the whole file, listed once
 
 
 def test_mask_prompt_refuses_text_rows(tokenizer):
     message = faults_of([{"text": "x"}] * 3, tokenizer, mask_prompt=True)
-    assert message.startswith("1 fault") and "give prompt and completion" in message
+    assert message.startswith("1 error") and "use prompt and completion" in message
 
 
 def test_renamed_keys(tokenizer):
@@ -484,7 +484,7 @@ def test_a_folder(tmp_path, tokenizer):
     assert len(splits.warnings) == 1 and "rename val.jsonl to valid.jsonl" in splits.warnings[0]
     assert len(load_dataset(config, tokenizer, ("test",)).test) == 2
     (tmp_path / "train.jsonl").unlink()
-    with pytest.raises(DataError, match=r"no train.jsonl in .*; it holds: test.json, val.jsonl"):
+    with pytest.raises(DataError, match=r"no train.jsonl in .*; it has: test.json, val.jsonl"):
         load_dataset(config, tokenizer)
 
 
@@ -492,9 +492,9 @@ def test_an_empty_set(tmp_path, tokenizer):
     write(tmp_path / "train.jsonl", texts(2))
     (tmp_path / "valid.jsonl").write_text("\n")
     splits = load_dataset(DataConfig(data=str(tmp_path)), tokenizer)
-    assert splits.valid is None and "holds no rows" in splits.warnings[0]
+    assert splits.valid is None and "has no rows" in splits.warnings[0]
     (tmp_path / "train.jsonl").write_text("")
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="has no rows"):
         load_dataset(DataConfig(data=str(tmp_path)), tokenizer)
 
 
@@ -513,12 +513,12 @@ def test_one_file_holds_some_rows_out(count, held, tmp_path, tokenizer, monkeypa
     assert len(load_dataset(config, tokenizer, ("test",)).test) == count
 
 
-def test_files_that_are_something_else(tmp_path, tokenizer):
+def test_files_of_other_kinds(tmp_path, tokenizer):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"not a \.jsonl file"):
         load_dataset(DataConfig(data=str(tmp_path / "rows.parquet")), tokenizer)
     (tmp_path / "list.jsonl").write_text("[\n" + ",\n".join(map(json.dumps, texts(3))) + "\n]")
-    with pytest.raises(DataError, match=r"1 fault.*\n.*a JSON list where one object a line is needed"):
+    with pytest.raises(DataError, match=r"1 error.*\n.*a JSON list where one object on each line is needed"):
         load_dataset(DataConfig(data=str(tmp_path / "list.jsonl")), tokenizer)
     for name in ("nowhere", "./no/where", "no/where.jsonl"):
         with pytest.raises(DataError, match=f"There is no folder or file '{name}'"):
@@ -612,7 +612,7 @@ def test_a_batch_is_its_rows_padded():
         assert batch.tokens.dtype == np.int32 and batch.mask.dtype == bool
         assert batch.mask.shape == (4, batch.tokens.shape[1] - 1)
         for k in range(4):
-            if batch.tokens[k, 0] == 0:  # a row of nothing
+            if batch.tokens[k, 0] == 0:  # an empty row
                 assert not batch.tokens[k].any() and not batch.mask[k].any()
                 continue
             tokens, mask = dataset[int(batch.tokens[k, 0]) - 1]
@@ -635,7 +635,7 @@ def test_every_row_once_an_epoch(count, batch_size):
         assert len(sets[0] & sets[1]) < per_epoch / 4
 
 
-def test_order_is_of_the_seed_alone():
+def test_the_order_depends_on_the_seed_alone():
     dataset = made(lengths_of(50))
     np.random.seed(0)
     before = np.random.get_state()[1].tolist()
@@ -647,13 +647,13 @@ def test_order_is_of_the_seed_alone():
 
 
 @pytest.mark.parametrize("start", [0, 1, 12, 13, 14, 30, 1000])
-def test_a_resumed_run_goes_on_where_it_stopped(start):
+def test_a_resumed_run_continues_where_it_stopped(start):
     dataset = made(lengths_of(50))
     whole = take(train_batches(dataset, 4, seed=5), start + 30)
     assert same(take(train_batches(dataset, 4, seed=5, start=start), 30), whole[start:])
 
 
-def test_eval_takes_spread_batches_always_the_same():
+def test_evaluation_takes_evenly_spread_batches_always_the_same():
     dataset = made(lengths_of(203))
     every = list(eval_batches(dataset, 4))
     assert len(every) == 51 and same(every, list(eval_batches(dataset, 4, limit=51)))
@@ -665,7 +665,7 @@ def test_eval_takes_spread_batches_always_the_same():
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_each_batch(world):
+def test_processes_share_each_batch(world):
     dataset = made(lengths_of(43))
     for make in (
         lambda rank, size: take(train_batches(dataset, 8, seed=2, start=1, rank=rank, world=size), 12),
@@ -676,14 +676,14 @@ def test_ranks_share_each_batch(world):
             alone, shares = parts[0], parts[1:]
             assert {share.tokens.shape for share in shares} == {(8 // world, alone.tokens.shape[1])}
             assert sorted(i for share in shares for i in indices(share)) == sorted(indices(alone))
-    with pytest.raises(ConfigError, match="shared equally by 3"):
+    with pytest.raises(ConfigError, match="divided equally among 3"):
         train_batches(dataset, 8, seed=0, world=3)
     with pytest.raises(DataError, match="empty"):
         train_batches(Dataset([]), 8, seed=0)
 
 
 @pytest.mark.parametrize("top, spread", [(2000, 0.7), (30000, 1.5)])
-def test_few_widths_for_any_lengths(top, spread):
+def test_any_lengths_need_few_widths(top, spread):
     lengths = np.random.default_rng(0).lognormal(5, spread, 3000).astype(int).clip(2, top)
     dataset = made(lengths)
     assert len(dataset.widths) <= 32 and dataset.widths[-1] >= lengths.max() > dataset.widths[-2]
@@ -693,7 +693,7 @@ def test_few_widths_for_any_lengths(top, spread):
     assert {shape[1] for shape in shapes} <= set(dataset.widths.tolist())
 
 
-def test_widths_are_the_best_there_are():
+def test_the_widths_pad_as_little_as_any_choice():
     from itertools import combinations
 
     random = np.random.default_rng(0)

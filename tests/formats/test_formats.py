@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT's folders against PEFT's own logits, mlx-lm's against mlx-lm, and what is refused.
+"""Adapters on disk: PEFT's folders against PEFT's own logits, mlx-lm's against mlx-lm, new formats, what is refused.
 
 The golden numbers are made by scripts/make_peft_fixtures.
 """
@@ -31,7 +31,7 @@ MODELS = sorted(folder.name for folder in FIXTURES.iterdir() if folder.is_dir())
 
 
 def is_plain(folder: Path) -> bool:
-    """LoRA and DoRA of linear layers; what else PEFT holds is in test_conversion.py."""
+    """LoRA or DoRA of linear layers. PEFT's other adapters are in test_conversion.py."""
     config = json.loads((folder / "adapter_config.json").read_text())
     extras = ("modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias", "fan_in_fan_out")
     plain = config["peft_type"] == "LORA" and config["bias"] == "none" and not any(config.get(e) for e in extras)
@@ -142,7 +142,7 @@ def test_saved_base_loads_in_mlx_lora_and_in_plain_mlx_lm(model, saved_bases):
 
 @pytest.mark.parametrize("model", ["llama", "qwen2", "gemma2", "phi3"])
 def test_without_the_older_fields_the_rotary_settings_are_lost(model, monkeypatch):
-    """The control of the two tests above: mlx-lm by itself computes something else, and says nothing."""
+    """The control of the two tests above: plain mlx-lm silently computes something else."""
     monkeypatch.setattr("mlx_lora.base.loading.missing_fields", lambda config: {})
     assert difference(logits(load(model)), golden(f"{model}/base")) > 1e-2
 
@@ -158,7 +158,7 @@ def test_peft_adapter_gives_pefts_logits_live_and_fused(name):
 
 
 def swapped(adapter: Adapter) -> Adapter:
-    """A and B exchanged on the square layers: every shape fits, the function is that of the transposed update."""
+    """A and B exchanged on the square layers: the shapes are right, the update is transposed."""
     weights = dict(adapter.weights)
     for path in adapter.modules:
         a, b = weights[f"{path}.lora_a"], weights[f"{path}.lora_b"]
@@ -191,14 +191,14 @@ def magnitudes_off(adapter: Adapter) -> Adapter:
         ("phi3/rslora", scale_off),
     ],
 )
-def test_the_comparison_sees_damage(name, damage):
+def test_a_damaged_adapter_would_fail_the_comparison(name, damage):
     model = load(name.split("/")[0])
     mount(model, damage(load_adapter(FIXTURES / name)))
     assert difference(logits(model), golden(name)) > 100 * TOLERANCE
 
 
 def peft_scales(folder: Path) -> dict[str, float]:
-    """Effective multipliers by PEFT's own rule, written down here a second time."""
+    """The multipliers by PEFT's rule, implemented a second time for this test."""
     config = json.loads((folder / "adapter_config.json").read_text())
 
     def lookup(patterns, path, default):
@@ -223,11 +223,11 @@ def test_peft_to_ours_to_peft_is_bit_equal(name, tmp_path):
     assert all(same_bits(before[key], after[key]) for key in before)
     expected, got = peft_scales(FIXTURES / name), peft_scales(tmp_path / "out")
     assert got == pytest.approx(expected, rel=1e-12)
-    # Far more of a check than the numbers alone: ours were read from the first folder by the code under test.
+    # The second implementation also checks the scales that were read.
     assert {path: adapter.config.scale_of(path) for path in adapter.modules} == pytest.approx(expected, rel=1e-12)
 
 
-def test_peft_config_selects_the_adapted_modules_and_no_others(tmp_path):
+def test_peft_config_selects_exactly_the_adapted_modules(tmp_path):
     def targets(name):
         save_adapter(load_adapter(FIXTURES / name), tmp_path / name, format="peft")
         config = json.loads((tmp_path / name / "adapter_config.json").read_text())
@@ -238,7 +238,7 @@ def test_peft_config_selects_the_adapted_modules_and_no_others(tmp_path):
     save_adapter(adapter, tmp_path / "uneven", format="peft")
     config = json.loads((tmp_path / "uneven" / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == sorted(adapter.modules) and "layers_to_transform" not in config
-    # Layers of two towers, one of each: their common name would select four modules.
+    # One layer in each of two towers: relative names and layer numbers would select four modules.
     paths = ["language_model.layers.0.fc", "vision_tower.layers.1.fc"]
     weights = {f"{p}.lora_{leaf}": mx.ones((2, 2)) for p in paths for leaf in "ab"}
     save_adapter(Adapter(AdapterConfig(rank=2, num_layers=-1), weights), tmp_path / "towers", format="peft")
@@ -251,7 +251,7 @@ def test_peft_alpha_is_written_as_an_integer_where_it_is_one(tmp_path):
 
 
 def test_peft_init_is_never_written_back(tmp_path):
-    """PEFT would apply EVA's or PiSSA's start to the base again."""
+    """PEFT would apply EVA's or PiSSA's initialisation to the base again."""
     folder = edit_config(copy_of("llama/lora", tmp_path / "eva"), init_lora_weights="eva")
     save_adapter(load_adapter(folder), tmp_path / "out", format="peft")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["init_lora_weights"] is True
@@ -259,7 +259,7 @@ def test_peft_init_is_never_written_back(tmp_path):
 
 @pytest.mark.parametrize("config", sorted((REAL / "peft-configs").glob("*.json")), ids=lambda path: path.name[:24])
 def test_real_peft_configs_are_read(config, tmp_path):
-    """Configs as people publish them, over tensors made for their rank."""
+    """Published configs, with tensors made for their rank."""
     raw = json.loads(config.read_text())
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -303,7 +303,7 @@ def test_native_round_trip_of_mixed_ranks_and_scales(method, dtype, tmp_path):
     for path in adapter.modules:
         assert again.rank_of(path) == adapter.rank_of(path)
         assert again.config.scale_of(path) == adapter.config.scale_of(path)
-    if dtype != mx.float32:  # folded in float32, so that half precision comes back to the bit
+    if dtype != mx.float32:  # folding in float32 keeps every bit of half precision
         assert all(same_bits(again.weights[k], adapter.weights[k]) for k in adapter.weights)
 
 
@@ -415,7 +415,7 @@ def test_an_adapter_may_replace_the_one_it_was_read_from(tmp_path):
 
 
 @pytest.mark.parametrize(("there", "format"), [("mlx-lm", "peft"), ("peft", "mlx-lm")])
-def test_never_beside_an_adapter_of_another_format(there, format, tmp_path):
+def test_an_adapter_is_never_written_beside_one_of_another_format(there, format, tmp_path):
     adapter = load_adapter(FIXTURES / "llama/lora")
     save_adapter(adapter, tmp_path / "out", format=there)
     before = contents(tmp_path / "out")
@@ -458,7 +458,7 @@ def test_full_disk_leaves_a_saved_model_as_it_was(tmp_path, request):
     assert contents(tmp_path) == {"out/kept.txt": b"kept"} and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_saved_model_replaces_another_whole(tmp_path):
+def test_a_saved_model_replaces_all_of_another(tmp_path):
     model = load("llama")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stale.json").write_text("{}")
@@ -486,7 +486,7 @@ def test_a_failing_writer_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_in_the_way_of_one_file_stops_both(tmp_path):
+def test_a_folder_in_the_place_of_one_file_stops_the_whole_write(tmp_path):
     (tmp_path / "out" / "adapters.safetensors").mkdir(parents=True)
     with pytest.raises(FormatError, match="is a folder"):
         save_adapter(load_adapter(FIXTURES / "llama/lora"), tmp_path / "out", overwrite=True)
@@ -498,7 +498,7 @@ def test_writing_onto_a_file_or_in_an_unknown_format(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FormatError, match="is a file"):
         save_adapter(adapter, tmp_path / "file")
-    with pytest.raises(ConfigError, match="'pfet' is not known"):
+    with pytest.raises(ConfigError, match="unknown format 'pfet'"):
         save_adapter(adapter, tmp_path / "out", format="pfet")
 
 
@@ -589,7 +589,7 @@ def replaced(name: str, array: mx.array):
         (added(f"{Q}.ia3_l", 64), "ia3_l: not an array of"),
         (added(f"{Q}.lora_magnitude_vector", 64), "magnitudes are there"),
         (added(f"{Q}.lora_A.default.weight", 8, 32), "a second array"),
-        (added("base_model.model.model.layers.0.mlp.experts.lora_A.weight", 8, 32), "target_parameters does not tell"),
+        (added("base_model.model.model.layers.0.mlp.experts.lora_A.weight", 8, 32), "target_parameters does not say"),
         (added("base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_A.weight", 8, 32), "experts 0, 1, 2 are"),
         (renamed("base_model.model.", ""), "not an array of"),
         (lambda arrays: {k: v for k, v in arrays.items() if k != f"{Q}.lora_B.weight"}, "q_proj: lora_b missing"),
@@ -618,7 +618,7 @@ def test_dora_without_one_magnitude(tmp_path):
         load_adapter(folder)
 
 
-def test_all_faults_are_told_at_once(tmp_path):
+def test_all_faults_are_listed_in_one_error(tmp_path):
     folder = copy_of("llama/lora", tmp_path / "adapter")
     edit_config(folder, layer_replication=[[0, 2]], bias="some", use_qalora=True)
     with pytest.raises(FormatError) as caught:
@@ -629,13 +629,13 @@ def test_all_faults_are_told_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda data: data[:-10], "not a whole safetensors file"),
-        (lambda data: data[:100], "not a whole safetensors file"),
-        (lambda data: b"", "not a whole safetensors file"),
-        (lambda data: (2**62).to_bytes(8, "little") + data[8:], "not a whole safetensors file"),
-        (lambda data: (10).to_bytes(8, "little") + data[8:], "not a whole safetensors file"),
-        (lambda data: data + b"more", "not a whole safetensors file"),
-        (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "not a whole safetensors file"),
+        (lambda data: data[:-10], "not a complete safetensors file"),
+        (lambda data: data[:100], "not a complete safetensors file"),
+        (lambda data: b"", "not a complete safetensors file"),
+        (lambda data: (2**62).to_bytes(8, "little") + data[8:], "not a complete safetensors file"),
+        (lambda data: (10).to_bytes(8, "little") + data[8:], "not a complete safetensors file"),
+        (lambda data: data + b"more", "not a complete safetensors file"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "not a complete safetensors file"),
     ],
     ids=["truncated", "header-cut", "empty", "header-length-huge", "header-length-short", "trailing", "lfs-pointer"],
 )
@@ -672,14 +672,14 @@ def test_damaged_config(format, text, said, tmp_path):
         load_adapter(folder)
 
 
-def test_bin_that_is_no_pytorch_file_is_refused(tmp_path):
+def test_a_bin_that_is_not_a_pytorch_file_is_refused(tmp_path):
     folder = copy_of("llama/lora", tmp_path / "adapter")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(FormatError, match="not a whole PyTorch file"):
+    with pytest.raises(FormatError, match="not a complete PyTorch file"):
         load_adapter(folder)
 
 
-def test_folder_of_two_formats_must_be_told_apart(tmp_path):
+def test_a_folder_of_two_formats_needs_the_format_named(tmp_path):
     folder = save_adapter(load_adapter(FIXTURES / "llama/lora"), tmp_path / "both")
     shutil.copy(FIXTURES / "llama/lora" / "adapter_model.safetensors", folder)
     with pytest.raises(FormatError, match="mlx-lm and peft"):
@@ -690,10 +690,14 @@ def test_folder_of_two_formats_must_be_told_apart(tmp_path):
 
 
 def test_paths_that_hold_no_adapter(tmp_path):
-    for path, said in [(tmp_path / "none", "does not exist"), (Path(__file__), "a file of no"), (tmp_path, "nothing")]:
+    for path, said in [
+        (tmp_path / "none", "does not exist"),
+        (Path(__file__), "a file of no"),
+        (tmp_path, "it has nothing"),
+    ]:
         with pytest.raises(FormatError, match=said):
             load_adapter(path)
-    with pytest.raises(ConfigError, match="not known"):
+    with pytest.raises(ConfigError, match="unknown format"):
         load_adapter(FIXTURES / "llama/lora", format="gguf9")
 
 
@@ -711,9 +715,9 @@ def test_paths_that_hold_no_adapter(tmp_path):
         ({"lora_parameters": {"rank": 8, "scale": 2.0, "keys": 5}}, "adapter_config.json"),
         ({"lora_parameters": {"rank": 16, "scale": 2.0}}, "rank 8, the config says 16"),
         ({"num_layers": "all"}, "adapter_config.json: num_layers"),
-        ({"fine_tune_type": "qdora"}, "'qdora' is not known"),
+        ({"fine_tune_type": "qdora"}, "unknown fine_tune_type 'qdora'"),
         ({"fine_tune_type": "dora"}, "m missing"),
-        ({"peft_type": "LORA", "lora_parameters": None}, "PEFT config beside mlx-lm weights"),
+        ({"peft_type": "LORA", "lora_parameters": None}, "PEFT config, but the weights are mlx-lm's"),
     ],
 )
 def test_mlx_lm_config_is_refused_by_name(changes, said, tmp_path):
@@ -722,14 +726,14 @@ def test_mlx_lm_config_is_refused_by_name(changes, said, tmp_path):
         load_adapter(edit_config(folder, **changes))
 
 
-def test_dead_alpha_of_later_mlx_lm_is_passed_over(tmp_path):
-    """mlx-lm wrote alpha beside num_layers until 2025-04 and never read it."""
+def test_the_unused_alpha_of_later_mlx_lm_is_ignored(tmp_path):
+    """Until 2025-04 mlx-lm wrote alpha beside num_layers and never read it."""
     folder = save_adapter(load_adapter(FIXTURES / "llama/lora"), tmp_path / "adapter")
     edit_config(folder, lora_parameters={"rank": 8, "scale": 2.0, "alpha": 16})
     assert load_adapter(folder).config.scale_of("model.layers.0.self_attn.q_proj") == 2.0
 
 
-def test_adapter_of_another_model_is_refused_and_the_model_kept():
+def test_adapter_of_another_model_is_refused_and_the_model_stays_as_it_was():
     model = load("qwen2")
     for name in ("llama/lora", "phi3/rslora"):
         with pytest.raises(AdapterError, match="made for tiny-"):
@@ -755,8 +759,68 @@ def test_describe(name, tmp_path):
     assert facts["scale"] == pytest.approx(sorted(set(peft_scales(FIXTURES / name).values())))
 
 
-def test_describe_tells_the_problems(tmp_path):
+def test_describe_lists_the_problems(tmp_path):
     folder = edit_tensors(
         copy_of("llama/lora", tmp_path / "adapter"), replaced(f"{Q}.lora_A.weight", mx.full((8, 32), math.nan))
     )
     assert describe(folder)["problems"] == ["model.layers.0.self_attn.q_proj.lora_a: holds NaN or infinite numbers"]
+
+
+def test_the_format_is_detected_once(monkeypatch):
+    """Detection reads the file. It is not done at all where the format is given."""
+    from mlx_lora.formats import peft
+
+    asked = []
+    detect = peft.detect
+    monkeypatch.setattr(peft, "detect", lambda path: asked.append(path) or detect(path))
+    for call in (load_adapter, describe):
+        for format, times in ((None, 1), ("peft", 0)):
+            asked.clear()
+            call(FIXTURES / "llama/lora", format)
+            assert len(asked) == times, (call, format)
+
+
+# -- a new format ----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_format_is_one_module_and_one_row(tmp_path, monkeypatch):
+    """A toy format, detected, described, read, converted and written; its own options are checked as any other's."""
+    from mlx_lora.formats import FORMATS
+    from mlx_lora.formats.files import read_json, read_safetensors, write_json, write_safetensors
+    from mlx_lora.formats.state_dicts import low_rank_adapter
+
+    class Toy:
+        READS, WRITES, FILES = {"alpha"}, set(), ("toy.json", "toy.safetensors")
+
+        @staticmethod
+        def detect(path):
+            return (path / "toy.json").exists()
+
+        @staticmethod
+        def read(path, options):
+            alpha = options.alpha_from(read_json(path / "toy.json").get("alpha"), path)
+            return low_rank_adapter(read_safetensors(path / "toy.safetensors"), path, options, alpha=alpha)
+
+        @staticmethod
+        def write(adapter, folder, options):
+            write_json(folder / "toy.json", {"alpha": adapter.config.scale * adapter.config.rank})
+            write_safetensors(folder / "toy.safetensors", adapter.weights)
+
+    monkeypatch.setitem(FORMATS, "toy", Toy)
+    adapter = load_adapter(FIXTURES / "llama/lora")
+    folder = save_adapter(adapter, tmp_path / "toy", "toy")
+    assert detect_format(folder) == "toy"
+    facts = describe(folder)
+    assert (facts["format"], facts["scale"], facts["problems"]) == ("toy", [2.0], [])
+    again = load_adapter(folder)
+    assert all(same_bits(again.weights[name], adapter.weights[name]) for name in adapter.weights)
+    native = load_adapter(save_adapter(again, tmp_path / "native"))
+    assert all(same_bits(native.weights[name], adapter.weights[name]) for name in adapter.weights)
+    with pytest.raises(FormatError, match=r"already holds toy\.json"):
+        save_adapter(adapter, folder, "toy")
+    with pytest.raises(FormatError, match="format toy"):
+        save_adapter(adapter, folder, "peft")
+    with pytest.raises(ConfigError, match="already stores alpha 16"):
+        load_adapter(folder, alpha=16)
+    with pytest.raises(ConfigError, match="--moe: writing toy does not use this option"):
+        save_adapter(adapter, folder, "toy", moe="per_expert")

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_hostile_files import BASE, FILES, TOLD, archive, copy_of
+from test_hostile_files import BASE, FILES, OPTIONS, archive, copy_of
 
 from mlx_lora import load_adapter
 from mlx_lora.errors import FormatError, MLXLoRAError
@@ -20,11 +20,11 @@ st = hypothesis.strategies
 SETTINGS = dict(max_examples=25, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True)
 
 
-def survives(path: Path, format: str) -> None:
-    """Reads, or raises one of our own errors; anything else is a defect."""
+def reads_or_raises(path: Path, format: str) -> None:
+    """Reading works or raises one of our own errors; anything else is a defect."""
     with contextlib.suppress(MLXLoRAError):
         detect_format(path)
-        load_adapter(path, format, base=BASE, **TOLD.get(format, {}))
+        load_adapter(path, format, base=BASE, **OPTIONS.get(format, {}))
 
 
 @pytest.mark.parametrize("format", FILES)
@@ -38,7 +38,7 @@ def test_fuzzed_bytes(format, edits, front, tmp_path_factory):
     for place, value in edits:
         data[min(int(place * reach), reach - 1)] = value
     folder = tmp_path_factory.mktemp("fuzz")
-    survives(copy_of(format, folder, bytes(data)), format)
+    reads_or_raises(copy_of(format, folder, bytes(data)), format)
     shutil.rmtree(folder)
 
 
@@ -74,7 +74,7 @@ def test_fuzzed_peft_configs(changes, tmp_path_factory):
     path = copy_of("peft", folder)
     config = folder / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
-    survives(path, "peft")
+    reads_or_raises(path, "peft")
     shutil.rmtree(folder)
 
 
@@ -93,5 +93,5 @@ def test_fuzzed_mlx_lm_configs(changes, tmp_path_factory):
     shutil.copy(FILES["peft"], folder / "adapters.safetensors")
     told = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0}}
     (folder / "adapter_config.json").write_text(json.dumps({**told, **changes}))
-    survives(folder, "mlx-lm")
+    reads_or_raises(folder, "mlx-lm")
     shutil.rmtree(folder)

@@ -18,7 +18,7 @@ from mlx_lora.init import loftq_pair
 from mlx_lora.init.eva import IncrementalSVD
 from mlx_lora.init.weights import svd_lowrank
 from mlx_lora.model.attach import adapters_on
-from mlx_lora.training import loss_fn
+from mlx_lora.training.losses.cross_entropy import loss as loss_fn
 
 Q4 = dict(group_size=32, bits=4)
 KEYS = ["q_proj", "down_proj"]

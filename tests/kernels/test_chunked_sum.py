@@ -12,7 +12,8 @@ from conftest import LLAMA, assert_close, make_model, shake
 from mlx_lora import AdapterConfig
 from mlx_lora.errors import ConfigError
 from mlx_lora.kernels.chunked_sum import chunked_sum
-from mlx_lora.training import head, loss
+from mlx_lora.training import head
+from mlx_lora.training.losses import cross_entropy
 
 SMALL = {k: v for k, v in LLAMA.items() if k not in ("model_type", "num_hidden_layers")} | {"num_hidden_layers": 1}
 MODELS = {
@@ -76,7 +77,7 @@ def gradients(model, tokens, mask, whole, monkeypatch):
 
     def f(parameters):
         model.update(parameters)
-        return loss.loss_fn(model, tokens, mask)[0]
+        return cross_entropy.loss(model, tokens, mask)[0]
 
     value, found = mx.value_and_grad(f)(kept)
     mx.eval(value, found)
@@ -157,7 +158,12 @@ def test_what_is_of_the_head(parameter, counts):
 
 def test_small_batches_and_foreign_models_are_left_whole(monkeypatch):
     model = make("llama")
-    arguments = (mx.zeros((1, 4), mx.int32), mx.zeros((1, 4), mx.int32), mx.ones((1, 4), mx.bool_), loss.token_losses)
+    arguments = (
+        mx.zeros((1, 4), mx.int32),
+        mx.zeros((1, 4), mx.int32),
+        mx.ones((1, 4), mx.bool_),
+        cross_entropy.token_losses,
+    )
     assert head.loss_in_chunks(model, *arguments) is None
     wide = make_model(LLAMA)
     monkeypatch.setattr(head, "WHOLE", 0)
@@ -189,7 +195,9 @@ def test_memory():
 
     def peak(rows):
         f = mx.grad(
-            lambda h: chunked_sum(lambda _, h, t: loss.token_losses(h @ w.T, t), {}, h, targets, mask, rows, True)
+            lambda h: chunked_sum(
+                lambda _, h, t: cross_entropy.token_losses(h @ w.T, t), {}, h, targets, mask, rows, True
+            )
         )
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -209,7 +217,7 @@ def test_memory_of_a_trained_head(compiled):
     mx.eval(w, hidden, targets, mask)
 
     def loss_of(w, hidden):
-        losses = lambda p, h, t: loss.token_losses(h @ p["w"].T, t)  # noqa: E731
+        losses = lambda p, h, t: cross_entropy.token_losses(h @ p["w"].T, t)  # noqa: E731
         return chunked_sum(losses, {"w": w}, hidden, targets, mask, 64, True)
 
     step = mx.grad(loss_of, argnums=(0, 1))

@@ -1,11 +1,9 @@
-"""Training: the loss, the step, its optimizers and schedules, exact resume, and what happens when things go wrong."""
+"""Training: the losses, the step, optimizers and schedules, exact resume, memory limits, and failures."""
 
 from __future__ import annotations
 
 import math
-import sys
-import types
-from typing import NamedTuple
+import threading
 
 import mlx_lora  # noqa: F401  isort: skip  (before MLX: it opens a real BLAS)
 import mlx.core as mx
@@ -15,9 +13,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_lora import device
 from mlx_lora.config import SCHEDULES, OptimizerConfig, TrainConfig
+from mlx_lora.data import Dataset, Example, eval_batches, train_batches
 from mlx_lora.errors import ConfigError, FormatError, TrainingError
 from mlx_lora.training import (
+    LOSSES,
     Checkpoint,
     Done,
     MasterWeights,
@@ -28,64 +29,18 @@ from mlx_lora.training import (
     ValReport,
     build_optimizer,
     evaluate,
-    loss_fn,
     train,
 )
-from mlx_lora.training.loss import token_losses
+from mlx_lora.training.losses import cross_entropy
+from mlx_lora.training.recompute import recomputed_layers
 from mlx_lora.training.schedules import SHAPES, build_schedule
 
 VOCAB, DIM = 23, 8
 
 
-# --- a stand-in for the data room: the same contract in its plainest form -------------------------------------------
-
-
-class Example(NamedTuple):
-    tokens: np.ndarray
-    mask: np.ndarray
-
-
-class Batch(NamedTuple):
-    tokens: np.ndarray
-    mask: np.ndarray
-
-
-def pad(rows, pad_to=4):
-    width = 1 + pad_to * math.ceil((max(len(row.tokens) for row in rows) - 1) / pad_to)
-    tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width - 1), bool)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row.tokens)] = row.tokens
-        mask[i, : len(row.tokens) - 1] = row.mask[1:]
-    return Batch(tokens, mask)
-
-
-def train_batches(dataset, batch_size, *, seed, start=0, rank=0, world=1):
-    size, number = min(batch_size, len(dataset)), 0
-    for epoch in range(10**6):
-        order = np.random.default_rng([seed, epoch]).permutation(len(dataset))
-        for i in range(0, len(order) - size + 1, size):
-            if number >= start:
-                yield pad([dataset[j] for j in order[i : i + size]][rank::world])
-            number += 1
-
-
-def eval_batches(dataset, batch_size, limit=-1, rank=0, world=1):
-    for number, i in enumerate(range(0, len(dataset), batch_size)):
-        if number == limit:
-            return
-        yield pad(list(dataset)[i : i + batch_size][rank::world])
-
-
-@pytest.fixture(autouse=True)
-def data_room(monkeypatch):
-    room = types.SimpleNamespace(train_batches=train_batches, eval_batches=eval_batches)
-    monkeypatch.setitem(sys.modules, "mlx_lora.data", room)
-    return room
-
-
 @pytest.fixture
 def uncompiled():
-    """On the CPU MLX compiles fused kernels with the system's compiler, seconds each; not every test is about that."""
+    """Without mx.compile: on the CPU it takes seconds a kernel, and not every test is about that."""
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -95,7 +50,7 @@ def uncompiled():
 
 
 class Layer(nn.Module):
-    """Looks back over the sequence (a causal mean), so that padding or order would show."""
+    """Averages over the tokens so far, so that errors in padding or order show."""
 
     def __init__(self, dropout):
         super().__init__()
@@ -107,7 +62,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding (frozen), two layers and a head. `traces` counts the runs of its Python code."""
+    """A frozen embedding, two layers and a head. `traces` counts the runs of its Python code."""
 
     def __init__(self, dropout=0.0, dtype=mx.float32):
         super().__init__()
@@ -137,7 +92,14 @@ def examples(number=12, seed=0, least=3, most=14):
         mask = rng.random(length) < 0.7
         mask[0], mask[-1] = False, True
         rows.append(Example(rng.integers(1, VOCAB, length).astype(np.int32), mask))
-    return rows
+    return Dataset(rows)
+
+
+def row(*tokens, learned=True):
+    """A row whose tokens are all learned, or none of them."""
+    mask = np.full(len(tokens), learned)
+    mask[0] = False
+    return Example(np.array(tokens, np.int32), mask)
 
 
 def weights(model):
@@ -162,11 +124,14 @@ def close(a, b, tolerance):
 
 def config(**changes):
     settings = {"iters": 8, "batch_size": 3, "steps_per_report": 4, "steps_per_eval": 100, "save_every": 100}
-    return TrainConfig(**{**settings, **changes})
+    loss = changes.pop("loss", "cross_entropy")
+    made = TrainConfig(**{**settings, **changes})
+    object.__setattr__(made, "loss", loss)
+    return made
 
 
 def fit(model, optimizer, rows, **changes):
-    """Run to the end; the reports by kind."""
+    """Run to the end; returns the reports by kind, and the list of them."""
     extra = {name: changes.pop(name) for name in ("checkpoint", "resume", "stop", "valid_set") if name in changes}
     reports = list(train(model, optimizer, rows, config=config(**changes), **extra))
     return {kind: [r for r in reports if type(r) is kind] for kind in {type(r) for r in reports}}, reports
@@ -200,7 +165,7 @@ def reference_gradients(model, rows):
 def test_loss_is_that_of_unpadded_rows():
     model, rows = Model(), examples(6)
     mean, _, count = reference_gradients(model, rows)
-    total, tokens = loss_fn(model, *pad(rows, pad_to=16))
+    total, tokens = cross_entropy.loss(model, *next(eval_batches(rows, len(rows))))
     assert tokens.item() == count
     assert abs(total.item() / count - mean) < 1e-5
 
@@ -208,7 +173,7 @@ def test_loss_is_that_of_unpadded_rows():
 def test_losses_of_half_precision_logits_are_computed_in_float32():
     logits = (mx.random.normal((2, 5, 300), key=mx.random.key(1)) * 4).astype(mx.bfloat16)
     targets = mx.arange(10).reshape(2, 5)
-    losses = token_losses(logits, targets)
+    losses = cross_entropy.token_losses(logits, targets)
     exact = np.array(logits.astype(mx.float32), np.float64)
     wanted = np.log(np.exp(exact).sum(-1)) - np.take_along_axis(exact, np.array(targets)[..., None], -1)[..., 0]
     assert losses.dtype == mx.float32
@@ -217,11 +182,11 @@ def test_losses_of_half_precision_logits_are_computed_in_float32():
 
 def test_an_uncounted_position_cannot_spoil_the_loss():
     logits = mx.zeros((1, 2, VOCAB)).at[0, 1, 0].add(mx.array(math.inf))
-    total, tokens = loss_fn(lambda _: logits, mx.array([[1, 2, 3]]), mx.array([[True, False]]))
+    total, tokens = cross_entropy.loss(lambda _: logits, mx.array([[1, 2, 3]]), mx.array([[True, False]]))
     assert tokens.item() == 1 and abs(total.item() - math.log(VOCAB)) < 1e-5
 
 
-def test_evaluate_weighs_tokens_and_leaves_modes_and_random_numbers_alone():
+def test_evaluate_is_the_mean_over_tokens_and_changes_neither_modes_nor_random_state():
     model, rows = Model(dropout=0.5), examples(7)
     mean, _, count = reference_gradients(model, rows)
     model.train()
@@ -232,9 +197,40 @@ def test_evaluate_weighs_tokens_and_leaves_modes_and_random_numbers_alone():
     assert measured.perplexity == pytest.approx(math.exp(mean), rel=1e-4)
     assert model.training and model.layers[1].dropout.training and not model.layers[0].dropout.training
     assert mx.array_equal(before, mx.random.state[0])
-    assert evaluate(model, rows, batch_size=2, limit=1).tokens == sum(int(r.mask.sum()) for r in rows[:2])
+    first = next(eval_batches(rows, 2, limit=1))
+    assert evaluate(model, rows, batch_size=2, limit=1).tokens == int(first.mask.sum())
     with pytest.raises(TrainingError, match="nothing to evaluate"):
-        evaluate(model, [])
+        evaluate(model, Dataset([row(1, 2, learned=False)]))
+
+
+def test_a_new_loss_is_a_row_of_the_table(monkeypatch, uncompiled):
+    """Half the cross entropy: SGD takes half the step; evaluations and reports show half the loss."""
+
+    def half(model, tokens, mask):
+        total, count = cross_entropy.loss(model, tokens, mask)
+        return total / 2, count
+
+    monkeypatch.setitem(LOSSES, "half", half)
+    rows, models = examples(3), [Model(), Model()]
+    start, (mean, _, _) = weights(models[0]), reference_gradients(models[0], rows)
+    found = [
+        fit(m, opt.SGD(0.1), rows, iters=1, valid_set=rows, loss=name)[0]
+        for m, name in zip(models, ("cross_entropy", "half"), strict=True)
+    ]
+    for kinds, factor in zip(found, (1, 0.5), strict=True):
+        assert kinds[TrainReport][0].train_loss == pytest.approx(factor * mean, abs=1e-5)
+        assert kinds[ValReport][0].val_loss == pytest.approx(factor * mean, abs=1e-5)
+    whole, halved = ({path: w - start[path] for path, w in weights(m).items()} for m in models)
+    close({path: w / 2 for path, w in whole.items()}, halved, 1e-6)
+    assert evaluate(Model(), rows, loss="half").loss == pytest.approx(mean / 2, abs=1e-5)
+
+
+def test_an_unknown_loss_is_refused_before_training():
+    with pytest.raises(ConfigError, match="no loss 'mse'") as caught:
+        train(Model(), opt.SGD(0.1), examples(3), config=config(loss="mse"))
+    assert "cross_entropy" in caught.value.hint
+    with pytest.raises(ConfigError, match="no loss 'mse'"):
+        evaluate(Model(), examples(3), loss="mse")
 
 
 # --- the step against formulas written out -------------------------------------------------------------------------
@@ -277,10 +273,9 @@ def mlx_tree(flat):
     return tree_unflatten([(path, mx.array(w, mx.float32)) for path, w in flat.items()])
 
 
-def test_accumulation_is_one_big_batch(data_room):
-    """Rows of very different lengths: a mean of means would show."""
-    rows = examples(2, seed=1, least=3, most=4) + examples(4, seed=2, least=12, most=14)
-    data_room.train_batches = lambda rows, size, **_: iter([pad(rows[i : i + size]) for i in range(0, 6, size)] * 9)
+def test_accumulation_is_one_big_batch():
+    """An epoch as one batch or as three. The rows differ in length: a mean of means would be another number."""
+    rows = Dataset([*examples(2, seed=1, least=3, most=4), *examples(4, seed=2, least=12, most=14)])
     big, small = Model(), Model()
     fit(big, opt.SGD(0.1), rows, iters=2, batch_size=6)
     kinds, _ = fit(small, opt.SGD(0.1), rows, iters=6, batch_size=2, grad_accumulation_steps=3)
@@ -288,16 +283,15 @@ def test_accumulation_is_one_big_batch(data_room):
     assert kinds[Done][0].trained_tokens == 2 * sum(int(r.mask.sum()) for r in rows)
 
 
-def test_trailing_window_is_applied(data_room):
+def test_the_last_partial_window_is_applied():
     rows = examples(4)
-    data_room.train_batches = lambda rows, size, **_: iter([pad(rows[i : i + 2]) for i in (0, 2)] * 9)
     short, straight = Model(), Model()
     fit(straight, opt.SGD(0.1), rows, iters=1, batch_size=2)
     fit(short, opt.SGD(0.1), rows, iters=1, batch_size=2, grad_accumulation_steps=4)
     close(weights(straight), weights(short), 1e-6)
 
 
-def test_reports_come_in_order_and_weigh_tokens():
+def test_reports_come_in_order_and_are_means_over_tokens():
     model, rows = Model(), examples(9)
     kinds, reports = fit(
         model, opt.SGD(0.0), rows, iters=7, steps_per_report=3, steps_per_eval=3, save_every=5, valid_set=rows,
@@ -318,7 +312,7 @@ def test_reports_come_in_order_and_weigh_tokens():
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_traces_are_as_few_as_shapes(accumulation):
+def test_the_step_is_traced_once_for_each_shape(accumulation):
     model, rows = Model(), examples(40)
     shapes = {batch.tokens.shape for batch, _ in zip(train_batches(rows, 3, seed=0), range(24), strict=False)}
     fit(model, opt.Adam(1e-3), rows, iters=24, grad_accumulation_steps=accumulation)
@@ -328,7 +322,7 @@ def test_traces_are_as_few_as_shapes(accumulation):
 # --- seeds and resume ----------------------------------------------------------------------------------------------
 
 
-def test_same_seed_same_bits_whatever_is_drawn_between():
+def test_the_same_seed_gives_the_same_bits_whatever_the_caller_draws():
     rows, results = examples(10), []
     for valid, seed in ((None, 5), (rows, 5), (None, 6)):
         model = Model(dropout=0.3)
@@ -364,7 +358,7 @@ def test_resume_is_exact(request, tmp_path, how, optimizer, dtype, accumulation)
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
     other = Model(dropout=0.3, dtype=dtype)
-    other.update(mx_noise(other))  # what the new process holds must not matter
+    other.update(mx_noise(other))  # the weights of the new process must not matter
     rest, _ = fit(
         other, build_optimizer(settings, 6), rows, iters=12, resume=TrainingState.load(file), **common
     )  # fmt: skip
@@ -381,7 +375,7 @@ def mx_noise(model):
     return tree_map(lambda p: mx.random.normal(p.shape).astype(p.dtype), model.trainable_parameters())
 
 
-def test_resume_of_a_finished_run_applies_its_trailing_window():
+def test_resume_of_a_finished_run_applies_its_last_partial_window():
     rows, states, model = examples(6), [], Model()
     fit(model, opt.Adam(1e-2), rows, iters=5, grad_accumulation_steps=2, checkpoint=states.append)
     other = Model()
@@ -402,7 +396,7 @@ def test_resume_takes_a_new_constant_learning_rate_but_no_other_run():
     ) as caught:
         train(thinner, opt.Lion(1e-2), rows, config=config(batch_size=2), resume=states[0])
     assert "seed" not in caught.value.message
-    with pytest.raises(TrainingError, match="beyond"):
+    with pytest.raises(TrainingError, match="but iters is"):
         train(Model(), opt.Adam(1e-2), rows, config=config(iters=1), resume=states[0])
     with pytest.raises(TrainingError, match="another optimizer's state"):
         list(train(Model(), opt.Adam(1e-2), rows, config=config(), resume=stateless(states[0])))
@@ -412,7 +406,7 @@ def stateless(state):
     return TrainingState(state.parameters, {}, {}, state.tally, state.fingerprint)
 
 
-def test_a_file_that_is_no_state_is_refused(tmp_path):
+def test_a_file_that_is_not_a_training_state_is_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(FormatError, match="cannot be read"):
         TrainingState.load(path)
@@ -420,7 +414,7 @@ def test_a_file_that_is_no_state_is_refused(tmp_path):
     with pytest.raises(FormatError, match="cannot be read"):
         TrainingState.load(path)
     mx.save_safetensors(str(path), {"a": mx.ones(2)})
-    with pytest.raises(FormatError, match="no training state"):
+    with pytest.raises(FormatError, match="is not a training state"):
         TrainingState.load(path)
 
 
@@ -450,31 +444,27 @@ class Fragile(Model):
         return super().__call__(tokens) * mx.where(bad, mx.array(math.inf), mx.array(1.0))
 
 
+GOOD, BAD = row(1, 2, 3), row(1, VOCAB - 1, 2)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_non_finite_step_changes_nothing(data_room, accumulation):
-    good, bad = examples(2, seed=1), [Example(np.array([1, VOCAB - 1, 2], np.int32), np.array([False, True, True]))]
-    good = [Example(row.tokens % (VOCAB - 2) + 1, row.mask) for row in good]
-
-    def batches(kinds):
-        return lambda rows, size, **_: iter([pad(good if kind == "g" else bad) for kind in kinds])
-
+def test_non_finite_step_changes_nothing(accumulation):
+    """One bad row among equal good ones, a row a batch: the run is that of the good rows with one step less."""
+    rows = Dataset([*[GOOD] * 5, BAD])
+    bad = next(i for i, b in enumerate(train_batches(rows, 1, seed=0), 1) if (b.tokens == VOCAB - 1).any())
     model, clean = Fragile(), Fragile()
-    data_room.train_batches = batches("gg" * accumulation + "gb"[-accumulation:] + "gg" * accumulation)
-    iters = 5 * accumulation
-    kinds, _ = fit(model, opt.Adam(1e-2), good, iters=iters, grad_accumulation_steps=accumulation)
-    data_room.train_batches = batches("g" * 99)
-    fit(clean, opt.Adam(1e-2), good, iters=4 * accumulation, grad_accumulation_steps=accumulation)
+    settings = {"batch_size": 1, "grad_accumulation_steps": accumulation}
+    kinds, _ = fit(model, opt.Adam(1e-2), rows, iters=6, **settings)
+    fit(clean, opt.Adam(1e-2), Dataset([GOOD] * 6), iters=6 - accumulation, **settings)
     same(weights(model), weights(clean))  # Adam's step counter and moments did not move either
-    assert kinds[SkippedStep] == [SkippedStep(iteration=3 * accumulation, in_a_row=1)]
+    assert kinds[SkippedStep] == [SkippedStep(iteration=math.ceil(bad / accumulation) * accumulation, in_a_row=1)]
     assert kinds[Done][0].skipped_steps == 1
     assert all(math.isfinite(r.train_loss) for r in kinds[TrainReport])
     assert [r.loss for r in kinds[Progress]].count(None) == 1
 
 
-def test_too_many_skipped_steps_save_and_fail(data_room):
-    rows, states, model = examples(3), [], Fragile()
-    bad = pad([Example(np.array([1, VOCAB - 1, 2], np.int32), np.array([False, True, True]))])
-    data_room.train_batches = lambda *_, **__: iter([bad] * 9)
+def test_too_many_skipped_steps_save_and_fail():
+    rows, states, model = Dataset([BAD] * 3), [], Fragile()
     before, seen = weights(model), []
     with pytest.raises(TrainingError, match="3 steps in a row") as caught:
         for report in train(model, opt.Adam(1e-2), rows, None, config(max_skipped_steps=3), checkpoint=states.append):
@@ -484,13 +474,12 @@ def test_too_many_skipped_steps_save_and_fail(data_room):
     same(weights(model), before)
 
 
-def test_a_batch_without_tokens_is_no_step(data_room):
-    rows, model = examples(3), Model()
-    full, empty = pad(rows), pad([Example(np.array([1, 2, 3], np.int32), np.zeros(3, bool))])
-    data_room.train_batches = lambda *_, **__: iter([full, empty, empty])
-    once = Model()
-    fit(once, opt.Adam(1e-2), rows, iters=1)
-    kinds, _ = fit(model, opt.Adam(1e-2), rows, iters=3)
+def test_a_batch_without_learned_tokens_is_no_step():
+    """One row to learn among rows without learned tokens: an epoch is one step, wherever that row comes."""
+    model, once = Model(), Model()
+    empty = row(1, 2, 3, learned=False)
+    fit(once, opt.Adam(1e-2), Dataset([GOOD]), iters=1, batch_size=1)
+    kinds, _ = fit(model, opt.Adam(1e-2), Dataset([GOOD, empty, empty]), iters=3, batch_size=1)
     assert SkippedStep not in kinds
     same(weights(model), weights(once))
 
@@ -498,7 +487,7 @@ def test_a_batch_without_tokens_is_no_step(data_room):
 def test_nothing_to_train_or_learn_from():
     model = Model()
     with pytest.raises(TrainingError, match="set is empty"):
-        train(model, opt.Adam(1e-2), [])
+        train(model, opt.Adam(1e-2), Dataset([]))
     model.freeze()
     with pytest.raises(TrainingError, match="no trainable parameters") as caught:
         train(model, opt.Adam(1e-2), examples(3))
@@ -509,15 +498,21 @@ def test_nothing_to_train_or_learn_from():
 
 
 @pytest.mark.parametrize("end", ["close", "data fails", "model fails"])
-def test_the_model_is_usable_however_a_run_ends(data_room, end):
-    model, rows = Model(dropout=0.2), examples(9)
-    run = train(model, opt.Adam(1e-2), rows, None, config(grad_checkpoint=True))
+def test_the_model_is_usable_however_a_run_ends(end):
+    class Failing(Dataset):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index if self.reads < 7 or end != "data fails" else 1 // 0)
+
+    model = Model(dropout=0.2)
+    run = train(model, opt.Adam(1e-2), Failing(examples(9)), None, config(grad_checkpoint=True))
     if end == "close":
         next(run)
         assert type(model.layers[0]) is not Layer and model.training
         run.close()
     elif end == "data fails":
-        data_room.train_batches = lambda *_, **__: (pad(rows[: 3 if i < 2 else 1 // 0]) for i in range(9))
         with pytest.raises(ZeroDivisionError):
             list(run)
     else:
@@ -526,6 +521,7 @@ def test_the_model_is_usable_however_a_run_ends(data_room, end):
             list(run)
         model.layers[1].dropout = nn.Identity()
     assert all(type(layer) is Layer for layer in model.layers) and not model.training
+    assert all(type(layer.dropout) in (nn.Dropout, nn.Identity) for layer in model.layers)
     assert np.isfinite(np.array(model(mx.array([[1, 2, 3]])))).all()
     assert np.isfinite(np.array(mx.random.uniform(shape=(2,)))).all()
     assert all(np.isfinite(w).all() for w in weights(model).values())
@@ -534,11 +530,11 @@ def test_the_model_is_usable_however_a_run_ends(data_room, end):
 # --- half precision ------------------------------------------------------------------------------------------------
 
 
-def test_master_weights_follow_float32_where_bfloat16_stands_still():
+def test_master_weights_learn_where_bfloat16_rounds_updates_away():
     rows, rate = examples(6), 1e-5
     exact, half, plain = Model(), Model(dtype=mx.bfloat16), Model(dtype=mx.bfloat16)
     exact.update({"embed": half.embed.parameters()})
-    exact.update(mlx_tree(weights(half)))  # the same start
+    exact.update(mlx_tree(weights(half)))  # the same initial weights
     start = weights(half)
     states = []
     for model in (exact, half):
@@ -556,7 +552,10 @@ def test_master_weights_follow_float32_where_bfloat16_stands_still():
     same(weights(half), rounded)
     assert all(p.dtype == mx.bfloat16 for _, p in tree_flatten(half.trainable_parameters()))
 
-    plain_adam, grads = opt.Adam(rate, bias_correction=True), nn.value_and_grad(plain, lambda b: loss_fn(plain, *b)[0])
+    plain_adam, grads = (
+        opt.Adam(rate, bias_correction=True),
+        nn.value_and_grad(plain, lambda b: cross_entropy.loss(plain, *b)[0]),
+    )
     for batch, _ in zip(train_batches(rows, 3, seed=0), range(30), strict=False):
         plain_adam.update(plain, grads(batch)[1])
     large = {p: np.abs(w) > 0.1 for p, w in start.items()}
@@ -565,8 +564,8 @@ def test_master_weights_follow_float32_where_bfloat16_stands_still():
     assert sum(stuck) == 0 and sum(shifted) > 0
 
 
-def test_master_weights_serve_a_multi_optimizer():
-    """Shares that end in different layers, on which MultiOptimizer's own merging fails."""
+def test_master_weights_work_with_a_multi_optimizer():
+    """Parameter groups that end in different layers: MultiOptimizer's own merging fails on them."""
     parameters = {"layers.0.m": mx.ones(3), "layers.1.w": mx.ones((3, 2), mx.float16), "layers.2.m": mx.ones(3)}
     optimizer = MasterWeights(
         opt.MultiOptimizer([opt.SGD(0.5), opt.SGD(0.25)], [lambda p, w: p.endswith("layers.1.w")])
@@ -611,26 +610,26 @@ def test_recomputing_layers_changes_no_gradient_and_is_undone(uncompiled):
         list(train(nn.Linear(2, 2), opt.SGD(0.1), rows, config=config(grad_checkpoint=True)))
 
 
-def test_recomputed_dropout_draws_the_same_mask(data_room):
-    """loss = sum of dropout(w): with one mask, w . gradient = loss."""
-    from mlx_lora.training.recompute import recomputed_layers
+class Drops(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.dropout = mx.random.normal((64,), key=mx.random.key(2)), nn.Dropout(0.5)
 
-    class Drops(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w, self.dropout = mx.random.normal((64,), key=mx.random.key(2)), nn.Dropout(0.5)
+    def __call__(self, x):
+        return self.dropout(self.w * x)
 
-        def __call__(self, x):
-            return self.dropout(self.w * x)
 
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = [Drops(), Drops()]
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [Drops(), Drops()]
 
-        def __call__(self, x):
-            return sum(layer(x) for layer in self.layers)
+    def __call__(self, x):
+        return sum(layer(x) for layer in self.layers)
 
+
+def test_recomputed_dropout_draws_the_same_mask():
+    """loss = sum of dropout(w), so that with one mask w . gradient = loss."""
     model, x = Two(), mx.ones(64)
     with recomputed_layers(model):
         step = mx.compile(nn.value_and_grad(model, lambda x: model(x).sum()), mx.random.state, mx.random.state)
@@ -642,6 +641,73 @@ def test_recomputed_dropout_draws_the_same_mask(data_room):
             assert not mx.array_equal(gradients["layers"][0]["w"], gradients["layers"][1]["w"])
             losses.append(loss.item())
     assert losses[0] != losses[1]
+
+
+def test_recomputing_changes_no_draw_of_others():
+    """Inside a checkpointed layer, the caller's functions, another thread and another model draw as they always do."""
+    mx.random.seed(7)
+    wanted, other, found = mx.random.uniform(shape=(4,)), nn.Dropout(0.5), {}
+    mx.random.seed(8)
+    wanted_mask = other(mx.ones(64))
+    draws = {name: getattr(mx.random, name) for name in ("bernoulli", "normal", "uniform")}
+
+    def in_a_thread():
+        mx.random.seed(7)
+        found["thread"] = mx.random.uniform(shape=(4,))
+        mx.random.seed(8)
+        found["model"] = other(mx.ones(64))
+        mx.eval(found["thread"], found["model"])
+
+    class Asks(Drops):
+        def __call__(self, x):
+            thread = threading.Thread(target=in_a_thread)
+            thread.start()
+            thread.join()
+            found["unchanged"] = all(getattr(mx.random, name) is draw for name, draw in draws.items())
+            return super().__call__(x)
+
+    model = Two()
+    model.layers = [Asks()]
+    with recomputed_layers(model):
+        mx.eval(nn.value_and_grad(model, lambda x: model(x).sum())(mx.ones(64)))
+    assert found["unchanged"]
+    assert mx.array_equal(found["thread"], wanted) and mx.array_equal(found["model"], wanted_mask)
+    assert type(model.layers[0].dropout) is nn.Dropout and not hasattr(model.layers[0].dropout, "mask_keys")
+
+
+# --- memory limits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["end", "close", "error"])
+@pytest.mark.parametrize("metal", [True, False])
+def test_a_run_puts_the_memory_limits_back(monkeypatch, end, metal):
+    """MLX's functions return the limit that they replace; here they are stand-ins on a machine with a GPU."""
+    limits = {"wired": 1, "cache": 2}
+
+    def setter(name):
+        def set_limit(value):
+            old, limits[name] = limits[name], value
+            return old
+
+        return set_limit
+
+    monkeypatch.setattr(device, "is_cpu", lambda: False)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 400})
+    monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
+    monkeypatch.setattr(mx, "set_wired_limit", setter("wired"))
+    monkeypatch.setattr(mx, "set_cache_limit", setter("cache"))
+    run = train(Model(), opt.SGD(0.1), examples(6), None, config(iters=3))
+    assert limits == {"wired": 1, "cache": 2}
+    next(run)
+    assert limits == {"wired": 400 if metal else 1, "cache": 100}
+    if end == "error":
+        with pytest.raises(RuntimeError, match="mine"):
+            run.throw(RuntimeError("mine"))
+    elif end == "close":
+        run.close()
+    else:
+        list(run)
+    assert limits == {"wired": 1, "cache": 2}
 
 
 # --- optimizers and schedules --------------------------------------------------------------------------------------
@@ -657,7 +723,7 @@ def test_every_optimizer_lowers_the_loss_at_the_learning_rate_asked_for(uncompil
     assert kinds[TrainReport][-1].learning_rate == pytest.approx(rate)
 
 
-def test_muon_gets_matrices_only():
+def test_muon_trains_matrices_only():
     members = build_optimizer(OptimizerConfig(optimizer="muon", optimizer_config={"adamw": {"eps": "1e-6"}}), 9)
     flat = {"m": mx.ones(3), "a": mx.ones((3, 2)), "experts": mx.ones((2, 3, 2))}
     wrapped = MasterWeights(members)
@@ -701,7 +767,7 @@ def test_optimizer_arguments_are_read_and_checked():
         {"name": "step_decay", "arguments": [1e-4, 0.5, 7]},
     ],
 )
-def test_mapping_means_what_it_means_in_mlx_lm(spec):
+def test_a_schedule_mapping_means_the_same_as_in_mlx_lm(spec):
     from mlx_lm.tuner.utils import build_schedule as theirs
 
     ours, theirs = build_schedule(spec, 1.0, 999), theirs(spec)
@@ -753,7 +819,7 @@ def test_the_schedule_counts_optimizer_steps():
     assert [r.learning_rate for r in kinds[TrainReport]] == [1.0, 0.75, 0.5, 0.25]
 
 
-def test_the_cache_is_emptied_where_asked(monkeypatch):
+def test_the_cache_is_cleared_above_the_threshold(monkeypatch):
     emptied = []
     monkeypatch.setattr(mx, "get_cache_memory", lambda: 1000)
     monkeypatch.setattr(mx, "clear_cache", lambda: emptied.append(1))

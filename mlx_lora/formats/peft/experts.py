@@ -1,9 +1,9 @@
 """Mixtures of experts in PEFT's folders: keys for each expert, or one pair of matrices over a parameter of all experts.
 
-PEFT packs a parameter's experts into two-dimensional matrices: A [experts * r, in] with the expert slowest, B
-[out, r * experts] with the expert fastest. PEFT 0.17 and 0.18 had in and out exchanged for parameters stored
-[experts, out, in] (huggingface/peft#3083): A [experts * r, out], B [in, r * experts]. ``gate_up_proj`` is one
-parameter there and two modules here. Arrays only: names and configs are ``peft.py``'s.
+PEFT packs a parameter's experts into two-dimensional matrices: A [experts * r, in], where the expert is the slow index,
+and B [out, r * experts], where it is the fast one. PEFT 0.17 and 0.18 exchanged in and out for parameters stored
+[experts, out, in] (huggingface/peft#3083): A [experts * r, out], B [in, r * experts]. ``gate_up_proj`` is one parameter
+in PEFT and two modules in mlx-lm.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import mlx.core as mx
 from ...base.names import BaseModel
 from ...errors import FormatError
 
-EXPERT = re.compile(r"^(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<name>\w+)$")
-FUSED = re.compile(r"^(?P<block>.+)\.experts(?P<inner>\.base_layer)?$")
+SINGLE = re.compile(r"^(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<name>\w+)$")
+PACKED = re.compile(r"^(?P<block>.+)\.experts(?P<inner>\.base_layer)?$")
 NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 MIXTRAL = {ours: theirs for theirs, ours in NAMES.items()}
 _LARGEST_STACK = 1 << 16  # experts
@@ -37,11 +37,12 @@ class Packed:
 
     def fault(self) -> str | None:
         if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] % self.rank or self.a.shape[0] != self.b.shape[1]:
-            return f"lora_A {list(self.a.shape)} and lora_B {list(self.b.shape)} pack no experts of rank {self.rank}"
+            shapes = f"lora_A {list(self.a.shape)} and lora_B {list(self.b.shape)}"
+            return f"{shapes} are not packed experts of rank {self.rank}"
         return None
 
     def unpack(self, exchanged: bool) -> tuple[mx.array, mx.array]:
-        """lora_a [experts, r, in], lora_b [experts, out, r]; ``exchanged``: as PEFT 0.17 and 0.18 packed them."""
+        """lora_a [experts, r, in] and lora_b [experts, out, r]. ``exchanged``: PEFT 0.17 or 0.18 packed them."""
         a = self.a.reshape(self.experts, self.rank, -1)
         b = self.b.reshape(self.b.shape[0], self.rank, self.experts).transpose(2, 0, 1)
         return (b.swapaxes(1, 2), a.swapaxes(1, 2)) if exchanged else (a, b)
@@ -60,37 +61,37 @@ def exchanged(
     version: str | None,
     in_out: bool,
 ) -> bool:
-    """Whether a block is packed as PEFT 0.17 and 0.18 did, by the shapes where they tell, else by PEFT's version.
+    """Whether PEFT 0.17 or 0.18 packed a block: by the shapes where they differ, else by PEFT's version.
 
     Args:
-        hidden: the model's hidden size, if known: gate_up reads it, down writes it.
-        version: ``peft_version`` of the config, written since 0.18.
-        in_out: the model stores experts [experts, in, out]; PEFT never packed those otherwise.
+        hidden: the model's hidden size, if known: the input of gate_up and the output of down.
+        version: the config's ``peft_version``, which PEFT writes since 0.18.
+        in_out: the model stores experts [experts, in, out]; PEFT never exchanged those.
     """
     if in_out:
         return False
-    now, then = [], []
+    new, old = [], []  # what holds of the shapes if they are packed as now, and as then
     if gate_up and down:
         reads, writes = gate_up.a.shape[1], gate_up.b.shape[0]
         inner, outer = down.a.shape[1], down.b.shape[0]
-        now.append(reads == outer and writes == 2 * inner)
-        then.append(writes == inner and reads == 2 * outer)
+        new.append(reads == outer and writes == 2 * inner)
+        old.append(writes == inner and reads == 2 * outer)
     if hidden and gate_up:
-        now.append(gate_up.a.shape[1] == hidden)
-        then.append(gate_up.b.shape[0] == hidden)
+        new.append(gate_up.a.shape[1] == hidden)
+        old.append(gate_up.b.shape[0] == hidden)
     if hidden and down:
-        now.append(down.b.shape[0] == hidden)
-        then.append(down.a.shape[1] == hidden)
-    if now and all(now) != all(then):
-        return all(then)
+        new.append(down.b.shape[0] == hidden)
+        old.append(down.a.shape[1] == hidden)
+    if new and all(new) != all(old):
+        return all(old)
     number = re.match(r"(\d+)\.(\d+)", version or "")
     return not number or (int(number[1]), int(number[2])) < (0, 19)
 
 
 def split_gate_up(a: mx.array, b: mx.array, interleaved: bool) -> dict[str, tuple[mx.array, mx.array]]:
-    """``gate_up_proj`` as gate_proj and up_proj: B's rows are divided, A is shared.
+    """``gate_up_proj`` as gate_proj and up_proj, which share A and have half of B's rows each.
 
-    Where gate and up were fused at twice the rank, block by block (``fuse_gate_up``), the halves come back.
+    Where ``fuse_gate_up`` made a block-diagonal B of twice the rank, each gets its own half of the ranks back.
     """
     rows = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
     if not interleaved:
@@ -98,8 +99,8 @@ def split_gate_up(a: mx.array, b: mx.array, interleaved: bool) -> dict[str, tupl
         rows = {"gate_proj": slice(0, half), "up_proj": slice(half, None)}
     gate, up = b[:, rows["gate_proj"]], b[:, rows["up_proj"]]
     rank = a.shape[1] // 2
-    apart = a.shape[1] % 2 == 0 and not (gate[..., rank:].any().item() or up[..., :rank].any().item())
-    if apart and (gate.any().item() or up.any().item()):
+    block_diagonal = a.shape[1] % 2 == 0 and not (gate[..., rank:].any().item() or up[..., :rank].any().item())
+    if block_diagonal and (gate.any().item() or up.any().item()):
         return {"gate_proj": (a[:, :rank], gate[..., :rank]), "up_proj": (a[:, rank:], up[..., rank:])}
     return {"gate_proj": (a, gate), "up_proj": (a, up)}
 
@@ -107,7 +108,7 @@ def split_gate_up(a: mx.array, b: mx.array, interleaved: bool) -> dict[str, tupl
 def fuse_gate_up(
     gate: tuple[mx.array, mx.array], up: tuple[mx.array, mx.array], interleaved: bool
 ) -> tuple[mx.array, mx.array]:
-    """The inverse of ``split_gate_up``: one A where both share it, else both, and a block-diagonal B."""
+    """The inverse of ``split_gate_up``: one A where both share it, else both A and a block-diagonal B."""
     (gate_a, gate_b), (up_a, up_b) = gate, up
     if gate_a.shape == up_a.shape and mx.array_equal(gate_a, up_a).item():
         a, halves = gate_a, (gate_b, up_b)
@@ -122,20 +123,20 @@ def fuse_gate_up(
 
 
 def stack_experts(parts: dict[int, mx.array], name: str) -> mx.array:
-    """Arrays by expert, each [..., ...], as one [experts, ..., ...]."""
+    """Arrays by expert, of one shape each, as one array [experts, ...]."""
     if sorted(parts) != list(range(len(parts))) or len(parts) > _LARGEST_STACK:
         missing = sorted(set(range(min(max(parts) + 1, _LARGEST_STACK))) - set(parts))[:4]
         raise FormatError(f"{name}: experts {', '.join(map(str, missing))} are missing", "Download the adapter again.")
     if len({part.shape for part in parts.values()}) != 1:
         raise FormatError(
             f"{name}: the experts' arrays differ in shape",
-            "Save or download the adapter again; the experts of a layer have one rank.",
+            "Save or download the adapter again; all experts of a layer must have one rank.",
         )
     return mx.stack([parts[i] for i in range(len(parts))])
 
 
 def block_path(block: str, base: BaseModel | None) -> str:
-    """The path of a block's experts in mlx-lm, from transformers' path of the block."""
-    if base is not None and base.known:
+    """mlx-lm's path of a block's experts, from transformers' path of the block."""
+    if base is not None:
         return f"{base.to_mlx(block)}.{base.experts_name}"
     return f"{block}.experts" if block.endswith("feed_forward") else f"{block}.switch_mlp"

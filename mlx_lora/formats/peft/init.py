@@ -1,9 +1,9 @@
-"""Adapters of PEFT whose start changed the base: PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775).
+"""PEFT adapters whose initialisation changed the base: PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775).
 
-Both take a part of the weight, W0 = s B0 A0, out of the base and train it: such an adapter means something only on the
-base without that part. It becomes one for the base as published, s (B A - B0 A0), of twice the rank:
-A' = [A; A0], B' = [B, -B0], as PEFT's own ``path_initial_model_for_weight_conversion`` has it. W0 is computed again
-from the base's weights. Starts that cannot be (randomized, quantized, from data or gradients) are refused by name.
+Both subtract W0 = s B0 A0 from the base's weight and train B0 and A0, so that the adapter is valid only on the changed
+base. Here it becomes an adapter for the published base, with the update s (B A - B0 A0) and twice the rank: A' = [A;
+A0], B' = [B, -B0], as PEFT's ``path_initial_model_for_weight_conversion`` does. W0 is computed from the base's weights.
+Initialisations that cannot be computed again (randomized, quantized, from data or gradients) are refused by name.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ import mlx.core as mx
 
 from ...adapter import Adapter, raise_faults
 from ...errors import FormatError
-from ..options import Reading
+from ..options import ReadOptions
 
-_MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_CHANGE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _COMPUTED = ("pissa", "olora")
 
 
-def mutates(start: str) -> bool:
-    """Whether ``init_lora_weights: start`` changed the base."""
-    return start.lower().startswith(_MUTATING)
+def changes_base(init: str) -> bool:
+    """Whether ``init_lora_weights: init`` changes the base."""
+    return init.lower().startswith(_CHANGE_BASE)
 
 
-def portable(adapter: Adapter, start: str, source: Path, options: Reading) -> Adapter:
-    """``adapter``, started by ``start``, for the base as published."""
-    told = f"{source}: init_lora_weights {start!r} changed the base model"
-    if start.lower() not in _COMPUTED:
+def for_published_base(adapter: Adapter, init: str, source: Path, options: ReadOptions) -> Adapter:
+    """``adapter``, initialised by ``init``, as one for the published base."""
+    reason = f"{source}: init_lora_weights {init!r} changed the base model"
+    if init.lower() not in _COMPUTED:
         raise FormatError(
-            f"{told}, and what it took out cannot be computed again",
+            f"{reason}, and the change cannot be computed again",
             "Save it from PEFT as a plain LoRA (path_initial_model_for_weight_conversion=...), or merge it there.",
         )
     if adapter.config.method != "lora":
-        raise FormatError(f"{told}; with {adapter.config.method} that is not undone", "Merge it in PEFT.")
+        raise FormatError(f"{reason}; this is not undone for {adapter.config.method}", "Merge it in PEFT.")
     if options.base is None or options.base.folder is None:
-        options.need(told, "Give the base's folder, to compute again what it took out: --model, or base=.")
+        options.need(reason, "Give the base's folder, to compute the change again: --model, or base=.")
         return adapter
     weights, faults = dict(adapter.weights), []
     ranks, scales = {}, {}
@@ -48,15 +48,15 @@ def portable(adapter: Adapter, start: str, source: Path, options: Reading) -> Ad
         if base is not None and adapter.metadata["peft"].get("fan_in_fan_out"):
             base = base.T
         if base is None or base.ndim != 2 or not mx.issubdtype(base.dtype, mx.floating):
-            faults.append(f"{path}: the base in {options.base.name} has no such matrix of floats")
+            faults.append(f"{path}: {options.base.name} has no matrix of floats for it")
             continue
         if base.shape != (b.shape[1], a.shape[0]):
             faults.append(f"{path}: the base's weight is {list(base.shape)}, the adapter's {[b.shape[1], a.shape[0]]}")
             continue
         scale, rank = adapter.config.scale_of(path), adapter.rank_of(path)
-        old_b, old_a = _start(start.lower(), base.astype(mx.float32), rank, scale)
-        weights[f"{path}.lora_a"] = mx.concatenate([a, old_a.T.astype(a.dtype)], axis=1)
-        weights[f"{path}.lora_b"] = mx.concatenate([b, -old_b.T.astype(b.dtype)])
+        first_b, first_a = initial_matrices(init.lower(), base.astype(mx.float32), rank, scale)
+        weights[f"{path}.lora_a"] = mx.concatenate([a, first_a.T.astype(a.dtype)], axis=1)
+        weights[f"{path}.lora_b"] = mx.concatenate([b, -first_b.T.astype(b.dtype)])
         ranks[f"^{re.escape(path)}"], scales[f"^{re.escape(path)}"] = 2 * rank, scale
     raise_faults(faults, "Name the model that the adapter was trained on.", FormatError)
     config = replace(
@@ -65,10 +65,12 @@ def portable(adapter: Adapter, start: str, source: Path, options: Reading) -> Ad
     return replace(adapter, weights=weights, config=config)
 
 
-def _start(start: str, weight: mx.array, rank: int, scale: float) -> tuple[mx.array, mx.array]:
-    """B0 [out, r] and A0 [r, in] of ``weight`` [out, in]. PiSSA: s B0 A0 is its best approximation of rank r. OLoRA:
-    the first columns of Q and the first rows of R."""
-    if start == "olora":
+def initial_matrices(init: str, weight: mx.array, rank: int, scale: float) -> tuple[mx.array, mx.array]:
+    """B0 [out, r] and A0 [r, in] for ``weight`` [out, in].
+
+    PiSSA: scale * B0 A0 is the best approximation of rank r. OLoRA: the first columns of Q and the first rows of R.
+    """
+    if init == "olora":
         q, r = mx.linalg.qr(weight, stream=mx.cpu)
         return q[:, :rank], r[:rank]
     u, s, v = mx.linalg.svd(weight, stream=mx.cpu)

@@ -1,4 +1,4 @@
-"""What PEFT calls its files and tensors; shared by ``peft.py``, which reads, and ``peft_write.py``."""
+"""PEFT's names of files and tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 
-# PEFT's leaf -> (ours, whether the array is transposed).
+# PEFT's array of a module: (ours, whether it is transposed).
 LEAVES = {
     "lora_A.weight": ("lora_a", True),
     "lora_B.weight": ("lora_b", True),
@@ -19,12 +19,39 @@ LEAVES = {
     "vera_lambda_b": ("vera_lambda_b", False),
     "token_adapter.trainable_tokens_delta": ("trainable_tokens", False),
 }
-OTHER_LEAVES = {
+# Further names that are read and never written.
+READ_LEAVES = {
+    **LEAVES,
     "lora_magnitude_vector.weight": ("m", False),
     "weight_m_wdecomp.weight": ("m", False),  # NVlabs/DoRA
     "trainable_tokens_delta": ("trainable_tokens", False),
 }
 SHARED_KEYS = {"base_model.vera_A": "vera_a", "base_model.vera_B": "vera_b"}
-OURS = {ours: theirs for theirs, (ours, _) in reversed(LEAVES.items()) if "embedding" not in theirs}
-EMBEDDING = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
+# Our array: PEFT's, of a linear layer and of an embedding.
+LINEAR = {ours: theirs for theirs, (ours, _) in LEAVES.items() if "embedding" not in theirs}
+EMBEDDING = {**LINEAR, "lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 EMBEDDING_NAME = re.compile(r"(^|\.)(wte|wpe|\w*embed\w*)$")
+
+_ADAPTER_NAME = re.compile(
+    r"(\.(?:lora_\w+|vera_\w+|weight_m_wdecomp|trainable_tokens_delta|modules_to_save))\.default\b"
+)
+_LEAF = re.compile(rf"^(.+?)\.({'|'.join(re.escape(leaf) for leaf in READ_LEAVES)})$")
+_OTHER_METHOD = re.compile(r"\.(lora|vera|ia3|hada|lokr|oft|boft|token)_")
+
+
+def split_name(name: str) -> tuple[str, str, bool] | None:
+    """A PEFT tensor name -> (module path, our array, whether it is transposed); None for an unknown name.
+
+    The adapter's name ``default`` in it, which PEFT strips when it saves, is accepted, as PEFT accepts it.
+    """
+    if not name.startswith(PREFIX):
+        return None
+    bare = _ADAPTER_NAME.sub(r"\1", name[len(PREFIX) :])
+    if found := _LEAF.match(bare):
+        return found[1], *READ_LEAVES[found[2]]
+    path, _, leaf = bare.rpartition(".")
+    if not path or leaf not in ("weight", "bias") or _OTHER_METHOD.search(bare):
+        return None
+    for wrapper in (".base_layer", ".original_module", ".modules_to_save"):
+        path = path.removesuffix(wrapper)
+    return path, leaf, False

@@ -1,7 +1,8 @@
-"""PEFT's adapter folder, written; ``peft.py`` says what it is.
+"""PEFT's adapter folder, written.
 
-The config is short on purpose (older versions of PEFT refuse what they do not know), names precisely the modules that
-have an adapter, and says ``init_lora_weights: true`` whatever the start was: PEFT would apply it to the base again.
+The config is short on purpose: older versions of PEFT refuse settings that they do not know. It names exactly the
+modules that have an adapter, and has ``init_lora_weights: true`` whatever the initialisation was, because PEFT would
+apply another one to the base again.
 """
 
 from __future__ import annotations
@@ -14,58 +15,71 @@ from typing import Any
 import mlx.core as mx
 
 from ...adapter import Adapter, raise_faults, split_layer
+from ...base.names import BaseModel
 from ...config import AdapterConfig
 from ...errors import FormatError
 from ..files import write_json, write_safetensors
-from ..options import Writing
-from ..uniform import as_lora, integral, uniform
+from ..options import MERGE, NAME_BASE, WriteOptions
+from ..uniform import integral, uniform, vera_as_lora
 from . import experts
-from .names import CONFIG, EMBEDDING, EMBEDDING_NAME, OURS, PREFIX, SHARED_KEYS, WEIGHTS
-
-_MERGE = "Merge it into the model instead: convert --to merged."
+from .names import CONFIG, EMBEDDING, EMBEDDING_NAME, LINEAR, PREFIX, SHARED_KEYS, WEIGHTS
 
 
-def write(adapter: Adapter, folder: Path, options: Writing) -> None:
+def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     if adapter.config.method == "full":
-        fault = "fully trained weights are no adapter in PEFT"
+        fault = "PEFT has no adapters of fully trained weights"
         raise FormatError(fault, "Save it as mlx-lm, or merge it into a model: convert --to merged.")
     if not adapter.modules:
         return _write_tokens(adapter, folder, options)
     if options.profile == "serving":
         adapter = _for_serving(adapter, options)
     layout = options.moe or ("per_expert" if options.profile else adapter.metadata.get("peft", {}).get("moe"))
-    base = options.base if options.base is not None and options.base.known else None
-    switches = [p for p in adapter.modules if f"{p}.lora_a" in adapter.weights and _is_switch(adapter, p)]
-    if switches and adapter.config.method != "lora":
-        raise FormatError(f"{switches[0]}: PEFT has no DoRA on experts", "Merge it: convert --to merged.")
+    base = options.known_base
+    stacks = _expert_stacks(adapter)
+    if stacks and adapter.config.method != "lora":
+        raise FormatError(f"{stacks[0]}: PEFT has no DoRA on experts", MERGE)
     if adapter.config.method == "vera" and any(adapter.weights[f"{p}.vera_lambda_d"].ndim > 1 for p in adapter.modules):
         raise FormatError("PEFT has no VeRA on experts", "Leave the experts out, or merge: convert --to merged.")
     exact = adapter.exact_config()
-    if switches and layout == "per_expert":
-        adapter = _for_experts(adapter, switches)
-        switches = [path for path in adapter.modules if _is_switch(adapter, path)]
-        exact = adapter.config
-    hf = base.to_hf if base else _guess_hf
-    names = {path: hf(path) for path in adapter.modules}
-    writer = _Writer(adapter, names)
+    if stacks and layout == "per_expert":
+        adapter = _for_single_experts(adapter, stacks)
+        stacks, exact = _expert_stacks(adapter), adapter.config
+    writer = _Writer(adapter, base)
     for path in adapter.modules:
-        if path not in switches:
-            writer.module(path, base)
-    if switches:
-        writer.experts(switches, layout or "target_parameters", base)
-    writer.beside(hf)
-    raw = writer.config(exact, base)
-    write_safetensors(folder / WEIGHTS, writer.tensors, {"format": "pt"})
-    write_json(folder / CONFIG, raw)
+        if path not in stacks:
+            writer.module(path)
+    writer.experts(stacks, layout or "target_parameters")
+    writer.extras()
+    _write_files(folder, writer.tensors, writer.config(exact))
 
 
-def _write_tokens(adapter: Adapter, folder: Path, options: Writing) -> None:
-    """Trained rows of one embedding and nothing else."""
+def _write_files(folder: Path, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_json(folder / CONFIG, config)
+
+
+def _to_hf(path: str, base: BaseModel | None) -> str:
+    """transformers' path. Without a base, GPT-2 is recognised by mlx-lm's names; other paths are taken as they are."""
+    if base is not None:
+        return base.to_hf(path)
+    if re.match(r"model\.(h\.\d+\.(attn\.c_|mlp\.c_)|wte$|wpe$)", path):
+        return "transformer." + path.removeprefix("model.")
+    return path
+
+
+def _expert_stacks(adapter: Adapter) -> list[str]:
+    """The paths of the modules that hold the matrices of all experts."""
+    return [p for p in adapter.modules if (a := adapter.weights.get(f"{p}.lora_a")) is not None and a.ndim == 3]
+
+
+def _write_tokens(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
+    """Write an adapter that is trained rows of one embedding and nothing else."""
     if len(adapter.tokens) != 1 or adapter.whole or options.profile or options.moe:
-        fault = "PEFT has no adapter of whole modules alone, nor of rows of several embeddings"
-        raise FormatError(fault, _MERGE)
+        fault = "PEFT has no adapters of full modules alone, nor of rows of several embeddings"
+        raise FormatError(fault, MERGE)
     (path, (ids, rows)) = next(iter(adapter.tokens.items()))
-    name = options.base.to_hf(path) if options.base is not None and options.base.known else _guess_hf(path)
+    base = options.known_base
+    name = _to_hf(path, base)
     raw = {
         "peft_type": "TRAINABLE_TOKENS",
         "task_type": "CAUSAL_LM",
@@ -76,48 +90,41 @@ def _write_tokens(adapter: Adapter, folder: Path, options: Writing) -> None:
         "init_weights": True,
     }
     tensors = {f"{PREFIX}{name}.trainable_tokens_delta": rows}
-    if options.base is not None and options.base.known and options.base.tied:
+    if base is not None and base.tied:
         tensors[f"{PREFIX}lm_head.trainable_tokens_delta"] = rows
-    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    write_json(folder / CONFIG, raw)
+    _write_files(folder, tensors, raw)
 
 
-def _is_switch(adapter: Adapter, path: str) -> bool:
-    return adapter.weights[f"{path}.lora_a"].ndim == 3
-
-
-def _guess_hf(path: str) -> str:
-    """Without a base: mlx-lm's GPT-2 is told by its names, others are called alike."""
-    if re.match(r"model\.(h\.\d+\.(attn\.c_|mlp\.c_)|wte$|wpe$)", path):
-        return "transformer." + path.removeprefix("model.")
-    return path
-
-
-def _for_serving(adapter: Adapter, options: Writing) -> Adapter:
+def _for_serving(adapter: Adapter, options: WriteOptions) -> Adapter:
+    """``adapter`` as vLLM and similar servers take it: LoRA only, one rank, one integer alpha."""
     config, faults = adapter.config, []
     if config.method == "dora":
-        faults.append("DoRA: vLLM and its like take LoRA only")
+        faults.append("DoRA: vLLM and similar servers take LoRA only")
     if adapter.whole:
         faults.append(f"{len(adapter.whole)} fully trained parameters (modules_to_save or bias)")
     if adapter.tokens:
         faults.append("trained rows of embeddings (trainable_token_indices)")
     if config.lora_bias:
         faults.append("lora_bias: vLLM refuses it")
-    raise_faults(faults, _MERGE, FormatError)
-    return uniform(as_lora(adapter, options.base), integer=True)
+    raise_faults(faults, MERGE, FormatError)
+    return uniform(vera_as_lora(adapter, options.base), integer=True)
 
 
-def _for_experts(adapter: Adapter, switches: list[str]) -> Adapter:
-    """PEFT converts keys for each expert, and the router's, by the config's one rank and alpha: they must have them."""
-    blocks = {path.rpartition(".")[0] for path in switches}
-    same = [p for p in adapter.modules if p in switches or p in {f"{b.rpartition('.')[0]}.gate" for b in blocks}]
+def _for_single_experts(adapter: Adapter, stacks: list[str]) -> Adapter:
+    """``adapter`` with one rank and alpha for experts and routers.
+
+    Where there are keys for each expert, PEFT converts these and the router's with the config's ``r`` and
+    ``lora_alpha``, whatever the patterns say.
+    """
+    blocks = {path.rpartition(".")[0] for path in stacks}
+    same = [p for p in adapter.modules if p in stacks or p in {f"{b.rpartition('.')[0]}.gate" for b in blocks}]
     part = replace(adapter, weights={n: w for n, w in adapter.weights.items() if n.rpartition(".")[0] in set(same)})
     folded = uniform(part)
     weights = {**adapter.weights, **folded.weights}
     for block in blocks:
         _complete(block, weights)
         a, b = f"{block}.gate_proj.lora_a", f"{block}.gate_proj.lora_b"
-        if a in weights and f"{block}.down_proj.lora_a" not in weights:  # PEFT takes it that both are there
+        if a in weights and f"{block}.down_proj.lora_a" not in weights:  # PEFT assumes that both are there
             count, rank, hidden = weights[a].shape
             weights[f"{block}.down_proj.lora_a"] = mx.zeros((count, rank, weights[b].shape[1]), weights[a].dtype)
             weights[f"{block}.down_proj.lora_b"] = mx.zeros((count, hidden, rank), weights[b].dtype)
@@ -132,22 +139,22 @@ def _for_experts(adapter: Adapter, switches: list[str]) -> Adapter:
 
 
 def _complete(block: str, weights: dict[str, mx.array]) -> None:
-    """gate and up are one parameter in transformers 5: where one alone has an adapter, the other gets one of zeros."""
+    """Give gate or up an adapter of zeros if only the other has one: they are one parameter in transformers 5."""
     pair = [f"{block}.gate_proj", f"{block}.up_proj"]
-    there = [path for path in pair if f"{path}.lora_a" in weights]
-    if len(there) == 1:
-        other = pair[1 - pair.index(there[0])]
+    present = [path for path in pair if f"{path}.lora_a" in weights]
+    if len(present) == 1:
+        other = pair[1 - pair.index(present[0])]
         for leaf in ("lora_a", "lora_b"):
-            weights[f"{other}.{leaf}"] = mx.zeros_like(weights[f"{there[0]}.{leaf}"])
+            weights[f"{other}.{leaf}"] = mx.zeros_like(weights[f"{present[0]}.{leaf}"])
 
 
 class _Writer:
-    """Gathers PEFT's tensors and what the config must say of them."""
+    """Collects PEFT's tensors and the settings that describe them."""
 
-    def __init__(self, adapter: Adapter, names: dict[str, str]):
-        self.adapter, self.names = adapter, names
+    def __init__(self, adapter: Adapter, base: BaseModel | None):
+        self.adapter, self.base = adapter, base
         self.tensors: dict[str, mx.array] = {}
-        self.targets: list[str] = []  # transformers' paths of target modules
+        self.targets: list[str] = []  # transformers' paths of target modules; {} stands for the number of an expert
         self.parameters: list[str] = []  # transformers' paths of target parameters
         self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
@@ -156,27 +163,25 @@ class _Writer:
     def _size(self, name: str, rank: int, scale: float) -> None:
         self.ranks[name], self.alphas[name] = rank, integral(scale * rank)
 
-    def module(self, path: str, base) -> None:
-        """One linear layer or embedding."""
-        adapter, name = self.adapter, self.names[path]
+    def module(self, path: str) -> None:
+        """Add one linear layer or embedding."""
+        adapter, name = self.adapter, _to_hf(path, self.base)
         embedding = bool(EMBEDDING_NAME.search(path))
         if embedding and adapter.config.method != "lora":
             raise FormatError(
-                f"{path}: {adapter.config.method} of embeddings has magnitudes by token, which PEFT has not",
+                f"{path}: {adapter.config.method} of an embedding has magnitudes by token, which PEFT does not support",
                 "Leave the embedding out of the adapter, or merge it: convert --to merged.",
             )
-        prefix = f"{PREFIX}{name}."
-        for leaf in ("lora_a", "lora_b", "m", "lora_bias", "vera_lambda_d", "vera_lambda_b"):
-            array = adapter.weights.get(f"{path}.{leaf}")
+        for leaf, theirs in (EMBEDDING if embedding else LINEAR).items():
+            array = adapter.weights.get(f"{path}.{leaf}") if leaf != "trainable_tokens" else None
             if array is not None:
-                theirs = EMBEDDING.get(leaf, OURS[leaf]) if embedding else OURS[leaf]
-                self.tensors[prefix + theirs] = array.T if leaf in ("lora_a", "lora_b") else array
+                self.tensors[f"{PREFIX}{name}.{theirs}"] = array.T if leaf in ("lora_a", "lora_b") else array
         self.targets.append(name)
         if adapter.config.method == "vera":
             return
         rank, scale = adapter.rank_of(path), adapter.config.scale_of(path)
         self._size(name, rank, scale)
-        if embedding and adapter.config.embedding_side == "both" and self._tied(base, path):
+        if embedding and adapter.config.embedding_side == "both" and self._tied(path):
             head = "lm_head"
             self.tensors[f"{PREFIX}{head}.lora_A.weight"] = adapter.weights[f"{path}.lora_b"]
             self.tensors[f"{PREFIX}{head}.lora_B.weight"] = adapter.weights[f"{path}.lora_a"]
@@ -184,22 +189,22 @@ class _Writer:
             self._size(head, rank, scale)
             self.extra["ensure_weight_tying"] = True
 
-    def _tied(self, base, path: str) -> bool:
-        if base is None:
+    def _tied(self, path: str) -> bool:
+        if self.base is None:
             raise FormatError(
-                f"{path}: whether the model ties its output to this embedding is not known", "Name the base: --model."
+                f"{path}: PEFT's files depend on whether the model ties its output to this embedding", NAME_BASE
             )
-        return base.tied
+        return self.base.tied
 
-    def experts(self, switches: list[str], layout: str, base) -> None:
-        """Experts, as ``layout`` has them."""
-        weights = self.adapter.weights
-        blocks = dict.fromkeys(path.rpartition(".")[0] for path in switches)
+    def experts(self, stacks: list[str], layout: str) -> None:
+        """Add the experts, ``per_expert`` or as ``target_parameters``."""
+        weights, base = self.adapter.weights, self.base
+        blocks = dict.fromkeys(path.rpartition(".")[0] for path in stacks)
         for block in blocks:
             parent = block.rpartition(".")[0]
             kinds = [k for k in ("gate_proj", "up_proj", "down_proj") if f"{block}.{k}.lora_a" in weights]
-            strange = [p for p in switches if p.rpartition(".")[0] == block and p.rpartition(".")[2] not in kinds]
-            raise_faults([f"{p}: PEFT has no such experts" for p in strange], _MERGE, FormatError)
+            unknown = [p for p in stacks if p.rpartition(".")[0] == block and p.rpartition(".")[2] not in kinds]
+            raise_faults([f"{p}: PEFT has no such experts" for p in unknown], MERGE, FormatError)
             if layout == "per_expert":
                 mixtral = (base.model_type in ("mixtral", "minimax")) if base else parent.endswith("block_sparse_moe")
                 name = parent if parent.endswith("block_sparse_moe") else (base.to_hf(parent) if base else parent)
@@ -208,15 +213,15 @@ class _Writer:
                     self.targets.append(f"{name}.experts.{{}}.{theirs}")
                     for leaf in ("lora_a", "lora_b"):
                         for number, array in enumerate(weights[f"{block}.{kind}.{leaf}"]):
-                            key = f"{PREFIX}{name}.experts.{number}.{theirs}.{OURS[leaf]}"
+                            key = f"{PREFIX}{name}.experts.{number}.{theirs}.{LINEAR[leaf]}"
                             self.tensors[key] = array
                 continue
             name = base.to_hf(parent) if base else parent.replace("block_sparse_moe", "mlp")
-            self._parameters(block, name, kinds, base)
+            self._target_parameters(block, name, kinds)
 
-    def _parameters(self, block: str, name: str, kinds: list[str], base) -> None:
+    def _target_parameters(self, block: str, name: str, kinds: list[str]) -> None:
         adapter, found = self.adapter, {}
-        interleaved = bool(base and base.model_type == "gpt_oss")
+        interleaved = bool(self.base and self.base.model_type == "gpt_oss")
         if {"gate_proj", "up_proj"} & set(kinds):
             weights = dict(adapter.weights)
             _complete(block, weights)
@@ -239,31 +244,34 @@ class _Writer:
             self.parameters.append(f"{name}.experts.{kind}")
             self._size(f"{name}.experts.{kind}", a.shape[1], scale)
 
-    def beside(self, hf) -> None:
-        """Whole parameters, trained rows of embeddings, VeRA's projections."""
+    def extras(self) -> None:
+        """Add full parameters, trained rows of embeddings, VeRA's projections."""
         adapter = self.adapter
         adapted, saved = set(adapter.modules), set()
         for name, array in {**adapter.whole, **adapter.metadata.get("peft", {}).get("saved", {})}.items():
             path, _, leaf = name.rpartition(".")
+            theirs = _to_hf(path, self.base)
             inside = ".base_layer" if path in adapted else ""
-            self.tensors[f"{PREFIX}{hf(path)}{inside}.{leaf}"] = array
+            self.tensors[f"{PREFIX}{theirs}{inside}.{leaf}"] = array
             if inside and "ensure_weight_tying" in self.extra and EMBEDDING_NAME.search(path):
                 self.tensors[f"{PREFIX}lm_head.base_layer.{leaf}"] = array
             if leaf != "bias" or adapter.config.bias == "none":
-                saved.update([hf(path)] if not inside else [])
+                saved.update([theirs] if not inside else [])
         if saved:
             self.extra["modules_to_save"] = sorted(saved)
         if adapter.config.bias != "none":
             bias = adapter.config.bias
             self.extra["bias"] = "vera_only" if adapter.config.method == "vera" and bias == "lora_only" else bias
         for path, (ids, rows) in adapter.tokens.items():
-            self.tensors[f"{PREFIX}{hf(path)}.token_adapter.trainable_tokens_delta"] = rows
-            self.extra.setdefault("trainable_token_indices", {})[hf(path)] = list(ids)
+            theirs = _to_hf(path, self.base)
+            self.tensors[f"{PREFIX}{theirs}.token_adapter.trainable_tokens_delta"] = rows
+            self.extra.setdefault("trainable_token_indices", {})[theirs] = list(ids)
         for theirs, ours in SHARED_KEYS.items():
             if ours in adapter.weights:
                 self.tensors[theirs] = adapter.weights[ours]
 
-    def config(self, exact: AdapterConfig, base) -> dict[str, Any]:
+    def config(self, exact: AdapterConfig) -> dict[str, Any]:
+        """The config, with ``exact`` for the rank and scale of most modules."""
         adapter = self.adapter
         method = adapter.config.method
         raw: dict[str, Any] = {
@@ -273,10 +281,10 @@ class _Writer:
             "r": exact.rank,
             "bias": "none",
             "fan_in_fan_out": bool(adapter.metadata.get("peft", {}).get("fan_in_fan_out"))
-            or bool(base and base.model_type == "gpt2"),
+            or bool(self.base and self.base.model_type == "gpt2"),
             "inference_mode": True,
         }
-        router = [t for t in self.targets if self._is_router(t, base)] if self.parameters else []
+        router = [t for t in self.targets if self._is_router(t)] if self.parameters else []
         modules = [t for t in self.targets if "{}" not in t and t not in router]
         per_expert = sorted({t.rpartition(".")[2] for t in self.targets if "{}" in t})
         targets, layers = _targets(modules) if modules and not per_expert and not self.parameters else (modules, None)
@@ -284,11 +292,9 @@ class _Writer:
         if layers is not None:
             raw["layers_to_transform"] = layers
         if self.parameters:
-            for name in router:
-                self.ranks[f"{name}.weight"], self.alphas[f"{name}.weight"] = (
-                    self.ranks.pop(name),
-                    self.alphas.pop(name),
-                )
+            for name in router:  # a target parameter in PEFT, matched with .weight
+                for sizes in (self.ranks, self.alphas):
+                    sizes[f"{name}.weight"] = sizes.pop(name)
             raw["target_parameters"] = sorted(self.parameters + [f"{name}.weight" for name in router])
         if method == "vera":
             raw |= {
@@ -300,12 +306,8 @@ class _Writer:
             }
             return {**raw, **self.extra}
         alpha = integral(exact.scale * exact.rank)
-        raw |= {
-            "lora_alpha": alpha,
-            "lora_dropout": exact.dropout,
-            "use_dora": method == "dora",
-            "init_lora_weights": True,  # whatever the start was: PEFT would apply it to the base again
-        }
+        raw |= {"lora_alpha": alpha, "lora_dropout": exact.dropout, "use_dora": method == "dora"}
+        raw["init_lora_weights"] = True
         if exact.lora_bias:
             raw["lora_bias"] = True
         if ranks := {f"^{re.escape(n)}": r for n, r in self.ranks.items() if r != exact.rank}:
@@ -314,16 +316,16 @@ class _Writer:
             raw["alpha_pattern"] = alphas
         return {**raw, **self.extra}
 
-    def _is_router(self, name: str, base) -> bool:
+    def _is_router(self, name: str) -> bool:
         block, _, leaf = name.rpartition(".")
         return leaf == "gate" and any(p.startswith(f"{block}.experts.") for p in self.parameters)
 
 
 def _targets(modules: list[str]) -> tuple[list[str], list[int] | None]:
-    """``target_modules`` and ``layers_to_transform`` that select precisely ``modules`` in any base.
+    """``target_modules`` and ``layers_to_transform`` that select exactly ``modules`` in any base.
 
-    Names relative to a layer where every adapted layer has the same ones, else full paths: PEFT would put adapters
-    on every other match too, and warn of missing keys.
+    These are names relative to a layer where every adapted layer has the same ones, else full paths. PEFT would put an
+    adapter on every further match, and warn of missing keys.
     """
     split = [split_layer(path) for path in modules]
     layers = sorted({layer for layer, _ in split if layer is not None})

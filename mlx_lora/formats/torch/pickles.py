@@ -1,8 +1,7 @@
-"""Pickles without pickle: a pickle is a program, and this is a machine that runs it.
+"""An interpreter of pickles that runs no code. A pickle is a program for a stack machine.
 
-The machine knows numbers, strings, plain containers and tensors; any other name, and any opcode beyond those, is
-refused by name before anything happens. Nothing is imported and nothing called. ``torch_read.py`` finds the program in
-a file.
+The interpreter knows numbers, strings, plain containers and tensors. Any other global name, and any other opcode, is
+refused by name. Nothing is imported and nothing is called. ``read.py`` finds the pickles in a file.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _DTYPES = (
 
 @dataclass(frozen=True)
 class _Global:
-    """A name that the program may mention; it stands for what ``_reduce`` does with it and is never looked up."""
+    """A global name that a pickle may use. ``_reduce`` gives it its meaning; it is never imported."""
 
     module: str
     name: str
@@ -48,8 +47,8 @@ _ALLOWED = {
 }
 
 
-class Machine:
-    """Runs one pickle. ``source`` names the file in errors."""
+class Interpreter:
+    """Runs one pickle, from ``start`` in ``data``. ``source`` names the file in errors."""
 
     def __init__(self, data: bytes, source: Path, start: int = 0):
         self._file = io.BytesIO(data)
@@ -67,19 +66,19 @@ class Machine:
             name = opcode.name
             if name == "STOP":
                 if len(self._stack) != 1 or self._stack[0] is _MARK:
-                    raise ValueError("the pickle ends amid a value")
+                    raise ValueError("the pickle ends within a value")
                 return self._stack.pop()
             getattr(self, f"_op_{name}", self._refuse(name))(argument)
         raise ValueError("the pickle has no end")
 
     def _refuse(self, name: str):
         def refuse(_argument):
-            raise FormatError(f"{self._source}: wants to run code (pickle opcode {name}); refused", _HINT)
+            raise FormatError(f"{self._source}: would run code (pickle opcode {name}), which is refused", _HINT)
 
         return refuse
 
     def _items(self) -> list:
-        """What lies above the last mark; takes the mark off too."""
+        """Pop everything above the last mark, and the mark."""
         for i in range(len(self._stack) - 1, -1, -1):
             if self._stack[i] is _MARK:
                 items = self._stack[i + 1 :]
@@ -210,7 +209,7 @@ class Machine:
     def _push_global(self, module: str, name: str) -> None:
         if (module, name) not in _ALLOWED:
             raise FormatError(
-                f"{self._source}: holds {module}.{name}; only tensors and plain containers are read, nothing is run",
+                f"{self._source}: holds {module}.{name}; only tensors and plain containers are read",
                 _HINT,
             )
         self._push(_Global(module, name))
@@ -238,7 +237,7 @@ class Machine:
         return self._refuse(f"REDUCE of torch.{name}")(None)
 
     def _op_BUILD(self, _):
-        # PyTorch hangs ``_metadata`` on the OrderedDict of a state dict; it says nothing of the numbers.
+        # PyTorch sets ``_metadata`` on the OrderedDict of a state dict; it does not affect the numbers.
         self._stack.pop()
         if not isinstance(self._stack[-1], dict):
             self._refuse("BUILD")(None)
@@ -247,7 +246,7 @@ class Machine:
         tag, kind, key, _location, numel, *_ = self._stack.pop()
         if tag != "storage" or not isinstance(kind, _Global) or kind.name not in STORAGES:
             raise FormatError(
-                f"{self._source}: holds a {getattr(kind, 'name', kind)}, which is no array of numbers", _HINT
+                f"{self._source}: holds a {getattr(kind, 'name', kind)}, which is not an array of numbers", _HINT
             )
         if not isinstance(numel, int) or numel < 0:
             raise ValueError(f"a storage of {numel!r} numbers")
@@ -255,8 +254,11 @@ class Machine:
 
 
 def replace_tensors(value: Any, change: Callable[[TensorRef], Any], count: list[int], depth: int = 0) -> Any:
-    """``value`` with ``change`` of every ``TensorRef`` in its place. Containers that hold each other many times over,
-    which would grow without end, are refused by ``count``."""
+    """``value`` with ``change(ref)`` in the place of every ``TensorRef``.
+
+    Containers that contain each other many times could grow without bound: ``count[0]`` counts the items visited, and
+    too many are refused.
+    """
     count[0] += 1
     if isinstance(value, TensorRef):
         return change(value)

@@ -1,8 +1,8 @@
-"""PyTorch's files (``.pt``, ``.bin``, ``.ckpt``, ``.pth``), read without PyTorch. ``torch_write.py`` writes them.
+"""PyTorch's files (``.pt``, ``.bin``, ``.ckpt``, ``.pth``), read without PyTorch.
 
-Both layouts are read: the zip archive of today, whose arrays are read one by one, and the stream of PyTorch before 1.6.
-The pickle in them is run by ``pickles.py``, which refuses whatever is not data. Sizes that a file declares are held
-against what it has.
+Both layouts are read: the zip archive, whose arrays are read one by one, and the stream that PyTorch before 1.6 wrote.
+``pickles.py`` interprets the pickle in them and refuses everything that is not data. Declared sizes are checked against
+the file's.
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ from typing import Any
 import numpy as np
 
 from ...errors import FormatError
-from .pickles import Machine, replace_tensors
+from ..files import AGAIN
+from .pickles import Interpreter, replace_tensors
 from .tensors import STORAGES, Storage, to_array
 
-_MAX_STREAM = 16 << 30  # bytes; files of that age are read whole
+_MAX_STREAM = 16 << 30  # bytes; streams are read into memory as a whole
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# What a damaged file may raise.
+_DAMAGED = (
+    *(OSError, ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError, struct.error),
+    *(zipfile.BadZipFile, NotImplementedError, MemoryError, RecursionError, RuntimeError),
+)
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file begins as PyTorch's archives or streams do."""
+    """Whether a file starts like PyTorch's archives or streams."""
     try:
         with path.open("rb") as file:
             head = file.read(4)
@@ -38,16 +44,16 @@ def read_torch(path: Path, start: int = 0, size: int | None = None) -> Any:
     """What ``torch.load(path, weights_only=True)`` would give, tensors as MLX arrays; float64 becomes float32.
 
     Args:
-        start, size: the part of the file to read, in bytes, where it lies in an archive.
+        start, size: the range of bytes to read, for a file in an archive; by default the whole file.
 
     Raises:
-        FormatError: the file is damaged, or wants to run code; the names it wanted are told.
+        FormatError: the file is damaged, or would run code; the error names what it would run.
     """
     return _read(path, start, size, arrays=True)
 
 
 def peek_torch(path: Path) -> Any:
-    """As ``read_torch``, with a ``TensorRef`` in place of each tensor: no array is read."""
+    """As ``read_torch``, but with a ``TensorRef`` for each tensor; no array is read."""
     return _read(path, 0, None, arrays=False)
 
 
@@ -61,14 +67,9 @@ def _read(path: Path, start: int, size: int | None, arrays: bool) -> Any:
         return replace_tensors(value, lambda ref: to_array(ref, storages[ref.storage.key]), [0]) if arrays else value
     except FormatError:
         raise
-    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError, struct.error) as error:
-        raise FormatError(
-            f"{path}: is not a whole PyTorch file ({type(error).__name__}: {error})", "Save or download the file again."
-        ) from None
-    except (zipfile.BadZipFile, NotImplementedError, MemoryError, RecursionError, RuntimeError) as error:
-        raise FormatError(
-            f"{path}: is not a whole PyTorch file ({error})", "Save or download the file again."
-        ) from None
+    except _DAMAGED as error:
+        fault = f"{type(error).__name__}: {error}"
+        raise FormatError(f"{path}: is not a complete PyTorch file ({fault})", AGAIN) from None
 
 
 def _read_zip(window: np.ndarray, path: Path, start: int) -> tuple[Any, _Stored]:
@@ -87,12 +88,12 @@ def _read_zip(window: np.ndarray, path: Path, start: int) -> tuple[Any, _Stored]
             raise ValueError("its entries are compressed, or larger than the file")
         if f"{root}byteorder" in entries and archive.read(f"{root}byteorder").strip() != b"little":
             raise ValueError("its numbers are big-endian")
-        value = Machine(archive.read(programs[0]), path).run()
+        value = Interpreter(archive.read(programs[0]), path).run()
     return value, _Stored(path, start, window, {n.removeprefix(f"{root}data/"): info for n, info in entries.items()})
 
 
 class _Bytes(io.RawIOBase):
-    """A mapped file as a file, for zipfile."""
+    """A memory-mapped file as a file object, for zipfile."""
 
     def __init__(self, data: np.ndarray):
         self._data, self._at = data, 0
@@ -121,7 +122,7 @@ class _Bytes(io.RawIOBase):
 
 
 class _Stored:
-    """Storage key -> its bytes, read and checked when asked for; the last one is kept, for tensors that share it."""
+    """The bytes of storages by key, read and checked on access. The last one is kept, for tensors that share it."""
 
     def __init__(self, path: Path, start: int, window: np.ndarray, entries: dict[str, zipfile.ZipInfo]):
         self._path, self._start, self._window, self._entries = path, start, window, entries
@@ -134,13 +135,13 @@ class _Stored:
         at = info.header_offset
         head = self._window[at : at + 30].tobytes()
         if head[:4] != b"PK\x03\x04":
-            raise ValueError(f"entry {key} is not where the directory says")
+            raise ValueError(f"entry {key} is not where the zip directory says")
         name, extra = struct.unpack("<HH", head[26:30])
         at += 30 + name + extra
         if at + info.file_size > self._window.size:
             raise ValueError(f"storage {key} lies outside the file")
         self._last = None  # freed before the next is read
-        # Read, not mapped: what is mapped and copied counts twice.
+        # Read, not mapped: mapped and copied counts twice.
         flat = np.fromfile(self._path, np.uint8, info.file_size, offset=self._start + at)
         if flat.size != info.file_size or zlib.crc32(flat) != info.CRC:
             raise ValueError(f"storage {key} is damaged")
@@ -152,16 +153,16 @@ def _read_stream(window: np.ndarray, path: Path) -> tuple[Any, dict[str, np.ndar
     if window.size > _MAX_STREAM:
         raise ValueError("too large for a file of PyTorch before 1.6")
     data = window.tobytes()
-    machine = Machine(data, path)
-    magic = machine.run()
+    interpreter = Interpreter(data, path)
+    magic = interpreter.run()
     if magic != _LEGACY_MAGIC:
         raise ValueError("not PyTorch's magic number")
     for _ in range(2):  # protocol version, sizes of C types
-        machine = Machine(data, path, machine.position)
-        machine.run()
-    machine = Machine(data, path, machine.position)
-    value = machine.run()
-    keys = Machine(data, path, machine.position)
+        interpreter = Interpreter(data, path, interpreter.position)
+        interpreter.run()
+    interpreter = Interpreter(data, path, interpreter.position)
+    value = interpreter.run()
+    keys = Interpreter(data, path, interpreter.position)
     names, at = keys.run(), keys.position
     kinds: dict[str, Storage] = {}
     replace_tensors(value, lambda ref: kinds.setdefault(ref.storage.key, ref.storage), [0])

@@ -1,6 +1,6 @@
-"""PyTorch's tensors as a pickle describes them: a storage of numbers, and where in it a tensor's lie.
+"""PyTorch's tensors as a pickle describes them: a storage of numbers, and the shape and strides of a view of it.
 
-Sizes that a file declares are held against what it has. Reads no file.
+Declared sizes are checked against the storage. Reads no file.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-# torch storage class -> (numpy type that holds the bits, MLX type)
+# torch's storage class: (numpy type of the same bits, MLX type)
 STORAGES = {
     "FloatStorage": (np.float32, mx.float32),
     "DoubleStorage": (np.float64, mx.float32),
@@ -28,7 +28,7 @@ STORAGES = {
 
 @dataclass(frozen=True)
 class Storage:
-    """Numbers of one kind (a key of ``STORAGES``) that tensors share; the file has them under ``key``."""
+    """Numbers of one type (``kind``, a key of ``STORAGES``) that tensors share; the file stores them under ``key``."""
 
     key: str
     kind: str
@@ -37,7 +37,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor as the pickle describes it: where its numbers lie."""
+    """A tensor as the pickle describes it: a view of a storage."""
 
     storage: Storage
     offset: int
@@ -46,7 +46,7 @@ class TensorRef:
 
 
 def checked(ref: TensorRef) -> TensorRef:
-    """Refuse a tensor that reaches beyond its storage, or that repeats few numbers into many."""
+    """``ref`` itself. Raises ValueError for a tensor beyond its storage, or with more numbers than its storage."""
     sizes = (ref.offset, *ref.shape, *ref.strides)
     if not isinstance(ref.storage, Storage) or len(ref.shape) != len(ref.strides) or len(ref.shape) > 8:
         raise ValueError("a tensor without storage or strides")
@@ -60,7 +60,7 @@ def checked(ref: TensorRef) -> TensorRef:
 
 
 def to_array(ref: TensorRef, flat: np.ndarray) -> mx.array:
-    """The tensor from the bytes of its storage, uint8; float64 becomes float32."""
+    """The tensor, from the bytes ``flat`` (uint8) of its storage. float64 becomes float32."""
     numbers, dtype = STORAGES[ref.storage.kind]
     if flat.size < ref.storage.numel * np.dtype(numbers).itemsize:
         raise ValueError(f"storage {ref.storage.key} is shorter than declared")

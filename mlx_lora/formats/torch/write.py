@@ -1,4 +1,4 @@
-"""PyTorch's zip archive, written without PyTorch: what ``torch.load(path, weights_only=True)`` reads."""
+"""PyTorch's zip archives, written without PyTorch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .tensors import STORAGES
 def write_torch(path: Path, value: dict[str, Any]) -> None:
     """Write nested dicts of arrays, numbers, strings, lists and tuples as ``torch.save`` would (protocol 2, zip).
 
-    ``torch.load(path, weights_only=True)`` reads it. Arrays start at multiples of 64 bytes, as PyTorch has them.
+    ``torch.load(path, weights_only=True)`` reads it. Arrays start at multiples of 64 bytes, as PyTorch's do.
     """
     arrays: list[mx.array] = []
     program = b"\x80\x02" + _encode(value, arrays) + b"."
     root = path.name.partition(".")[0] or "archive"
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         first, last = [("data.pkl", program), ("byteorder", b"little")], [("version", b"3\n")]
-        numbers = ((f"data/{i}", array_bytes(array)) for i, array in enumerate(arrays))  # one at a time
+        numbers = ((f"data/{i}", array_bytes(array)) for i, array in enumerate(arrays))  # copied one at a time
         for name, data in itertools.chain(first, numbers, last):
-            info = zipfile.ZipInfo(f"{root}/{name}")  # dated 1980: the same adapter gives the same file
+            info = zipfile.ZipInfo(f"{root}/{name}")  # with a fixed date: the same adapter gives the same file
             at = file.tell() + 30 + len(info.filename.encode())
             pad = -(at + 4) % 64
             info.extra = struct.pack("<2sH", b"FB", pad) + b"Z" * pad
@@ -75,7 +75,7 @@ def _encode(value: Any, arrays: list[mx.array]) -> bytes:
         return b"](" + b"".join(_encode(v, arrays) for v in value) + b"e"
     if isinstance(value, tuple):
         return b"(" + b"".join(_encode(v, arrays) for v in value) + b"t"
-    raise TypeError(f"a {type(value).__name__} has no place in a checkpoint")
+    raise TypeError(f"a {type(value).__name__} cannot be written into a checkpoint")
 
 
 def _text(text: str) -> bytes:

@@ -52,17 +52,18 @@ class Group:
             ends.append(ends[-1] + layer.rank)
             layer.__dict__[GROUP] = self, place
         self.layers, self._offsets = layers, [mx.array([start], mx.int32) for start in ends[:-1]]
-        self.running, self._x, self._u = False, None, None
+        self.close()
 
     def close(self) -> None:
-        self.running, self._x, self._u = False, None, None
+        self.running, self._product = False, (None, None)  # one pair, so that threads cannot mix x and u
 
     def part(self, place: int, x: mx.array, index: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
         """(u, where the columns of the layer at ``place`` begin in it)."""
-        if x is not self._x:
-            decoder = self.layers[place].decoder()
-            self._x, self._u = x, decoder.shrink(x, [layer["lora_a"] for layer in self.layers], *index)
-        return self._u, self._offsets[place]
+        known, u = self._product
+        if x is not known:
+            u = self.layers[place].decoder().shrink(x, [layer["lora_a"] for layer in self.layers], *index)
+            self._product = x, u
+        return u, self._offsets[place]
 
 
 class SharesInput(Changes):

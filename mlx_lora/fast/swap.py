@@ -30,7 +30,8 @@ class Changes:
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)
-        _changed(self.__dict__)
+        if not key.startswith("_"):  # such as MLX's `_training`, which says nothing of the numbers
+            _changed(self.__dict__)
 
 
 def _changed(state: dict[str, Any]) -> None:

@@ -316,6 +316,8 @@ def test_new_scales_of_a_quantized_layer(monkeypatch):
     layer = nn.Linear(64, 32).to_quantized(32, 4)
     x = mx.random.normal((3, 64))
     fast.accelerate(layer)
+    copy_of_it = layer.dense()
+    assert layer.train().eval().freeze().dense() is copy_of_it, "training or not, it stays"
     for change in (lambda: None, lambda: setattr(layer, "scales", 2 * layer.scales), lambda: layer.update({})):
         change()
         layer.biases *= 1.5

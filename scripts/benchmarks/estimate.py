@@ -21,7 +21,7 @@ MODELS = {  # layers, hidden, key and value size, intermediate, bytes of the who
     "Qwen3-32B": (64, 5120, 1024, 25600, 18.0e9),
 }
 CHIPS = ("Apple M1", "Apple M4", "Apple M4 Pro", "Apple M1 Max", "Apple M4 Max", "Apple M5 Max", "Apple M2 Ultra")
-# Launches of a layer beyond the base's, counted in tests/kernels/test_layers_fused.py; mlx-lm's adapters are float32.
+# Launches of a layer beyond the base's, counted in tests/fast/test_decode_layers.py; mlx-lm's adapters are float32.
 EXTRA = {"kernels": 2, "plain": 14, "mlx-lm": 42}
 RANK = 16
 

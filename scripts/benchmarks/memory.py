@@ -1,17 +1,19 @@
 """Peak memory of one training step beside mlx-lm: the same random Llama, the same batch, LoRA on all seven linears.
 
-./scripts/bench memory [--layers 8] [--hidden 256] [--batch 8] [--length 128] [--dtype bfloat16]
+./scripts/bench memory [--layers 8] [--hidden 256] [--batch 8] [--length 128] [--dtype bfloat16] [--grad-checkpoint]
 
-mlx-lm's adapters are float32 over a bfloat16 model, its backward pass autograd's; ours have the model's dtype and their
-own backward pass, and activations and norms are made again as on Metal (MLX_LORA_KERNELS=on; on a CPU they are kept by
-default). Counted by MLX's allocator, above what the models themselves hold. "projections" leaves out norms,
-rotary embedding and attention, which MLX computes on a CPU in pieces that keep float32 copies of their own and on Metal
-does not: the Mac's ratio lies between the two lines. Not measured on a Mac.
+mlx-lm's adapters are float32 over a bfloat16 model, and its backward pass is MLX's. Ours have the dtype of the model
+and a backward pass of their own, and the activations of an MLP are computed again in the backward pass, as on Metal
+(MLX_LORA_KERNELS=on; by default a CPU keeps them). MLX's allocator counts the bytes above those of the model itself.
+"projections" leaves out norms, rotary embedding and attention: on a CPU, but not on Metal, MLX computes these in
+several operations that keep float32 copies. The ratio on a Mac should lie between the two; no Mac has measured it.
+--grad-checkpoint makes both recompute whole layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -22,6 +24,7 @@ import mlx.nn as nn
 
 from mlx_lora import AdapterConfig
 from mlx_lora.training.losses.cross_entropy import loss as loss_fn
+from mlx_lora.training.recompute import recomputed_layers
 
 CONFIG = dict(model_type="llama", vocab_size=256, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5)
 RANK, SCALE = 16, 2.0
@@ -69,7 +72,20 @@ def mlx_lm(model: nn.Module) -> Callable:
     return lambda tokens: default_loss(model, tokens, mx.array([[0, tokens.shape[1]]] * tokens.shape[0]))[0]
 
 
-def peak(adapt, options, bare: bool, compiled: bool) -> float:
+@contextlib.contextmanager
+def mlx_lm_checkpointing(model: nn.Module):
+    from mlx_lm.tuner.trainer import grad_checkpoint
+
+    layer = type(model.layers[0])
+    plain = layer.__call__
+    grad_checkpoint(model.layers[0])  # changes the class
+    try:
+        yield
+    finally:
+        layer.__call__ = plain
+
+
+def peak(adapt, checkpointing, options, bare: bool, compiled: bool) -> float:
     """MB above the model's own, for loss and gradients."""
     model = make(options.layers, options.hidden, getattr(mx, options.dtype))
     model = Bare(model) if bare else model
@@ -88,7 +104,8 @@ def peak(adapt, options, bare: bool, compiled: bool) -> float:
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    mx.eval(step(parameters, tokens))
+    with checkpointing(model) if options.grad_checkpoint else contextlib.nullcontext():
+        mx.eval(step(parameters, tokens))
     return (mx.get_peak_memory() - before) / 1e6
 
 
@@ -99,12 +116,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--grad-checkpoint", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     os.environ["MLX_LORA_KERNELS"] = "on"
-    for bare in (False, True):
+    contestants = {"mlx-lora": (ours, recomputed_layers), "mlx-lm": (mlx_lm, mlx_lm_checkpointing)}
+    for bare in (False,) if options.grad_checkpoint else (False, True):  # "projections" calls no whole layer
         for compiled in (False, True):
-            found = {name: peak(f, options, bare, compiled) for name, f in (("mlx-lora", ours), ("mlx-lm", mlx_lm))}
+            found = {name: peak(*of, options, bare, compiled) for name, of in contestants.items()}
             how = f"{'projections' if bare else 'model'}, {'compiled' if compiled else 'eager'}"
             if options.json:
                 print(json.dumps({"step": how, **found}))

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..adapter import Adapter
-from ..errors import ConfigError
+from ..errors import ConfigError, FormatError
 from ..formats import FORMATS, mlx_lm, save_adapter
 from ..formats.files import write_folder, write_safetensors
 from ..training import TrainingState
@@ -63,7 +63,10 @@ class RunFolder:
             weights = mlx_lm.stored_weights(adapter)
             write_folder(self.path, lambda folder: write_safetensors(folder / numbered, weights))
             save_adapter(adapter, self.path, overwrite=True)
-            state.save(self.path / STATE)
+            try:
+                state.save(self.path / STATE)
+            except (OSError, RuntimeError) as error:  # MLX raises RuntimeError where the disk is full
+                raise FormatError(f"{self.path / STATE}: cannot be written ({error})", "Free some space.") from None
         return self.path / numbered
 
     def move_earlier_run(self) -> Path | None:

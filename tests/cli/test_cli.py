@@ -316,11 +316,3 @@ def test_doctor(capsys, monkeypatch):
 def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "mlx_lora", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and "mlx-lora" in done.stdout
-
-
-def test_help_has_examples(capsys):
-    from mlx_lora.cli.main import COMMANDS
-
-    for command in COMMANDS:
-        out, _ = run([command, "--help"], capsys)
-        assert f"mlx-lora {command}" in out.split("Options:")[0].split("\n", 1)[1], f"{command} --help has no example"

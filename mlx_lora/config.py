@@ -283,7 +283,7 @@ class OptimizerConfig:
     optimizer: str = option("adam", "Optimizer.", choices=OPTIMIZERS)
     optimizer_config: dict[str, dict] = option({}, "Arguments by optimizer, {adamw: {weight_decay: 0.1}}.")
     learning_rate: float = option(1e-5, "Learning rate.", section=COMMON)
-    lr_schedule: Any = option(None, "Name of a schedule, or mlx-lm's mapping {name, arguments, warmup, warmup_init}.")
+    lr_schedule: Any = option(None, f"{', '.join(SCHEDULES)}, or mlx-lm's {{name, arguments, warmup, warmup_init}}.")
     warmup: int = option(0, "Optimizer steps over which the learning rate rises from 0.")
     loraplus_lr_ratio: float | None = option(
         None, "LoRA+ (arXiv:2402.12354): learning rate of B and of vectors, as a multiple of A's, such as 16."

@@ -80,7 +80,7 @@ class Bar:
         )
 
     def step(self, **facts: str) -> None:
-        """Advance by one, with ``facts`` beside the bar."""
+        """Advance by one, with ``facts`` next to the bar."""
         if facts:
             self._bar.set_postfix(facts, refresh=False)
         self._bar.update(1)

@@ -14,7 +14,7 @@ from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..errors import ConfigError
 from . import console
 from .options import json_option
-from .reports import Stop, follow
+from .reports import Stop, show_reports
 
 ROWS = {"train": 3000, "valid": 40, "test": 100}
 ADAPTER = AdapterConfig(rank=16, scale=4.0, num_layers=-1)
@@ -63,7 +63,7 @@ def demo(output: str, as_json: bool):
         train=TRAIN,
         stop=stop,
     )
-    if follow(reports, stop, as_json=as_json)["Done"].stopped:
+    if show_reports(reports, stop, as_json=as_json)["Done"].stopped:
         raise KeyboardInterrupt
     after = _answer(model, tokenizer, asked, as_json)
 

@@ -8,7 +8,7 @@ import click
 
 from ..errors import ConfigError
 from . import console
-from .options import force_option, json_option, model_option
+from .options import force_option, json_option, model_option, save_path_option
 
 # A copy of ``merge.combine.MERGES``, whose module imports NumPy; --help must not. A test compares the two.
 METHODS = (
@@ -35,9 +35,7 @@ def _numbers(_ctx, _param, value: str | None) -> list[float] | None:
 @click.option("--clamp", type=float, help="svd: clamp the factors to this quantile of their values.")
 @click.option("--seed", default=0, show_default=True, help="dare: seed for choosing the dropped values.")
 @model_option()
-@click.option(
-    "--save-path", default="merged_adapter", show_default=True, metavar="FOLDER", help="Folder to write the adapter to."
-)
+@save_path_option("merged_adapter", "adapter")
 @click.option("--to", default="mlx-lm", show_default=True, metavar="FORMAT", help="Format to write.")
 @force_option
 @json_option

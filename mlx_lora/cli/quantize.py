@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from . import console
-from .options import check_free, force_option, json_option, model_option, trust_option
+from .options import check_free, force_option, json_option, model_option, save_path_option, trust_option
 
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4", "nf4")
 
@@ -20,9 +20,7 @@ MODES = ("affine", "mxfp4", "mxfp8", "nvfp4", "nf4")
 @click.option(
     "--double-quant", is_flag=True, help="nf4: also quantize the scales to 8 bits (QLoRA's double quantization)."
 )
-@click.option(
-    "--save-path", default="quantized_model", show_default=True, metavar="FOLDER", help="Folder to write the model to."
-)
+@save_path_option("quantized_model", "model")
 @click.option("--loftq-rank", type=int, metavar="N", help="Also write a LoftQ adapter of this rank.")
 @click.option("--loftq-iters", default=1, show_default=True, help="LoftQ: number of alternating steps.")
 @click.option("--loftq-path", default="loftq_adapter", show_default=True, metavar="FOLDER",

@@ -1,4 +1,4 @@
-"""A run's reports in words or as JSON lines, with a progress bar; and Ctrl-C."""
+"""Shows the reports of a run as text or JSON, with a progress bar; and handles Ctrl-C."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class Stop:
         return self.asked
 
 
-def follow(reports: Iterable[Any], stop: Stop | None = None, *, as_json: bool = False, rows: int = 0) -> dict[str, Any]:
+def show_reports(
+    reports: Iterable[Any], stop: Stop | None = None, *, as_json: bool = False, rows: int = 0
+) -> dict[str, Any]:
     """Show ``reports`` as they come, in the main process.
 
     Args:
@@ -49,26 +51,26 @@ def follow(reports: Iterable[Any], stop: Stop | None = None, *, as_json: bool = 
     """
     from ..runs import is_main_process
 
-    stop, speaker, last = stop or Stop(), Speaker(as_json, rows, hidden=not is_main_process()), {}
+    stop, display, last = stop or Stop(), Display(as_json, rows, hidden=not is_main_process()), {}
     try:
         with stop:
             for report in reports:
                 name = type(report).__name__
                 last[name] = report
                 stop.armed = "Started" in last and "Done" not in last
-                speaker.show(name, report)
+                display.show(name, report)
     finally:
-        speaker.bar.close()
+        display.bar.close()
     return last
 
 
-class Speaker:
+class Display:
     """Shows one report after another."""
 
     def __init__(self, as_json: bool, rows: int = 0, hidden: bool = False):
         self.as_json, self.hidden = as_json, hidden
         self.bar = console.Bar(rows, unit="row", hidden=as_json or hidden)
-        self.facts: dict[str, str] = {}  # beside the bar
+        self.facts: dict[str, str] = {}  # shown next to the bar
 
     def show(self, name: str, report: Any) -> None:
         """Step the bar, print a JSON object, or print a line."""

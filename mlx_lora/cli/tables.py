@@ -91,8 +91,8 @@ def _local(model: str, config: AdapterConfig, trust: bool, as_json: bool) -> Non
     rows = [("parameters", f"{count:,}", f"{everything:,}", f"{everything / count:,.0f} times fewer")]
     rows += [("size", _bytes(adapter), _bytes(weights), f"{weights / adapter:,.0f} times less")]
     rows += [(name, _bytes(ours[name]), _bytes(full[name]), "") for name in ours]
-    total, whole = weights + adapter + sum(ours.values()), weights + sum(full.values())
-    rows += [("total with weights", _bytes(total), _bytes(whole), f"{whole / total:.1f} times less")]
+    total, total_full = weights + adapter + sum(ours.values()), weights + sum(full.values())
+    rows += [("total with weights", _bytes(total), _bytes(total_full), f"{total_full / total:.1f} times less")]
     console.data(console.table(rows, ("", config.method if config.method != "full" else "chosen layers", "full", "")))
     console.note("For Adam, without activations. Both columns need nearly the same memory for those.")
 

@@ -1,4 +1,4 @@
-"""``train`` and ``test``: options to a run, and its reports to words. The work is done by ``runs``."""
+"""``train`` and ``test``: from options to a run, and its reports on the console. ``runs`` does the work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, Trai
 from ..errors import ConfigError
 from . import console
 from .options import adapter_option, build, config_options, json_option, model_option, trust_option, yaml_option
-from .reports import Stop, follow
+from .reports import Stop, show_reports
 from .sections import SectionedCommand
 
 data_options = config_options(
@@ -76,7 +76,7 @@ def train(ctx: click.Context, **params: Any):
         trust_remote_code=params["trust_remote_code"],
         stop=stop,
     )
-    if follow(reports, stop, as_json=params["as_json"])["Done"].stopped:
+    if show_reports(reports, stop, as_json=params["as_json"])["Done"].stopped:
         console.note(f"Stopped and saved. Run the same command with --resume to continue. The adapter is in {folder}.")
         ctx.exit(130)
     if not params["test"] and not params["as_json"]:
@@ -98,7 +98,7 @@ def _test_only(data: DataConfig, config: TrainConfig, params: dict[str, Any]) ->
         test_batches=params["test_batches"],
         trust_remote_code=params["trust_remote_code"],
     )
-    follow(reports, as_json=params["as_json"])
+    show_reports(reports, as_json=params["as_json"])
 
 
 def _next_steps(model: str, folder: Path) -> None:
@@ -141,4 +141,4 @@ def test(**params: Any):
         max_tokens=params["max_tokens"],
         trust_remote_code=params["trust_remote_code"],
     )
-    follow(reports, as_json=params["as_json"], rows=params["exact_match"])
+    show_reports(reports, as_json=params["as_json"], rows=params["exact_match"])

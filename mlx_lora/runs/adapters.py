@@ -44,7 +44,7 @@ def attach_for_run(
     Args:
         seed: of the initialisation.
         folder: of the run that is resumed. An initialisation that chooses ranks or freezes a pair of matrices
-            (PiSSA, EVA and their like) is read from there; every other one is made again, as at the run's start.
+            (PiSSA, EVA and their like) is read from there; with any other, the adapter is made again from the seed.
         file: an ``adapters.safetensors`` to take the initial weights from.
         batches, reference: see ``model.attach.attach``.
     """

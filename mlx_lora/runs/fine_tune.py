@@ -1,4 +1,4 @@
-"""``run``: the whole of a fine-tune, from a model's name to an adapter in a folder."""
+"""``run``: a complete fine-tune, from a model's name to an adapter in a folder."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def run(
         model: a folder or repository, or a pair (model, tokenizer) from ``load``, which then holds the adapter
             afterwards.
         data: a DataConfig, ``Splits`` from ``load_dataset``, or a pair (training set, validation set).
-        adapter, optimizer, train: their defaults where left out.
-        resume: go on with the run in ``folder``, exactly where it stopped. Give the settings of that run; only
+        adapter, optimizer, train: the settings; their defaults if left out.
+        resume: continue the run in ``folder`` exactly where it stopped. Give the settings of that run; only
             ``iters`` may grow.
         resume_adapter_file: start from the weights in this ``adapters.safetensors``.
         init_reference: the model before it was quantized, for ``init`` "loftq".

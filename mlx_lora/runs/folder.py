@@ -2,7 +2,7 @@
 
 adapters.safetensors, adapter_config.json   the adapter of the last checkpoint, in mlx-lm's format
 0000100_adapters.safetensors                the weights of each checkpoint, by iteration
-training_state.safetensors                  what ``resume`` needs besides
+training_state.safetensors                  the state that ``resume`` continues from
 earlier-1/                                  the files of a run that was in this folder before
 """
 

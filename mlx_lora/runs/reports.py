@@ -1,4 +1,4 @@
-"""What a run yields besides the reports of ``training.reports``. Frozen, without arrays, ready for JSON."""
+"""The reports of a run besides those in ``training.reports``. Frozen, without arrays, ready for JSON."""
 
 from __future__ import annotations
 

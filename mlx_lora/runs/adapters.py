@@ -19,16 +19,6 @@ from ..init import FROM_DATA, SUBTRACTED
 from ..model.attach import attach, extract, mount, unmount
 
 
-def check_layers(model: nn.Module, config: AdapterConfig) -> None:
-    """Refuse more layers than ``model`` has. The default number means all layers of a smaller model."""
-    total = len(layer_paths(model))
-    default = next(f.default for f in fields(config) if f.name == "num_layers")
-    if config.num_layers > total and config.num_layers != default:
-        raise ConfigError(
-            f"num_layers is {config.num_layers}, but the model has {total} layers", "Use -1 for all of them."
-        )
-
-
 def attach_for_run(
     model: nn.Module,
     config: AdapterConfig,
@@ -48,7 +38,7 @@ def attach_for_run(
         file: an ``adapters.safetensors`` to take the initial weights from.
         batches, reference: see ``model.attach.attach``.
     """
-    check_layers(model, config)
+    _check_layers(model, config)
     mx.random.seed(seed)
     subtracted = config.init.startswith(SUBTRACTED)
     if folder is not None and (subtracted or config.init in FROM_DATA):
@@ -60,6 +50,16 @@ def attach_for_run(
         except MLXLoRAError:
             unmount(model)
             raise
+
+
+def _check_layers(model: nn.Module, config: AdapterConfig) -> None:
+    """Refuse more layers than ``model`` has. The default number means all layers of a smaller model."""
+    total = len(layer_paths(model))
+    default = next(f.default for f in fields(config) if f.name == "num_layers")
+    if config.num_layers > total and config.num_layers != default:
+        raise ConfigError(
+            f"num_layers is {config.num_layers}, but the model has {total} layers", "Use -1 for all of them."
+        )
 
 
 def _take_weights(model: nn.Module, file: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..config import DataConfig
-from ..data import Question, Splits, load_dataset, questions
+from ..data import Question, load_dataset, questions
 from ..errors import ConfigError
 from ..model.loading import load
 from ..training import evaluate
@@ -45,6 +45,8 @@ def measure(
             f"exact_match ({exact_match}) must be 0 or more, and max_tokens ({max_tokens}) at least 1",
             "Give the number of rows to answer, such as 100; leave max_tokens out for 128.",
         )
+    if adapter_path is not None and isinstance(model, tuple):
+        raise ConfigError("adapter_path cannot be used with a loaded model", "Load the model with its adapter.")
     return _measure(model, data, adapter_path, batch_size, test_batches, exact_match, max_tokens, trust_remote_code)
 
 
@@ -85,13 +87,11 @@ def load_sets(data: Any, tokenizer: Any, splits: tuple[str, ...]):
     """Yield what is read; return the ``Splits``. Sets that are loaded already are taken as they are.
 
     Args:
-        data: a DataConfig, ``Splits``, or a tuple of data sets: training, validation (or None), test.
+        data: a DataConfig or ``Splits``.
     """
     if isinstance(data, DataConfig):
         yield Loading("data", "hf_dataset" if data.hf_dataset else data.data)
         data = load_dataset(data, tokenizer, splits)
-    elif not isinstance(data, Splits):
-        data = Splits(*data)
     found = {split: getattr(data, split) for split in splits}
     rows = {split: len(found[split]) for split in splits if found[split] is not None}
     summary = getattr(data.train, "summary", None)

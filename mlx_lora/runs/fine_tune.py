@@ -62,9 +62,10 @@ def run(
     training state. The files of an earlier run in it are moved to ``earlier-N`` before the first checkpoint.
 
     Args:
-        model: a folder or repository, or a pair (model, tokenizer) from ``load``, which then holds the adapter
-            afterwards.
-        data: a DataConfig, ``Splits`` from ``load_dataset``, or a pair (training set, validation set).
+        model: a folder or repository, or a pair (model, tokenizer) from ``load`` without an adapter; the model then
+            has the trained adapter on it afterwards.
+        data: a DataConfig, ``Splits`` from ``load_dataset``, or a tuple of data sets: training,
+            validation (may be None), test.
         adapter, optimizer, train: the settings; their defaults if left out.
         resume: continue the run in ``folder`` exactly where it stopped. Give the settings of that run; only
             ``iters`` may grow.
@@ -103,7 +104,7 @@ def run(
 
 def _run(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Iterator[RunReport]:
     state = _state(folder, settings)
-    logs = trackers(settings.report_to, settings.project_name, settings.record()) if is_main_process() else []
+    logs = trackers(settings.report_to, settings.project_name, settings.tracked()) if is_main_process() else []
     model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
     sets = yield from load_sets(settings.data, tokenizer, settings.splits)
     yield from _attach(model, sets, folder, settings)

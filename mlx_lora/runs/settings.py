@@ -1,4 +1,4 @@
-"""What a run is asked to do: its configs and options, checked against each other before anything is loaded."""
+"""The settings of a run, checked against each other before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one run; the arguments of ``run`` under their own names."""
+    """The arguments of ``run``."""
 
     model: Any
-    data: Any
+    data: Any  # a DataConfig or Splits; a tuple of data sets becomes Splits
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -29,14 +29,14 @@ class Settings:
     trust_remote_code: bool = False
 
     def __post_init__(self):
-        data = self.data
-        if not isinstance(data, (DataConfig, Splits, tuple)):
+        if isinstance(self.data, tuple):
+            object.__setattr__(self, "data", Splits(*self.data))
+        if not isinstance(self.data, (DataConfig, Splits)):
             raise ConfigError(
-                f"data must be a DataConfig, Splits or a tuple of data sets, not a {type(data).__name__}",
+                f"data must be a DataConfig, Splits or a tuple of data sets, not a {type(self.data).__name__}",
                 "Give DataConfig(data=folder), or the result of load_dataset.",
             )
-        sets = Splits(*data) if isinstance(data, tuple) else data
-        if self.test_batches is not None and isinstance(sets, Splits) and sets.test is None:
+        if self.test_batches is not None and isinstance(self.data, Splits) and self.data.test is None:
             raise ConfigError("test_batches needs a test set, and data has none", "Load it too, or leave it out.")
         if self.resume and self.resume_adapter_file:
             raise ConfigError("resume and resume_adapter_file contradict each other", "Choose one.")
@@ -60,8 +60,11 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """The settings to keep with the adapter: those of data, optimizer and training that are set."""
-        configs = [config for config in (self.data, self.optimizer, self.train) if isinstance(config, _CONFIGS)]
+        configs = [self.data] if isinstance(self.data, DataConfig) else []
+        configs += [self.optimizer, self.train]
         return {name: value for config in configs for name, value in asdict(config).items() if value is not None}
 
-
-_CONFIGS = (DataConfig, OptimizerConfig, TrainConfig)
+    def tracked(self) -> dict[str, Any]:
+        """The settings to show in an experiment tracker."""
+        model = {} if isinstance(self.model, tuple) else {"model": str(self.model)}
+        return {**model, **asdict(self.adapter), **self.record()}

@@ -181,6 +181,14 @@ def test_answers_and_exact_match(data):
     assert alone == given
 
 
+def test_measure_refuses_what_it_cannot_use(data):
+    for options in ({"exact_match": -1}, {"max_tokens": 0}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            runs.measure(PATH, data, **options)
+    with pytest.raises(ConfigError, match="adapter_path"):
+        runs.measure(("model", "tokenizer"), data, "adapters")
+
+
 def test_losses_go_to_trackers(data, tmp_path, monkeypatch):
     calls = []
     wandb = types.SimpleNamespace(
@@ -188,7 +196,7 @@ def test_losses_go_to_trackers(data, tmp_path, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     fine_tune(tmp_path / "a", data, report_to=["wandb"], project_name="p")
-    assert calls[0]["project"] == "p" and calls[0]["config"]["iters"] == 2
+    assert calls[0]["project"] == "p" and calls[0]["config"]["iters"] == 2 and calls[0]["config"]["rank"] == 4
     assert [step for step, _ in calls[1:]] == [0, 1, 2, 2]
     assert "val_loss" in calls[1][1] and "train_loss" in calls[2][1] and "iteration" not in calls[2][1]
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -69,7 +69,9 @@ class AdapterConfig:
     alpha: float | None = option(None, "PEFT's lora_alpha, instead of scale: scale = alpha / rank.", section=COMMON)
     rslora: bool = option(False, "Use scale = alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732); requires alpha.")
     dropout: float = option(0.0, "Dropout on the adapter's input during training.")
-    keys: tuple[str, ...] | None = option(None, "Modules to adapt (default: every linear layer of the chosen layers).")
+    keys: tuple[str, ...] | None = option(
+        None, "Modules to adapt, or none (default: all linear layers of the chosen layers)."
+    )
     target_parameters: tuple[str, ...] | None = option(
         None, "Expert parameters to adapt, by PEFT's names, such as mlp.experts.gate_up_proj.", section=MORE
     )

@@ -69,7 +69,7 @@ class Display:
 
     def __init__(self, as_json: bool, rows: int = 0, hidden: bool = False):
         self.as_json, self.hidden = as_json, hidden
-        self.bar = console.Bar(rows, unit="row", hidden=as_json or hidden)
+        self.bar = console.Bar(rows, unit="row", hidden=as_json or hidden or not rows)
         self.facts: dict[str, str] = {}  # shown next to the bar
 
     def show(self, name: str, report: Any) -> None:
@@ -79,6 +79,8 @@ class Display:
             self.bar = console.Bar(report.iters, report.iteration, hidden=self.as_json or self.hidden)
         elif name == "TrainReport":
             self.facts |= {"tokens/s": f"{report.tokens_per_second:,.0f}", "peak": f"{report.peak_memory:.2f} GB"}
+        elif name == "TestReport":
+            self.bar.close()
         if self.hidden:
             return
         if name in ("Progress", "Answer"):

@@ -431,7 +431,7 @@ def test_lora_plus_weight_decay_and_schedule():
 
 
 @pytest.mark.parametrize(("settings", "said"), [
-    (dict(loraplus_lr_embedding=1e-5), "give loraplus_lr_ratio"),
+    (dict(loraplus_lr_embedding=1e-5), "needs loraplus_lr_ratio"),
     (dict(loraplus_lr_ratio=-1), "positive"),
     (dict(loraplus_lr_ratio=2, loraplus_weight_decay=0.1), "no weight decay"),
     (dict(loraplus_lr_ratio=2, optimizer="adamw", optimizer_config={"adamw": {"weight_decay": 1}}), "set loraplus_w"),

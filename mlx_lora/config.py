@@ -41,6 +41,9 @@ def option(default: Any, help: str, **extra: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+common, more = functools.partial(option, section=COMMON), functools.partial(option, section=MORE)
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """The method, size, scale and modules of an adapter.
@@ -63,60 +66,51 @@ class AdapterConfig:
 
     help_section = "Adapter"
 
-    method: str = option("lora", "Adapter method; full trains the layers themselves.", choices=METHODS, section=COMMON)
-    rank: int = option(None, f"Rank of the update (default: {DEFAULT_RANK}; vera: {VERA_RANK}).", section=COMMON)
+    method: str = common("lora", "Adapter method; full trains the layers themselves.", choices=METHODS)
+    rank: int = common(None, f"Rank of the update (default: {DEFAULT_RANK}; vera: {VERA_RANK}).")
     scale: float = option(None, f"Multiplier of the update, alpha / rank (default: {DEFAULT_SCALE:g}; vera has none).")
-    alpha: float | None = option(None, "PEFT's lora_alpha, instead of scale: scale = alpha / rank.", section=COMMON)
+    alpha: float | None = common(None, "PEFT's lora_alpha, instead of scale: scale = alpha / rank.")
     rslora: bool = option(False, "Use scale = alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732); requires alpha.")
     dropout: float = option(0.0, "Dropout on the adapter's input during training.")
     keys: tuple[str, ...] | None = option(
         None, "Modules to adapt, or none (default: all linear layers of the chosen layers)."
     )
-    target_parameters: tuple[str, ...] | None = option(
-        None, "Expert parameters to adapt, by PEFT's names, such as mlp.experts.gate_up_proj.", section=MORE
+    target_parameters: tuple[str, ...] | None = more(
+        None, "Expert parameters to adapt, by PEFT's names, such as mlp.experts.gate_up_proj."
     )
-    num_layers: int = option(16, "Adapt the last N layers; -1 for all.", section=COMMON)
-    layers_to_transform: tuple[int, ...] | None = option(
-        None, "Adapt the layers with these indices, counted from 0, instead of the last num_layers.", section=MORE
+    num_layers: int = common(16, "Adapt the last N layers; -1 for all.")
+    layers_to_transform: tuple[int, ...] | None = more(
+        None, "Adapt the layers with these indices, counted from 0, instead of the last num_layers."
     )
-    rank_pattern: dict[str, int] = option({}, "Rank of the modules that match a regular expression.", section=MORE)
-    scale_pattern: dict[str, float] = option({}, "Scale of the modules that match a regular expression.", section=MORE)
-    alpha_pattern: dict[str, float] = option(
-        {}, "PEFT's lora_alpha of the modules that match a regular expression.", section=MORE
-    )
+    rank_pattern: dict[str, int] = more({}, "Rank of the modules that match a regular expression.")
+    scale_pattern: dict[str, float] = more({}, "Scale of the modules that match a regular expression.")
+    alpha_pattern: dict[str, float] = more({}, "PEFT's lora_alpha of the modules that match a regular expression.")
     init: str = option(
         "default",
         "Initialisation: default (A uniform, B zero), gaussian, orthogonal, pissa, pissa_niter_N (randomized SVD), "
         "olora, loftq, eva or lora_ga.",
     )
-    init_batches: int | None = option(
-        None, "eva, lora_ga: number of batches to read at most (default: eva 32, lora_ga 8).", section=MORE
+    init_batches: int | None = more(
+        None, "eva, lora_ga: number of batches to read at most (default: eva 32, lora_ga 8)."
     )
-    eva_rho: float | None = option(
-        None, "eva: a layer's rank may grow by this factor (default: 2; 1 keeps the ranks equal).", section=MORE
+    eva_rho: float | None = more(
+        None, "eva: a layer's rank may grow by this factor (default: 2; 1 keeps the ranks equal)."
     )
-    eva_tau: float | None = option(
-        None, "eva: cosine similarity at which a component has converged (default: 0.99).", section=MORE
+    eva_tau: float | None = more(None, "eva: cosine similarity at which a component has converged (default: 0.99).")
+    bias: str = more("none", "Also train biases: all of the model's, or those of the adapted layers.", choices=BIASES)
+    lora_bias: bool = more(False, "Add a trainable bias to the update (PEFT's lora_bias).")
+    modules_to_save: tuple[str, ...] | None = more(
+        None, "Modules to train in full besides the adapter, such as lm_head."
     )
-    bias: str = option(
-        "none", "Also train biases: all of the model's, or those of the adapted layers.", choices=BIASES, section=MORE
-    )
-    lora_bias: bool = option(False, "Add a trainable bias to the update (PEFT's lora_bias).", section=MORE)
-    modules_to_save: tuple[str, ...] | None = option(
-        None, "Modules to train in full besides the adapter, such as lm_head.", section=MORE
-    )
-    trainable_token_indices: dict[str, tuple[int, ...]] = option(
-        {}, "Train only these rows of an embedding.", section=MORE
-    )
-    embedding_side: str = option(
+    trainable_token_indices: dict[str, tuple[int, ...]] = more({}, "Train only these rows of an embedding.")
+    embedding_side: str = more(
         "both",
         "Where an update of an embedding that is tied to the output head acts: both (mlx-lm) or input (PEFT).",
         choices=("both", "input"),
-        section=MORE,
     )
-    projection_prng_key: int = option(0, "vera: seed of the shared projections.", section=MORE)
-    save_projection: bool = option(True, "vera: save the shared projections, not only their seed.", section=MORE)
-    d_initial: float = option(0.1, "vera: initial value of lambda_d.", section=MORE)
+    projection_prng_key: int = more(0, "vera: seed of the shared projections.")
+    save_projection: bool = more(True, "vera: save the shared projections, not only their seed.")
+    d_initial: float = more(0.1, "vera: initial value of lambda_d.")
 
     def __post_init__(self):
         check_types(self)
@@ -252,12 +246,11 @@ class DataConfig:
 
     help_section = "Model and data"
 
-    data: str = option(
+    data: str = common(
         "mlx-community/WikiSQL",
         "Folder with train.jsonl, valid.jsonl and test.jsonl, a .jsonl file, or a Hugging Face data set.",
-        section=COMMON,
     )
-    mask_prompt: bool = option(False, "Learn only the completions or assistant turns.", section=COMMON)
+    mask_prompt: bool = common(False, "Learn only the completions or assistant turns.")
     mask_turns: str = option("all", "With mask_prompt: the assistant turns to learn.", choices=("all", "last"))
     max_seq_length: int = option(2048, "Truncate rows to this many tokens.")
     text_feature: str = option("text", "Key of the text in text rows.")
@@ -284,7 +277,7 @@ class OptimizerConfig:
 
     optimizer: str = option("adam", "Optimizer.", choices=OPTIMIZERS)
     optimizer_config: dict[str, dict] = option({}, "Arguments by optimizer, {adamw: {weight_decay: 0.1}}.")
-    learning_rate: float = option(1e-5, "Learning rate.", section=COMMON)
+    learning_rate: float = common(1e-5, "Learning rate.")
     lr_schedule: Any = option(None, f"{', '.join(SCHEDULES)}, or mlx-lm's {{name, arguments, warmup, warmup_init}}.")
     warmup: int = option(0, "Optimizer steps over which the learning rate rises from 0.")
     loraplus_lr_ratio: float | None = option(
@@ -325,8 +318,8 @@ class TrainConfig:
 
     help_section = "Run"
 
-    iters: int = option(1000, "Iterations (batches) to train for.", section=COMMON)
-    batch_size: int = option(4, "Rows per batch.", section=COMMON)
+    iters: int = common(1000, "Iterations (batches) to train for.")
+    batch_size: int = common(4, "Rows per batch.")
     loss: str = option("cross_entropy", "Name of the loss.")
     grad_accumulation_steps: int = option(1, "Batches per optimizer step; every token has the same weight.")
     max_grad_norm: float | None = option(None, "Clip the gradient to this global norm.")

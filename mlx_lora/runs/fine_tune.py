@@ -16,19 +16,8 @@ from ..data import Splits, train_batches
 from ..errors import ConfigError
 from ..init import FROM_DATA
 from ..model.attach import extract, parameter_counts
-from ..training import (
-    Checkpoint,
-    Report,
-    TrainingState,
-    TrainReport,
-    ValReport,
-    build_optimizer,
-    evaluate,
-)
-from ..training import (
-    train as train_model,
-)
-from ..training.trainer import never
+from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport, build_optimizer, evaluate
+from ..training import train as train_model
 from .adapters import attach_for_run
 from .evaluation import load_model, load_sets
 from .folder import RunFolder, is_main_process
@@ -54,7 +43,7 @@ def run(
     report_to: Sequence[str] = (),
     project_name: str | None = None,
     trust_remote_code: bool = False,
-    stop: Callable[[], bool] = never,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[RunReport]:
     """Fine-tune a model and keep the adapter in ``folder``; the work is done while the reports are iterated over.
 

@@ -250,8 +250,8 @@ class DataConfig:
         "mlx-community/WikiSQL",
         "Folder with train.jsonl, valid.jsonl and test.jsonl, a .jsonl file, or a Hugging Face data set.",
     )
-    mask_prompt: bool = common(False, "Learn only the completions or assistant turns.")
-    mask_turns: str = option("all", "With mask_prompt: the assistant turns to learn.", choices=("all", "last"))
+    mask_prompt: bool = common(False, "Compute the loss only on completions or assistant turns.")
+    mask_turns: str = option("all", "With mask_prompt: the assistant turns that count.", choices=("all", "last"))
     max_seq_length: int = option(2048, "Truncate rows to this many tokens.")
     text_feature: str = option("text", "Key of the text in text rows.")
     prompt_feature: str = option("prompt", "Key of the prompt in completion rows.")

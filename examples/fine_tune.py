@@ -1,4 +1,4 @@
-"""The command line's work in Python: fine-tune, look at the result, save it for mlx-lm and for PEFT.
+"""Fine-tune a model in Python, and save the adapter for PEFT.
 
 python examples/fine_tune.py
 """
@@ -7,27 +7,22 @@ import mlx_lora  # before mlx: on Linux it opens a fast BLAS
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from mlx_lora.tiny_base import PATH, skill
 
-# The tiny model that comes with the package; any Hugging Face model goes here.
+# The tiny model and data that come with the package. With your own, run() takes names and loads both:
+# model="Qwen/Qwen3-0.6B", data=DataConfig(data="folder/with/jsonl/files", mask_prompt=True).
 model, tokenizer = mlx_lora.load(PATH)
-
 data = DataConfig(mask_prompt=True)
 train_set = mlx_lora.tokenize(skill.rows("train", 400), tokenizer, data)
 valid_set = mlx_lora.tokenize(skill.rows("valid", 40), tokenizer, data)
 
-# Freezes the base and adds the adapters: at first they change nothing.
-mlx_lora.attach(model, AdapterConfig(method="dora", rank=8, alpha=32, num_layers=-1))
-
-config = TrainConfig(iters=60, batch_size=16, steps_per_report=20, steps_per_eval=60)
-optimizer = mlx_lora.build_optimizer(OptimizerConfig(learning_rate=2e-3, warmup=5), steps=config.iters)
-for report in mlx_lora.train(model, optimizer, train_set, valid_set, config):
+for report in mlx_lora.run(
+    "adapters",  # receives the adapter in mlx-lm's format, and everything needed to resume
+    model=(model, tokenizer),
+    data=(train_set, valid_set),
+    adapter=AdapterConfig(method="dora", rank=8, alpha=32, num_layers=-1),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup=5),
+    train=TrainConfig(iters=60, batch_size=16, val_batches=2, steps_per_report=20),
+):
     if not isinstance(report, mlx_lora.Progress):
         print(report)
 
-adapter = mlx_lora.extract(model)  # a value: a config and named arrays
-mlx_lora.save_adapter(adapter, "adapters", overwrite=True)  # loads in mlx-lm
-mlx_lora.save_adapter(adapter, "adapters-peft", format="peft", overwrite=True)  # loads in PEFT and transformers
-
-mlx_lora.unmount(model)  # the base again
-mlx_lora.mount(model, adapter)  # and back, in milliseconds
-for layer in mlx_lora.fuse(model):
-    print(layer.path, layer.storage, f"cosine {layer.cosine:.4f}")
+mlx_lora.save_adapter(mlx_lora.extract(model), "adapters-peft", format="peft", overwrite=True)

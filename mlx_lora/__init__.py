@@ -1,4 +1,4 @@
-"""Fine-tune language models on Apple silicon, and take the adapter anywhere: the public names, nothing else."""
+"""Fine-tune language models on Apple silicon with LoRA and its relatives. This file lists the public names."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ _NAMES = {
     "tokenize": "data",
     "build_optimizer": "training",
     "evaluate": "training",
+    "run": "runs",
     "train": "training",
     "Progress": "training",
 }

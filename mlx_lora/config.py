@@ -1,8 +1,8 @@
-"""Every knob of mlx-lora on one page. Standard library only, so that the command line can read it in no time.
+"""Every option of mlx-lora, with its default, its help text and its section of ``--help``.
 
-A field's name is the Python argument, the YAML key and, with dashes, the flag; its default and help are written here
-and nowhere else. Names and defaults are mlx-lm's wherever mlx-lm has the knob. Validation raises one ``ConfigError``
-that lists every fault.
+A field's name is the Python argument, the YAML key and, with dashes, the flag. Names and defaults are mlx-lm's
+wherever mlx-lm has the option. Validation raises one ``ConfigError`` that lists every fault. This file imports the
+standard library only, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from .errors import ConfigError
 
 DEFAULT_RANK, DEFAULT_SCALE = 8, 20.0
-VERA_RANK = 256  # PEFT's default: two vectors a module cost next to nothing
-# The arrays a method keeps for each module it adapts. Under "full" an adapter holds whole parameters of the model.
+VERA_RANK = 256  # PEFT's default
+# The arrays of each method for each module. With "full" an adapter holds parameters of the model itself.
 LEAVES = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m"), "vera": ("vera_lambda_d", "vera_lambda_b")}
 METHODS = (*LEAVES, "full")
 BIASES = ("none", "all", "lora_only")
@@ -28,77 +28,92 @@ SCHEDULES = ("constant", "linear_schedule", "cosine_decay", "exponential_decay",
 REPORTERS = ("wandb", "swanlab")
 
 
-def knob(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field with its help text. ``extra``: ``choices``, for the command line."""
+# Sections of ``train --help``, in their order. ``help_section`` is the section of a config's fields without one.
+COMMON, MORE = "Common options", "More adapter options"
+SECTIONS = (COMMON, "Model and data", "Adapter", MORE, "Optimizer", "Run", "Output")
+
+
+def option(default: Any, help: str, **extra: Any) -> Any:
+    """A dataclass field with a help text. ``extra``: ``choices`` and ``section``, for the command line."""
     metadata = {"help": help, **extra}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+common, more = functools.partial(option, section=COMMON), functools.partial(option, section=MORE)
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter is: method, size, scale and where it sits.
+    """The method, size, scale and modules of an adapter.
 
-    The multiplier of the low-rank update, ``y = W x + scale * B A x``, is for each module: its entry in
-    ``scale_pattern``; else ``alpha / rank`` (``alpha / sqrt(rank)`` with ``rslora``, arXiv:2312.03732) where ``alpha``
-    is given or ``alpha_pattern`` names the module; else ``scale``. Pattern keys are regular expressions matched as PEFT
-    matches them: against the whole module path or any dotted suffix of it, first match wins.
+    The low-rank update of a layer is ``y = W x + scale * B A x``. The scale of a module is, in this order: its entry
+    in ``scale_pattern``; ``alpha / rank`` if ``alpha`` is given or ``alpha_pattern`` names the module (with ``rslora``
+    ``alpha / sqrt(rank)``, arXiv:2312.03732); ``scale``. Pattern keys are regular expressions, matched as PEFT does:
+    against the whole module path or any dotted suffix of it; the first match counts.
 
-    ``keys`` selects modules: paths relative to a layer (``self_attn.q_proj``), absolute paths (``lm_head``,
-    ``model.embed_tokens``), PEFT leaf names (``q_proj``), ``all-linear``, or regular expressions over absolute paths.
-    None means every linear layer of the last ``num_layers`` layers, routers of mixtures of experts left out. An empty
-    tuple means none, where something else is trained.
+    ``keys`` selects modules by path inside a layer (``self_attn.q_proj``), absolute path (``lm_head``,
+    ``model.embed_tokens``), leaf name as in PEFT (``q_proj``), ``all-linear``, or a regular expression for absolute
+    paths. None selects every linear layer of the last ``num_layers`` layers except the routers of mixtures of experts.
+    An empty tuple selects none, for adapters that only train ``modules_to_save`` or ``trainable_token_indices``.
 
-    Beside the method's arrays an adapter may train whole modules (``modules_to_save``), biases (``bias``), and rows of
-    an embedding (``trainable_token_indices``); see ``Adapter`` for the names of their arrays. VeRA has no multiplier
-    and one rank: its shared projections are drawn from ``projection_prng_key`` as PEFT draws them.
+    Besides the low-rank matrices, an adapter may train modules in full (``modules_to_save``), biases (``bias``) and
+    rows of an embedding (``trainable_token_indices``); ``Adapter`` lists the names of their arrays. VeRA
+    (arXiv:2310.11454) has one rank and no scale; its shared projections are drawn from ``projection_prng_key`` as in
+    PEFT.
     """
 
-    method: str = knob("lora", "The adapter method; full trains the layers themselves.", choices=METHODS)
-    rank: int = knob(None, f"Rank of the low-rank update; {DEFAULT_RANK} by default, {VERA_RANK} for vera.")
-    scale: float = knob(
-        None, f"Multiplier of the low-rank update (alpha = scale * rank); {DEFAULT_SCALE:g} by default; vera has none."
+    help_section = "Adapter"
+
+    method: str = common("lora", "Adapter method; full trains the layers themselves.", choices=METHODS)
+    rank: int = common(None, f"Rank of the update (default: {DEFAULT_RANK}; vera: {VERA_RANK}).")
+    scale: float = option(None, f"Multiplier of the update, alpha / rank (default: {DEFAULT_SCALE:g}; vera has none).")
+    alpha: float | None = common(None, "PEFT's lora_alpha, instead of scale: scale = alpha / rank.")
+    rslora: bool = option(False, "Use scale = alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732); requires alpha.")
+    dropout: float = option(0.0, "Dropout on the adapter's input during training.")
+    keys: tuple[str, ...] | None = option(
+        None, "Modules to adapt, or none (default: all linear layers of the chosen layers)."
     )
-    alpha: float | None = knob(None, "PEFT's lora_alpha, in place of scale: scale = alpha / rank.")
-    rslora: bool = knob(False, "Scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732); needs alpha.")
-    dropout: float = knob(0.0, "Dropout on the input of the low-rank path, in training.")
-    keys: tuple[str, ...] | None = knob(None, "Modules to adapt; default: every linear of the chosen layers.")
-    target_parameters: tuple[str, ...] | None = knob(
-        None, "PEFT's names of experts' parameters to adapt, such as mlp.experts.gate_up_proj."
+    target_parameters: tuple[str, ...] | None = more(
+        None, "Expert parameters to adapt, by PEFT's names, such as mlp.experts.gate_up_proj."
     )
-    num_layers: int = knob(16, "Adapt the last N layers; -1 for all of them.")
-    layers_to_transform: tuple[int, ...] | None = knob(
-        None, "Adapt the layers of these numbers, from 0, in place of the last num_layers."
+    num_layers: int = common(16, "Adapt the last N layers; -1 for all.")
+    layers_to_transform: tuple[int, ...] | None = more(
+        None, "Adapt the layers with these indices, counted from 0, instead of the last num_layers."
     )
-    rank_pattern: dict[str, int] = knob({}, "Rank by module, {regular expression: rank}.")
-    scale_pattern: dict[str, float] = knob({}, "Scale by module, {regular expression: scale}.")
-    alpha_pattern: dict[str, float] = knob({}, "PEFT's lora_alpha by module, {regular expression: alpha}.")
-    init: str = knob(
+    rank_pattern: dict[str, int] = more({}, "Rank of the modules that match a regular expression.")
+    scale_pattern: dict[str, float] = more({}, "Scale of the modules that match a regular expression.")
+    alpha_pattern: dict[str, float] = more({}, "PEFT's lora_alpha of the modules that match a regular expression.")
+    init: str = option(
         "default",
-        "How the update starts: default (A uniform, B = 0), gaussian, orthogonal, pissa, pissa_niter_N (randomized), "
+        "Initialisation: default (A uniform, B zero), gaussian, orthogonal, pissa, pissa_niter_N (randomized SVD), "
         "olora, loftq, eva or lora_ga.",
     )
-    init_batches: int | None = knob(None, "eva, lora_ga: read at most so many batches; 32 and 8 by default.")
-    eva_rho: float | None = knob(None, "eva: a layer may get up to so many times its rank; 2 by default, 1: no more.")
-    eva_tau: float | None = knob(None, "eva: cosine at which a direction counts as settled; 0.99 by default.")
-    bias: str = knob("none", "Also train biases: of the whole model, or of the adapted layers.", choices=BIASES)
-    lora_bias: bool = knob(False, "Give the update a bias of its own (PEFT's lora_bias).")
-    modules_to_save: tuple[str, ...] | None = knob(None, "Modules to train whole beside the adapter, such as lm_head.")
-    trainable_token_indices: dict[str, tuple[int, ...]] = knob(
-        {}, "Train these rows of an embedding alone, {module: [token ids]}."
+    init_batches: int | None = more(
+        None, "eva, lora_ga: number of batches to read at most (default: eva 32, lora_ga 8)."
     )
-    embedding_side: str = knob(
+    eva_rho: float | None = more(
+        None, "eva: a layer's rank may grow by this factor (default: 2; 1 keeps the ranks equal)."
+    )
+    eva_tau: float | None = more(None, "eva: cosine similarity at which a component has converged (default: 0.99).")
+    bias: str = more("none", "Also train biases: all of the model's, or those of the adapted layers.", choices=BIASES)
+    lora_bias: bool = more(False, "Add a trainable bias to the update (PEFT's lora_bias).")
+    modules_to_save: tuple[str, ...] | None = more(
+        None, "Modules to train in full besides the adapter, such as lm_head."
+    )
+    trainable_token_indices: dict[str, tuple[int, ...]] = more({}, "Train only these rows of an embedding.")
+    embedding_side: str = more(
         "both",
-        "Where an embedding's update acts if the model ties its output to it: both (as mlx-lm) or input (as PEFT).",
+        "Where an update of an embedding that is tied to the output head acts: both (mlx-lm) or input (PEFT).",
         choices=("both", "input"),
     )
-    projection_prng_key: int = knob(0, "VeRA: the seed of the shared projections (PEFT's name).")
-    save_projection: bool = knob(True, "VeRA: save the shared projections too, not their seed alone.")
-    d_initial: float = knob(0.1, "VeRA: what lambda_d starts from.")
+    projection_prng_key: int = more(0, "vera: seed of the shared projections.")
+    save_projection: bool = more(True, "vera: save the shared projections, not only their seed.")
+    d_initial: float = more(0.1, "vera: initial value of lambda_d.")
 
     def __post_init__(self):
-        check_kinds(self)
+        check_types(self)
         for name in ("keys", "target_parameters", "modules_to_save", "layers_to_transform"):
             value = getattr(self, name)
             if isinstance(value, int if name == "layers_to_transform" else str):
@@ -118,7 +133,7 @@ class AdapterConfig:
         ranks = {"rank": self.rank, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         for name, value in ranks.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                faults.append(f"{name} must be a whole number of at least 1, not {value!r}")
+                faults.append(f"{name} must be an integer of at least 1, not {value!r}")
         scales = {"scale": self.scale, **{f"scale_pattern[{k!r}]": v for k, v in self.scale_pattern.items()}}
         scales |= {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
         if self.alpha is not None:
@@ -127,13 +142,13 @@ class AdapterConfig:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 faults.append(f"{name} must be a finite number, not {value!r}")
             elif value == 0:
-                faults.append(f"{name} is 0: such an adapter does nothing and cannot learn")
+                faults.append(f"{name} is 0: the adapter would have no effect and could not learn")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             faults.append(f"dropout must be in [0, 1), not {self.dropout!r}")
         if isinstance(self.num_layers, bool) or not isinstance(self.num_layers, int) or self.num_layers < -1:
-            faults.append(f"num_layers must be -1 (all) or a number of layers, not {self.num_layers!r}")
+            faults.append(f"num_layers must be -1 (all), 0 or more, not {self.num_layers!r}")
         if self.rslora and self.alpha is None and not self.alpha_pattern:
-            faults.append("rslora divides alpha by sqrt(rank): give alpha")
+            faults.append("rslora needs alpha: the scale is alpha / sqrt(rank)")
         if self.keys == () and not (self.target_parameters or self.modules_to_save or self.trainable_token_indices):
             faults.append("keys is empty: name at least one module, or leave keys out")
         for name in ("rank_pattern", "scale_pattern", "alpha_pattern"):
@@ -148,7 +163,7 @@ class AdapterConfig:
         object.__setattr__(self, name, value)
 
     def _contradictions(self) -> list[str]:
-        """Settings that each exist, and that the method or one another cannot honour."""
+        """Faults of settings that are wrong by themselves, for the method, or together with another one."""
         faults = []
         for name in ("keys", "target_parameters", "modules_to_save"):
             if any(not isinstance(item, str) for item in getattr(self, name) or ()):
@@ -164,7 +179,7 @@ class AdapterConfig:
             elif len(set(ids)) != len(ids):
                 faults.append(f"trainable_token_indices[{name!r}] names a token twice")
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.layers_to_transform or ()):
-            faults.append(f"layers_to_transform must be numbers of layers, not {list(self.layers_to_transform)!r}")
+            faults.append(f"layers_to_transform must be indices of layers, not {list(self.layers_to_transform)!r}")
         if self.lora_bias and self.method != "lora":
             faults.append(f"lora_bias is for lora, not for {self.method}")
         if self.init not in ("default", "gaussian", "orthogonal") and self.method != "lora":
@@ -179,25 +194,25 @@ class AdapterConfig:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
                 faults.append(f"{name} must be a number of at least {least}, not {value!r}")
             elif self.init not in inits:
-                faults.append(f"{name} is of init {' and '.join(inits)}, not of {self.init!r}")
+                faults.append(f"{name} is for init {' and '.join(inits)}, not for {self.init!r}")
         if self.lora_bias and self.init not in ("default", "gaussian"):
-            faults.append(f"lora_bias starts with a plain adapter, not with init {self.init!r}")
+            faults.append(f"lora_bias cannot be combined with init {self.init!r}")
         if self.method == "vera":
             given = [
                 n for n in ("alpha", "rslora", "rank_pattern", "scale_pattern", "alpha_pattern") if getattr(self, n)
             ]
             given += ["scale"] if self.scale != 1 else []
-            faults += [f"{name}: vera has one rank and no multiplier" for name in given]
+            faults += [f"{name} cannot be used with vera, which has one rank and no scale" for name in given]
         if not isinstance(self.d_initial, (int, float)) or not math.isfinite(self.d_initial) or self.d_initial == 0:
             faults.append(f"d_initial must be a number other than 0, not {self.d_initial!r}")
         key = self.projection_prng_key
         if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2**64:
-            faults.append(f"projection_prng_key must be a whole number from 0 to 2^64 - 1, not {key!r}")
+            faults.append(f"projection_prng_key must be an integer from 0 to 2^64 - 1, not {key!r}")
         if self.method == "full":
             extra = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layers_to_transform")
             plain = {f.name: f.default for f in dataclasses.fields(self)}
             given = [n for n in extra if getattr(self, n) not in (None, {}, plain[n])]
-            faults += [f"{name}: full fine-tuning trains the layers themselves" for name in given]
+            faults += [f"{name} cannot be used with full, which trains the layers themselves" for name in given]
         return list(dict.fromkeys(faults))
 
     def rank_of(self, path: str) -> int:
@@ -213,36 +228,39 @@ class AdapterConfig:
 
 
 def match_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that matches ``path`` whole or a dotted suffix of it (PEFT's rule)."""
+    """The value of the first pattern that matches ``path`` or a dotted suffix of it (PEFT's rule)."""
     for pattern, value in patterns.items():
         if _suffix_pattern(pattern).match(path):
             return value
     return default
 
 
-@functools.lru_cache(maxsize=8192)  # an adapter may carry a pattern a module; the re module keeps 512
+@functools.lru_cache(maxsize=8192)  # an adapter may have one pattern per module; the cache of re holds 512
 def _suffix_pattern(pattern: str) -> re.Pattern:
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which rows to learn from, and which of their tokens."""
+    """The data set, and which of its tokens to learn."""
 
-    data: str = knob(
-        "mlx-community/WikiSQL", "Folder with {train,valid,test}.jsonl, a .jsonl file, or a dataset's name."
+    help_section = "Model and data"
+
+    data: str = common(
+        "mlx-community/WikiSQL",
+        "Folder with train.jsonl, valid.jsonl and test.jsonl, a .jsonl file, or a Hugging Face data set.",
     )
-    mask_prompt: bool = knob(False, "Learn the answers only: assistant turns, or completions.")
-    mask_turns: str = knob("all", "With mask_prompt: which assistant turns to learn.", choices=("all", "last"))
-    max_seq_length: int = knob(2048, "Longer rows are cut to this many tokens.")
-    text_feature: str = knob("text", "Key of the text in text rows.")
-    prompt_feature: str = knob("prompt", "Key of the prompt in completion rows.")
-    completion_feature: str = knob("completion", "Key of the completion in completion rows.")
-    chat_feature: str = knob("messages", "Key of the messages in chat rows.")
-    hf_dataset: Any = knob(None, "mlx-lm's hf_dataset section (YAML only): a mapping or a list of them.")
+    mask_prompt: bool = common(False, "Compute the loss only on completions or assistant turns.")
+    mask_turns: str = option("all", "With mask_prompt: the assistant turns that count.", choices=("all", "last"))
+    max_seq_length: int = option(2048, "Truncate rows to this many tokens.")
+    text_feature: str = option("text", "Key of the text in text rows.")
+    prompt_feature: str = option("prompt", "Key of the prompt in completion rows.")
+    completion_feature: str = option("completion", "Key of the completion in completion rows.")
+    chat_feature: str = option("messages", "Key of the messages in chat rows.")
+    hf_dataset: Any = option(None, "mlx-lm's hf_dataset section (YAML only): a mapping or a list of mappings.")
 
     def __post_init__(self):
-        check_kinds(self)
+        check_types(self)
         faults = []
         if not isinstance(self.max_seq_length, int) or self.max_seq_length < 2:
             faults.append(f"max_seq_length must be at least 2, not {self.max_seq_length!r}")
@@ -255,23 +273,25 @@ class DataConfig:
 class OptimizerConfig:
     """The optimizer and its learning rate."""
 
-    optimizer: str = knob("adam", "The optimizer.", choices=OPTIMIZERS)
-    optimizer_config: dict[str, dict] = knob({}, "Arguments by optimizer, {adamw: {weight_decay: 0.1}}.")
-    learning_rate: float = knob(1e-5, "The learning rate.")
-    lr_schedule: Any = knob(None, "A schedule's name, or mlx-lm's mapping {name, arguments, warmup, warmup_init}.")
-    warmup: int = knob(0, "Optimizer steps from 0 to the learning rate.")
-    loraplus_lr_ratio: float | None = knob(
-        None, "LoRA+ (arXiv:2402.12354): B and vectors learn this many times faster than A, such as 16."
+    help_section = "Optimizer"
+
+    optimizer: str = option("adam", "Optimizer.", choices=OPTIMIZERS)
+    optimizer_config: dict[str, dict] = option({}, "Arguments by optimizer, {adamw: {weight_decay: 0.1}}.")
+    learning_rate: float = common(1e-5, "Learning rate.")
+    lr_schedule: Any = option(None, f"{', '.join(SCHEDULES)}, or mlx-lm's {{name, arguments, warmup, warmup_init}}.")
+    warmup: int = option(0, "Optimizer steps over which the learning rate rises from 0.")
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+ (arXiv:2402.12354): learning rate of B and of vectors, as a multiple of A's, such as 16."
     )
-    loraplus_lr_embedding: float | None = knob(
-        None, "LoRA+: the rate of embeddings' low-rank matrices; 1e-6 by default."
+    loraplus_lr_embedding: float | None = option(
+        None, "LoRA+: learning rate of low-rank matrices of embeddings (default: 1e-6)."
     )
-    loraplus_weight_decay: float | None = knob(
-        None, "LoRA+: weight decay (0 by default) of all but biases, LayerNorms."
+    loraplus_weight_decay: float | None = option(
+        None, "LoRA+: weight decay of everything but biases and LayerNorms (default: 0)."
     )
 
     def __post_init__(self):
-        check_kinds(self)
+        check_types(self)
         faults = []
         if self.optimizer not in OPTIMIZERS:
             faults.append(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
@@ -288,33 +308,36 @@ class OptimizerConfig:
             if not number or value < 0 or (value == 0 and name != "loraplus_weight_decay"):
                 faults.append(f"{name} must be a positive number, not {value!r}")
             elif self.loraplus_lr_ratio is None:
-                faults.append(f"{name} is of LoRA+: give loraplus_lr_ratio")
+                faults.append(f"{name} needs loraplus_lr_ratio (LoRA+)")
         raise_all(faults, self)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and in what portions to train. One iteration is one batch; see ``grad_accumulation_steps``."""
+    """The length of a run, its batches and its reports. One iteration is one batch."""
 
-    iters: int = knob(1000, "Iterations (batches) to train for.")
-    batch_size: int = knob(4, "Rows in a batch.")
-    grad_accumulation_steps: int = knob(1, "Batches to an optimizer step; tokens, not batches, weigh equally.")
-    max_grad_norm: float | None = knob(None, "Clip the gradient to this global norm.")
-    val_batches: int = knob(25, "Validation batches; -1 for the whole set.")
-    steps_per_report: int = knob(10, "Iterations between reports of the training loss.")
-    steps_per_eval: int = knob(200, "Iterations between validations.")
-    save_every: int = knob(100, "Iterations between checkpoints.")
-    grad_checkpoint: bool = knob(False, "Recompute activations in the backward pass to save memory.")
-    clear_cache_threshold: int | None = knob(
+    help_section = "Run"
+
+    iters: int = common(1000, "Iterations (batches) to train for.")
+    batch_size: int = common(4, "Rows per batch.")
+    loss: str = option("cross_entropy", "Name of the loss.")
+    grad_accumulation_steps: int = option(1, "Batches per optimizer step; every token has the same weight.")
+    max_grad_norm: float | None = option(None, "Clip the gradient to this global norm.")
+    val_batches: int = option(25, "Validation batches; -1 for the whole set.")
+    steps_per_report: int = option(10, "Iterations between reports of the training loss.")
+    steps_per_eval: int = option(200, "Iterations between validations.")
+    save_every: int = option(100, "Iterations between checkpoints.", section="Output")
+    grad_checkpoint: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    clear_cache_threshold: int | None = option(
         None,
-        "Empty MLX's cache of freed memory after a step that leaves it larger than this; by default it is reused, "
-        "up to a quarter of the GPU's working set.",
+        "Empty MLX's cache of freed memory after a step that leaves it larger than this "
+        "(default: keep it, up to a quarter of the GPU's working set).",
     )
-    max_skipped_steps: int = knob(10, "Stop after so many steps in a row with non-finite gradients.")
-    seed: int = knob(0, "Seeds initialisation, dropout and the order of the data.")
+    max_skipped_steps: int = option(10, "Stop after this many steps in a row with non-finite gradients.")
+    seed: int = option(0, "Seed of the initialisation, dropout and the order of the data.")
 
     def __post_init__(self):
-        check_kinds(self)
+        check_types(self)
         faults = []
         for name in (
             "iters",
@@ -326,7 +349,7 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                faults.append(f"{name} must be a whole number of at least 1, not {value!r}")
+                faults.append(f"{name} must be an integer of at least 1, not {value!r}")
         if not isinstance(self.val_batches, int) or self.val_batches < -1:
             faults.append(f"val_batches must be -1 (all), 0 (none) or more, not {self.val_batches!r}")
         most = self.clear_cache_threshold
@@ -338,23 +361,25 @@ class TrainConfig:
         if not isinstance(self.max_skipped_steps, int) or self.max_skipped_steps < 1:
             faults.append(f"max_skipped_steps must be at least 1, not {self.max_skipped_steps!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            faults.append(f"seed must be a whole number from 0 to 2^32 - 1, not {self.seed!r}")
+            faults.append(f"seed must be an integer from 0 to 2^32 - 1, not {self.seed!r}")
         raise_all(faults, self)
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How to sample from a model."""
+    """How to generate text."""
 
-    max_tokens: int = knob(256, "Tokens to generate at most.")
-    temp: float = knob(0.0, "Sampling temperature; 0 takes the likeliest token.")
-    top_p: float = knob(1.0, "Sample from the likeliest tokens that hold this much probability.")
-    min_p: float = knob(0.0, "Drop tokens less likely than this share of the likeliest.")
-    top_k: int = knob(0, "Sample from this many likeliest tokens; 0 for all.")
-    seed: int | None = knob(None, "Seed of the sampling; a fresh one each time by default.")
+    help_section = "Generation"
+
+    max_tokens: int = option(256, "Maximum number of tokens to generate.")
+    temp: float = option(0.0, "Sampling temperature; 0 is greedy.")
+    top_p: float = option(1.0, "Sample from the most likely tokens that together have this probability.")
+    min_p: float = option(0.0, "Drop tokens whose probability is below this fraction of the most likely token's.")
+    top_k: int = option(0, "Sample from this many most likely tokens; 0 for all.")
+    seed: int | None = option(None, "Seed of the sampling (default: a new one each time).")
 
     def __post_init__(self):
-        check_kinds(self)
+        check_types(self)
         faults = []
         if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
             faults.append(f"max_tokens must be at least 1, not {self.max_tokens!r}")
@@ -369,7 +394,7 @@ class GenerateConfig:
         raise_all(faults, self)
 
 
-_KINDS = {  # by the first word of a field's annotation
+_TYPES = {  # by the first word of a field's annotation: the types to accept, and what to call them
     "dict": (dict, "a mapping"),
     "tuple": ((list, tuple, set, frozenset, str), "a list"),
     "str": (str, "text"),
@@ -378,39 +403,35 @@ _KINDS = {  # by the first word of a field's annotation
 }
 
 
-def check_kinds(config: Any) -> None:
-    """Raise a ``ConfigError`` that names every field whose value is of another kind than its annotation says."""
+def check_types(config: Any) -> None:
+    """Raise a ``ConfigError`` that lists the fields whose values do not have the annotated type."""
     faults = []
     for known in dataclasses.fields(config):
-        kind, value = re.match(r"\w+", known.type)[0], getattr(config, known.name)
-        if kind not in _KINDS or (value is None and known.default is None):
+        name, value = re.match(r"\w+", known.type)[0], getattr(config, known.name)
+        if name not in _TYPES or (value is None and known.default is None):
             continue
-        types, what = _KINDS[kind]
-        fits = isinstance(value, types) or (known.name == "layers_to_transform" and isinstance(value, int))
-        if not fits or (kind == "float" and isinstance(value, bool)):
+        types, what = _TYPES[name]
+        valid = isinstance(value, types) or (known.name == "layers_to_transform" and isinstance(value, int))
+        if not valid or (name == "float" and isinstance(value, bool)):
             faults.append(f"{known.name} must be {what}, not {value!r}")
-        elif kind == "dict" and not all(isinstance(key, str) for key in value):
-            faults.append(f"{known.name} must have names for its keys, not {list(value)!r}")
+        elif name == "dict" and not all(isinstance(key, str) for key in value):
+            faults.append(f"{known.name} must have text keys, not {list(value)!r}")
     raise_all(faults, config)
 
 
 def raise_all(faults: list[str], config: Any) -> None:
-    """Raise one ``ConfigError`` naming every fault, or return where there is none.
+    """Raise one ``ConfigError`` that lists ``faults``, or return where there are none.
 
-    Each fault begins with the field of ``config`` that it is about; the hint says what these are and how to do without.
+    Each fault begins with the name of a field of ``config``; the hint explains these fields.
     """
     if faults:
-        first = [re.match(r"\w+", fault)[0] for fault in faults]
-        raise ConfigError("\n".join(faults), "\n".join(_mend(f) for f in dataclasses.fields(config) if f.name in first))
+        named = [re.match(r"\w+", fault)[0] for fault in faults]
+        hints = [_hint(field) for field in dataclasses.fields(config) if field.name in named]
+        raise ConfigError("\n".join(faults), "\n".join(hints))
 
 
-def _mend(field: dataclasses.Field) -> str:
-    told, default = field.metadata["help"], field.default
+def _hint(field: dataclasses.Field) -> str:
+    default, help = field.default, field.metadata["help"]
     if default is None or default is False or default is dataclasses.MISSING:
-        return f"{field.name}: {told} Leave it out {'for that' if 'default' in told else 'to do without'}."
-    return f"{field.name}: {told} Leave it out for {default}."
-
-
-def replace(config: Any, **changes: Any) -> Any:
-    """``dataclasses.replace`` under a name that callers need not import."""
-    return dataclasses.replace(config, **changes)
+        return f"{field.name}: {help} " + ("Leave it out for the default." if "default" in help else "Or leave it out.")
+    return f"{field.name}: {help} Leave it out for the default ({default})."

@@ -1,19 +1,19 @@
-"""What can go wrong, said once and with the mend. The command line turns these into `Error:` and `Hint:`."""
+"""The expected errors: what is wrong, and the fix. The command line prints them as ``Error:`` and ``Hint:``."""
 
 from __future__ import annotations
 
 
 class MLXLoRAError(Exception):
-    """An expected failure: what is wrong, and what to do about it.
+    """An expected failure.
 
     Args:
         message: everything that is wrong, one fault a line.
-        hint: the mend, in the imperative. Never empty: an error that nobody can act on is not an expected one.
+        hint: the fix, in the imperative. Never empty: an error without a fix is of no use to the person who sees it.
     """
 
     def __init__(self, message: str, hint: str):
-        assert hint.strip(), f"an expected error without its mend: {message}"
-        super().__init__(message, hint)  # both, so that it can be copied and pickled
+        assert hint.strip(), f"an expected error without a hint: {message}"
+        super().__init__(message, hint)  # both, so that the error can be copied and pickled
         self.message = message
         self.hint = hint
 
@@ -22,7 +22,7 @@ class MLXLoRAError(Exception):
 
 
 class ConfigError(MLXLoRAError):
-    """An option, or a set of options, that cannot be honoured."""
+    """An invalid option, or options that contradict each other."""
 
 
 class DataError(MLXLoRAError):
@@ -30,20 +30,20 @@ class DataError(MLXLoRAError):
 
 
 class ModelError(MLXLoRAError):
-    """A base model that is missing, damaged or of an unknown kind."""
+    """A base model that is missing, damaged or of an unsupported architecture."""
 
 
 class AdapterError(MLXLoRAError):
-    """An adapter that does not fit the model, or holds values it must not."""
+    """An adapter that is damaged or does not match the model."""
 
 
 class FormatError(MLXLoRAError):
-    """A file that is not what it claims to be, or that the asked-for format cannot express."""
+    """A file that is not in its expected format, or an adapter that a format cannot express."""
 
 
 class HubError(MLXLoRAError):
-    """The Hugging Face Hub refuses, or cannot be reached."""
+    """The Hugging Face Hub refused a request or cannot be reached."""
 
 
 class TrainingError(MLXLoRAError):
-    """A run that cannot go on: non-finite gradients, nothing to train, a checkpoint of another run."""
+    """Training that cannot start or continue: nothing to train, non-finite gradients, another run's checkpoint."""

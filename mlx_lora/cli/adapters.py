@@ -1,38 +1,39 @@
-"""``fuse``, ``convert`` and ``inspect``: what can be done with an adapter that is finished."""
+"""``fuse``, ``convert`` and ``inspect``: commands for a trained adapter."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import ConfigError
 from . import console
-from .options import adapter_option, force_option, json_option, model_option, trust_option
+from .options import adapter_option, check_free, force_option, json_option, model_option, save_path_option, trust_option
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
 
 
 @click.command()
 @model_option(required=True)
 @adapter_option("adapters")
+@save_path_option("fused_model", "model")
+@click.option("--bits", type=int, help="Bits of the adapted layers of a quantized base; fewer than 8 need --force.")
 @click.option(
-    "--save-path", default="fused_model", show_default=True, metavar="FOLDER", help="Where to write the model."
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Store the adapted layers in this dtype."
 )
-@click.option(
-    "--bits", type=int, help="Store adapted layers of a quantized base at these bits; below 8 with --force only."
-)
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Store adapted layers as floats.")
-@click.option("--dequantize", is_flag=True, help="Store every layer as floats, the untouched ones too.")
+@click.option("--dequantize", is_flag=True, help="Store all layers of a quantized base as floats.")
 @force_option
 @trust_option
 @json_option
 def fuse(model, adapter_path, save_path, bits, dtype, dequantize, force, trust_remote_code, as_json):
-    """Merge an adapter into the model's weights, and report how much of it survived.
+    """Merge an adapter into the model's weights, and report how precisely each update is stored.
 
-    Merged weights must be stored, and a coarse grid swallows small updates: 4 bits lose nearly any adapter. Adapted
-    layers of a quantized base are therefore stored at 8 bits where that keeps the update, else as floats; the others
-    stay as they are. The report gives, for each layer, the cosine and relative error of the stored update.
+    Quantizing the merged weights to 4 bits rounds most of an adapter's update away. The adapted layers of a quantized
+    base are therefore stored in 8 bits if that preserves the update, else as floats. Other layers stay unchanged. The
+    report shows the cosine similarity and the relative error of each stored update.
 
     \b
     mlx-lora fuse --model mlx-community/Qwen3-0.6B-4bit --adapter-path adapters --save-path my_model
@@ -42,9 +43,7 @@ def fuse(model, adapter_path, save_path, bits, dtype, dequantize, force, trust_r
     from ..merge.fuse import fuse as fuse_model
     from ..model.loading import load, save_model
 
-    target = Path(save_path)
-    if target.exists() and not (target.is_dir() and (force or not any(target.iterdir()))):
-        raise ConfigError(f"{target}: is there already", "Choose another --save-path, or add --force.")
+    check_free(save_path, force)
     console.note(f"Loading {model} and {adapter_path}")
     loaded, _ = load(model, adapter_path, dtype="stored", trust_remote_code=trust_remote_code)
     reports = fuse_model(loaded, bits=bits, dtype=dtype, dequantize=dequantize, force=force)
@@ -62,68 +61,51 @@ def fuse(model, adapter_path, save_path, bits, dtype, dequantize, force, trust_r
         worst = min(lost, key=lambda r: r.cosine)
         console.warn(
             f"{len(lost)} of {len(reports)} layers lost part of their update (worst: {worst.path}, cosine "
-            f"{worst.cosine:.3f}). Keep the adapter beside the base, or store wider: --dtype float16 or float32."
+            f"{worst.cosine:.3f}). Use the adapter without merging it, or store more bits: --dtype float16 or float32."
         )
-    save_model(loaded, target, overwrite=force)
-    console.note(f"Saved {target}")
+    save_model(loaded, save_path, overwrite=force)
+    console.note(f"Saved {save_path}")
 
 
 class Flags(click.ParamType):
-    """``1,0,1``: which parts of a merged layer are adapted."""
+    """``1,0,1``: which of the projections in a fused layer are adapted."""
 
     name = "1,0,..."
 
     def convert(self, value, param, ctx):
-        parts = [part.strip().lower() for part in str(value).split(",")]
         known = {"1": True, "0": False, "true": True, "false": False}
-        if not all(part in known for part in parts) or ("1" not in parts and "true" not in parts):
+        flags = [known.get(part.strip().lower()) for part in str(value).split(",")]
+        if None in flags or not any(flags):
             self.fail(f"{value!r} is not of the form 1,0,1", param, ctx)
-        return tuple(known[part] for part in parts)
+        return tuple(flags)
 
 
 @click.command()
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST")
-@click.option("--to", "to", required=True, metavar="FORMAT", help="Format to write, or merged for a whole model.")
-@click.option("--from", "source", metavar="FORMAT", help="Format of SRC; by default it is told by the files.")
+@click.option("--to", "to", required=True, metavar="FORMAT", help="Format to write; merged writes a full model.")
+@click.option("--from", "source", metavar="FORMAT", help="Format of SRC (default: detected from its files).")
 @model_option()
-@click.option("--adapter", metavar="NAME", help="Which adapter, where a PEFT folder holds several in sub-folders.")
-@click.option("--alpha", type=float, help="Alpha of SRC (scale * rank), where its files do not tell it.")
-@click.option("--to-alpha", type=float, help="Alpha to write, where DST does not store it; the scale is folded to it.")
-@click.option("--legacy-scale", type=click.Choice(["scale", "alpha"]), help="What scale meant to the mlx-lm of SRC.")
-@click.option("--enable-lora", type=Flags(), help="loralib's enable_lora of merged layers, such as 1,0,1.")
-@click.option("--moe", type=click.Choice(["per_expert", "target_parameters"]), help="How PEFT's folder holds experts.")
-@click.option("--profile", type=click.Choice(["serving"]), help="PEFT's folder for servers such as vLLM.")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of a merged model's weights.")
-@click.option("--allow-lossy", is_flag=True, help="Leave out what FORMAT cannot hold; it is named.")
+@click.option("--adapter", metavar="NAME", help="Name of the adapter, if a PEFT folder has several in sub-folders.")
+@click.option("--alpha", type=float, help="Alpha of SRC (scale * rank), if its files do not store it.")
+@click.option("--to-alpha", type=float, help="Alpha that DST will be loaded with, if its format does not store it.")
+@click.option("--legacy-scale", type=click.Choice(["scale", "alpha"]), help="What scale meant in SRC's mlx-lm version.")
+@click.option("--enable-lora", type=Flags(), help="loralib's enable_lora of SRC's fused layers, such as 1,0,1.")
+@click.option("--moe", type=click.Choice(["per_expert", "target_parameters"]), help="PEFT: how to store experts.")
+@click.option("--profile", type=click.Choice(["serving"]), help="PEFT: write a folder for servers such as vLLM.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="merged: dtype of the weights.")
+@click.option("--allow-lossy", is_flag=True, help="Leave out what FORMAT cannot store, with a warning.")
 @force_option
 @trust_option
 @json_option
-def convert(
-    src,
-    dst,
-    to,
-    source,
-    model,
-    adapter,
-    alpha,
-    to_alpha,
-    legacy_scale,
-    enable_lora,
-    moe,
-    profile,
-    dtype,
-    allow_lossy,
-    force,
-    trust_remote_code,
-    as_json,
-):
-    """Convert the adapter SRC (a folder or a file) into another format, DST.
+def convert(src, dst, to, source, model, force, as_json, **options):
+    """Convert the adapter SRC (a folder or a file) to another format and write it to DST.
 
-    Formats: mlx-lm, peft, loralib, torchtune, nemo, litgpt, gguf; to read also lightning and deepspeed. Tensors are
-    carried over bit for bit wherever the format allows it; what it cannot hold is refused by name. --model names the
-    base: it is written into the adapter, its config gives the sizes that some formats need, and with --to merged it is
-    the model that the adapter is merged into (DST may then end in .gguf).
+    Formats: mlx-lm, peft, loralib, torchtune, nemo, litgpt, gguf; lightning and deepspeed can only be read. Tensors
+    are copied bit for bit wherever the format allows it. What a format cannot store is an error.
+
+    --model names the base model. It is recorded in the adapter, and gives the sizes that some formats need. With --to
+    merged, the adapter is merged into that model; DST may then end in .gguf.
 
     \b
     mlx-lora convert adapters my_peft_adapter --to peft --model Qwen/Qwen3-0.6B
@@ -133,57 +115,92 @@ def convert(
     """
     from dataclasses import replace
 
-    from ..formats import detect_format, load_adapter, save_adapter
+    from ..formats import detect_format, load_adapter
 
-    merged = to == "merged"
-    if merged:
-        given = {"--moe": moe, "--profile": profile, "--to-alpha": to_alpha, "--allow-lossy": allow_lossy or None}
-        if unused := [flag for flag, value in given.items() if value is not None]:
-            raise ConfigError(f"{', '.join(unused)}: a merged model is written without", "Leave it out.")
-        if model is None:
-            raise ConfigError("--to merged needs the model to merge into", "Name it: --model.")
-    elif dtype or trust_remote_code:
-        raise ConfigError("--dtype and --trust-remote-code are for --to merged", "Leave them out.")
+    _check_convert(to, model, options)
     tic = time.perf_counter()
     source = source or detect_format(src)
-    options = {"alpha": alpha, "adapter": adapter, "legacy_scale": legacy_scale, "enabled": enable_lora}
-    loaded = load_adapter(src, source, model, **options)
+    adapter = load_adapter(
+        src,
+        source,
+        model,
+        alpha=options["alpha"],
+        adapter=options["adapter"],
+        legacy_scale=options["legacy_scale"],
+        enabled=options["enable_lora"],
+    )
     if model:
-        loaded = replace(loaded, base=model)
-    lost: list[str] = []
-    if merged:
-        from ..merge.export import export_merged
-
-        reports = export_merged(model, loaded, dst, dtype=dtype, overwrite=force, trust_remote_code=trust_remote_code)
-        lost = [f"{r.path}: lost part of its update, cosine {r.cosine:.3f}" for r in reports if not r.survives]
+        adapter = replace(adapter, base=model)
+    if to == "merged":
+        lost = _write_merged(adapter, dst, force, options)
     else:
-        save_adapter(
-            loaded,
-            dst,
-            to,
-            overwrite=force,
-            base=model,
-            moe=moe,
-            profile=profile,
-            alpha=to_alpha,
-            allow_lossy=allow_lossy,
-            lost=lost,
-        )
+        lost = _write(adapter, dst, to, model, force, options)
     took = time.perf_counter() - tic
-    for fault in lost:
-        console.warn(f"left out: {fault}" if not merged else fault)
+    for text in lost:
+        console.warn(text)
     if as_json:
-        fields = {"source": source, "target": to, "path": dst, "modules": len(loaded.modules), "seconds": took}
-        return console.event("Converted", {**fields, "parameters": loaded.num_parameters, "lost": lost})
+        fields = {"source": source, "target": to, "path": dst, "modules": len(adapter.modules), "seconds": took}
+        return console.event("Converted", {**fields, "parameters": adapter.num_parameters, "lost": lost})
     console.note(
-        f"{src} ({source}) -> {dst} ({to}): {len(loaded.modules)} modules, {loaded.num_parameters:,} parameters, "
+        f"{src} ({source}) -> {dst} ({to}): {len(adapter.modules)} modules, {adapter.num_parameters:,} parameters, "
         f"{1000 * took:.0f} ms"
     )
     if use := _USES.get(to):
         console.note(f"Use it: {use.format(dst)}")
     if to == "loralib":
-        scale = loaded.config.scale_of(loaded.modules[0]) * loaded.rank_of(loaded.modules[0])
-        console.note(f"loralib stores no alpha; give its layers lora_alpha={to_alpha or scale:g}.")
+        scale = adapter.config.scale_of(adapter.modules[0]) * adapter.rank_of(adapter.modules[0])
+        console.note(
+            f"loralib does not store alpha. Create its layers with lora_alpha={options['to_alpha'] or scale:g}."
+        )
+
+
+def _check_convert(to: str, model: str | None, options: dict[str, Any]) -> None:
+    """Refuse options that do not apply to ``to``."""
+    if to != "merged":
+        if options["dtype"] or options["trust_remote_code"]:
+            raise ConfigError("--dtype and --trust-remote-code are for --to merged", "Leave them out.")
+        return
+    unused = [name for name in ("moe", "profile", "to_alpha", "allow_lossy") if options[name]]
+    if unused:
+        flags = ", ".join("--" + name.replace("_", "-") for name in unused)
+        raise ConfigError(f"{flags} cannot be used with --to merged", "Leave it out.")
+    if model is None:
+        raise ConfigError("--to merged needs a base model to merge into", "Name it with --model.")
+
+
+def _write(adapter: Adapter, dst: str, to: str, base: str | None, force: bool, options: dict[str, Any]) -> list[str]:
+    """Write an adapter; return what was left out."""
+    from ..formats import save_adapter
+
+    lost: list[str] = []
+    save_adapter(
+        adapter,
+        dst,
+        to,
+        overwrite=force,
+        base=base,
+        moe=options["moe"],
+        profile=options["profile"],
+        alpha=options["to_alpha"],
+        allow_lossy=options["allow_lossy"],
+        lost=lost,
+    )
+    return [f"left out: {fault}" for fault in lost]
+
+
+def _write_merged(adapter: Adapter, dst: str, force: bool, options: dict[str, Any]) -> list[str]:
+    """Write a merged model; return the layers that lost part of their update."""
+    from ..merge.export import export_merged
+
+    reports = export_merged(
+        adapter.base,
+        adapter,
+        dst,
+        dtype=options["dtype"],
+        overwrite=force,
+        trust_remote_code=options["trust_remote_code"],
+    )
+    return [f"{r.path}: lost part of its update, cosine {r.cosine:.3f}" for r in reports if not r.survives]
 
 
 _USES = {
@@ -195,11 +212,11 @@ _USES = {
 
 @click.command()
 @click.argument("path", metavar="SRC")
-@click.option("--from", "source", metavar="FORMAT", help="Format; by default it is told by the files.")
+@click.option("--from", "source", metavar="FORMAT", help="Format (default: detected from the files).")
 @model_option()
 @json_option
 def inspect(path, source, model, as_json):
-    """Describe the adapter SRC, a folder or a file of any known format, without loading a model.
+    """Describe the adapter SRC, a folder or a file in any supported format, without loading a model.
 
     \b
     mlx-lora inspect adapters

@@ -1,4 +1,4 @@
-"""Where words go: data on stdout, everything else on stderr, one JSON object a line with ``--json``."""
+"""Output: data on stdout, everything else on stderr; with ``--json`` one JSON object per line on stdout."""
 
 from __future__ import annotations
 
@@ -12,37 +12,39 @@ import click
 
 
 def note(text: str = "") -> None:
-    """A line for the person, on stderr."""
+    """Print a line on stderr."""
     click.echo(text, err=True)
 
 
 def warn(text: str) -> None:
+    """Print a warning on stderr."""
     click.echo(click.style("Warning: ", fg="yellow") + text, err=True)
 
 
 def title(text: str) -> None:
+    """Print a bold line on stderr."""
     click.echo(click.style(text, bold=True), err=True)
 
 
 def data(text: str, newline: bool = True) -> None:
-    """Output proper, on stdout, at once."""
+    """Print the command's output on stdout, unbuffered."""
     click.echo(text, nl=newline)
     sys.stdout.flush()
 
 
 def event(kind: str, fields: dict[str, Any]) -> None:
-    """One JSON object on a line of stdout: ``{"event": kind, ...}``; NaN and infinities become null."""
+    """Print ``{"event": kind, ...}`` as one line of JSON on stdout; NaN and infinities become null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
     data(json.dumps({"event": kind, **clean}, default=str, ensure_ascii=False))
 
 
 def report_event(report: Any) -> None:
-    """A frozen report as an event: its class name and its fields."""
+    """Print a report as an event: its class name and its fields."""
     event(type(report).__name__, dataclasses.asdict(report))
 
 
 def table(rows: list[tuple], head: tuple[str, ...]) -> str:
-    """Aligned columns; numbers to the right."""
+    """Format ``rows`` in aligned columns, numbers to the right."""
     cells = [head, *[tuple(str(c) for c in row) for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     right = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(head))]
@@ -54,14 +56,14 @@ def table(rows: list[tuple], head: tuple[str, ...]) -> str:
 
 
 def seconds(value: float) -> str:
-    """75 -> 1:15."""
+    """Format seconds as 1:15 or 1:01:15."""
     minutes, rest = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Bar:
-    """A live progress bar on a terminal (tqdm's); silent where stderr is none."""
+    """A progress bar (tqdm's), shown only if stderr is a terminal."""
 
     def __init__(self, total: int, initial: int = 0, unit: str = "it", hidden: bool = False):
         from tqdm import tqdm
@@ -78,6 +80,7 @@ class Bar:
         )
 
     def step(self, **facts: str) -> None:
+        """Advance by one, with ``facts`` next to the bar."""
         if facts:
             self._bar.set_postfix(facts, refresh=False)
         self._bar.update(1)

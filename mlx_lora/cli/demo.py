@@ -1,4 +1,4 @@
-"""``demo``: the whole way on the built-in tiny model, in about a minute and without a network."""
+"""``demo``: fine-tune, merge and export the built-in tiny model, in about a minute and without a network."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,64 +14,74 @@ from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..errors import ConfigError
 from . import console
 from .options import json_option
-from .train import Run
+from .reports import Stop, show_reports
 
 ROWS = {"train": 3000, "valid": 40, "test": 100}
 ADAPTER = AdapterConfig(rank=16, scale=4.0, num_layers=-1)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, lr_schedule="cosine_decay", warmup=10)
 TRAIN = TrainConfig(iters=300, batch_size=32, steps_per_report=50, steps_per_eval=150, save_every=1000)
 SHOWN, MAX_TOKENS = 4, 64
-MARK = ".mlx-lora-demo"  # says that the folder is the demo's own, to be replaced by the next one
+MARK = ".mlx-lora-demo"  # marks a folder that the next demo may replace
 
 
 @click.command()
-@click.option(
-    "--output", default="demo_output", show_default=True, metavar="FOLDER", help="Where to leave what is made."
-)
+@click.option("--output", default="demo_output", show_default=True, metavar="FOLDER", help="Folder for all results.")
 @json_option
 def demo(output: str, as_json: bool):
-    """See a small model learn, speak differently, and leave as a Hugging Face adapter.
+    """Fine-tune a built-in tiny model and compare its answers before and after.
 
-    A tiny chat model comes with this package. The demo quantizes it to 4 bits, asks it to file notes of a
-    lost-property desk as records, which it cannot, fine-tunes it with LoRA, asks again on notes it never saw, merges
-    the adapter and exports it to PEFT. No network; about a minute on 4 CPU cores.
+    The demo quantizes a tiny chat model to 4 bits, asks it to turn notes from a lost-property office into records,
+    which it cannot do yet, and fine-tunes it with LoRA. Then it asks again with notes that were not in the training
+    data, merges the adapter, and exports it to PEFT. It needs no network and about a minute on 4 CPU cores.
 
     \b
     mlx-lora demo
     mlx-lora demo --output somewhere --json
     """
+    from ..data import questions
+    from ..model.loading import load
+    from ..runs import run
+
     tic = time.perf_counter()
     folder = _fresh(Path(output))
     base = _quantized_base(folder / "base-4bit")
-    console.title("1. A skill the base does not have")
+    console.title("1. The base model, in 4 bits")
     _write_rows(folder / "data")
     data = DataConfig(data=str(folder / "data"), mask_prompt=True)
-    run = Run(str(base), folder / "adapters", data, as_json=as_json)
-    run.load(("train", "valid", "test"))
-    before, shown = _score(run)
-    console.note(f"Exact match of the base, 4 bits: {before} of {ROWS['test']}")
+    model, tokenizer = load(base)
+    asked = questions(data, tokenizer, "test")
+    before = _answer(model, tokenizer, asked, as_json)
 
     console.title("2. Fine-tuning")
-    run.attach(ADAPTER, TRAIN.seed)
-    if run.train(OPTIMIZER, TRAIN):
+    stop = Stop()
+    reports = run(
+        folder / "adapters",
+        model=(model, tokenizer),
+        data=data,
+        adapter=ADAPTER,
+        optimizer=OPTIMIZER,
+        train=TRAIN,
+        stop=stop,
+    )
+    if show_reports(reports, stop, as_json=as_json)["Done"].stopped:
         raise KeyboardInterrupt
-    after, answers = _score(run)
+    after = _answer(model, tokenizer, asked, as_json)
 
-    console.title(f"3. {ROWS['test']} notes it never saw: {before} right before, {after} right after")
-    for (question, wanted, old), (_, _, new) in zip(shown, answers, strict=True):
-        console.note(
-            f"\n  note    {question}\n  before  {old}\n  after   {new}" + ("" if new == wanted else "   (wrong)")
-        )
+    console.title(f"3. Answers to {ROWS['test']} notes that were not in the training data")
+    for old, new in list(zip(before, after, strict=True))[:SHOWN]:
+        wrong = "" if new.correct else "   (wrong)"
+        console.note(f"\n  note    {old.question}\n  before  {old.given}\n  after   {new.given}{wrong}")
 
-    console.title("\n4. Leaving")
-    merged = _merge(run, folder)
+    console.title("\n4. Merging and exporting")
+    merged = _merge(base, folder)
     peft = _export(folder)
+    correct = {when: sum(a.correct for a in answers) for when, answers in (("before", before), ("after", after))}
+    fields = {f"exact_match_{when}": count / ROWS["test"] for when, count in correct.items()}
     seconds = time.perf_counter() - tic
     if as_json:
-        fields = {"exact_match_before": before / ROWS["test"], "exact_match_after": after / ROWS["test"]}
         return console.event("Demo", {**fields, "seconds": seconds, "fused": str(merged), "peft": str(peft)})
     console.note(f"\nDone in {seconds:.0f} s. Try next:")
-    note = shown[0][0]
+    note = before[0].question
     for line in (
         f"mlx-lora chat --model {base} --adapter-path {folder / 'adapters'}      then /compare {note}",
         f'mlx-lora generate --model {merged} --prompt "{note}"',
@@ -81,9 +92,9 @@ def demo(output: str, as_json: bool):
 
 
 def _fresh(folder: Path) -> Path:
-    """An empty folder; one that an earlier demo left is replaced, anything else is not touched."""
+    """Make an empty folder. That of an earlier demo is replaced; any other is an error."""
     if folder.exists() and not (folder.is_dir() and ((folder / MARK).exists() or not any(folder.iterdir()))):
-        raise ConfigError(f"{folder}: is there, and not from an earlier demo", "Choose another --output.")
+        raise ConfigError(f"{folder}: exists and is not from an earlier demo", "Choose another --output.")
     try:
         if folder.exists():
             shutil.rmtree(folder)
@@ -114,24 +125,30 @@ def _write_rows(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _score(run: Run) -> tuple[int, list[tuple[str, str, str]]]:
-    """How many test rows are answered to the letter, and the first few as (question, wanted, given)."""
-    pairs = run.answers(ROWS["test"], MAX_TOKENS)
-    right = sum(given == wanted for _, wanted, given in pairs)
-    return right, pairs[:SHOWN]
+def _answer(model: Any, tokenizer: Any, asked: list, as_json: bool) -> list:
+    """The model's answers to the test rows, and a line with the number of correct ones."""
+    from ..runs import answers
+
+    bar, given = console.Bar(len(asked), unit="row", hidden=as_json), []
+    for answer in answers(model, tokenizer, asked, MAX_TOKENS):
+        given.append(answer)
+        bar.step()
+    bar.close()
+    console.note(f"Correct answers: {sum(answer.correct for answer in given)} of {len(given)}")
+    return given
 
 
-def _merge(run: Run, folder: Path) -> Path:
+def _merge(base: Path, folder: Path) -> Path:
     from ..merge.fuse import fuse
     from ..model.loading import load, save_model
 
-    # As stored, not as a CPU computes: the merged model keeps the base's dtype.
-    model, _ = load(run.name, run.folder, dtype="stored")
+    # "stored": the merged model keeps the base's dtype, also where a CPU computes in float32.
+    model, _ = load(base, folder / "adapters", dtype="stored")
     reports = fuse(model)
     kept = min(r.cosine for r in reports)
     saved = save_model(model, folder / "fused")
     storage = ", ".join(sorted({r.storage for r in reports}))
-    console.note(f"Merged into the weights ({storage}; least cosine of a layer's update {kept:.4f}): {saved}")
+    console.note(f"Merged model ({storage}; lowest cosine similarity of a stored update {kept:.4f}): {saved}")
     return saved
 
 

@@ -27,17 +27,19 @@ class Metric(click.ParamType):
 @click.argument("path", metavar="SRC")
 @click.argument("repo", metavar="OWNER/NAME")
 @model_option()
-@click.option("--private", is_flag=True, help="Make the repository private, if it is made now.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--revision", metavar="BRANCH", help="Branch to push to.")
-@click.option("--message", default="Upload adapter", show_default=True, help="Of the commit.")
-@click.option("--metric", "metrics", type=Metric(), multiple=True, help="A number for the card, such as val_loss=1.2.")
-@click.option("--from", "source", metavar="FORMAT", help="Format of SRC; by default it is told by the files.")
+@click.option("--message", default="Upload adapter", show_default=True, help="Commit message.")
+@click.option(
+    "--metric", "metrics", type=Metric(), multiple=True, help="Add a number to the model card, such as val_loss=1.2."
+)
+@click.option("--from", "source", metavar="FORMAT", help="Format of SRC (default: detected from its files).")
 @json_option
 def push(path, repo, model, private, revision, message, metrics, source, as_json):
-    """Upload the adapter SRC to the Hugging Face Hub, with a model card made from it.
+    """Upload the adapter SRC to the Hugging Face Hub, with a generated model card.
 
-    A README.md in the folder is uploaded in place of the card; states of training stay here. The card names the base
-    model where it is a repository's (--model, or as the adapter tells it).
+    If the folder has a README.md, that is the card. Training states are not uploaded. The card names the base model
+    (--model, or the one recorded in the adapter) if it is a Hugging Face repository.
 
     \b
     mlx-lora push adapters me/my-adapter --model Qwen/Qwen3-0.6B --metric val_loss=1.21
@@ -62,7 +64,7 @@ def push(path, repo, model, private, revision, message, metrics, source, as_json
 @click.command()
 @click.argument("repo", metavar="OWNER/NAME")
 @click.argument("folder", metavar="FOLDER", default="adapters")
-@click.option("--revision", metavar="BRANCH", help="Branch, tag or commit.")
+@click.option("--revision", metavar="BRANCH", help="Branch, tag or commit to download.")
 @force_option
 @json_option
 def pull(repo, folder, revision, force, as_json):

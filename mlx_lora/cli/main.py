@@ -1,7 +1,7 @@
-"""The ``mlx-lora`` group, and the one place where errors become words and exit codes.
+"""The ``mlx-lora`` command group, and the one place that turns errors into messages and exit codes.
 
-0: done. 1: an expected error (``Error:`` and ``Hint:``). 2: usage. 130: Ctrl-C. A traceback only with
-``MLX_LORA_DEBUG=1``.
+Exit codes: 0 success, 1 an expected error (``Error:`` and ``Hint:``), 2 wrong usage, 130 Ctrl-C. A traceback is shown
+only with ``MLX_LORA_DEBUG=1``.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import click
 from .. import __version__
 from ..errors import ConfigError, MLXLoRAError
 
-# Command -> (module, one line for the overview). Modules are imported when their command is asked for.
+# Command -> (module, line in `mlx-lora --help`). A module is imported when its command is used.
 COMMANDS = {
-    "demo": ("demo", "See a small model learn, speak differently, and leave as a Hugging Face adapter."),
+    "demo": ("demo", "Fine-tune a built-in tiny model and compare its answers before and after."),
     "train": ("train", "Fine-tune a model."),
     "test": ("train", "Measure loss, perplexity and exact match on a test set."),
-    "generate": ("talk", "Answer one prompt."),
-    "chat": ("talk", "Talk with a model in the terminal, with and without adapters."),
+    "generate": ("generate", "Answer one prompt."),
+    "chat": ("chat", "Chat with a model in the terminal, with and without adapters."),
     "fuse": ("adapters", "Merge an adapter into the model's weights."),
-    "quantize": ("quantize", "Store a model in fewer bits: MLX's modes and NF4."),
-    "merge": ("merge", "Add up several adapters into one, by weights."),
+    "quantize": ("quantize", "Quantize a model with MLX's modes or NF4."),
+    "merge": ("merge", "Merge several adapters into one."),
     "convert": ("adapters", "Convert an adapter from one format to another."),
     "inspect": ("adapters", "Describe an adapter without loading a model."),
     "bench": ("bench", "Measure the kernels on this machine."),
-    "tables": ("tables", "The papers' parameter and memory tables, and those of a model at hand."),
+    "tables": ("tables", "Recompute the parameter and memory tables of the LoRA papers, or of a model."),
     "push": ("hub", "Upload an adapter to the Hugging Face Hub, with a model card."),
     "pull": ("hub", "Download an adapter from the Hugging Face Hub."),
-    "doctor": ("doctor", "Tell what this machine computes with, and how to make it faster."),
+    "doctor": ("doctor", "Show this machine's compute backend and how to make it faster."),
 }
 
 
 class Lazy(click.Group):
-    """Commands by name, imported on demand: the overview needs none of them."""
+    """Commands by name, imported when used; the overview imports none."""
 
     def list_commands(self, ctx):
         return list(COMMANDS)
@@ -65,10 +65,10 @@ class Lazy(click.Group):
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mlx-lora")
 def cli():
-    """Fine-tune language models on Apple silicon, and take the adapter anywhere.
+    """Fine-tune language models on Apple silicon with LoRA, and convert adapters between formats.
 
     \b
-    mlx-lora demo                                        the whole way, in a minute
+    mlx-lora demo                                        from training to export, in a minute
     mlx-lora train --model Qwen/Qwen3-0.6B --data my_data
     mlx-lora chat --model Qwen/Qwen3-0.6B --adapter-path adapters
     mlx-lora convert adapters my_peft_adapter --to peft
@@ -78,7 +78,7 @@ def cli():
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # transformers says without PyTorch that it has none; nobody here wants it.
+    # Without PyTorch transformers warns that it is missing; it is not needed here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
@@ -90,7 +90,7 @@ def main(args: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the program that read our output has ended
         sys.stdout = None
         sys.exit(0)
     except Exception as error:
@@ -99,22 +99,22 @@ def main(args: list[str] | None = None) -> None:
         text = str(error).strip().splitlines()
         fail(
             f"{type(error).__name__}: {text[0] if text else 'no message'}",
-            "This was not expected. MLX_LORA_DEBUG=1 shows where it happened; please report it.",
+            "This is a bug. Set MLX_LORA_DEBUG=1 to see where it happened, and please report it.",
             1,
         )
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _misused(error: click.ClickException, args: list[str]) -> None:
-    """A wrong option or argument: the usage, the error and where to read on. Bare ``mlx-lora`` gets its help."""
+    """Show the usage, the error and the help to read for a wrong option or argument. ``mlx-lora`` alone shows help."""
     if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
         error.show()
         sys.exit(error.exit_code)
-    context = getattr(error, "ctx", None)  # not every parser error of click knows where it was
+    context = getattr(error, "ctx", None)  # not every parser error of click has one
     command = context.command_path if context else " ".join(["mlx-lora", *[a for a in args[:1] if a in COMMANDS]])
     if context:
         click.echo(context.get_usage(), err=True)
-    what = getattr(getattr(error, "param", None), "help", None)  # of the option that is wrong
+    what = getattr(getattr(error, "param", None), "help", None)  # help text of the wrong option
     there = "the commands" if command == "mlx-lora" else "its options and arguments"
     fail(error.format_message(), f"{what + ' ' if what else ''}See {command} --help for {there}.", error.exit_code)
 

@@ -1,4 +1,4 @@
-"""``merge``: several adapters into one."""
+"""``merge``: merge several adapters into one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import click
 
 from ..errors import ConfigError
 from . import console
-from .options import force_option, json_option, model_option
+from .options import force_option, json_option, model_option, save_path_option
 
-# As in ``merging``, which imports NumPy: help must not wait for it. A test compares the two.
+# A copy of ``merge.combine.MERGES``, whose module imports NumPy; --help must not. A test compares the two.
 METHODS = (
     "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "cat", "svd",
     "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
@@ -26,26 +26,28 @@ def _numbers(_ctx, _param, value: str | None) -> list[float] | None:
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="FOLDER...")
-@click.option("--weights", callback=_numbers, metavar="W,W,..", help="One weight an adapter; 1 each by default.")
-@click.option("--method", default="svd", show_default=True, type=click.Choice(METHODS), help="How to add them up.")
-@click.option("--density", type=float, help="ties, dare, magnitude_prune: share of the numbers to keep.")
+@click.option("--weights", callback=_numbers, metavar="W,W,..", help="One weight per adapter (default: 1 each).")
+@click.option("--method", default="svd", show_default=True, type=click.Choice(METHODS), help="Merging method.")
+@click.option("--density", type=float, help="ties, dare, magnitude_prune: fraction of the values to keep.")
 @click.option("--sign", default="total", show_default=True, type=click.Choice(["total", "frequency"]),
-              help="ties: the elected sign is that of the sum, or of the most.")  # fmt: skip
-@click.option("--rank", type=int, help="svd: rank of the result; the largest of the adapters' by default.")
-@click.option("--clamp", type=float, help="svd: cut the factors off at this quantile of their numbers.")
-@click.option("--seed", default=0, show_default=True, help="dare: seed of the numbers that are dropped.")
+              help="ties: elect the sign of the sum, or the most frequent sign.")  # fmt: skip
+@click.option("--rank", type=int, help="svd: rank of the result (default: the largest of the adapters).")
+@click.option("--clamp", type=float, help="svd: clamp the factors to this quantile of their values.")
+@click.option("--seed", default=0, show_default=True, help="dare: seed for choosing the dropped values.")
 @model_option()
-@click.option("--save-path", default="merged_adapter", show_default=True, metavar="FOLDER", help="Where to write it.")
+@save_path_option("merged_adapter", "adapter")
 @click.option("--to", default="mlx-lm", show_default=True, metavar="FORMAT", help="Format to write.")
 @force_option
 @json_option
 def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, save_path, to, force, as_json):
-    """Add up LoRA adapters of one base, each by its weight, as PEFT's add_weighted_adapter does.
+    """Merge several LoRA adapters of the same base model into one, as PEFT's add_weighted_adapter does.
 
-    cat and svd add up what the adapters do: cat exactly, its rank is that of all together; svd as well as its rank
-    allows. linear, ties, dare and magnitude_prune work on the matrices A and B themselves, which is rough, or with
-    _svd on their products. --model checks that the result fits, makes dare drop module by module in its order, and
-    turns VeRA adapters into LoRA first; one VeRA adapter alone comes out as a LoRA adapter that computes the same.
+    cat and svd compute the weighted sum of the updates: cat exactly, with the sum of the ranks as its rank; svd as its
+    best approximation of a given rank. linear, ties, dare and magnitude_prune combine the matrices A and B separately,
+    which is less accurate; with the suffix _svd they combine the products B A.
+
+    With --model, the result is checked against that model, dare draws in the order of its modules, and VeRA adapters
+    are converted to LoRA first. A single VeRA adapter becomes an equivalent LoRA adapter.
 
     \b
     mlx-lora merge adapters_a adapters_b --weights 0.7,0.3 --save-path both
@@ -60,7 +62,7 @@ def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, sa
     if weights is not None and len(weights) != len(adapters):
         raise ConfigError(
             f"--weights gives {len(weights)} numbers for {len(adapters)} adapters",
-            "Give one number for each folder, in their order, or leave --weights out for 1 each.",
+            "Give one number per folder, in the same order, or leave --weights out for 1 each.",
         )
     tic = time.perf_counter()
     loaded, order = [load_adapter(folder) for folder in adapters], None

@@ -1,7 +1,6 @@
-"""Options shared by commands, most of them made from the fields in ``config.py``.
+"""Options shared by commands. Most are made from the fields in ``config.py``, the others are defined here.
 
-A field gives its flag, type, help and default. A YAML file gives defaults between those and the flags, through
-click's ``default_map``; mlx-lm's files are read as they are.
+A YAML file sets click's ``default_map``: flags win over the file, and the file over the defaults.
 """
 
 from __future__ import annotations
@@ -18,16 +17,15 @@ from typing import Any
 
 import click
 
-from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..errors import ConfigError
 
-# Fields whose flag has another name: mlx-lm's.
+# Fields whose flag has another name, mlx-lm's.
 _FLAGS = {"method": "fine_tune_type"}
 # Fields of mlx-lm's nested lora_parameters section.
 _NESTED = ("rank", "scale", "alpha", "rslora", "dropout", "keys", "rank_pattern", "scale_pattern", "alpha_pattern")
 _PATTERNS = ("rank_pattern", "scale_pattern", "alpha_pattern")
 _LISTS = ("keys", "target_parameters", "modules_to_save", "layers_to_transform")
-_LINES = "Write a line an option, such as iters: 100; --help lists them, with underscores in YAML."
+_LINES = "Write one option per line, such as iters: 100. --help lists them; in YAML they have underscores."
 
 
 class Pattern(click.ParamType):
@@ -69,7 +67,7 @@ class Tokens(click.ParamType):
 
 
 class Bytes(click.ParamType):
-    """A size: 1500000, 500MB, 1.5G (of 1000 each, as mlx-lm reads them)."""
+    """A size in bytes: 1500000, 500MB or 1.5G. Units are powers of 1000, as in mlx-lm."""
 
     name = "bytes"
 
@@ -80,8 +78,16 @@ class Bytes(click.ParamType):
         return int(float(match[1]) * {"": 1, "M": 10**6, "G": 10**9}[match[2][:1].upper()])
 
 
+class FieldOption(click.Option):
+    """An option made from a field; ``section`` is its place in ``--help``."""
+
+    def __init__(self, *args: Any, section: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
 class Structure(click.ParamType):
-    """A word, a JSON object, or whatever YAML gave."""
+    """A name, a JSON object, or a value from YAML."""
 
     name = "name or json"
 
@@ -95,18 +101,19 @@ class Structure(click.ParamType):
 
 
 def config_options(config: type, *names: str) -> Callable:
-    """Options for the fields ``names`` of a config class, or for all of them."""
+    """Options for the fields ``names`` of a config class, or for all fields."""
 
     def decorate(command):
         hints = typing.get_type_hints(config)
         for field in reversed([f for f in dataclasses.fields(config) if not names or f.name in names]):
-            command = _option(field, hints[field.name])(command)
+            section = field.metadata.get("section", config.help_section)
+            command = _option(field, hints[field.name], section)(command)
         return command
 
     return decorate
 
 
-def _option(field: dataclasses.Field, hint: Any) -> Callable:
+def _option(field: dataclasses.Field, hint: Any, section: str) -> Callable:
     name = _FLAGS.get(field.name, field.name)
     flag = "--" + name.replace("_", "-")
     default = field.default if field.default is not dataclasses.MISSING else None
@@ -116,7 +123,7 @@ def _option(field: dataclasses.Field, hint: Any) -> Callable:
     if "choices" in field.metadata:
         extra["type"] = click.Choice(field.metadata["choices"])
     elif kind is bool:
-        flag = f"{flag}/--no-{flag[2:]}"
+        flag, extra["show_default"] = f"{flag}/--no-{flag[2:]}", default
     elif field.name in _PATTERNS:
         extra |= {"type": Pattern(typing.get_args(kind)[1]), "multiple": True, "default": (), "show_default": False}
     elif field.name == "trainable_token_indices":
@@ -130,7 +137,7 @@ def _option(field: dataclasses.Field, hint: Any) -> Callable:
         extra["type"] = kind
     else:
         extra["type"] = Structure()
-    return click.option(flag, name, **extra)
+    return click.option(flag, name, cls=FieldOption, section=section, **extra)
 
 
 def _is_union(hint: Any) -> bool:
@@ -138,7 +145,7 @@ def _is_union(hint: Any) -> bool:
 
 
 def build(config: type, params: dict[str, Any], **changes: Any) -> Any:
-    """A config from a command's parameters; parameters that are no fields of it are passed over."""
+    """A config from a command's parameters. Parameters that are not fields of it are left out."""
     values = {}
     for field in dataclasses.fields(config):
         name = _FLAGS.get(field.name, field.name)
@@ -162,61 +169,75 @@ def build(config: type, params: dict[str, Any], **changes: Any) -> Any:
         return config(**{**values, **changes})
     except TypeError as error:
         raise ConfigError(
-            str(error), "Correct the kind of that value in the YAML file; --help shows what each option takes."
+            str(error), "Correct the type of that value in the YAML file; --help shows what each option takes."
         ) from None
 
 
 def model_option(**extra: Any) -> Callable:
     return click.option(
         "--model",
-        help="Model: a local folder, or a repository on the Hugging Face Hub.",
+        help="Base model: a local folder or a Hugging Face repository.",
         metavar="PATH_OR_REPO",
         **extra,
     )
 
 
 def adapter_option(default: str | None = None, **extra: Any) -> Callable:
-    extra.setdefault("help", "Folder of the adapter, in any known format.")
+    extra.setdefault("help", "Folder of the adapter, in any supported format.")
     return click.option("--adapter-path", default=default, show_default=default is not None, metavar="FOLDER", **extra)
 
 
-trust_option = click.option("--trust-remote-code", is_flag=True, help="Run Python files of the model's folder.")
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
-force_option = click.option("--force", is_flag=True, help="Replace what is there.")
-
-
-def yaml_option(known: Callable[[], set[str]]) -> Callable:
-    """``-c/--config FILE.yaml``. ``known`` gives the parameter names a file may set."""
-
-    def load(ctx: click.Context, _param, value: str | None):
-        if value:
-            allowed = {p.name for p in ctx.command.params} | known()
-            options = read_yaml(Path(value), allowed)
-            many = [p for p in ctx.command.params if isinstance(p.type, Structure) or getattr(p, "multiple", False)]
-            single = {p.name for p in ctx.command.params} - {p.name for p in many}
-            faults = [
-                f"{value}: {name} must be one value, not {options[name]!r}"
-                for name in sorted(single & set(options))
-                if not isinstance(options[name], (str, int, float))
-            ]
-            if faults:
-                raise ConfigError("\n".join(faults), "Write numbers and words as they are: rank: 8.")
-            ctx.default_map = {**(ctx.default_map or {}), **options}
-        return value
-
+def save_path_option(default: str, what: str) -> Callable:
     return click.option(
-        "-c",
-        "--config",
-        callback=load,
-        is_eager=True,
-        expose_value=False,
-        metavar="FILE",
-        help="YAML file with options (mlx-lm's files work unchanged); flags win over it.",
+        "--save-path", default=default, show_default=True, metavar="FOLDER", help=f"Folder to write the {what} to."
     )
 
 
+def check_free(folder: str, force: bool) -> None:
+    """Raise a ConfigError unless ``folder`` can be written: it is new or empty, or a folder and ``force`` is set."""
+    path = Path(folder)
+    if path.exists() and not (path.is_dir() and (force or not any(path.iterdir()))):
+        raise ConfigError(f"{path}: exists already", "Choose another folder, or add --force.")
+
+
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Allow the model's repository to run its own Python code."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line on stdout.")
+force_option = click.option("--force", is_flag=True, help="Overwrite existing files.")
+
+
+def yaml_option(*names: str) -> Callable:
+    """``-c/--config FILE.yaml``. A file may set the command's options and ``names``, which have no flag."""
+    return click.option(
+        "-c",
+        "--config",
+        callback=lambda ctx, _param, value: _read_defaults(ctx, value, names),
+        is_eager=True,
+        expose_value=False,
+        metavar="FILE",
+        help="YAML file with options, as for mlx-lm. Flags override it.",
+    )
+
+
+def _read_defaults(ctx: click.Context, file: str | None, names: tuple[str, ...]) -> None:
+    if not file:
+        return
+    params = {param.name: param for param in ctx.command.params}
+    options = read_yaml(Path(file), {*params, *names})
+    single = {n for n, p in params.items() if not isinstance(p.type, Structure) and not getattr(p, "multiple", False)}
+    faults = [
+        f"{file}: {name} must be one value, not {options[name]!r}"
+        for name in sorted(single & set(options))
+        if not isinstance(options[name], (str, int, float))
+    ]
+    if faults:
+        raise ConfigError("\n".join(faults), "Write a number or text, such as rank: 8.")
+    ctx.default_map = {**(ctx.default_map or {}), **options}
+
+
 def read_yaml(path: Path, allowed: set[str]) -> dict[str, Any]:
-    """Options from a YAML file by parameter name, ``lora_parameters`` flattened. Unknown keys are refused by name."""
+    """Options from a YAML file by parameter name, with ``lora_parameters`` flattened. Unknown keys are an error."""
     import yaml
 
     try:
@@ -228,7 +249,7 @@ def read_yaml(path: Path, allowed: set[str]) -> dict[str, Any]:
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds a {type(raw).__name__}, not options", _LINES)
+        raise ConfigError(f"{path}: holds a {type(raw).__name__}, not a mapping of options", _LINES)
     nested = raw.pop("lora_parameters", None) or {}
     if not isinstance(nested, dict):
         raise ConfigError(
@@ -239,9 +260,11 @@ def read_yaml(path: Path, allowed: set[str]) -> dict[str, Any]:
         for key in entries:
             if key not in names:
                 near = difflib.get_close_matches(str(key), sorted(names), n=1)
-                faults.append(f"{path}: {section}{key} is no option" + (f"; did you mean {near[0]}?" if near else ""))
+                faults.append(
+                    f"{path}: {section}{key} is not an option" + (f"; did you mean {near[0]}?" if near else "")
+                )
     if faults:
-        raise ConfigError("\n".join(faults), "Options are listed by --help, with underscores in YAML.")
+        raise ConfigError("\n".join(faults), "--help lists the options; in YAML they have underscores.")
     options = {**raw, **nested}
     for key in _PATTERNS:
         if isinstance(options.get(key), dict):
@@ -255,7 +278,7 @@ def read_yaml(path: Path, allowed: set[str]) -> dict[str, Any]:
 
 
 def _yaml_loader():
-    """YAML 1.1 takes 1e-5 for a word; mlx-lm's files and people write it for a number."""
+    """YAML 1.1 reads 1e-5 as text; in mlx-lm's files it is a number."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -267,6 +290,3 @@ def _yaml_loader():
         list("-+0123456789."),
     )
     return Loader
-
-
-TRAINING = (AdapterConfig, DataConfig, OptimizerConfig, TrainConfig)

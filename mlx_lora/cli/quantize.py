@@ -1,32 +1,30 @@
-"""``quantize``: a model in fewer bits."""
+"""``quantize``: store a model in fewer bits."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
-from ..errors import ConfigError
 from . import console
-from .options import force_option, json_option, model_option, trust_option
+from .options import check_free, force_option, json_option, model_option, save_path_option, trust_option
 
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4", "nf4")
 
 
 @click.command()
 @model_option(required=True)
-@click.option("--mode", default="affine", show_default=True, type=click.Choice(MODES), help="How to store weights.")
-@click.option("--bits", type=int, help="Bits a weight: affine 2, 3, 4, 5, 6, 8; the other modes have one width.")
-@click.option("--group-size", type=int, help="Weights that share a scale; the mode's own by default.")
+@click.option("--mode", default="affine", show_default=True, type=click.Choice(MODES), help="Quantization mode.")
+@click.option("--bits", type=int, help="Bits per weight. affine: 2, 3, 4, 5, 6 or 8; the other modes have one choice.")
+@click.option("--group-size", type=int, help="Weights per scale (default: depends on the mode).")
 @click.option(
-    "--double-quant", is_flag=True, help="nf4: store the scales in 8 bits, too (QLoRA's double quantization)."
+    "--double-quant", is_flag=True, help="nf4: also quantize the scales to 8 bits (QLoRA's double quantization)."
 )
-@click.option("--save-path", default="quantized_model", show_default=True, metavar="FOLDER", help="Where to write it.")
-@click.option("--loftq-rank", type=int, metavar="N", help="Also make a LoftQ adapter of this rank, to train from.")
-@click.option("--loftq-iters", default=1, show_default=True, help="LoftQ: rounds of quantizing and fitting.")
+@save_path_option("quantized_model", "model")
+@click.option("--loftq-rank", type=int, metavar="N", help="Also write a LoftQ adapter of this rank.")
+@click.option("--loftq-iters", default=1, show_default=True, help="LoftQ: number of alternating steps.")
 @click.option("--loftq-path", default="loftq_adapter", show_default=True, metavar="FOLDER",
-              help="LoftQ: where to write the adapter.")  # fmt: skip
+              help="LoftQ: folder to write the adapter to.")  # fmt: skip
 @force_option
 @trust_option
 @json_option
@@ -34,13 +32,13 @@ def quantize(
     model, mode, bits, group_size, double_quant, save_path, loftq_rank, loftq_iters, loftq_path, force,
     trust_remote_code, as_json,
 ):  # fmt: skip
-    """Quantize a model, and report the bits it takes and what it loses.
+    """Quantize a model, and report its size and the quantization error.
 
-    affine, mxfp4, mxfp8 and nvfp4 are MLX's own modes; mlx-lm loads the result. nf4 is the type of QLoRA
-    (arXiv:2305.14314), packed as bitsandbytes packs it: transformers loads the result, and so does mlx-lora.
+    affine, mxfp4, mxfp8 and nvfp4 are MLX's modes; mlx-lm can load the result. nf4 is QLoRA's data type
+    (arXiv:2305.14314), stored as bitsandbytes does; transformers and mlx-lora can load the result.
 
-    LoftQ (arXiv:2310.08659) makes up for what quantizing loses by an adapter: train it with
-    --resume-adapter-file on the model written here.
+    A LoftQ adapter (arXiv:2310.08659) compensates for the quantization error. To train it, use the model written here
+    with train --resume-adapter-file.
 
     \b
     mlx-lora quantize --model Qwen/Qwen3-0.6B --mode nf4 --double-quant --save-path qwen3-nf4
@@ -52,9 +50,9 @@ def quantize(
     from ..model.loading import load, save_model
 
     check_mode(mode, bits, group_size, double_quant)
-    for path in [save_path, *([loftq_path] if loftq_rank else [])]:
-        if Path(path).exists() and not (Path(path).is_dir() and (force or not any(Path(path).iterdir()))):
-            raise ConfigError(f"{path}: is there already", "Choose another folder, or add --force.")
+    check_free(save_path, force)
+    if loftq_rank:
+        check_free(loftq_path, force)
     console.note(f"Loading {model}")
     loaded, _ = load(model, dtype="stored", trust_remote_code=trust_remote_code)
     settings = dict(mode=mode, bits=bits, group_size=group_size, double_quant=double_quant)
@@ -77,10 +75,10 @@ def quantize(
     if as_json:
         return console.event("Quantized", {**asdict(report), "path": save_path})
     console.note(
-        f"{report.layers} layers in {mode}: {report.bits_per_weight:.3f} bits a weight, "
+        f"{report.layers} layers in {mode}: {report.bits_per_weight:.3f} bits per weight, "
         f"relative error {report.error:.4f}; "
-        f"the model: {report.bits_per_parameter:.3f} bits a parameter, {report.bytes / 1e6:,.1f} MB"
+        f"whole model: {report.bits_per_parameter:.3f} bits per parameter, {report.bytes / 1e6:,.1f} MB"
     )
     if report.kept:
-        console.note(f"Left as floats: {', '.join(report.kept)}")
+        console.note(f"Not quantized: {', '.join(report.kept)}")
     console.note(f"Saved {save_path}" + (f" and the adapter {loftq_path}" if loftq_rank is not None else ""))

@@ -1,4 +1,4 @@
-"""``tables``: the papers' parameter and memory tables, and the same counts for a model at hand."""
+"""``tables``: the parameter and memory tables of the LoRA papers, and the same counts for any model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .options import build, config_options, json_option, model_option, trust_opt
 @trust_option
 @json_option
 def tables(model, trust_remote_code, as_json, **params):
-    """Recompute the papers' tables from model shapes, each figure beside the printed one.
+    """Recompute the tables of the LoRA, QLoRA, DoRA and VeRA papers, next to the printed numbers.
 
-    With --model the same counts for that model and the given adapter: trained parameters, the adapter's size, and
-    the memory of training it with Adam, against full fine-tuning.
+    With --model: count the trained parameters, the adapter's size, and the memory for training it with Adam, compared
+    with full fine-tuning.
 
     \b
     mlx-lora tables
@@ -57,7 +57,7 @@ def _figure(value: float, printed: str) -> str:
 
 
 def _local(model: str, config: AdapterConfig, trust: bool, as_json: bool) -> None:
-    """Counts for the model in a folder; its weights stay on disk."""
+    """Print the counts for a model. Its weights are not read from disk."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -89,12 +89,12 @@ def _local(model: str, config: AdapterConfig, trust: bool, as_json: bool) -> Non
     if as_json:
         return console.event("ModelTable", facts)
     rows = [("parameters", f"{count:,}", f"{everything:,}", f"{everything / count:,.0f} times fewer")]
-    rows += [("to store", _bytes(adapter), _bytes(weights), f"{weights / adapter:,.0f} times less")]
+    rows += [("size", _bytes(adapter), _bytes(weights), f"{weights / adapter:,.0f} times less")]
     rows += [(name, _bytes(ours[name]), _bytes(full[name]), "") for name in ours]
-    total, whole = weights + adapter + sum(ours.values()), weights + sum(full.values())
-    rows += [("weights and these", _bytes(total), _bytes(whole), f"{whole / total:.1f} times less")]
+    total, total_full = weights + adapter + sum(ours.values()), weights + sum(full.values())
+    rows += [("total with weights", _bytes(total), _bytes(total_full), f"{total_full / total:.1f} times less")]
     console.data(console.table(rows, ("", config.method if config.method != "full" else "chosen layers", "full", "")))
-    console.note("Adam; activations come on top, and are the same but for the layers that are not trained.")
+    console.note("For Adam, without activations. Both columns need nearly the same memory for those.")
 
 
 def _bytes(count: float) -> str:

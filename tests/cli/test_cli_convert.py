@@ -1,4 +1,4 @@
-"""``convert`` and ``inspect`` of every kind of file, as a user calls them."""
+"""``convert`` and ``inspect`` with files of every format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LORA, BASE = ROOT / "peft/llama/lora", ROOT / "peft/llama/base"
 
 
 def run(*arguments) -> tuple[int, str, str]:
-    """(exit code, stdout, what was said): errors of ours as the program's boundary would print them."""
+    """(exit code, stdout, all output). Expected errors are returned as ``main`` would print them."""
     result = CliRunner().invoke(cli, [str(a) for a in arguments])
     if isinstance(result.exception, MLXLoRAError):
         return 1, result.stdout, str(result.exception)
@@ -26,7 +26,7 @@ def run(*arguments) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.output
 
 
-def test_there_and_back_over_every_format(tmp_path):
+def test_round_trip_through_every_format(tmp_path):
     steps = [
         ("gguf", "a.gguf"),
         ("nemo", "b.nemo"),
@@ -63,7 +63,7 @@ def test_there_and_back_over_every_format(tmp_path):
         (["--to", "lightning"], "can be read, but not written"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(arguments, said, tmp_path):
+def test_invalid_options_are_refused_by_name(arguments, said, tmp_path):
     code, _, output = run("convert", LORA, tmp_path / "out", *arguments)
     assert code != 0 and said in output
     assert not list(tmp_path.iterdir())
@@ -86,7 +86,7 @@ def test_merged_model(tmp_path):
     assert code == 1 and "--force" in said
 
 
-def test_loralib_needs_the_alpha_and_tells_it(tmp_path):
+def test_loralib_needs_alpha_and_reports_it(tmp_path):
     code, _, said = run("convert", LORA, tmp_path / "x.pt", "--to", "loralib", "--to-alpha", "4")
     assert code == 0 and "lora_alpha=4" in said
     code, _, said = run("convert", tmp_path / "x.pt", tmp_path / "back", "--to", "peft")
@@ -96,7 +96,7 @@ def test_loralib_needs_the_alpha_and_tells_it(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(p for p in (ROOT / "formats").iterdir()), ids=lambda p: p.name)
-def test_inspect_reads_any_of_them_without_a_model(path):
+def test_inspect_reads_every_format_without_a_model(path):
     files = [f for f in path.iterdir() if f.name not in ("base.txt", "options.json", "logits.npy")]
     target = files[0] if len(files) == 1 else next((f for f in files if f.name == "adapter.pt"), path)
     code, out, _ = run("inspect", target, "--json")

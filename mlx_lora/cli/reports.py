@@ -1,0 +1,147 @@
+"""Shows the reports of a run as text or JSON, with a progress bar; and handles Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from typing import Any
+
+from . import console
+
+
+class Stop:
+    """The ``stop`` of a run. Ctrl-C during training asks for a stop after the iteration; a second one interrupts.
+
+    Use it as a context manager. Before training and after it (``armed`` is False) Ctrl-C interrupts at once.
+    """
+
+    def __init__(self):
+        self.asked = self.armed = False
+
+    def __enter__(self) -> Stop:
+        try:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        except ValueError:  # only the main thread may handle signals
+            self._before = None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *_: Any) -> None:
+        if self.asked or not self.armed:
+            raise KeyboardInterrupt
+        self.asked = True
+        console.note("\nStopping after this iteration. Press Ctrl-C again to stop now, without saving.")
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+def show_reports(
+    reports: Iterable[Any], stop: Stop | None = None, *, as_json: bool = False, rows: int = 0
+) -> dict[str, Any]:
+    """Show ``reports`` as they come, in the main process.
+
+    Args:
+        rows: expected number of ``Answer`` reports, for the progress bar.
+
+    Returns: the last report of each class, by the name of the class.
+    """
+    from ..runs import is_main_process
+
+    stop, display, last = stop or Stop(), Display(as_json, rows, hidden=not is_main_process()), {}
+    try:
+        with stop:
+            for report in reports:
+                name = type(report).__name__
+                last[name] = report
+                stop.armed = "Started" in last and "Done" not in last
+                display.show(name, report)
+    finally:
+        display.bar.close()
+    return last
+
+
+class Display:
+    """Shows one report after another."""
+
+    def __init__(self, as_json: bool, rows: int = 0, hidden: bool = False):
+        self.as_json, self.hidden = as_json, hidden
+        self.bar = console.Bar(rows, unit="row", hidden=as_json or hidden or not rows)
+        self.facts: dict[str, str] = {}  # shown next to the bar
+
+    def show(self, name: str, report: Any) -> None:
+        """Step the bar, print a JSON object, or print a line."""
+        if name == "Started":
+            self.iters = report.iters
+            self.bar = console.Bar(report.iters, report.iteration, hidden=self.as_json or self.hidden)
+        elif name == "TrainReport":
+            self.facts |= {"tokens/s": f"{report.tokens_per_second:,.0f}", "peak": f"{report.peak_memory:.2f} GB"}
+        elif name == "TestReport":
+            self.bar.close()
+        if self.hidden:
+            return
+        if name in ("Progress", "Answer"):
+            if getattr(report, "loss", None) is not None:
+                self.facts["loss"] = f"{report.loss:.3f}"
+            self.bar.step(**self.facts)
+        elif self.as_json and name not in _NOTES:
+            console.report_event(report)
+        else:
+            getattr(self, name)(report)
+
+    def Loading(self, r: Any) -> None:
+        console.note(f"{_LOADING[r.what]} {r.name}")
+
+    def DataLoaded(self, r: Any) -> None:
+        for text in r.warnings:
+            console.warn(text)
+        rows = ", ".join(f"{count:,} {_SPLITS[split]} rows" for split, count in r.rows.items())
+        tokens = f"; {r.learned_tokens:,} tokens to learn per epoch" if r.learned_tokens else ""
+        console.note(f"Data: {rows}{tokens}")
+
+    def Started(self, r: Any) -> None:
+        share = 100 * r.trainable / r.parameters
+        console.note(
+            f"Trainable: {r.trainable:,} of {r.parameters:,} parameters ({share:.3f} %) in {r.modules} modules"
+        )
+
+    def EarlierRunMoved(self, r: Any) -> None:
+        self.bar.line(f"{r.path.parent} held an earlier run. Moved its files to {r.path}")
+
+    def TrainReport(self, r: Any) -> None:
+        left = (self.iters - r.iteration) / r.iterations_per_second if r.iterations_per_second else 0
+        self.bar.line(
+            f"Iteration {r.iteration:>5}: loss {r.train_loss:.3f}, learning rate {r.learning_rate:.2e}, "
+            f"{r.tokens_per_second:,.0f} tokens/s, {r.iterations_per_second:.2f} it/s, "
+            f"{r.trained_tokens:,} tokens, peak {r.peak_memory:.2f} GB, {console.seconds(left)} left"
+        )
+
+    def ValReport(self, r: Any) -> None:
+        self.bar.line(f"Iteration {r.iteration:>5}: validation loss {r.val_loss:.3f} ({r.val_time:.1f} s)")
+
+    def SkippedStep(self, r: Any) -> None:
+        self.bar.line(f"Iteration {r.iteration:>5}: skipped a step, its gradient is not finite ({r.in_a_row} in a row)")
+
+    def Checkpoint(self, r: Any) -> None:
+        self.bar.line(f"Iteration {r.iteration:>5}: saved {r.path}")
+
+    def Done(self, r: Any) -> None:
+        skipped = f", {r.skipped_steps} steps skipped" if r.skipped_steps else ""
+        self.bar.line(
+            f"{'Stopped' if r.stopped else 'Done'} after {console.seconds(r.seconds)}: {r.trained_tokens:,} tokens "
+            f"learned, peak {r.peak_memory:.2f} GB{skipped}"
+        )
+
+    def TestReport(self, r: Any) -> None:
+        console.data(f"Test loss {r.loss:.3f}, perplexity {r.perplexity:.3f} ({r.tokens:,} tokens)")
+        if r.answered:
+            correct = round(r.exact_match * r.answered)
+            console.data(f"Exact match {correct} of {r.answered} ({100 * r.exact_match:.0f} %)")
+
+
+_NOTES = ("Loading", "DataLoaded", "Started", "EarlierRunMoved")  # on stderr, also with --json
+_LOADING = {"model": "Loading", "data": "Reading", "init": "Reading training data for the initialisation"}
+_SPLITS = {"train": "training", "valid": "validation", "test": "test"}

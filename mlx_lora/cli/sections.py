@@ -1,0 +1,34 @@
+"""``--help`` in sections. Only ``train`` has enough options for them, so only ``train`` imports cloup."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import cloup
+
+from ..config import COMMON, MORE, SECTIONS
+
+# Options that are no field of ``config.py``; the others are under "Run".
+_SECTIONS = {
+    "model": COMMON,
+    "adapter_path": COMMON,
+    "config": COMMON,
+    "trust_remote_code": "Model and data",
+    "init_reference": MORE,
+    "report_to": "Output",
+    "project_name": "Output",
+    "as_json": "Output",
+}
+
+
+class SectionedCommand(cloup.Command):
+    """A command whose options are listed under ``config.SECTIONS``, in the order in which they are declared."""
+
+    def __init__(self, *args: Any, params: list[click.Parameter], **kwargs: Any):
+        groups = {title: cloup.OptionGroup(title) for title in SECTIONS}
+        for param in params:
+            title = getattr(param, "section", None) or _SECTIONS.get(param.name, "Run")
+            param.group = groups[title]
+        params.sort(key=lambda param: SECTIONS.index(param.group.title))
+        super().__init__(*args, params=params, **kwargs)

@@ -1,0 +1,78 @@
+"""The adapter that a run trains: a new one, one that starts from a file, or that of the run that is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..adapter import SHARED, raise_faults
+from ..base.modules import layer_paths
+from ..config import AdapterConfig
+from ..errors import AdapterError, ConfigError, MLXLoRAError
+from ..formats import load_adapter
+from ..formats.files import read_safetensors
+from ..init import FROM_DATA, SUBTRACTED
+from ..model.attach import attach, extract, mount, unmount
+
+
+def attach_for_run(
+    model: nn.Module,
+    config: AdapterConfig,
+    seed: int,
+    *,
+    folder: Path | None = None,
+    file: str | Path | None = None,
+    batches: Iterable | None = None,
+    reference: nn.Module | None = None,
+) -> None:
+    """Put the adapter to train on ``model``.
+
+    Args:
+        seed: of the initialisation.
+        folder: of the run that is resumed. An initialisation that chooses ranks or freezes a pair of matrices
+            (PiSSA, EVA and their like) is read from there; with any other, the adapter is made again from the seed.
+        file: an ``adapters.safetensors`` to take the initial weights from.
+        batches, reference: see ``model.attach.attach``.
+    """
+    _check_layers(model, config)
+    mx.random.seed(seed)
+    subtracted = config.init.startswith(SUBTRACTED)
+    if folder is not None and (subtracted or config.init in FROM_DATA):
+        return mount(model, load_adapter(folder, "mlx-lm"), difference=subtracted)
+    attach(model, config, batches, reference)
+    if file is not None:
+        try:
+            _take_weights(model, Path(file))
+        except MLXLoRAError:
+            unmount(model)
+            raise
+
+
+def _check_layers(model: nn.Module, config: AdapterConfig) -> None:
+    """Refuse more layers than ``model`` has. The default number means all layers of a smaller model."""
+    total = len(layer_paths(model))
+    default = next(f.default for f in fields(config) if f.name == "num_layers")
+    if config.num_layers > total and config.num_layers != default:
+        raise ConfigError(
+            f"num_layers is {config.num_layers}, but the model has {total} layers", "Use -1 for all of them."
+        )
+
+
+def _take_weights(model: nn.Module, file: Path) -> None:
+    """Replace the weights of the new adapter on ``model`` by those in ``file``, which must name the same ones."""
+    new, found = extract(model), read_safetensors(file)
+    wanted = {name: array for name, array in new.weights.items() if name not in SHARED}
+    faults = [f"{name}: in the file, not in this run" for name in found if name not in (*wanted, *SHARED)]
+    faults += [f"{name}: in this run, not in the file" for name in wanted if name not in found]
+    faults += [
+        f"{name}: {list(found[name].shape)} in the file, {list(array.shape)} in this run"
+        for name, array in wanted.items()
+        if name in found and found[name].shape != array.shape
+    ]
+    hint = "Use the rank, keys and layers that the file was made with."
+    raise_faults([f"{file}: {fault}" for fault in faults], hint, AdapterError)
+    mount(model, replace(new, weights=found))

@@ -1,0 +1,99 @@
+"""Measuring a model on a test set: loss, perplexity, and greedy answers compared with the expected ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from ..config import DataConfig
+from ..data import Question, load_dataset, questions
+from ..errors import ConfigError
+from ..model.loading import load
+from ..training import evaluate
+from .reports import Answer, DataLoaded, Loading, TestReport
+
+
+def measure(
+    model: str | Path | tuple[nn.Module, Any],
+    data: DataConfig,
+    adapter_path: str | Path | None = None,
+    *,
+    batch_size: int = 4,
+    test_batches: int = -1,
+    exact_match: int = 0,
+    max_tokens: int = 128,
+    trust_remote_code: bool = False,
+) -> Iterator[Loading | DataLoaded | Answer | TestReport]:
+    """Measure a model on the test set of ``data``; ``TestReport`` is yielded last.
+
+    Args:
+        model: a folder or repository, or a pair (model, tokenizer).
+        adapter_path: an adapter of any format to load with the model; not with a pair.
+        test_batches: batches to measure at most; -1 for the whole set.
+        exact_match: rows to answer greedily, spread over the set. An ``Answer`` is yielded for each, and the report
+            says how many are exactly the row's last answer.
+        max_tokens: longest answer.
+
+    Raises: ConfigError, at once; DataError, ModelError, AdapterError, FormatError while running.
+    """
+    if exact_match < 0 or max_tokens < 1:
+        raise ConfigError(
+            f"exact_match ({exact_match}) must be 0 or more, and max_tokens ({max_tokens}) at least 1",
+            "Give the number of rows to answer, such as 100; leave max_tokens out for 128.",
+        )
+    if adapter_path is not None and isinstance(model, tuple):
+        raise ConfigError("adapter_path cannot be used with a loaded model", "Load the model with its adapter.")
+    return _measure(model, data, adapter_path, batch_size, test_batches, exact_match, max_tokens, trust_remote_code)
+
+
+def _measure(model, data, adapter_path, batch_size, test_batches, exact_match, max_tokens, trust_remote_code):
+    model, tokenizer = yield from load_model(model, adapter_path, trust_remote_code)
+    sets = yield from load_sets(data, tokenizer, ("test",))
+    asked = questions(data, tokenizer, "test", exact_match) if exact_match else []
+    result = asdict(evaluate(model, sets.test, batch_size, test_batches))
+    correct = 0
+    for answer in answers(model, tokenizer, asked, max_tokens):
+        correct += answer.correct
+        yield answer
+    yield TestReport(**result, exact_match=correct / len(asked) if asked else None, answered=len(asked))
+
+
+def answers(
+    model: nn.Module, tokenizer: Any, asked: Sequence[Question], max_tokens: int, batch_size: int = 16
+) -> Iterator[Answer]:
+    """Answer ``asked`` (see ``data.questions``) greedily, in batches."""
+    from mlx_lm import batch_generate
+
+    for start in range(0, len(asked), batch_size):
+        batch = asked[start : start + batch_size]
+        texts = batch_generate(model, tokenizer, [q.tokens for q in batch], max_tokens=max_tokens).texts
+        for question, text in zip(batch, texts, strict=True):
+            yield Answer(question.text, question.answer.strip(), text.strip())
+
+
+def load_model(model: Any, adapter_path: str | Path | None = None, trust_remote_code: bool = False):
+    """Yield what is loaded; return (model, tokenizer). A pair of these is returned as it is."""
+    if isinstance(model, tuple):
+        return model
+    yield Loading("model", str(model))
+    return load(model, adapter_path, trust_remote_code=trust_remote_code)
+
+
+def load_sets(data: Any, tokenizer: Any, splits: tuple[str, ...]):
+    """Yield what is read; return the ``Splits``. Sets that are loaded already are taken as they are.
+
+    Args:
+        data: a DataConfig or ``Splits``.
+    """
+    if isinstance(data, DataConfig):
+        yield Loading("data", "hf_dataset" if data.hf_dataset else data.data)
+        data = load_dataset(data, tokenizer, splits)
+    found = {split: getattr(data, split) for split in splits}
+    rows = {split: len(found[split]) for split in splits if found[split] is not None}
+    summary = getattr(data.train, "summary", None)
+    yield DataLoaded(rows, summary.learned_tokens if summary else 0, tuple(data.warnings))
+    return data

@@ -1,0 +1,165 @@
+"""``run``: a complete fine-tune, from a model's name to an adapter in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from ..data import Splits, train_batches
+from ..errors import ConfigError
+from ..init import FROM_DATA
+from ..model.attach import extract, parameter_counts
+from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport, build_optimizer, evaluate
+from ..training import train as train_model
+from .adapters import attach_for_run
+from .evaluation import load_model, load_sets
+from .folder import RunFolder, is_main_process
+from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport
+from .settings import Settings
+from .tracking import trackers
+
+RunReport = Report | Loading | DataLoaded | Started | EarlierRunMoved | TestReport
+
+
+def run(
+    folder: str | Path,
+    *,
+    model: str | Path | tuple[nn.Module, Any],
+    data: DataConfig | Splits | tuple,
+    adapter: AdapterConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+    train: TrainConfig | None = None,
+    resume: bool = False,
+    resume_adapter_file: str | Path | None = None,
+    init_reference: str | None = None,
+    test_batches: int | None = None,
+    report_to: Sequence[str] = (),
+    project_name: str | None = None,
+    trust_remote_code: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[RunReport]:
+    """Fine-tune a model and keep the adapter in ``folder``; the work is done while the reports are iterated over.
+
+    The folder receives the adapter in mlx-lm's format, a numbered copy of its weights for each checkpoint, and the
+    training state. The files of an earlier run in it are moved to ``earlier-N`` before the first checkpoint.
+
+    Args:
+        model: a folder or repository, or a pair (model, tokenizer) from ``load`` without an adapter; the model then
+            has the trained adapter on it afterwards.
+        data: a DataConfig, ``Splits`` from ``load_dataset``, or a tuple of data sets: training,
+            validation (may be None), test.
+        adapter, optimizer, train: the settings; their defaults if left out.
+        resume: continue the run in ``folder`` exactly where it stopped. Give the settings of that run; only
+            ``iters`` may grow.
+        resume_adapter_file: start from the weights in this ``adapters.safetensors``.
+        init_reference: the model before it was quantized, for ``init`` "loftq".
+        test_batches: measure on the test set afterwards, this many batches at most; -1 for the whole set.
+        report_to: also log to these services, "wandb" or "swanlab", under ``project_name`` (default: the name of the
+            current folder).
+        stop: asked after each iteration; when it returns True the run saves and ends.
+
+    Yields: ``Loading``, ``DataLoaded`` and ``Started``; the reports of ``train``, with ``EarlierRunMoved`` before the
+        first checkpoint where it applies; ``TestReport`` after ``Done`` if ``test_batches`` is given and the run was
+        not stopped.
+
+    Raises: ConfigError at once where settings contradict each other or the folder cannot be used; ModelError,
+        DataError, AdapterError, FormatError, TrainingError while running.
+    """
+    settings = Settings(
+        model,
+        data,
+        adapter or AdapterConfig(),
+        optimizer or OptimizerConfig(),
+        train or TrainConfig(),
+        resume,
+        resume_adapter_file,
+        init_reference,
+        test_batches,
+        tuple(report_to),
+        project_name,
+        trust_remote_code,
+    )
+    kept = RunFolder(folder, settings.record())
+    kept.check(resume)
+    return _run(kept, settings, stop)
+
+
+def _run(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Iterator[RunReport]:
+    state = _state(folder, settings)
+    logs = trackers(settings.report_to, settings.project_name, settings.tracked()) if is_main_process() else []
+    model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
+    sets = yield from load_sets(settings.data, tokenizer, settings.splits)
+    yield from _attach(model, sets, folder, settings)
+    yield _started(model, state, settings.train.iters)
+    done = yield from _train(model, sets, folder, settings, state, stop, logs)
+    if settings.test_batches is not None and not done.stopped:
+        yield TestReport(**asdict(evaluate(model, sets.test, settings.train.batch_size, settings.test_batches)))
+
+
+def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:
+    """The state to resume from. Read before a model is loaded: it may say that the run is complete."""
+    if not settings.resume:
+        return None
+    state = folder.load_state()
+    if state.iteration >= settings.train.iters:
+        raise ConfigError(
+            f"the run in {folder.path} has done its {state.iteration} iterations already", "Raise --iters to go on."
+        )
+    return state
+
+
+def _attach(model: nn.Module, sets: Splits, folder: RunFolder, settings: Settings) -> Iterator[Loading]:
+    config, batches, reference = settings.adapter, None, None
+    if config.init in FROM_DATA and not settings.resume:
+        yield Loading("init", config.init)
+        batches = train_batches(sets.train, settings.train.batch_size, seed=settings.train.seed)
+    if settings.init_reference is not None:
+        reference, _ = yield from load_model(settings.init_reference, None, settings.trust_remote_code)
+    attach_for_run(
+        model,
+        config,
+        settings.train.seed,
+        folder=folder.path if settings.resume else None,
+        file=settings.resume_adapter_file,
+        batches=batches,
+        reference=reference,
+    )
+
+
+def _started(model: nn.Module, state: TrainingState | None, iters: int) -> Started:
+    trainable, parameters = parameter_counts(model)
+    modules = len({name.rpartition(".")[0] for name, _ in tree_flatten(model.trainable_parameters())})
+    return Started(state.iteration if state else 0, iters, trainable, parameters, modules)
+
+
+def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs):
+    """Yield the reports of the training; return the last one, ``Done``."""
+    moved, first = None, not settings.resume
+
+    def save(state: TrainingState) -> Path:
+        nonlocal moved, first
+        if first:
+            moved, first = folder.move_earlier_run(), False
+        return folder.save(extract(model), state)
+
+    steps = -(-settings.train.iters // settings.train.grad_accumulation_steps)
+    optimizer = build_optimizer(settings.optimizer, steps, model)
+    reports = train_model(
+        model, optimizer, sets.train, sets.valid, settings.train, checkpoint=save, resume=state, stop=stop
+    )
+    with closing(reports):
+        for report in reports:
+            if isinstance(report, Checkpoint) and moved is not None:
+                yield EarlierRunMoved(moved)
+                moved = None
+            for log in logs if isinstance(report, (TrainReport, ValReport)) else ():
+                log(report)
+            yield report
+    return report

@@ -1,0 +1,66 @@
+"""The reports of a run besides those in ``training.reports``. Frozen, without arrays, ready for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Something that takes a while begins."""
+
+    what: str  # "model", "data", or "init": an initialisation that reads training data
+    name: str  # the model, the data set or the initialisation
+
+
+@dataclass(frozen=True)
+class DataLoaded:
+    """All sets are read, checked and tokenized."""
+
+    rows: dict[str, int]  # by split: "train", "valid", "test"
+    learned_tokens: int  # in one epoch of the training set; 0 without one
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Started:
+    """The adapter is on the model, and training begins."""
+
+    iteration: int  # already done, by the run that is resumed
+    iters: int
+    trainable: int  # parameters
+    parameters: int  # of the model with its adapter; a quantized weight counts as one
+    modules: int  # that hold trainable parameters
+
+
+@dataclass(frozen=True)
+class EarlierRunMoved:
+    """The folder held an earlier run. Its files were moved before the first checkpoint was written."""
+
+    path: Path  # where they are now
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer to a row of the test set. White space around the texts is removed."""
+
+    question: str
+    expected: str
+    given: str
+
+    @property
+    def correct(self) -> bool:
+        return self.given == self.expected
+
+
+@dataclass(frozen=True)
+class TestReport:
+    """The loss on the test set and, where asked for, the share of exact answers."""
+
+    loss: float  # nats a learned token
+    tokens: int  # learned tokens the loss is the mean of
+    perplexity: float  # exp(loss)
+    seconds: float
+    exact_match: float | None = None  # share of correct answers
+    answered: int = 0  # rows answered for exact_match

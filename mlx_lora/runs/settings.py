@@ -1,0 +1,70 @@
+"""The settings of a run, checked against each other before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from ..data import Splits
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of ``run``."""
+
+    model: Any
+    data: Any  # a DataConfig or Splits; a tuple of data sets becomes Splits
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    resume: bool = False
+    resume_adapter_file: str | Path | None = None
+    init_reference: str | None = None
+    test_batches: int | None = None
+    report_to: tuple[str, ...] = ()
+    project_name: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.data, tuple):
+            object.__setattr__(self, "data", Splits(*self.data))
+        if not isinstance(self.data, (DataConfig, Splits)):
+            raise ConfigError(
+                f"data must be a DataConfig, Splits or a tuple of data sets, not a {type(self.data).__name__}",
+                "Give DataConfig(data=folder), or the result of load_dataset.",
+            )
+        if self.test_batches is not None and isinstance(self.data, Splits) and self.data.test is None:
+            raise ConfigError("test_batches needs a test set, and data has none", "Load it too, or leave it out.")
+        if self.resume and self.resume_adapter_file:
+            raise ConfigError("resume and resume_adapter_file contradict each other", "Choose one.")
+        file = self.resume_adapter_file
+        init = self.adapter.init
+        if file and init != "default":
+            raise ConfigError(f"resume_adapter_file and init {init!r} contradict each other", "Choose one.")
+        if file and not Path(file).is_file():
+            raise ConfigError(f"{file}: no such file", "resume_adapter_file takes an adapters.safetensors.")
+        if unknown := [name for name in self.report_to if name not in REPORTERS]:
+            raise ConfigError(f"report_to {', '.join(unknown)} is not known", f"Known: {', '.join(REPORTERS)}.")
+        if self.project_name and not self.report_to:
+            raise ConfigError(
+                "project_name needs report_to", f"Set report_to ({', '.join(REPORTERS)}), or leave project_name out."
+            )
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The data sets that the run reads."""
+        return ("train", "valid") if self.test_batches is None else ("train", "valid", "test")
+
+    def record(self) -> dict[str, Any]:
+        """The settings to keep with the adapter: those of data, optimizer and training that are set."""
+        configs = [self.data] if isinstance(self.data, DataConfig) else []
+        configs += [self.optimizer, self.train]
+        return {name: value for config in configs for name, value in asdict(config).items() if value is not None}
+
+    def tracked(self) -> dict[str, Any]:
+        """The settings to show in an experiment tracker."""
+        model = {} if isinstance(self.model, tuple) else {"model": str(self.model)}
+        return {**model, **asdict(self.adapter), **self.record()}

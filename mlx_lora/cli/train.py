@@ -95,6 +95,7 @@ def _test_only(data: DataConfig, config: TrainConfig, params: dict[str, Any]) ->
         data,
         params["adapter_path"],
         batch_size=config.batch_size,
+        loss=config.loss,
         test_batches=params["test_batches"],
         trust_remote_code=params["trust_remote_code"],
     )
@@ -114,7 +115,7 @@ def _next_steps(model: str, folder: Path) -> None:
 @model_option(required=True)
 @data_options
 @adapter_option(help="Folder of the adapter, in any supported format; without one, the base model is measured.")
-@config_options(TrainConfig, "batch_size")
+@config_options(TrainConfig, "batch_size", "loss")
 @click.option("--test-batches", default=-1, show_default=True, help="Batches to measure; -1 for the whole set.")
 @click.option("--exact-match", default=0, metavar="N", help="Also answer N rows and count the exact matches.")
 @click.option("--max-tokens", default=128, show_default=True, help="With --exact-match: longest answer.")
@@ -136,6 +137,7 @@ def test(**params: Any):
         data,
         params["adapter_path"],
         batch_size=config.batch_size,
+        loss=config.loss,
         test_batches=params["test_batches"],
         exact_match=params["exact_match"],
         max_tokens=params["max_tokens"],

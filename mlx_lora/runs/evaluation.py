@@ -14,6 +14,7 @@ from ..data import Question, load_dataset, questions
 from ..errors import ConfigError
 from ..model.loading import load
 from ..training import evaluate
+from ..training.losses import loss_named
 from .reports import Answer, DataLoaded, Loading, TestReport
 
 
@@ -24,6 +25,7 @@ def measure(
     *,
     batch_size: int = 4,
     test_batches: int = -1,
+    loss: str = "cross_entropy",
     exact_match: int = 0,
     max_tokens: int = 128,
     trust_remote_code: bool = False,
@@ -34,6 +36,7 @@ def measure(
         model: a folder or repository, or a pair (model, tokenizer).
         adapter_path: an adapter of any format to load with the model; not with a pair.
         test_batches: batches to measure at most; -1 for the whole set.
+        loss: a name in ``LOSSES``.
         exact_match: rows to answer greedily, spread over the set. An ``Answer`` is yielded for each, and the report
             says how many are exactly the row's last answer.
         max_tokens: longest answer.
@@ -47,14 +50,16 @@ def measure(
         )
     if adapter_path is not None and isinstance(model, tuple):
         raise ConfigError("adapter_path cannot be used with a loaded model", "Load the model with its adapter.")
-    return _measure(model, data, adapter_path, batch_size, test_batches, exact_match, max_tokens, trust_remote_code)
+    loss_named(loss)
+    measured = (batch_size, test_batches, loss)
+    return _measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code)
 
 
-def _measure(model, data, adapter_path, batch_size, test_batches, exact_match, max_tokens, trust_remote_code):
+def _measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code):
     model, tokenizer = yield from load_model(model, adapter_path, trust_remote_code)
     sets = yield from load_sets(data, tokenizer, ("test",))
     asked = questions(data, tokenizer, "test", exact_match) if exact_match else []
-    result = asdict(evaluate(model, sets.test, batch_size, test_batches))
+    result = asdict(evaluate(model, sets.test, *measured))
     correct = 0
     for answer in answers(model, tokenizer, asked, max_tokens):
         correct += answer.correct

@@ -100,7 +100,9 @@ def _run(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Ite
     yield _started(model, state, settings.train.iters)
     done = yield from _train(model, sets, folder, settings, state, stop, logs)
     if settings.test_batches is not None and not done.stopped:
-        yield TestReport(**asdict(evaluate(model, sets.test, settings.train.batch_size, settings.test_batches)))
+        config = settings.train
+        result = evaluate(model, sets.test, config.batch_size, settings.test_batches, config.loss)
+        yield TestReport(**asdict(result))
 
 
 def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:

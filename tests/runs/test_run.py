@@ -170,6 +170,17 @@ def test_the_test_set_is_measured_after_training(data, tmp_path):
     assert measured.exact_match is None and measured.answered == 0
 
 
+def test_the_test_set_is_measured_with_the_loss_of_the_run(data, tmp_path, monkeypatch):
+    def constant(model, tokens, mask):
+        total, count = mlx_lora.training.losses.cross_entropy.loss(model, tokens, mask)
+        return 0 * total + 2 * count, count
+
+    monkeypatch.setitem(mlx_lora.training.LOSSES, "constant", constant)
+    reports = fine_tune(tmp_path / "a", data, train={"loss": "constant"}, test_batches=-1)
+    assert reports[-1].loss == pytest.approx(2)
+    assert list(runs.measure(PATH, data, loss="constant"))[-1].loss == pytest.approx(2)
+
+
 def test_answers_and_exact_match(data):
     reports = list(runs.measure(PATH, data, batch_size=4, exact_match=3, max_tokens=4))
     given = [r for r in reports if isinstance(r, runs.Answer)]
@@ -185,6 +196,8 @@ def test_measure_refuses_what_it_cannot_use(data):
     for options in ({"exact_match": -1}, {"max_tokens": 0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             runs.measure(PATH, data, **options)
+    with pytest.raises(ConfigError, match="no loss 'x'"):
+        runs.measure(PATH, data, loss="x")
     with pytest.raises(ConfigError, match="adapter_path"):
         runs.measure(("model", "tokenizer"), data, "adapters")
 

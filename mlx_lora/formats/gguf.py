@@ -180,7 +180,7 @@ def write(adapter: Adapter, path: Path, options: Writing) -> None:
     if config.method != "lora":
         raise FormatError(f"GGUF holds no {config.method} adapter", _MERGE)
     options.lose(
-        [f"{n}: GGUF adapters hold no whole parameters" for n in adapter.whole]
+        [f"{n}: GGUF adapters hold no whole parameters" for n in adapter.full_parameters]
         + [f"{p}: GGUF adapters hold no trained tokens" for p in adapter.tokens]
         + [f"{p}: GGUF adapters have no lora_bias" for p in adapter.modules if config.lora_bias],
         _MERGE,

@@ -132,7 +132,7 @@ def write(adapter: Adapter, folder: Path, options: Writing) -> None:
     if adapter.config.method != "lora":
         raise FormatError(f"litgpt holds no {adapter.config.method} adapter", "Merge it: convert --to merged.")
     options.lose(
-        [f"{n}: litgpt's adapters hold no whole parameters" for n in adapter.whole]
+        [f"{n}: litgpt's adapters hold no whole parameters" for n in adapter.full_parameters]
         + [f"{path}: litgpt holds no trained tokens" for path in adapter.tokens]
         + [f"{path}: litgpt has no lora_bias" for path in adapter.modules if adapter.config.lora_bias]
     )

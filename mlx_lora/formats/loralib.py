@@ -125,7 +125,7 @@ def write(adapter: Adapter, path: Path, options: Writing) -> None:
         faults.append(f"{config.method}: loralib holds LoRA only")
     faults += [f"{p}: loralib has no experts" for p in adapter.modules if adapter.weights[f"{p}.lora_a"].ndim == 3]
     raise_faults(faults, "Merge it into the model instead: convert --to merged.", FormatError)
-    left = [f"{n}: loralib holds no whole parameters" for n in adapter.whole if not n.endswith(".bias")]
+    left = [f"{n}: loralib holds no whole parameters" for n in adapter.full_parameters if not n.endswith(".bias")]
     left += [f"{path}: loralib holds no trained tokens" for path in adapter.tokens]
     left += [f"{path}: loralib has no lora_bias" for path in adapter.modules if config.lora_bias]
     options.lose(left)
@@ -139,7 +139,7 @@ def write(adapter: Adapter, path: Path, options: Writing) -> None:
         if name in merged.get("merged", ()):
             b = _part(b, merged["enabled"])
         state[f"{to_hf(name)}.lora_A"], state[f"{to_hf(name)}.lora_B"] = a, b
-    state |= {f"{to_hf(n[:-5])}.bias": array for n, array in adapter.whole.items() if n.endswith(".bias")}
+    state |= {f"{to_hf(n[:-5])}.bias": array for n, array in adapter.full_parameters.items() if n.endswith(".bias")}
     write_torch(path, state)
 
 

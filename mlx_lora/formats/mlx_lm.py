@@ -162,7 +162,7 @@ def expressible(adapter: Adapter) -> bool:
         return True
     plain = config.method in ("lora", "dora") and not config.lora_bias and adapter.modules
     two_sided = config.embedding_side == "both" or not any("embed" in path or "wte" in path for path in adapter.modules)
-    return bool(plain) and two_sided and not adapter.whole and not adapter.tokens
+    return bool(plain) and two_sided and not adapter.full_parameters and not adapter.tokens
 
 
 def stored_weights(adapter: Adapter) -> dict[str, mx.array]:

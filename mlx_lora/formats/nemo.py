@@ -171,7 +171,7 @@ def write(adapter: Adapter, path: Path, options: Writing) -> None:
     if config.method not in ("lora",) + (() if one else ("dora",)):
         raise FormatError(f"{path.suffix} of NeMo holds no {config.method} adapter", "Merge it: convert --to merged.")
     options.lose(
-        [f"{n}: NeMo's adapters hold no whole parameters" for n in adapter.whole]
+        [f"{n}: NeMo's adapters hold no whole parameters" for n in adapter.full_parameters]
         + [f"{p}: NeMo holds no trained tokens" for p in adapter.tokens]
         + [f"{p}: NeMo has no lora_bias" for p in adapter.modules if config.lora_bias]
     )

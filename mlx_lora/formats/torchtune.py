@@ -129,7 +129,7 @@ def write(adapter: Adapter, folder: Path, options: Writing) -> None:
     if adapter.config.method not in ("lora", "dora"):
         raise FormatError(f"torchtune holds no {adapter.config.method} adapter", "Merge it: convert --to merged.")
     options.lose(
-        [f"{n}: torchtune's adapters hold no whole parameters" for n in adapter.whole]
+        [f"{n}: torchtune's adapters hold no whole parameters" for n in adapter.full_parameters]
         + [f"{path}: torchtune holds no trained tokens" for path in adapter.tokens]
         + [f"{path}: torchtune has no lora_bias" for path in adapter.modules if adapter.config.lora_bias]
     )

@@ -591,7 +591,7 @@ def test_merged_model_in_another_dtype_and_in_shards(tmp_path, monkeypatch):
     assert {a.dtype for f in files for a in mx.load(str(tmp_path / "merged" / f)).values()} == {mx.bfloat16}
     got = logits(load(tmp_path / "merged"))
     assert_equal(got, np.load(PEFT / "llama/lora/logits.npy"), 0.05)
-    with pytest.raises(MLXLoRAError, match="is there already"):
+    with pytest.raises(MLXLoRAError, match="already exists"):
         export_merged(base("llama"), load_adapter(PEFT / "llama/lora"), tmp_path / "merged")
 
 

@@ -462,7 +462,7 @@ def test_a_saved_model_replaces_another_whole(tmp_path):
     model = load("llama")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stale.json").write_text("{}")
-    with pytest.raises(ModelError, match="is there already"):
+    with pytest.raises(ModelError, match="already exists"):
         save_model(model, tmp_path / "out")
     save_model(model, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "stale.json").exists() and [p.name for p in tmp_path.iterdir()] == ["out"]

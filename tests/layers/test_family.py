@@ -190,7 +190,7 @@ def test_trained_tokens_are_rows_on_both_sides(tokens):
     (dict(trainable_token_indices={"embed": [1]}), "no module 'embed'"),
     (dict(modules_to_save=["lm_head"]), "no module 'lm_head'"),
     (dict(keys=["lm_head"], modules_to_save=["embed_tokens"]), "matches no module"),
-    (dict(keys=["embed_tokens"], modules_to_save=["embed_tokens"]), "trained whole at once"),
+    (dict(keys=["embed_tokens"], modules_to_save=["embed_tokens"]), "adapted and trained in full"),
     (dict(method="vera", keys=["embed_tokens"]), "vera does not adapt embedding"),
     (dict(lora_bias=True, keys=["embed_tokens"]), "lora_bias does not adapt embedding"),
     (dict(layers_to_transform=[7]), "layers_to_transform: 7"),
@@ -269,7 +269,7 @@ def test_vera_as_lora(tokens):
     move(model)
     live, adapter = model(tokens), extract(model)
     lora = as_lora(model, adapter)
-    assert lora.config.method == "lora" and lora.config.scale == 1.0 and not lora.faults()
+    assert lora.config.method == "lora" and lora.config.scale == 1.0 and not lora.problems()
     mount(model, lora)
     assert_close(model(tokens), live, 1e-5)
     with pytest.raises(AdapterError, match="not vera"):
@@ -370,7 +370,7 @@ def test_modes_that_do_not_exist(arguments):
 
 
 def test_nf4_is_not_for_experts():
-    with pytest.raises(ModelError, match="stacks of experts"):
+    with pytest.raises(ModelError, match="not for experts"):
         quantize(make_model(QWEN3_MOE), "nf4")
 
 

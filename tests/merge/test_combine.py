@@ -1,4 +1,4 @@
-"""Adding adapters up: cat and svd are the sum, the others keep their rules. PEFT itself is asked in judge/."""
+"""Merging adapters: cat and svd equal the weighted sum, the other methods follow their rules. See also judge/."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_adapters_that_cannot_be_merged():
     model = make_model()
     plain, _ = make(model, 1)
     for config, said in [
-        (dict(method="dora"), "of method dora"),
+        (dict(method="dora"), "its method is dora"),
         (dict(method="vera", rank=8, scale=None), "as_lora"),
         (dict(modules_to_save=["norm"]), "more than low-rank"),
     ]:

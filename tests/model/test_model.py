@@ -40,7 +40,7 @@ def test_the_life_of_an_adapter(method, config, base, tokens):
     after = model(tokens)
     assert relative(after, before) > 1e-2
     adapter = extract(model)
-    assert adapter.modules == sorted(paths, key=lambda p: adapter.modules.index(p)) and not adapter.faults()
+    assert adapter.modules == sorted(paths, key=lambda p: adapter.modules.index(p)) and not adapter.problems()
     unmount(model)
     assert mx.array_equal(model(tokens), before).item(), "unmount does not restore the base"
     mount(model, adapter)
@@ -191,7 +191,7 @@ def test_an_adapter_that_does_not_fit_leaves_the_one_in_place(tokens):
 def test_attaching_twice_is_refused():
     model = make_model()
     attach(model, AdapterConfig(rank=4))
-    with pytest.raises(AdapterError, match="adapters already"):
+    with pytest.raises(AdapterError, match="adapter already"):
         attach(model, AdapterConfig(rank=4))
 
 

@@ -61,7 +61,7 @@ def write(adapter: Adapter, folder: Path, options: Writing) -> None:
 
 def _write_tokens(adapter: Adapter, folder: Path, options: Writing) -> None:
     """Trained rows of one embedding and nothing else."""
-    if len(adapter.tokens) != 1 or adapter.whole or options.profile or options.moe:
+    if len(adapter.tokens) != 1 or adapter.full_parameters or options.profile or options.moe:
         fault = "PEFT has no adapter of whole modules alone, nor of rows of several embeddings"
         raise FormatError(fault, _MERGE)
     (path, (ids, rows)) = next(iter(adapter.tokens.items()))
@@ -97,8 +97,8 @@ def _for_serving(adapter: Adapter, options: Writing) -> Adapter:
     config, faults = adapter.config, []
     if config.method == "dora":
         faults.append("DoRA: vLLM and its like take LoRA only")
-    if adapter.whole:
-        faults.append(f"{len(adapter.whole)} fully trained parameters (modules_to_save or bias)")
+    if adapter.full_parameters:
+        faults.append(f"{len(adapter.full_parameters)} fully trained parameters (modules_to_save or bias)")
     if adapter.tokens:
         faults.append("trained rows of embeddings (trainable_token_indices)")
     if config.lora_bias:
@@ -243,7 +243,7 @@ class _Writer:
         """Whole parameters, trained rows of embeddings, VeRA's projections."""
         adapter = self.adapter
         adapted, saved = set(adapter.modules), set()
-        for name, array in {**adapter.whole, **adapter.metadata.get("peft", {}).get("saved", {})}.items():
+        for name, array in {**adapter.full_parameters, **adapter.metadata.get("peft", {}).get("saved", {})}.items():
             path, _, leaf = name.rpartition(".")
             inside = ".base_layer" if path in adapted else ""
             self.tensors[f"{PREFIX}{hf(path)}{inside}.{leaf}"] = array

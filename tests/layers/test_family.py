@@ -143,7 +143,7 @@ def test_mlx_lm_refuses_folders_with_settings_it_does_not_have(tmp_path, tokens)
         load_adapter(folder)
 
 
-# -- embeddings adapted on the input side, tied models ------------------------------------------------------------------
+# -- embeddings adapted on the input side, tied models ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [

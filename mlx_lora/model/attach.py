@@ -58,29 +58,17 @@ def attach(
     """
     if adapters_on(model) or state_of(model) is not None:
         raise AdapterError("the model has an adapter already", "Call unmount(model) or fuse(model) first.")
-    bare = bare_modules(model)
     state = State(config, frozen_parameters(model))
-    try:
+    with _replacing(model, state):
         if config.method == "full":
-            adapted = unfreeze_layers(model, config, state)
-        else:
-            adapted = _attach_layers(model, config, state, bare, batches, reference)
-    except BaseException:
-        set_state(model, state)
-        unmount(model)
-        raise
-    set_state(model, state)
-    return adapted
+            return unfreeze_layers(model, config, state)
+        return _attach_layers(model, config, state, batches, reference)
 
 
 def _attach_layers(
-    model: nn.Module,
-    config: AdapterConfig,
-    state: State,
-    bare: dict[str, nn.Module],
-    batches: Iterable | None,
-    reference: nn.Module | None,
+    model: nn.Module, config: AdapterConfig, state: State, batches: Iterable | None, reference: nn.Module | None
 ) -> list[str]:
+    bare = bare_modules(model)
     saved, tokens = modules_to_save(model, config), select_named(model, config.trainable_token_indices)
     chosen = select(model, config)
     both = [path for path in chosen if path in saved or path in tokens]
@@ -170,21 +158,15 @@ def mount(model: nn.Module, adapter: Adapter, *, difference: bool = False) -> No
     Raises: AdapterError: the adapter cannot be mounted on this model; the model is then unchanged.
     """
     adapter.check()
-    bare_modules(model)
-    frozen, removed = frozen_parameters(model), take_off(model)
-    state = State(adapter.config, frozen if removed.state is None else removed.state.frozen)
-    try:
+    state = State(adapter.config, frozen_parameters(model))
+    with _replacing(model, state) as previous:
         layers = _layers_of(model, adapter, state, difference)
-    except BaseException:
-        put_back(model, removed)
-        restore_frozen(frozen)
-        raise
-    if removed.state is not None:  # swapping: base layers keep their class, and with it their dequantized weights
-        state.accelerated = [module for module in removed.state.accelerated if kind(module)]
-        undo([module for module in removed.state.accelerated if not kind(module)])
-    values = {tuple(name.rpartition(".")[::2]): array for name, array in adapter.full_parameters.items()}
-    _place(model, state, layers, list(values), values)
-    set_state(model, state)
+        if previous is not None:  # base layers keep their class, and with it their dequantized weights
+            state.frozen = previous.frozen
+            state.accelerated = [module for module in previous.accelerated if kind(module)]
+            undo([module for module in previous.accelerated if not kind(module)])
+        values = {tuple(name.rpartition(".")[::2]): array for name, array in adapter.full_parameters.items()}
+        _place(model, state, layers, list(values), values)
 
 
 def _layers_of(model: nn.Module, adapter: Adapter, state: State, difference: bool) -> dict[str, nn.Module]:
@@ -269,6 +251,25 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
             own = {n: a for n, a in own.items() if n == "bias"}
         arrays += own.values()
     return sum(array.size for array in trainable), packed + sum(array.size for array in unique(arrays))
+
+
+@contextmanager
+def _replacing(model: nn.Module, state: State) -> Iterator[State | None]:
+    """A context in which ``state`` replaces the present state, which it yields. An error restores the model."""
+    bare_modules(model)  # raises for MultiLoRA
+    frozen, classes = frozen_parameters(model), [(module, type(module)) for module in model.modules()]
+    removed = take_off(model)
+    set_state(model, state)
+    try:
+        yield removed.state
+    except BaseException:
+        take_off(model)
+        put_back(model, removed)
+        for module, before in classes:
+            if type(module) is not before:
+                module.__class__ = before
+        restore_frozen(frozen)
+        raise
 
 
 def _place(

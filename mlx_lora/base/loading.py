@@ -84,7 +84,7 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     """The local folder of a model. A repository of the Hub is downloaded."""
     name = str(path_or_repo)
     if not name.strip():
-        raise ModelError("the model's name is empty", "Give a local folder, or a repository on the Hub.")
+        raise ModelError(f"{name!r}: no such folder", "Give a local folder, or a repository on the Hub.")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder

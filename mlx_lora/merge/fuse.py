@@ -81,7 +81,7 @@ def fuse(
     one_sided += [path for path, module in model.named_modules() if isinstance(module, UntiedEmbedding)]
     if one_sided and tied(model):
         raise ConfigError(
-            f"{', '.join(one_sided)}: the update acts on the input only, but the model's output head shares the weight",
+            f"{', '.join(one_sided)}: the update acts on the input only, but the output head is tied to this embedding",
             "Keep the adapter separate: one matrix cannot have both values.",
         )
     if bits is not None and adapted and not any(is_quantized(layer.base) for layer in adapted.values()):

@@ -17,6 +17,7 @@ import pytest
 import mlx_lora
 from mlx_lora import AdapterConfig, load_adapter, mount, save_adapter
 from mlx_lora.adapter import Adapter
+from mlx_lora.base.decompositions import olora_pair, pissa_pair
 from mlx_lora.base.names import BaseModel
 from mlx_lora.errors import AdapterError, ConfigError, FormatError, MLXLoRAError
 from mlx_lora.formats import FORMATS, describe, detect_format
@@ -353,14 +354,13 @@ def test_pickled_adapter_named_adapter_and_the_choice_between_several(tmp_path):
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_start_that_changed_the_base_is_undone_for_a_given_base(start, tmp_path):
     """What training changed is left: an adapter as it started must change nothing."""
-    from mlx_lora.formats.peft.init import _start
-
     facts, tensors, scale = BaseModel(base("llama")), {}, 1.5
     for layer in range(2):
         path = f"model.layers.{layer}.self_attn.q_proj"
-        b, a = _start(start, facts.tensor(f"{path}.weight"), 4, scale)
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b
+        weight = np.array(facts.tensor(f"{path}.weight"))
+        a, b = pissa_pair(weight, 4, scale) if start == "pissa" else olora_pair(weight, 4)
+        tensors[f"base_model.model.{path}.lora_A.weight"] = mx.array(np.ascontiguousarray(a))
+        tensors[f"base_model.model.{path}.lora_B.weight"] = mx.array(np.ascontiguousarray(b))
     mx.eval(tensors)
     mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), tensors)
     raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "init_lora_weights": start}
@@ -636,7 +636,7 @@ def test_merged_model_as_gguf(tmp_path):
 
 
 def test_biases_that_the_base_has_no_place_for_are_refused(tmp_path):
-    with pytest.raises(MLXLoRAError, match=r"down_proj\.bias(.|\n)*keep it beside the base"):
+    with pytest.raises(MLXLoRAError, match=r"down_proj\.bias(.|\n)*keep the adapter separate"):
         export_merged(base("llama"), load_adapter(PEFT / "llama/lora_bias", base=base("llama")), tmp_path / "merged")
     assert not list(tmp_path.iterdir())
 

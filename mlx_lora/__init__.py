@@ -24,6 +24,7 @@ _NAMES = {
     "METHODS": "layers",
     "MLXLoRAError": "errors",
     "attach": "model.attach",
+    "disable_adapter": "model.attach",
     "extract": "model.attach",
     "fuse": "merge.fuse",
     "load": "model.loading",

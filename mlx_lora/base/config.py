@@ -1,25 +1,44 @@
-"""A base model's ``config.json``, as mlx-lm's model classes expect it. Standard library only.
+"""Reading a base model's ``config.json`` and adding the fields that mlx-lm's model classes expect.
 
 transformers 5 moved the rotary settings into ``rope_parameters`` and renamed a few fields. mlx-lm's classes read the
-older names and, where they find none, fall back to a default: a checkpoint saved by transformers 5 would load with the
-wrong RoPE and say nothing. Stops at the config: weights are loaded in ``loading.py``.
+older names and fall back to a default if they are missing: a checkpoint saved by transformers 5 would silently load
+with the wrong RoPE. Weights are loaded in ``loading.py``. Standard library only.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-# Those whose older rope_scaling meant full attention alone. mlx-lm's classes for newer models of two settings (Gemma 4)
-# read rope_parameters; there a rope_scaling would make transformers drop both settings for it.
+from ..errors import ModelError
+
+# Families whose older rope_scaling applied to full attention only. mlx-lm's classes for newer models with two sets of
+# settings (Gemma 4) read rope_parameters; there a rope_scaling would make transformers ignore both sets.
 _SCALES_FULL_ATTENTION = ("gemma3_text", "gemma3n_text", "olmo3")
 _GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The ``config.json`` at ``path``, a model folder or the file itself, as it is stored. Raises: ModelError."""
+    file = path / "config.json" if path.is_dir() else path
+    name_folder = "Name the folder of a Hugging Face language model."
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{file.parent}: has no config.json", name_folder) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: cannot be read ({error})", "Download the file again.") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{file}: has no model_type", name_folder)
+    return config
 
 
 def missing_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The older fields that ``config`` implies but does not state; empty for a config of transformers 4.
 
-    Both generations of fields may stand side by side: transformers 5 reads either. A stated field is never replaced,
-    except a ``rope_theta`` that ``rope_parameters`` contradicts (transformers 5 goes by ``rope_parameters``).
+    A config may have both generations of fields: transformers 5 reads either. A stated field is never replaced, except
+    for a ``rope_theta`` that contradicts ``rope_parameters`` (transformers 5 uses ``rope_parameters``).
     """
     found: dict[str, Any] = {}
     rope = config.get("rope_parameters")
@@ -44,14 +63,14 @@ def missing_fields(config: dict[str, Any]) -> dict[str, Any]:
 def _rope(rope: dict[str, Any]) -> dict[str, Any]:
     found = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if rope.get(k) is not None}
     kind = rope.get("rope_type", "default")
-    # Whole, with theta: transformers takes a rope_scaling, where there is one, in place of rope_parameters. Where there
-    # is no scaling the field is still stated: some of mlx-lm's classes demand it.
+    # All of rope_parameters, theta included: transformers reads a rope_scaling instead of rope_parameters if there is
+    # one. Without scaling the field is stated as well, because some of mlx-lm's classes require it.
     found["rope_scaling"] = {**rope, "type": kind} if kind != "default" else None
     return found
 
 
 def _rope_by_layer(rope: dict[str, Any], model_type: str | None) -> dict[str, Any]:
-    """Gemma 3 and its like: one set of settings for full, one for sliding attention."""
+    """Gemma 3 and similar families: one set of settings for full attention, one for sliding attention."""
     full, sliding = ({**(rope.get(kind) or {})} for kind in ("full_attention", "sliding_attention"))
     found = {"rope_theta": full.get("rope_theta"), "rope_local_base_freq": sliding.get("rope_theta")}
     if model_type in _SCALES_FULL_ATTENTION:
@@ -60,7 +79,7 @@ def _rope_by_layer(rope: dict[str, Any], model_type: str | None) -> dict[str, An
 
 
 def _sliding_window_pattern(config: dict[str, Any]) -> int | None:
-    """Every how many layers attention is full, where ``layer_types`` follows such a rule."""
+    """N if every N-th layer has full attention and the others sliding attention; None for any other pattern."""
     types = config.get("layer_types")
     if not isinstance(types, list) or "sliding_attention" not in types or "full_attention" not in types:
         return None

@@ -1,9 +1,8 @@
-"""Models from folders and the Hub, with their tokenizers: the one door to mlx-lm's loader. Nothing prints."""
+"""Loading base models and their tokenizers from folders and the Hub, through mlx-lm's loader. Nothing prints."""
 
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,16 @@ import mlx.nn as nn
 
 from .. import device
 from ..errors import ConfigError, MLXLoRAError, ModelError
-from .config import missing_fields
-from .nf4_checkpoint import load_classes, refuse_foreign
+from .config import missing_fields, read_config
+from .nf4_checkpoint import check_bitsandbytes, nf4_model_classes
 from .origin import Base, set_base
-from .saving import BESIDE
+from .saving import SMALL_FILES
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Refuse a name that is not among ``DTYPES``; None stands for the model's own."""
+    """Refuse a name that is not in ``DTYPES``. None means the model's own dtype."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(
             f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}", "Leave dtype out to keep the model's own."
@@ -49,14 +48,14 @@ def load_base(
 
     if "model_file" in config and not trust_remote_code:
         raise ModelError(
-            f"{path_or_repo}: wants to run its own code ({config['model_file']!r})",
-            "If you have read and trust it: --trust-remote-code.",
+            f"{path_or_repo}: needs to run its own code ({config['model_file']!r})",
+            "If you have read the code and trust it, add --trust-remote-code.",
         )
-    # Older versions of mlx-lm run such code without asking, and know no such argument.
-    knows = "trust_remote_code" in inspect.signature(utils.load_model).parameters
-    options = {"trust_remote_code": True} if trust_remote_code and knows else {}
-    refuse_foreign(path_or_repo, config)
-    classes = {"get_model_classes": load_classes(utils._get_classes)}
+    # Older versions of mlx-lm run such code without asking and lack this argument.
+    supported = "trust_remote_code" in inspect.signature(utils.load_model).parameters
+    options = {"trust_remote_code": True} if trust_remote_code and supported else {}
+    check_bitsandbytes(path_or_repo, config)
+    classes = {"get_model_classes": nf4_model_classes(utils._get_classes)}
     try:
         model, config = utils.load_model(folder, lazy=True, model_config=missing_fields(config), **classes, **options)
         tokenizer = utils.load_tokenizer(
@@ -64,7 +63,7 @@ def load_base(
             {"trust_remote_code": trust_remote_code},
             eos_token_ids=config.get("eos_token_id"),
         )
-    except Exception as error:  # whatever a damaged or foreign folder provokes in mlx-lm and transformers
+    except Exception as error:  # mlx-lm and transformers raise many kinds of errors on damaged or unknown folders
         raise ModelError(f"{path_or_repo}: cannot be loaded ({_first_line(error)})", _load_hint(error)) from error
     if dtype in DTYPES or (dtype == "auto" and device.is_cpu()):
         model.set_dtype(DTYPES.get(dtype, mx.float32))
@@ -75,17 +74,17 @@ def load_base(
         except RuntimeError as error:
             raise ModelError(
                 f"{path_or_repo}: its weights cannot be read ({_first_line(error)})",
-                "Download its *.safetensors again.",
+                "Download its *.safetensors files again.",
             ) from error
     model.eval()
     return model, tokenizer
 
 
 def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model, downloaded from the Hub where the name is a repository's."""
+    """The local folder of a model. A repository of the Hub is downloaded."""
     name = str(path_or_repo)
     if not name.strip():
-        raise ModelError("no model is named: no such folder", "Give a local folder, or a repository of the Hub.")
+        raise ModelError(f"{name!r}: no such folder", "Give a local folder, or a repository on the Hub.")
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -95,28 +94,14 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
         raise ModelError(f"{name}: no such folder", "Give a local folder, or a repository such as Qwen/Qwen3-0.6B.")
     from huggingface_hub import snapshot_download
 
-    patterns = [p for p in BESIDE if not p.startswith(("LICENSE", "NOTICE"))] + ["model*.safetensors"]
+    patterns = [p for p in SMALL_FILES if not p.startswith(("LICENSE", "NOTICE"))] + ["model*.safetensors"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub raises its own, httpx's and OSError
+    except Exception as error:  # huggingface_hub raises its own errors, httpx's and OSError
         raise ModelError(
-            f"{name}: no such folder, and the repository cannot be had ({_first_line(error)})",
-            "Check the name and the network; a model that was downloaded before loads with HF_HUB_OFFLINE=1.",
+            f"{name}: no such folder, and the repository cannot be downloaded ({_first_line(error)})",
+            "Check the name and the network. A model that was downloaded before loads with HF_HUB_OFFLINE=1.",
         ) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: holds no config.json", "Name the folder of a Hugging Face model.") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read ({error})", "Download the file again.") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ModelError(f"{path}: names no model_type", "Name the folder of a Hugging Face language model.")
-    return config
 
 
 def _first_line(error: BaseException) -> str:
@@ -127,9 +112,9 @@ def _first_line(error: BaseException) -> str:
 def _load_hint(error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text:
-        return "The tokenizer wants to run its own code. If you trust it: --trust-remote-code."
+        return "The tokenizer needs to run its own code. If you trust it, add --trust-remote-code."
     if isinstance(error, MLXLoRAError):
         return error.hint
     if "not supported" in text:
-        return "This architecture is not in mlx-lm: try a newer one (pip install -U mlx-lm)."
+        return "This version of mlx-lm lacks the architecture: try a newer one (pip install -U mlx-lm)."
     return "Download the model again; the folder needs config.json, *.safetensors and a tokenizer."

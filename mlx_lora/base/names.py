@@ -1,28 +1,28 @@
-"""What a base model is, from its config alone: sizes, modules, and their names in transformers and in mlx-lm.
+"""What a base model's config implies: sizes, modules, and their names in transformers and in mlx-lm.
 
-Adapters of other systems name modules as transformers does, mlx-lm's classes sometimes otherwise (``mlp.experts`` is
-``block_sparse_moe.switch_mlp`` in Mixtral; vision-language models turn their prefixes round). Whether a path is a
-module is asked of mlx-lm's own class, built without weights. Single weights can be had by name; models are loaded in
-``model.py``.
+Adapters from other libraries use transformers' module names. mlx-lm's classes sometimes use others (``mlp.experts`` is
+``block_sparse_moe.switch_mlp`` in Mixtral; prefixes differ in vision-language models). To learn which paths are
+modules, mlx-lm's class is built without computing its weights. Single weights can be read by name; whole models are
+loaded in ``loading.py``.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from .config import missing_fields
+from .config import missing_fields, read_config
 from .modules import dims, kind
 
-# Architectures whose modules have one name in both; nothing need be built for them.
+# Families in which mlx-lm keeps transformers' names and shapes: their ``sanitize`` at most drops rotary buffers and a
+# tied head. So a path needs no translation, and an MLX model's weights can be written for transformers as they are.
 _SAME_NAMES = {
     *("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2"),
     *("cohere", "cohere2", "starcoder2", "stablelm", "smollm3", "granite", "glm", "glm4", "helium", "seed_oss"),
 }
-# Prefixes of modules: transformers', mlx-lm's. The first that fits is taken; transformers 5's name comes first.
+# Prefixes of modules: (transformers', mlx-lm's). The first match is used; transformers 5's name comes first.
 _PREFIXES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head", "language_model.lm_head"),
@@ -35,23 +35,23 @@ _PREFIXES = (
     ("model.", "language_model.model."),
     ("", "model."),
 )
-# Blocks of mixtures of experts: transformers' module (version 5), mlx-lm's.
+# Mixture-of-experts blocks: (transformers 5's name, mlx-lm's name).
 _MOE_BLOCKS = {
     "mixtral": ("mlp", "block_sparse_moe"),
     "phimoe": ("mlp", "block_sparse_moe"),
     "minimax": ("mlp", "block_sparse_moe"),
 }
 _EXPERTS = {"gpt_oss": "experts", "llama4": "experts", "llama4_text": "experts"}
-# Experts stored [experts, in, out] by transformers, gate and up rows interleaved in gpt-oss.
+# transformers stores these experts as [experts, in, out]; in gpt-oss gate and up rows are interleaved.
 _EXPERTS_IN_OUT = ("gpt_oss", "llama4", "llama4_text")
 
 
 class BaseModel:
-    """A base model's config and what follows from it.
+    """A base model's config and what it implies.
 
     Args:
-        name: a local folder, a ``config.json``, or a repository on the Hub, whose config is downloaded when it is
-            first needed.
+        name: a local folder, a ``config.json``, or a repository on the Hub. A repository's config is downloaded on
+            first use.
     """
 
     def __init__(self, name: str | Path):
@@ -59,7 +59,7 @@ class BaseModel:
 
     @functools.cached_property
     def folder(self) -> Path | None:
-        """The local folder, where ``name`` is one (or a file in one)."""
+        """The local folder that ``name`` is, or that contains the file ``name``; None for a repository."""
         path = Path(self.name).expanduser()
         if path.is_dir():
             return path
@@ -67,18 +67,8 @@ class BaseModel:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json`` with the fields of both generations of transformers. Raises: ModelError."""
-        path = Path(self.name).expanduser()
-        if self.folder is None:
-            path = Path(self._download())
-        elif path.is_dir():
-            path = path / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"{path}: cannot be read ({error})", "Name the folder of a Hugging Face model.") from None
-        if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-            raise ModelError(f"{path}: names no model_type", "Name the folder of a Hugging Face language model.")
+        """``config.json`` with the fields of transformers 4 and 5. Raises: ModelError."""
+        config = read_config(Path(self.name).expanduser() if self.folder else Path(self._download()))
         return {**config, **missing_fields(config)}
 
     def _download(self) -> str:
@@ -86,16 +76,16 @@ class BaseModel:
 
         try:
             return hf_hub_download(self.name, "config.json")
-        except Exception as error:  # the hub raises its own, httpx's and OSError
+        except Exception as error:  # huggingface_hub raises its own errors, httpx's and OSError
             first = str(error).strip().splitlines() or [type(error).__name__]
             raise ModelError(
-                f"{self.name}: no such folder, and its config cannot be had ({first[0][:200]})",
-                "Name a local folder with config.json, or a repository of the Hub.",
+                f"{self.name}: no such folder, and its config cannot be downloaded ({first[0][:200]})",
+                "Name a local folder with config.json, or a repository on the Hub.",
             ) from None
 
     @functools.cached_property
     def known(self) -> bool:
-        """Whether ``config`` is at hand without a download."""
+        """Whether ``config`` can be read without a download."""
         if self.folder is None:
             from huggingface_hub import try_to_load_from_cache
             from huggingface_hub.utils import HFValidationError
@@ -121,14 +111,14 @@ class BaseModel:
         return self.text.get("model_type") or self.config["model_type"]
 
     def size(self, *names: str) -> int:
-        """The first of the config's fields ``names`` that is there. Raises: ModelError."""
+        """The first of the config's fields ``names`` that is set. Raises: ModelError."""
         for name in names:
             value = self.text.get(name)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
         raise ModelError(
-            f"{self.name}: its config names no {' and no '.join(names)}",
-            "Name the model that the adapter was made for, or download its config.json again.",
+            f"{self.name}: its config has no {' and no '.join(names)}",
+            "Name the model that the adapter was trained on, or download its config.json again.",
         )
 
     @property
@@ -153,13 +143,13 @@ class BaseModel:
 
     @property
     def tied(self) -> bool:
-        """Whether the output matrix is that of the embedding."""
+        """Whether the output head shares the embedding's weight."""
         stated = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
         return bool(stated) if stated is not None else "lm_head" not in " ".join(self.modules)
 
     @functools.cached_property
     def _files(self) -> dict[str, Path]:
-        """The file of each tensor, by transformers' name."""
+        """The file that contains each tensor, by transformers' name."""
         from safetensors import SafetensorError, safe_open
 
         found = {}
@@ -173,11 +163,11 @@ class BaseModel:
 
     @property
     def tensor_names(self) -> set[str]:
-        """Names of the checkpoint's weights, as they are stored."""
+        """The checkpoint's tensor names."""
         return set(self._files)
 
     def tensor(self, name: str):
-        """The weight that the checkpoint calls ``name``, as it is stored; None where there is none."""
+        """The checkpoint's tensor ``name``, or None."""
         import mlx.core as mx
 
         for key in (name, name.removeprefix("transformer."), f"model.{name}"):
@@ -187,10 +177,10 @@ class BaseModel:
 
     @functools.cached_property
     def model(self):
-        """The model as mlx-lm's class makes it, its weights never computed. Raises: ModelError."""
+        """The model built by mlx-lm's class, with weights that are never computed. Raises: ModelError."""
         from concurrent.futures import ThreadPoolExecutor
 
-        # The draws of weights that nobody wants would move MLX's random state, which belongs to a thread.
+        # Building the model draws random weights. In its own thread this leaves the caller's random state alone.
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(self._build).result()
 
@@ -200,7 +190,7 @@ class BaseModel:
         try:
             model_class, arguments = utils._get_classes(self.config)
             return model_class(arguments.from_dict(self.config))
-        except Exception as error:  # whatever a foreign config provokes
+        except Exception as error:  # mlx-lm raises many kinds of errors on unknown configs
             raise ModelError(
                 f"{self.name}: mlx-lm cannot build it ({type(error).__name__}: {error})",
                 "Try a newer mlx-lm (pip install -U mlx-lm), or download the model's config.json again.",
@@ -208,7 +198,7 @@ class BaseModel:
 
     @functools.cached_property
     def modules(self) -> dict[str, tuple[str, int, int, int]]:
-        """Modules that take adapters, by mlx-lm's path: (kind, in, out, experts); kinds as in ``base.modules.kind``."""
+        """Adaptable modules by mlx-lm's path: (kind as in ``base.modules``, in, out, experts)."""
         found = {}
         for path, module in reversed(self.model.named_modules()):
             if which := kind(module):
@@ -218,13 +208,18 @@ class BaseModel:
     # -- names -------------------------------------------------------------------------------------------------------
 
     @property
+    def same_names(self) -> bool:
+        """Whether mlx-lm has transformers' names and shapes for all weights."""
+        return self.model_type in _SAME_NAMES and "text_config" not in self.config
+
+    @property
     def moe_block(self) -> tuple[str, str]:
-        """The name of a block of experts in transformers and in mlx-lm."""
+        """The name of a mixture-of-experts block in transformers and in mlx-lm."""
         return _MOE_BLOCKS.get(self.model_type, ("mlp", "mlp"))
 
     @property
     def experts_name(self) -> str:
-        """What mlx-lm calls the experts of a block."""
+        """mlx-lm's name for the experts of a block."""
         return _EXPERTS.get(self.model_type, "switch_mlp")
 
     @property
@@ -233,8 +228,8 @@ class BaseModel:
         return self.model_type in _EXPERTS_IN_OUT
 
     def to_mlx(self, path: str) -> str:
-        """mlx-lm's path of the module that transformers calls ``path``; itself where mlx-lm has no such module."""
-        if self.model_type in _SAME_NAMES and "text_config" not in self.config:
+        """mlx-lm's path of the module that transformers calls ``path``; ``path`` itself if there is none."""
+        if self.same_names:
             return path
         return next((p for p in self._candidates(path) if p in self._every), path)
 

@@ -1,10 +1,10 @@
-"""NF4, the 4-bit type of QLoRA (arXiv:2305.14314), with double quantization; bit for bit as bitsandbytes packs it.
+"""NF4, the 4-bit type of QLoRA (arXiv:2305.14314), with double quantization; the same bits as bitsandbytes.
 
-The weight is read as one row of numbers. Every block of 64 is divided by its largest magnitude, ``absmax``, and each
-number stored as the nearest of 16 values, the quantiles of a normal distribution; at a tie the lower one. Two codes
-make a byte, the first in the high half. Double quantization stores the absmax themselves in 8 bits: their mean is
-taken off, and blocks of 256 are divided by their largest magnitude and coded in a signed, floating "dynamic" type.
-(torch's float32 mean depends on the processor; where it is a rounding off the mean, some nested codes differ by one.)
+The weight is flattened. Every block of 64 values is divided by its largest magnitude, ``absmax``, and each value is
+stored as the nearest of 16 quantiles of a normal distribution; at a tie the lower one. Two codes make a byte, the first
+in the high half. Double quantization stores the absmax values in 8 bits: their mean is subtracted, and blocks of 256
+are divided by their largest magnitude and coded in a signed, floating "dynamic" type. (torch's float32 mean depends on
+the processor. If its last bit differs from ours, some nested codes differ by one.)
 """
 
 from __future__ import annotations
@@ -16,14 +16,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..kernels import Stored, enabled, nf4_dequantize
+from ..kernels.stored import NF4 as NF4_VALUES
 
 BLOCK, NESTED_BLOCK = 64, 256
-NF4_VALUES = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-_PIECE = 1 << 24  # numbers quantized at once
+_PIECE = 1 << 24  # values quantized at once
 _STEPS = 1 << 16
 
 
@@ -32,13 +28,13 @@ class NF4:
     """A quantized weight.
 
     Args:
-        codes: uint8 [ceil(numbers / 2)], two codes a byte.
-        absmax: of each block: float32 [blocks], or uint8 codes where double quantized.
-        nested: what turns those codes into numbers: (absmax float32 [ceil(blocks / 256)], map float32 [256], offset
-            float32 []), or None.
+        codes: uint8 [ceil(values / 2)], two codes per byte.
+        absmax: of each block: float32 [blocks], or uint8 codes if double quantized.
+        nested: decodes those uint8 codes: (absmax float32 [ceil(blocks / 256)], map float32 [256], offset float32 []);
+            None without double quantization.
         shape: of the weight.
-        block: numbers to a block.
-        nested_block: absmax to a nested block.
+        block: values per block.
+        nested_block: absmax values per nested block.
     """
 
     codes: mx.array
@@ -50,9 +46,9 @@ class NF4:
 
 
 def quantize_nf4(weight: mx.array, double: bool = True, block: int = BLOCK) -> NF4:
-    """``weight`` (floats of any shape) as NF4; ``double`` quantizes the absmax as well."""
+    """Quantize ``weight`` (floats of any shape) to NF4; ``double`` quantizes the absmax values, too."""
     flat = weight.reshape(-1)
-    step = _PIECE // (2 * block) * (2 * block)  # pieces of whole blocks, and of whole bytes
+    step = _PIECE // (2 * block) * (2 * block)  # a multiple of the block, and an even number of codes
     codes, absmax = [], []
     for start in range(0, flat.size, step):
         scaled, largest = _scaled(flat[start : start + step].astype(mx.float32), block)
@@ -73,12 +69,13 @@ def quantize_nf4(weight: mx.array, double: bool = True, block: int = BLOCK) -> N
 
 
 def _nested_codes(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(codes of ``dynamic_map``, the largest magnitude of each block of 256)."""
+    """(indices into ``dynamic_map``, the largest magnitude of each block of 256)."""
     padded = np.pad(absmax, (0, -len(absmax) % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     largest = np.abs(padded).max(axis=1)
     scaled = padded * (np.float32(1) / np.maximum(largest, np.float32(1e-38)))[:, None]
     values, steps = dynamic_map(), np.float32(_STEPS - 1)
-    # bitsandbytes looks codes up in a table of 2^16 steps from -1 to 1; the exact nearest differs for one in thousands.
+    # bitsandbytes looks codes up in a table of 2^16 steps from -1 to 1. The exact nearest code differs for about one
+    # value in thousands.
     table = np.float32(-1) + np.arange(_STEPS, dtype=np.float32) * np.float32(2) / steps
     table = np.searchsorted((values[:-1] + values[1:]) * np.float32(0.5), table, side="left").astype(np.uint8)
     place = (np.clip(scaled, -1, 1) + np.float32(1)) * np.float32(0.5) * steps + np.float32(0.5)
@@ -87,22 +84,22 @@ def _nested_codes(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _scaled(flat: mx.array, block: int) -> tuple[mx.array, mx.array]:
-    """(numbers over their block's largest magnitude, cut to [-1, 1]; those magnitudes)."""
-    whole = flat.size // block * block
+    """(values divided by their block's largest magnitude, clipped to [-1, 1]; those magnitudes)."""
+    full = flat.size // block * block
     parts, largest = [], []
-    if whole:
-        blocks = flat[:whole].reshape(-1, block)
+    if full:
+        blocks = flat[:full].reshape(-1, block)
         largest.append(mx.abs(blocks).max(axis=1))
         parts.append((blocks * (1 / mx.maximum(largest[0], 1e-38))[:, None]).reshape(-1))
-    if whole < flat.size:
-        rest = flat[whole:]
+    if full < flat.size:
+        rest = flat[full:]
         largest.append(mx.maximum(mx.abs(rest).max(), 1e-38).reshape(1))
         parts.append(rest / largest[-1])
     return mx.clip(mx.concatenate(parts), -1, 1), mx.concatenate(largest)
 
 
 def _nearest(scaled: mx.array) -> mx.array:
-    """The index of the nearest of ``NF4_VALUES`` for each number, uint8; at a tie the lower."""
+    """The index of the nearest of ``NF4_VALUES`` for each value, uint8; at a tie the lower one."""
     values = np.array(NF4_VALUES, np.float32)
     code = mx.zeros(scaled.shape, mx.uint8)
     for bound in ((values[:-1] + values[1:]) / np.float32(2)).tolist():
@@ -115,12 +112,12 @@ def dequantize_absmax(nf4: NF4) -> mx.array:
     if nf4.nested is None:
         return nf4.absmax
     largest, values, offset = nf4.nested
-    numbers = values[nf4.absmax]
-    return numbers * mx.repeat(largest, nf4.nested_block)[: numbers.size] + offset
+    decoded = values[nf4.absmax]
+    return decoded * mx.repeat(largest, nf4.nested_block)[: decoded.size] + offset
 
 
 def nf4_stored(nf4: NF4) -> Stored | None:
-    """A matrix as the Metal kernels read it; None where its rows or blocks are no whole units of 16 numbers."""
+    """A matrix as the Metal kernels read it; None if its row or block size is not a multiple of 16."""
     if len(nf4.shape) != 2 or nf4.shape[1] % 16 or nf4.block % 16:
         return None
     nested = None
@@ -131,7 +128,7 @@ def nf4_stored(nf4: NF4) -> Stored | None:
 
 
 def dequantize_nf4(nf4: NF4, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """The numbers, in ``nf4.shape``, computed in float32 and rounded to ``dtype``.
+    """The dequantized weight in ``nf4.shape``, computed in float32 and rounded to ``dtype``.
 
     Semantics: ``NF4_VALUES[code] * absmax[position // block]``
     """
@@ -139,19 +136,19 @@ def dequantize_nf4(nf4: NF4, dtype: mx.Dtype = mx.float32) -> mx.array:
         return nf4_dequantize(stored, dtype).reshape(nf4.shape)
     table = mx.array(NF4_VALUES, mx.float32)
     codes = mx.stack([nf4.codes >> 4, nf4.codes & 15], axis=-1).reshape(-1)[: math.prod(nf4.shape)]
-    absmax, whole = dequantize_absmax(nf4), codes.size // nf4.block * nf4.block
-    out = (table[codes[:whole]].reshape(-1, nf4.block) * absmax[: whole // nf4.block, None]).reshape(-1)
-    if whole < codes.size:
-        out = mx.concatenate([out, table[codes[whole:]] * absmax[-1]])
+    absmax, full = dequantize_absmax(nf4), codes.size // nf4.block * nf4.block
+    out = (table[codes[:full]].reshape(-1, nf4.block) * absmax[: full // nf4.block, None]).reshape(-1)
+    if full < codes.size:
+        out = mx.concatenate([out, table[codes[full:]] * absmax[-1]])
     return out.reshape(nf4.shape).astype(dtype)
 
 
 def dynamic_map() -> np.ndarray:
-    """The 256 values of the signed dynamic type (arXiv:1511.04561) in order, float32: bitsandbytes' own roundings."""
+    """The 256 sorted float32 values of the signed dynamic type (arXiv:1511.04561), rounded as in bitsandbytes."""
     values = [np.float32(0), np.float32(1)]
     for exponent in range(7):
         count = 2**exponent + 1
-        # torch.linspace(0.1, 1, count) goes from either end inwards and rounds each product and sum once.
+        # torch.linspace(0.1, 1, count) computes from both ends towards the middle and rounds each product and sum once.
         step, inwards = np.float64(np.float32((1 - 0.1) / (count - 1))), np.arange(count)
         low = np.float64(np.float32(0.1)) + step * inwards
         edges = np.where(inwards < count // 2, low, 1 - step * (count - 1 - inwards)).astype(np.float32)
@@ -161,5 +158,5 @@ def dynamic_map() -> np.ndarray:
 
 
 def bits_per_parameter(double: bool = True, block: int = BLOCK) -> float:
-    """4 bits a number and its share of the scales: 4.5 at block 64, 4.127 with double quantization."""
+    """4 bits per value plus its share of the scales: 4.5 at block 64, 4.127 with double quantization."""
     return 4 + (8 / block + 32 / (block * NESTED_BLOCK) if double else 32 / block)

@@ -1,7 +1,7 @@
-"""Whole models with NF4 layers: quantizing them, and their folders, which are bitsandbytes' checkpoints.
+"""Models with NF4 layers: quantizing them, and reading and writing bitsandbytes checkpoints.
 
-A folder written here is one that transformers loads with bitsandbytes, and the other way round. mlx-lm refuses it: its
-loader finds arrays that it has no places for.
+transformers with bitsandbytes loads the folders written here, and we load theirs. mlx-lm's own loader refuses them,
+because it does not know their arrays.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..errors import ModelError
 from .nf4_linear import STATE, NF4Linear, read_checkpoint
 
-_ANEW = "Download it again, or quantize the original with mlx-lora quantize --mode nf4."
+_FIX = "Download it again, or quantize the original with mlx-lora quantize --mode nf4."
 
 
-def refuse_foreign(name: Any, config: dict[str, Any]) -> None:
-    """Refuse the checkpoints of bitsandbytes that are not NF4 (FP4, LLM.int8) by name."""
+def check_bitsandbytes(name: Any, config: dict[str, Any]) -> None:
+    """Refuse bitsandbytes checkpoints in other types than NF4 (FP4, LLM.int8). Raises: ModelError."""
     section = config.get("quantization_config") or {}
     if section.get("quant_method") != "bitsandbytes":
         return
@@ -28,12 +28,12 @@ def refuse_foreign(name: Any, config: dict[str, Any]) -> None:
     if kind != "nf4":
         raise ModelError(
             f"{name}: its weights are in bitsandbytes' {kind}, which mlx-lora does not read",
-            "Take the model in NF4 or unquantized, and quantize it with mlx-lora quantize.",
+            "Use the unquantized model, and quantize it with mlx-lora quantize.",
         )
 
 
-def load_classes(get_classes: Callable) -> Callable:
-    """``get_classes`` (mlx-lm's), with model classes that take NF4 weights when they load theirs."""
+def nf4_model_classes(get_classes: Callable) -> Callable:
+    """mlx-lm's ``get_classes``, returning model classes whose ``load_weights`` accepts NF4 weights."""
 
     def classes(config: dict[str, Any]):
         model_class, args_class = get_classes(config)
@@ -41,7 +41,7 @@ def load_classes(get_classes: Callable) -> Callable:
         class Model(model_class):
             def load_weights(self, weights, strict: bool = True):
                 self.__class__ = model_class
-                return self.load_weights(take_nf4(self, weights), strict=strict)
+                return self.load_weights(replace_with_nf4(self, weights), strict=strict)
 
         Model.__name__, Model.__module__ = model_class.__name__, model_class.__module__
         return Model, args_class
@@ -49,8 +49,8 @@ def load_classes(get_classes: Callable) -> Callable:
     return classes
 
 
-def take_nf4(model: nn.Module, weights: list[tuple[str, mx.array]] | Any) -> Any:
-    """Put the NF4 layers among ``weights`` in the place of the model's linears; return the other weights, a list."""
+def replace_with_nf4(model: nn.Module, weights: list[tuple[str, mx.array]] | Any) -> Any:
+    """Replace linears of ``model`` by the NF4 layers in ``weights``; return the weights under the new layers' names."""
     if not isinstance(weights, list):
         return weights
     arrays = dict(weights)
@@ -58,7 +58,7 @@ def take_nf4(model: nn.Module, weights: list[tuple[str, mx.array]] | Any) -> Any
     modules, layers = dict(model.named_modules()), {}
     for path in paths:
         if not isinstance(modules.get(path), nn.Linear):
-            raise ModelError(f"{path}: NF4 weights, but the model has no linear layer there", _ANEW)
+            raise ModelError(f"{path}: NF4 weights, but the model has no linear layer there", _FIX)
         own = [name for name in arrays if name == f"{path}.weight" or name.startswith(f"{path}.weight.")]
         bias = arrays.pop(f"{path}.bias", None)
         layers[path] = read_checkpoint(path, {name[len(path) + 1 :]: arrays.pop(name) for name in own}, bias)
@@ -66,7 +66,7 @@ def take_nf4(model: nn.Module, weights: list[tuple[str, mx.array]] | Any) -> Any
             raise ModelError(
                 f"{path}: NF4 weights of shape {list(layers[path].unpacked_shape)}, "
                 f"the model's are {list(modules[path].weight.shape)}",
-                _ANEW,
+                _FIX,
             )
     if layers:
         model.update_modules(tree_unflatten(list(layers.items())))
@@ -76,8 +76,8 @@ def take_nf4(model: nn.Module, weights: list[tuple[str, mx.array]] | Any) -> Any
     return list(arrays.items())
 
 
-class stored_names:
-    """``model`` as mlx-lm's ``save_model`` sees it, with NF4 layers under bitsandbytes' names."""
+class CheckpointView:
+    """Presents ``model`` to mlx-lm's ``save_model`` with NF4 arrays under bitsandbytes' names."""
 
     def __init__(self, model: nn.Module):
         self._model = model
@@ -96,7 +96,7 @@ class stored_names:
 
 
 def nf4_config(model: nn.Module, layers: dict[str, NF4Linear]) -> dict[str, Any]:
-    """The ``quantization_config`` that transformers reads; linears that are not quantized are told by name."""
+    """The ``quantization_config`` that transformers reads. It lists the linears that are not quantized."""
     first = next(iter(layers.values()))
     dense = [p for p, m in model.named_modules() if isinstance(m, nn.Linear)]
     return {
@@ -112,7 +112,7 @@ def nf4_config(model: nn.Module, layers: dict[str, NF4Linear]) -> dict[str, Any]
 
 
 def quantize_to_nf4(model: nn.Module, double: bool, block: int, keep: Callable[[str], bool]) -> list[str]:
-    """Put NF4 layers in the place of the dense linears of ``model``, but for those that ``keep`` names. Their paths."""
+    """Replace the dense linears of ``model`` by NF4 layers, except where ``keep(path)``. Returns the replaced paths."""
     paths = []
     for path, module in reversed(model.named_modules()):
         if type(module) is nn.Linear and not keep(path):

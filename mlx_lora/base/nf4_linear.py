@@ -1,9 +1,8 @@
-"""A linear layer over NF4 weights, and its arrays as bitsandbytes names them in a checkpoint.
+"""A linear layer with NF4 weights, and its arrays under bitsandbytes' checkpoint names.
 
-QLoRA's base (arXiv:2305.14314): frozen, dequantized where it is used, in the forward pass and again in the backward, so
-that no dense copy outlives a product; when decoding on Metal, in the registers of one launch. (bitsandbytes pages its
-optimizer out to the CPU's memory under pressure; unified memory has nowhere else to page to, and an adapter's moments
-are small: there is no such thing here.)
+QLoRA's base layer (arXiv:2305.14314): frozen, and dequantized for each product, in the forward pass and again in the
+backward pass, so that no dense copy outlives a product. Decoding on Metal dequantizes inside the kernel. (QLoRA's paged
+optimizer has no counterpart here: with unified memory there is no other memory to page to.)
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16
 class NF4Linear(nn.Module):
     """y = W x + b with W [out, in] in NF4.
 
-    ``weight``: uint8 [ceil(out in / 2)]; ``absmax``: uint8 or uint32 [blocks]; with double quantization
-    ``nested_absmax`` [blocks / 256], ``nested_map`` [256] and ``nested_offset`` [1]. Numbers in float32 are kept as
-    their bits, uint32: whatever sets the model's dtype must leave them alone.
+    ``weight``: uint8 [ceil(out in / 2)]; ``absmax``: uint8 or uint32 [blocks]; with double quantization also
+    ``nested_absmax`` [blocks / 256], ``nested_map`` [256] and ``nested_offset`` [1]. float32 values are stored as their
+    bits in uint32, so that ``set_dtype`` does not round them.
 
     Args:
         nf4: the weight.
         bias: [out].
-        dtype: the weight had; a checkpoint tells it.
+        dtype: of the weight before it was quantized; checkpoints record it.
     """
 
     bits, mode = 4, "nf4"
@@ -51,23 +50,28 @@ class NF4Linear(nn.Module):
         if bias is not None:
             self.bias = bias
         self.group_size, self.nested_block = nf4.block, nf4.nested_block
-        self._dtype_name = str(dtype).rpartition(".")[2]  # a dtype of MLX can be neither copied nor pickled
-        object.__setattr__(self, "unpacked_shape", tuple(nf4.shape))
+        self._dtype_name = str(dtype).rpartition(".")[2]  # MLX's dtypes can be neither copied nor pickled
+        self._rows, self._columns = nf4.shape
         self.freeze()
 
     @classmethod
     def from_linear(cls, linear: nn.Module, double: bool = True, block: int = 64) -> NF4Linear:
-        """``linear`` (dense) with its weight quantized."""
+        """The dense layer ``linear`` with its weight quantized."""
         return cls(quantize_nf4(linear.weight, double, block), linear.get("bias"), linear.weight.dtype)
 
     @property
+    def unpacked_shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self._rows, self._columns
+
+    @property
     def dtype(self) -> mx.Dtype:
-        """What the weight was quantized from."""
+        """The dtype of the weight before it was quantized."""
         return getattr(mx, self._dtype_name)
 
     @property
     def nf4(self) -> NF4:
-        """The weight as a value."""
+        """The quantized weight."""
         return _value(self.unpacked_shape, self.group_size, self.nested_block, self._arrays())
 
     def _arrays(self) -> list[mx.array]:
@@ -75,7 +79,7 @@ class NF4Linear(nn.Module):
         return [self[name] for name in names if name in self]
 
     def unpacked(self, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """The weight as plain numbers, [out, in]."""
+        """The dequantized weight, [out, in]."""
         return dequantize_nf4(self.nf4, dtype)
 
     def project(self, x: mx.array) -> mx.array:
@@ -87,7 +91,7 @@ class NF4Linear(nn.Module):
         return y + self["bias"] if "bias" in self else y
 
     def checkpoint(self) -> dict[str, mx.array]:
-        """The layer's arrays by the names and in the shapes of a bitsandbytes checkpoint."""
+        """The layer's arrays with the names and shapes of a bitsandbytes checkpoint."""
         nf4 = self.nf4
         about: dict[str, Any] = {"quant_type": "nf4", "blocksize": nf4.block}
         about |= {"dtype": next(n for n, d in _DTYPES.items() if d == self.dtype), "shape": list(nf4.shape)}
@@ -110,35 +114,33 @@ class NF4Linear(nn.Module):
 
 
 def read_checkpoint(path: str, arrays: dict[str, mx.array], bias: mx.array | None) -> NF4Linear:
-    """The layer at ``path`` out of a bitsandbytes checkpoint.
+    """The layer at ``path`` of a bitsandbytes checkpoint.
 
     Args:
-        arrays: those whose names start with ``<path>.weight``, without the ``<path>.``
+        arrays: the checkpoint's arrays whose names start with ``<path>.weight``, named without ``<path>.``
 
-    Raises: ModelError: arrays that are missing or of another kind.
+    Raises: ModelError: arrays that are missing or do not belong to an NF4 layer.
     """
     try:
         about = json.loads(bytes(np.array(arrays[STATE])).decode())
         shape, block = tuple(about["shape"]), int(about["blocksize"])
         codes = arrays["weight"].reshape(-1)
-        codes = codes if codes.dtype == mx.uint8 else codes.view(mx.uint8)  # kept in another type for sharding
+        codes = codes if codes.dtype == mx.uint8 else codes.view(mx.uint8)  # FSDP checkpoints store it in another dtype
         absmax, nested, nested_block = arrays["weight.absmax"], None, NESTED_BLOCK
         if "weight.nested_absmax" in arrays:
             offset = mx.array(about["nested_offset"], mx.float32)
             nested_block = int(about["nested_blocksize"])
             nested = (arrays["weight.nested_absmax"], arrays["weight.nested_quant_map"].astype(mx.float32), offset)
-        numbers = math.prod(shape)
-        blocks = -(-numbers // block)
+        size = math.prod(shape)
+        blocks = -(-size // block)
         table = np.array(arrays["weight.quant_map"].astype(mx.float32))
-        sound = codes.size == -(-numbers // 2) and absmax.size == blocks and len(shape) == 2
+        valid = codes.size == -(-size // 2) and absmax.size == blocks and len(shape) == 2
         if nested is not None:
-            sound = sound and nested[0].size == -(-blocks // nested_block) and nested[1].size == 256
-        if not sound or not np.allclose(table, NF4_VALUES, atol=1e-6):
-            raise ValueError("its arrays do not fit one another")
+            valid = valid and nested[0].size == -(-blocks // nested_block) and nested[1].size == 256
+        if not valid or not np.allclose(table, NF4_VALUES, atol=1e-6):
+            raise ValueError("the sizes of its arrays contradict each other")
     except (KeyError, ValueError, TypeError, UnicodeDecodeError) as error:
-        raise ModelError(
-            f"{path}: not an NF4 weight as bitsandbytes writes it ({error})", "Download the model again."
-        ) from None
+        raise ModelError(f"{path}: not an NF4 weight of bitsandbytes ({error})", "Download the model again.") from None
     absmax = absmax if nested else absmax.astype(mx.float32)
     return NF4Linear(NF4(codes, absmax, nested, shape, block, nested_block), bias, _DTYPES[about["dtype"]])
 
@@ -153,7 +155,7 @@ def _value(shape: tuple[int, ...], block: int, nested_block: int, arrays: list[m
 
 @functools.cache
 def _product(shape: tuple[int, ...], block: int, nested_block: int):
-    """``x W^T`` for weights of this shape; the backward pass dequantizes anew instead of keeping W."""
+    """``x W^T`` for weights of this shape. The backward pass dequantizes W again instead of keeping it."""
 
     def product(x, *arrays):
         return x @ dequantize_nf4(_value(shape, block, nested_block, list(arrays)), x.dtype).T

@@ -1,4 +1,4 @@
-"""Where a model came from. ``load`` records it on the model, and saving, fusing and serving read it."""
+"""Where a model was loaded from. ``load`` records it on the model; saving, fusing and serving read it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ORIGIN = "_mlx_lora_base"
 
 @dataclass(frozen=True)
 class Base:
-    """Where a model came from: the name the caller gave, its local folder and its config."""
+    """Where a model was loaded from: the name the caller gave, its local folder and its config."""
 
     name: str
     folder: Path
@@ -21,10 +21,10 @@ class Base:
 
 
 def set_base(model: nn.Module, base: Base) -> None:
-    """Record where ``model`` came from. Kept outside the module's parameters."""
-    object.__setattr__(model, _ORIGIN, base)
+    """Record where ``model`` was loaded from. The record is no parameter of the model."""
+    setattr(model, _ORIGIN, base)
 
 
 def base_of(model: nn.Module) -> Base | None:
-    """What ``load`` recorded about ``model``; None for a model that was built elsewhere."""
+    """What ``load`` recorded about ``model``; None for a model that was not loaded by ``load``."""
     return model.__dict__.get(_ORIGIN)

@@ -1,4 +1,4 @@
-"""Quantizing a whole model: MLX's own modes and NF4, and what it costs a parameter."""
+"""Quantizing a model in MLX's modes or NF4, and reporting size and error."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from io import StringIO
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..errors import ConfigError, ModelError
-from .modules import dense_weight, has_adapters, is_quantized, kind, layer_paths
+from .modules import dense_weight, has_adapters, is_quantized, kind, layer_paths, total_bytes, unique
 from .nf4_checkpoint import quantize_to_nf4
 from .origin import base_of
 
-# Mode -> (bits it comes in, group sizes, the default pair).
+# Mode -> (allowed bits, allowed group sizes, default pair).
 MODES = {
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128), (4, 64)),
     "mxfp4": ((4,), (32,), (4, 32)),
@@ -28,12 +27,12 @@ MODES = {
 
 @dataclass(frozen=True)
 class Quantized:
-    """What became of a model."""
+    """The result of quantizing a model."""
 
     mode: str
-    layers: int  # quantized
+    layers: int  # number of quantized layers
     kept: list[str]  # paths of the layers that stayed floats
-    bits_per_weight: float  # of the quantized layers' weights, scales included, constant tables not
+    bits_per_weight: float  # of the quantized layers' weights, including scales, excluding constant tables
     bits_per_parameter: float  # of the whole model
     bytes: int  # of the whole model
     error: float  # relative: |W - Q| / |W| over all quantized weights
@@ -49,15 +48,17 @@ def quantize(
 ) -> Quantized:
     """Quantize ``model`` in place.
 
-    MLX's modes take the layers that mlx-lm's ``convert`` takes, embeddings and experts included. NF4 takes the linears
-    inside the layers, as bitsandbytes does: embeddings and the head stay floats.
+    MLX's modes quantize the same layers as mlx-lm's ``convert``, embeddings and experts included. NF4 quantizes the
+    linears inside the transformer layers, as bitsandbytes does; embeddings and the output head stay floats.
 
     Args:
         mode: one of ``MODES``.
-        bits, group_size: the mode's own by default.
-        double_quant: NF4: store the scales in 8 bits, too (4.127 bits a weight in place of 4.5).
+        bits, group_size: the mode's default if None.
+        double_quant: NF4: store the scales in 8 bits, too (4.127 instead of 4.5 bits per weight).
 
-    Raises: ConfigError: settings; ModelError: a model that is quantized already, has adapters, or holds experts (nf4).
+    Raises:
+        ConfigError: a setting that the mode does not have.
+        ModelError: the model is already quantized, has adapters, or (nf4) has experts.
     """
     bits, group_size = check_mode(mode, bits, group_size, double_quant)
     before = check_model(model, mode)
@@ -69,48 +70,46 @@ def quantize(
 
         base = base_of(model)
         config = dict(base.config) if base else {}
-        with redirect_stdout(StringIO()):  # it prints a line
+        with redirect_stdout(StringIO()):  # quantize_model prints a line
             quantize_model(model, config, group_size, bits, mode=mode)
     return _report(model, mode, before)
 
 
 def check_mode(mode: str, bits: int | None, group_size: int | None, double_quant: bool) -> tuple[int, int]:
-    """(bits, group size) for ``mode``, or one error with all that is wrong."""
+    """(bits, group size) for ``mode``. Raises: ConfigError: lists everything that is wrong."""
     if mode not in MODES:
         raise ConfigError(
             f"mode must be one of {', '.join(MODES)}, not {mode!r}",
-            "Leave it out for affine, which mlx-lm loads; nf4 is QLoRA's, which transformers loads.",
+            "Leave it out for affine, which mlx-lm loads. nf4 is QLoRA's type, which transformers loads.",
         )
     widths, groups, (default_bits, default_group) = MODES[mode]
     faults = []
     if bits is not None and bits not in widths:
-        faults.append(f"{mode} comes in {' or '.join(map(str, widths))} bits, not in {bits}")
+        faults.append(f"{mode} has {' or '.join(map(str, widths))} bits, not {bits}")
     if group_size is not None and group_size not in groups:
-        faults.append(f"{mode} comes in groups of {' or '.join(map(str, groups))}, not of {group_size}")
+        faults.append(f"{mode} has groups of {' or '.join(map(str, groups))}, not of {group_size}")
     if double_quant and mode != "nf4":
         faults.append(f"double quantization is for nf4, not for {mode}")
     if faults:
         raise ConfigError(
             "\n".join(faults),
-            f"Leave them out: {mode} takes {default_bits} bits in groups of {default_group} by default.",
+            f"Leave them out: by default {mode} has {default_bits} bits in groups of {default_group}.",
         )
     return bits or default_bits, group_size or default_group
 
 
 def check_model(model: nn.Module, mode: str) -> dict[str, nn.Module]:
-    """The layers that could be quantized, by path; refuses a model that cannot be."""
+    """The layers that could be quantized, by path. Raises: ModelError: the model cannot be quantized."""
     if has_adapters(model):
-        raise ModelError("the model has adapters on it", "Merge them with fuse(model), or take them off.")
+        raise ModelError("the model has adapters", "Merge them with fuse(model), or call unmount(model).")
     if any(is_quantized(module) for module in model.modules()):
         raise ModelError(
-            "the model is quantized already", "Quantize the original: each time some of the weights is lost."
+            "the model is quantized already", "Quantize the original model: quantizing twice loses more precision."
         )
     layers = {path: module for path, module in model.named_modules() if kind(module)}
     experts = [path for path, module in layers.items() if kind(module) == "switch"]
     if mode == "nf4" and experts:
-        raise ModelError(
-            f"{experts[-1]}: NF4 is for linear layers, not for stacks of experts", "Use affine, mxfp4 or nvfp4."
-        )
+        raise ModelError(f"{experts[-1]}: NF4 is for linear layers, not for experts", "Use affine, mxfp4 or nvfp4.")
     return layers
 
 
@@ -125,8 +124,9 @@ def _report(model: nn.Module, mode: str, before: dict[str, nn.Module]) -> Quanti
         weights += exact.size
         own = {name: array for name, array in module.items() if isinstance(array, mx.array)}
         stored += sum(array.nbytes for name, array in own.items() if name not in ("bias", "nested_map"))
-    everything = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    floats = sum(a.size for p, m in modules.items() if p not in packed for a in m.values() if isinstance(a, mx.array))
+    everything = total_bytes(model)
+    dense = unique(module for path, module in modules.items() if path not in packed)
+    floats = sum(array.size for module in dense for array in module.values() if isinstance(array, mx.array))
     biases = sum(module.bias.size for module in packed.values() if "bias" in module)
     if not packed:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Models into folders that mlx-lm loads, whole or not at all. Transformers' folders are ``exporting.py``."""
+"""Writing model folders that mlx-lm loads. Folders for transformers are written by ``merge/export.py``."""
 
 from __future__ import annotations
 
@@ -13,53 +13,62 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..errors import ModelError
+from ..errors import MLXLoRAError, ModelError
 from .modules import is_quantized
-from .nf4_checkpoint import nf4_config, stored_names
+from .nf4_checkpoint import CheckpointView, nf4_config
 from .nf4_linear import NF4Linear
 from .origin import base_of
 
-# What a model folder needs besides its weights; copied as they are when a model is saved.
-BESIDE = ("*.json", "*.jsonl", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+# Files of a model folder besides its weights; copied unchanged when a model is saved.
+SMALL_FILES = ("*.json", "*.jsonl", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+
+
+def check_target(path: str | Path, overwrite: bool = False, error: type[MLXLoRAError] = ModelError) -> None:
+    """Refuse to write a folder over a file, or over a folder that is not empty unless ``overwrite``.
+
+    Raises: ``error``.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and (overwrite or not any(path.iterdir()))):
+        raise error(f"{path}: already exists", "Choose another folder, or add --force to replace a folder.")
 
 
 def write_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> Path:
-    """Write ``model``, which has no adapters on it, as a model folder with its tokenizer files. Raises: ModelError."""
+    """Write ``model``, which must have no adapter, as a model folder with its tokenizer files. Raises: ModelError."""
     base, folder = base_of(model), Path(path)
     if base is None:
         raise ModelError(
-            "the model was not loaded by mlx_lora.load: its config and tokenizer are not known",
+            "the model was not loaded by mlx_lora.load, so its config and tokenizer are unknown",
             "Load it with mlx_lora.load(path_or_repo).",
         )
     from mlx_lm.utils import save_config, save_model
 
     def fill(temporary: Path) -> None:
-        save_model(temporary, stored_names(model))
+        save_model(temporary, CheckpointView(model))
         save_config(saved_config(model, base.config), temporary / "config.json")
 
     return write_model_folder(folder, base.folder, fill, overwrite)
 
 
 def write_model_folder(folder: Path, base: Path, fill: Callable[[Path], None], overwrite: bool = False) -> Path:
-    """A folder with what ``fill`` writes into it and the tokenizer's and other small files of the folder ``base``.
+    """Make ``folder`` from what ``fill`` writes and the small files (tokenizer, license) of the folder ``base``.
 
-    It appears whole or not at all. Raises: ModelError.
+    A failure leaves ``folder`` as it was. Raises: ModelError.
     """
-    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise ModelError(f"{folder}: is there already", "Choose another folder, or add --force.")
+    check_target(folder, overwrite)
     if folder.exists() and base.resolve().is_relative_to(folder.resolve()):
-        raise ModelError(f"{folder}: the base model itself lies there", "Choose another folder.")
+        raise ModelError(f"{folder}: contains the base model itself", "Choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        for pattern in BESIDE:
+        for pattern in SMALL_FILES:
             for file in base.glob(pattern):
                 if file.is_file() and file.name != "config.json" and not file.name.endswith(".index.json"):
                     shutil.copy(file, temporary / file.name)
         fill(temporary)
         os.chmod(temporary, 0o755)
         if folder.exists():
-            # Renamed before it is deleted: whatever fails, the old or the new folder is whole.
+            # Rename the old folder before deleting it: whatever fails, the old or the new folder stays complete.
             os.replace(folder, old := temporary.with_name(temporary.name + "-old"))
             try:
                 os.replace(temporary, folder)
@@ -69,7 +78,7 @@ def write_model_folder(folder: Path, base: Path, fill: Callable[[Path], None], o
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, folder)
-    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError where the disk is full
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError on a full disk
         raise ModelError(
             f"{folder}: cannot be written ({error})", "Free some space, or choose another folder."
         ) from None
@@ -79,7 +88,7 @@ def write_model_folder(folder: Path, base: Path, fill: Callable[[Path], None], o
 
 
 def saved_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with its quantization section telling what the modules of ``model`` are now."""
+    """``config`` with a quantization section that describes the present modules of ``model``."""
     config = dict(config)
     settings, nf4 = {}, {}
     for path, module in model.named_modules():
@@ -89,8 +98,8 @@ def saved_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
             settings[path] = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
             if module.get("global_scale") is not None:
                 settings[path]["global_scale"] = True
-    foreign = config.get("quantization_config", {}).get("quant_method") == "bitnet"  # layers that mlx-lm makes itself
-    if not foreign:
+    bitnet = config.get("quantization_config", {}).get("quant_method") == "bitnet"  # mlx-lm builds these layers itself
+    if not bitnet:
         config.pop("quantization", None)
         config.pop("quantization_config", None)
     if settings:

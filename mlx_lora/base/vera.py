@@ -1,7 +1,8 @@
-"""VeRA's shared projections (arXiv:2310.11454), the same bits that PEFT draws, and VeRA expressed as LoRA.
+"""VeRA's shared projections (arXiv:2310.11454), bit for bit as PEFT draws them, and VeRA converted to LoRA.
 
-The two matrices are Kaiming uniform noise that PEFT draws on the CPU with torch's generator. ``draw_projections`` gives
-the same bits without torch, so an adapter that stores only the seed means the same on both sides. Knows no layer.
+PEFT draws the two matrices (Kaiming uniform) on the CPU with torch's generator. ``draw_projections`` returns the same
+bits without torch, so that an adapter that stores only the seed computes the same in both libraries. Works on arrays,
+not on layers.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import numpy as np
 
 from ..adapter import SHARED, Adapter, explicit_config
 
-_BLOCK = 1 << 22  # numbers drawn at once
+_BLOCK = 1 << 22  # values drawn at once
 
 
 def draw_projections(rank: int, columns: int, rows: int, key: int = 0) -> tuple[mx.array, mx.array]:
     """PEFT's shared projections, bit for bit: A [rank, columns] and B [rows, rank], float32.
 
     Args:
-        columns, rows: the largest input and the largest output among the adapted modules.
+        columns, rows: the largest input and the largest output of the adapted modules.
         key: ``projection_prng_key``; torch seeds its generator with the lower 32 bits.
     """
     generator = np.random.RandomState(key & 0xFFFFFFFF)
@@ -30,7 +31,7 @@ def draw_projections(rank: int, columns: int, rows: int, key: int = 0) -> tuple[
 
 
 def _kaiming(generator: np.random.RandomState, shape: tuple[int, int]) -> mx.array:
-    """U(-bound, bound), bound = sqrt(6 / shape[1]): torch takes 24 bits of each draw and rounds once."""
+    """U(-bound, bound), bound = sqrt(6 / shape[1]). torch uses 24 bits of each draw and rounds once."""
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
     low, high = np.float32(-bound), np.float32(bound)
     span, low = np.float64(high - low), np.float64(low)
@@ -43,20 +44,21 @@ def _kaiming(generator: np.random.RandomState, shape: tuple[int, int]) -> mx.arr
 
 
 def shared_dims(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """(columns, rows) of the projections for modules with these (in, out) sizes: the largest of each."""
+    """(columns, rows) of the projections for modules of these (in, out) sizes: the largest of each."""
     sizes = list(sizes)
     return max(i for i, _ in sizes), max(o for _, o in sizes)
 
 
 def pair_as_lora(d: mx.array, b: mx.array, big_a: mx.array, big_b: mx.array, columns: int) -> tuple[mx.array, mx.array]:
-    """The LoRA pair, scale 1 and float32, that computes the same update as VeRA's vectors.
+    """The LoRA pair (scale 1, float32) that computes the same update as VeRA's vectors.
 
     Args:
-        d: ``vera_lambda_d`` [r] or, of experts, [experts, r]. b: ``vera_lambda_b`` [out] or [experts, out].
+        d: ``vera_lambda_d`` [r], or [experts, r] for experts.
+        b: ``vera_lambda_b`` [out], or [experts, out].
         big_a: [r, at least in]. big_b: [at least out, r].
         columns: the module's input size.
 
-    Returns: ``lora_a`` [in, r] and ``lora_b`` [r, out]; of experts [experts, r, in] and [experts, out, r].
+    Returns: ``lora_a`` [in, r] and ``lora_b`` [r, out]; for experts [experts, r, in] and [experts, out, r].
     """
     d, b, big_a, big_b = (array.astype(mx.float32) for array in (d, b, big_a, big_b))
     a, b = d[..., None] * big_a[:, :columns], b[..., None] * big_b[: b.shape[-1]]
@@ -64,7 +66,7 @@ def pair_as_lora(d: mx.array, b: mx.array, big_a: mx.array, big_b: mx.array, col
 
 
 def adapter_as_lora(adapter: Adapter, sizes: dict[str, tuple[int, int]]) -> Adapter:
-    """A VeRA adapter as the LoRA adapter of scale 1 that computes the same.
+    """The LoRA adapter of scale 1 that computes the same as a VeRA adapter.
 
     Args:
         sizes: (in, out) of every adapted module.

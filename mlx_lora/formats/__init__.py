@@ -173,7 +173,7 @@ def describe(path: str | Path, format: str | None = None, base: str | Path | Non
     name, form = _format(path, format)
     options = ReadOptions(base=_base(base), lenient=True)
     adapter = form.read(Path(path), options)
-    config, problems = adapter.config, adapter.faults()
+    config, problems = adapter.config, adapter.problems()
     facts = {"format": name, "method": config.method, "base": adapter.base or "unknown"}
     if config.method in ("lora", "dora") and adapter.modules and not problems:
         facts["rank"] = sorted({adapter.rank_of(p) for p in adapter.modules})
@@ -184,8 +184,8 @@ def describe(path: str | Path, format: str | None = None, base: str | Path | Non
     elif config.method == "vera" and not problems:
         facts |= {"rank": [config.rank], "projection_prng_key": config.projection_prng_key}
         facts["projections"] = "stored" if "vera_a" in adapter.weights else "drawn from the key"
-    if adapter.whole and config.method != "full":
-        facts["full parameters"] = sorted(adapter.whole)
+    if adapter.full_parameters and config.method != "full":
+        facts["full parameters"] = sorted(adapter.full_parameters)
     if adapter.tokens:
         facts["trained tokens"] = sum(len(ids) for ids, _ in adapter.tokens.values())
     layers = sorted({i for i, _ in map(split_layer, adapter.modules) if i is not None})

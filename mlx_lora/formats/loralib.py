@@ -129,5 +129,7 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> None:
         if module in stored.get("merged", ()):
             b = _shrink(b, stored["enabled"])
         state[f"{options.to_hf(module)}.lora_A"], state[f"{options.to_hf(module)}.lora_B"] = a.T, b.T
-    state |= {f"{options.to_hf(n[:-5])}.bias": array for n, array in adapter.whole.items() if n.endswith(".bias")}
+    state |= {
+        f"{options.to_hf(n[:-5])}.bias": array for n, array in adapter.full_parameters.items() if n.endswith(".bias")
+    }
     write_torch(path, state)

@@ -145,7 +145,7 @@ def expressible(adapter: Adapter) -> bool:
     both_sides = config.embedding_side == "both" or not any(
         "embed" in path or "wte" in path for path in adapter.modules
     )
-    return bool(plain) and both_sides and not adapter.whole and not adapter.tokens
+    return bool(plain) and both_sides and not adapter.full_parameters and not adapter.tokens
 
 
 def stored_weights(adapter: Adapter) -> dict[str, mx.array]:

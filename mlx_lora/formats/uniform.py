@@ -84,7 +84,7 @@ def low_rank_only(
     adapter = vera_as_lora(adapter, options.base)
     if adapter.config.method not in methods:
         raise FormatError(f"{system} has no {adapter.config.method} adapters", hint)
-    full = [name for name in adapter.whole if not (keep_biases and name.endswith(".bias"))]
+    full = [name for name in adapter.full_parameters if not (keep_biases and name.endswith(".bias"))]
     faults = [f"{name}: {system} adapters have no full parameters" for name in full]
     faults += [f"{path}: {system} adapters have no trained tokens" for path in adapter.tokens]
     faults += [f"{path}: {system} adapters have no lora_bias" for path in adapter.modules if adapter.config.lora_bias]

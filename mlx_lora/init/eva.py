@@ -1,40 +1,30 @@
-"""EVA: A from the directions in which a layer's inputs vary most, ranks where they explain most (arXiv:2410.07170).
+"""EVA: A from the directions of largest variance of a layer's inputs (arXiv:2410.07170). B = 0.
 
-Each layer keeps an incremental SVD of the inputs it sees: the singular vectors so far, weighted by their singular
-values, are stacked upon the new inputs and decomposed anew. When the vectors stop turning the layer is done. Then the
-whole budget of ranks goes to the directions that explain the largest share of their layer's variance; a layer may end
-with none. B is 0, the base is untouched.
+For each layer an incremental SVD of its inputs is updated batch by batch until its directions stop changing. Then the
+total of all ranks is distributed over the layers: the directions that explain the largest shares of their layer's
+variance are used, wherever they are. A layer without such a direction gets no adapter.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
+from ..base.decompositions import Pair
 from ..base.modules import dims
 from ..errors import DataError
-from .inputs import recorded
+from .inputs import record_inputs
+from .request import Request
 
-RHO, TAU = 2.0, 0.99
-
-
-@dataclass(frozen=True)
-class Eva:
-    """What EVA found for a layer."""
-
-    rank: int  # 0: the layer is left out
-    a: np.ndarray  # [rank, in]
+RHO, TAU, BATCHES = 2.0, 0.99, 32
 
 
 class IncrementalSVD:
-    """The ``size`` leading directions of rows seen in portions, about their mean.
+    """The ``size`` leading principal directions of rows that arrive in portions.
 
-    ``components``: [size, in]; ``ratio``: [size], the share of all variance that each explains.
+    ``components``: [size, in]; ``ratio``: [size], the share of the total variance that each explains.
     """
 
     def __init__(self, size: int):
@@ -43,7 +33,7 @@ class IncrementalSVD:
         self.total = 0.0  # sum of squared distances from the mean
 
     def add(self, rows: np.ndarray) -> None:
-        """Take in ``rows`` [n, in], n at least ``size``."""
+        """Update with ``rows`` [n, in]; n must be at least ``size``."""
         count, mean = len(rows), rows.mean(axis=0, dtype=np.float64)
         centred = (rows - mean).astype(np.float32)
         self.total += float(np.square(centred, dtype=np.float64).sum())
@@ -54,7 +44,7 @@ class IncrementalSVD:
             centred = np.concatenate(stack)
             mean = (self.mean * self.seen + mean * count) / (self.seen + count)
         values, components = _directions(centred, self.size)
-        # A direction and its opposite are one: fixed by the sign of the largest entry.
+        # The sign of a direction is arbitrary; the largest entry is made positive.
         signs = np.sign(np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1))
         self.values, self.components = values, components * signs
         self.mean, self.seen = mean, self.seen + count
@@ -65,7 +55,7 @@ class IncrementalSVD:
 
 
 def _directions(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(S [count], V^T [count, in]) of ``rows`` [n, in] by the eigenvectors of the smaller of its two squares."""
+    """(S [count], V^T [count, in]) of ``rows`` [n, in], from the eigenvectors of the smaller Gram matrix."""
     exact = rows.astype(np.float64)
     if len(rows) >= rows.shape[1]:
         square, vectors = np.linalg.eigh(exact.T @ exact)
@@ -77,85 +67,89 @@ def _directions(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt(np.maximum(square[::-1][:count], 0)).astype(np.float32), components.astype(np.float32)
 
 
-def eva(
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    ranks: dict[str, int],
-    batches: Iterable,
-    rho: float = RHO,
-    tau: float = TAU,
-) -> dict[str, Eva]:
-    """Directions and ranks for ``modules``, the linears of ``model`` that will be adapted.
+def initial_pairs(request: Request) -> dict[str, Pair]:
+    """Pairs of ranks that EVA chooses; modules that it leaves out are missing.
 
-    Args:
-        ranks: that each would have; their sum is the budget.
-        batches: with ``tokens`` [B, T] and ``mask`` [B, T-1] (which predictions count: only their inputs are used);
-            read until every layer is done, or to their end.
-        rho: a layer may get up to so many times its rank.
-        tau: a direction has stopped turning when its cosine with the last one is this.
+    ``config.eva_rho``: a layer gets at most rho times its configured rank. ``config.eva_tau``: a direction has
+    converged when its cosine with its previous value is at least tau. Batches are read until all layers have converged.
+
+    Raises: DataError: too few tokens.
     """
+    modules, ranks = request.modules, request.ranks
+    rho, tau = request.config.eva_rho or RHO, request.config.eva_tau or TAU
     limits = {path: min(round(rank * rho), dims(modules[path])[0]) for path, rank in ranks.items()}
-    tracked: dict[str, _Tracked] = {}
-    groups: dict[str, str] = {}  # path -> the path whose inputs it shares
-    done, result = False, None
-    for batch in batches:
-        if done:
+    tracked: dict[str, _InputSVD] = {}
+    groups: dict[str, str] = {}  # path -> the first path with the same input
+    converged, counts = False, None
+    for batch in request.first_batches(BATCHES):
+        if converged:
             break
-        inputs = recorded(model, modules, batch.tokens)
+        inputs = record_inputs(request.model, modules, batch.tokens)
         if not tracked:
-            groups = _sharing(inputs)
+            groups = _first_with_same_input(inputs)
             for path, first in groups.items():
                 limits[first] = max(limits[first], limits[path])
-            tracked = {first: _Tracked(limits[first]) for first in dict.fromkeys(groups.values())}
+            tracked = {first: _InputSVD(limits[first]) for first in dict.fromkeys(groups.values())}
+        needed = _needed(tracked, groups, counts, limits)
         counted = np.array(batch.mask).reshape(-1).astype(bool)
         for path, one in tracked.items():
-            needed = result[path].rank if result else limits[path]
-            needed = max([needed, *(result[p].rank for p, f in groups.items() if f == path)]) if result else needed
-            if not one.settled(needed, tau):
+            if not one.converged(needed[path], tau):
                 x = inputs[path]
-                one.take(np.array(x.reshape(-1, x.shape[-1]).astype(mx.float32))[counted])
+                one.add(np.array(x.reshape(-1, x.shape[-1]).astype(mx.float32))[counted])
         if all(one.svd.seen for one in tracked.values()):
-            result = _distribute(tracked, groups, ranks, limits)
-            done = all(one.settled(max(result[p].rank for p, f in groups.items() if f == path), tau)
-                       for path, one in tracked.items())  # fmt: skip
-    if result is None:
+            counts = _distribute(tracked, groups, ranks, limits)
+            needed = _needed(tracked, groups, counts, limits)
+            converged = all(one.converged(needed[path], tau) for path, one in tracked.items())
+    if counts is None:
         most = max(limits.values(), default=0)
         raise DataError(
-            f"EVA needs at least {most} tokens to learn for {most} directions, and the data has fewer",
+            f"init eva needs at least {most} tokens to find {most} directions, and the data has fewer",
             "Use more data, a lower rank, or another init.",
         )
-    return result
+    return {
+        path: (tracked[groups[path]].svd.components[:count], np.zeros((dims(modules[path])[1], count), np.float32))
+        for path, count in counts.items()
+        if count
+    }
 
 
-class _Tracked:
-    """A layer's SVD, its rows that wait for more, and how far its vectors turned last."""
+class _InputSVD:
+    """The incremental SVD of one input; collects rows until there are enough for an update."""
 
     def __init__(self, size: int):
-        self.svd, self.waiting, self.turned = IncrementalSVD(size), [], None
+        self.svd, self.pending, self.cosines = IncrementalSVD(size), [], None
 
-    def take(self, rows: np.ndarray) -> None:
-        self.waiting.append(rows)
-        if sum(map(len, self.waiting)) < self.svd.size:
+    def add(self, rows: np.ndarray) -> None:
+        self.pending.append(rows)
+        if sum(map(len, self.pending)) < self.svd.size:
             return
         before = self.svd.components
-        self.svd.add(np.concatenate(self.waiting))
-        self.waiting = []
+        self.svd.add(np.concatenate(self.pending))
+        self.pending = []
         if before is not None:
             norms = np.linalg.norm(before, axis=1) * np.linalg.norm(self.svd.components, axis=1)
-            self.turned = (before * self.svd.components).sum(axis=1) / np.maximum(norms, 1e-30)
+            self.cosines = (before * self.svd.components).sum(axis=1) / np.maximum(norms, 1e-30)
 
-    def settled(self, count: int, tau: float) -> bool:
-        return count == 0 or (self.turned is not None and bool((self.turned[:count] >= tau).all()))
+    def converged(self, count: int, tau: float) -> bool:
+        """Whether the first ``count`` directions stayed the same in the last update."""
+        return count == 0 or (self.cosines is not None and bool((self.cosines[:count] >= tau).all()))
 
 
-def _sharing(inputs: dict[str, mx.array]) -> dict[str, str]:
-    """Each path with the first that was given the very same array: q, k and v see one input."""
+def _first_with_same_input(inputs: dict[str, mx.array]) -> dict[str, str]:
+    """Each path with the first path that received the same array object, as q, k and v do."""
     first: dict[int, str] = {}
     return {path: first.setdefault(id(x), path) for path, x in inputs.items()}
 
 
-def _distribute(tracked, groups, ranks: dict[str, int], limits: dict[str, int]) -> dict[str, Eva]:
-    """The budget of ranks goes to the largest shares of variance, over all layers."""
+def _needed(tracked, groups, counts: dict[str, int] | None, limits: dict[str, int]) -> dict[str, int]:
+    """How many directions of each tracked input must converge: the most that a layer with this input uses."""
+    if counts is None:
+        return {path: limits[path] for path in tracked}
+    return {path: max(counts[p] for p, first in groups.items() if first == path) for path in tracked}
+
+
+def _distribute(tracked, groups, ranks: dict[str, int], limits: dict[str, int]) -> dict[str, int]:
+    """The rank of each layer: the total of ``ranks`` goes to the largest shares of variance over all layers."""
     shares = [
         (share, -i, path)
         for i, (path, first) in enumerate(groups.items())
@@ -163,4 +157,4 @@ def _distribute(tracked, groups, ranks: dict[str, int], limits: dict[str, int]) 
     ]
     best = sorted(shares, reverse=True)[: sum(ranks.values())]
     counts = Counter(path for *_, path in best)
-    return {path: Eva(counts[path], tracked[first].svd.components[: counts[path]]) for path, first in groups.items()}
+    return {path: counts[path] for path in groups}

@@ -1,4 +1,4 @@
-"""What layers are given in a forward pass. Changes the class of these layers while the pass runs, nothing else."""
+"""Recording the inputs of layers in a forward pass. The layers' classes are changed for the duration of the pass."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 
-def recorded(model: nn.Module, modules: dict[str, nn.Module], tokens: Any) -> dict[str, mx.array]:
-    """The input of each of ``modules`` when ``model`` reads ``tokens`` [B, T], without the last: [B, T-1, ...]."""
+def record_inputs(model: nn.Module, modules: dict[str, nn.Module], tokens: Any) -> dict[str, mx.array]:
+    """The input of each of ``modules`` when ``model`` reads all but the last of ``tokens`` [B, T]: [B, T-1, ...]."""
     found: dict[str, mx.array] = {}
     classes = {path: type(module) for path, module in modules.items()}
 

@@ -1,17 +1,17 @@
-"""One adapter out of several, weighted: what PEFT's ``add_weighted_adapter`` computes, on the same numbers.
+"""Merging several adapters into one by weights, with the numbers of PEFT's ``add_weighted_adapter``.
 
-    linear            A = sum sqrt|w s| sign A_i, B = sum sqrt|w s| B_i: rough, since products of different adapters mix
-    cat               ranks side by side: exact, as large as all of them together
-    svd               the best of rank r for sum w s B_i A_i (exact where r reaches their ranks together)
-    ties              keep the largest, elect a sign, average those that agree (arXiv:2306.01708)
-    dare_linear       drop numbers at random, scale up the rest (arXiv:2311.03099)
+    linear            A = sum sqrt|w s| sign A_i, B = sum sqrt|w s| B_i: inexact, products of different adapters mix
+    cat               concatenates along the rank: exact, with the sum of all ranks
+    svd               the best approximation of sum w s B_i A_i at rank r (exact if r is at least the sum of the ranks)
+    ties              keep the largest values, elect a sign, average the values that agree (arXiv:2306.01708)
+    dare_linear       drop random values, scale up the rest (arXiv:2311.03099)
     dare_ties         the same, then elect signs
-    magnitude_prune   keep the largest
-    <any of the last four>_svd   on the products B_i A_i rather than on A and B, then as svd
+    magnitude_prune   keep the largest values
+    <any of the last four>_svd   on the products B_i A_i instead of A and B, then as svd
 
-Random drops are torch's: from a generator seeded by ``seed`` PEFT would draw the same masks, by module, for every A
-and then for every B. (PEFT itself draws from the global generator, after an initialisation that it throws away.) Works
-on arrays alone; the result's scale is 1.
+Random drops use torch's generator: seeded with ``seed``, PEFT would draw the same masks, module by module, for every A
+and then for every B. (PEFT itself draws from the global generator, after drawing an initialisation that it discards.)
+Works on arrays only; the result's scale is 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..adapter import Adapter, explicit_config, raise_faults
 from ..base.modules import dims
 from ..base.vera import adapter_as_lora
 from ..errors import AdapterError, ConfigError
-from ..model.compatibility import misfits
+from ..model.compatibility import incompatibilities
 from ..model.state import bare_modules
 
 ELEMENTWISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -38,7 +38,7 @@ SIGNS = ("total", "frequency")
 
 @dataclass(frozen=True)
 class _Rule:
-    """How the tensors of several adapters become one."""
+    """Combines one tensor of several adapters."""
 
     method: str
     density: float
@@ -55,8 +55,8 @@ class _Rule:
         if "ties" not in self.method:
             return weighted.sum(axis=0)
         votes = (stacked if self.sign == "total" else np.sign(stacked)).sum(axis=0)
-        agree = np.sign(stacked) == np.where(votes >= 0, 1, -1)
-        return (weighted * agree).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)
+        agrees = np.sign(stacked) == np.where(votes >= 0, 1, -1)
+        return (weighted * agrees).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1)
 
     def _drop(self, tensor: np.ndarray) -> np.ndarray:
         if self.density >= 1:
@@ -87,27 +87,30 @@ def merge_adapters(
     seed: int = 0,
     order: Sequence[str] | None = None,
 ) -> Adapter:
-    """A LoRA adapter that does what ``adapters`` do, each by its weight.
+    """Merge several LoRA adapters into one.
+
+    A module that some adapters lack is merged from those that have it. A single adapter is only multiplied by its
+    weight.
 
     Args:
-        weights: one an adapter, any sign; 1 each by default.
+        weights: one per adapter, of any sign; 1 each by default.
         method: one of ``MERGES``.
-        density: share of the numbers that ties, dare and magnitude_prune keep.
-        sign: ties: the elected sign is that of the sum (``total``) or of the most (``frequency``).
-        rank: of the result of svd methods; the largest of the adapters' by default.
-        clamp: svd methods: cut both factors off at this quantile of their numbers.
-        seed: of dare's drops.
-        order: module paths in the order in which dare draws; PEFT's is the model's. By default that of the paths.
+        density: share of the values that ties, dare and magnitude_prune keep, above 0 and at most 1.
+        sign: ties: elect the sign of the sum (``total``) or of the majority (``frequency``).
+        rank: of the result of svd methods; by default the largest rank of the adapters.
+        clamp: svd methods: clip both factors at this quantile of their values.
+        seed: of dare's random drops.
+        order: module paths in the order in which dare draws (in PEFT the model's); by default the order of the paths.
 
-    Modules that some adapters lack are merged from those that have them. One adapter alone is only weighed.
-
-    Raises: ConfigError: settings; AdapterError: adapters that cannot be merged.
+    Raises:
+        ConfigError: a setting is invalid or does not belong to the method.
+        AdapterError: the adapters cannot be merged.
     """
     weights = list(weights) if weights is not None else [1.0] * len(adapters)
     _check_settings(len(adapters), weights, method, density, sign, rank, clamp)
     _check_adapters(adapters)
     if len(adapters) == 1:
-        method = "linear"  # as PEFT: there is nothing to weigh against
+        method = "linear"  # as in PEFT
     rule = _Rule(method.removesuffix("_svd"), 1.0 if density is None else density, sign, np.random.RandomState(seed))
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.modules))
     if order is not None:
@@ -121,9 +124,9 @@ def merge_adapters(
         ]
         pairs = [_rows_first(adapter, path) for adapter, _ in have]
         if len({(a.shape[:-2], a.shape[-1], b.shape[-2]) for a, b in pairs}) > 1:
-            raise AdapterError(f"{path}: the adapters are of layers of different size", "Merge adapters of one base.")
+            raise AdapterError(f"{path}: the adapters are for layers of different size", "Merge adapters of one base.")
         if method in ELEMENTWISE and len({a.shape for a, _ in pairs}) > 1:
-            raise AdapterError(f"{path}: {method} wants adapters of one rank", "Use cat or svd.")
+            raise AdapterError(f"{path}: {method} needs adapters of one rank", "Use cat or svd.")
         scales = [adapter.config.scale_of(path) for adapter, _ in have]
         a, b = _merge(pairs, scales, [w for _, w in have], method, rule, rank, clamp)
         ranks[path] = a.shape[-2]
@@ -134,45 +137,45 @@ def merge_adapters(
 
 
 def as_lora(model: nn.Module, adapter: Adapter) -> Adapter:
-    """A VeRA adapter as LoRA of scale 1 that computes the same: (lambda_d A)^T and (lambda_b B)^T.
+    """Convert a VeRA adapter to the LoRA adapter of scale 1 that computes the same.
 
     Args:
-        model: the base, whose layers tell how much of the shared projections each module uses.
+        model: the base. Its layers' sizes determine which part of the shared projections each module uses.
 
-    Raises: AdapterError: the adapter is not VeRA's, or not of this model.
+    Raises: AdapterError: the adapter is not VeRA, or cannot be mounted on this model.
     """
     if adapter.config.method != "vera":
         raise AdapterError(
-            f"the adapter is of method {adapter.config.method}, not vera", "Only VeRA is turned into LoRA."
+            f"the method of the adapter is {adapter.config.method}, not vera", "Only VeRA is converted to LoRA."
         )
     modules = bare_modules(model)
-    raise_faults(misfits(modules, adapter), "Name the model that the adapter was made for.")
-    return adapter_as_lora(adapter.check(), {path: dims(modules[path]) for path in adapter.modules})
+    raise_faults(incompatibilities(modules, adapter.check()), "Give the model that the adapter was trained on.")
+    return adapter_as_lora(adapter, {path: dims(modules[path]) for path in adapter.modules})
 
 
 Pair = tuple[np.ndarray, np.ndarray]  # A [.., r, in], B [.., out, r]
 
 
 def _merge(pairs: list[Pair], scales, weights, method: str, rule: _Rule, rank: int, clamp: float | None) -> Pair:
-    """One pair whose product is the merged update. ``scales`` and ``weights``: a number an adapter."""
+    """One pair whose product is the merged update. ``scales`` and ``weights``: one value per adapter."""
     factors = [w * s for w, s in zip(weights, scales, strict=True)]
     if method in ("cat", "svd"):
         a = np.concatenate([np.float32(f) * a for (a, _), f in zip(pairs, factors, strict=True)], axis=-2)
         b = np.concatenate([b for _, b in pairs], axis=-1)
         return (a, b) if method == "cat" else _clamped(*best_of_rank(a, b, rank), clamp)
     if method.endswith("_svd"):
-        # Signs are elected among the scaled products, before the weights.
+        # Signs are elected among the scaled products, before the weights apply.
         product = rule([np.float32(s) * (b @ a) for (a, b), s in zip(pairs, scales, strict=True)], weights)
         u, s, v = np.linalg.svd(product, full_matrices=False)
         return _clamped(v[..., :rank, :], u[..., :rank] * s[..., None, :rank], clamp)
     roots = [math.sqrt(abs(f)) for f in factors]
-    # The sign goes to one side alone, else it would cancel.
+    # A negative sign goes to one factor only, otherwise it would cancel.
     a = rule([a for a, _ in pairs], [math.copysign(root, f) for root, f in zip(roots, factors, strict=True)])
     return a, rule([b for _, b in pairs], roots)
 
 
 def best_of_rank(a: np.ndarray, b: np.ndarray, rank: int) -> Pair:
-    """The pair of ``rank`` nearest to the product ``b @ a``, which is never written out: (V^T, U S) of its SVD."""
+    """The best approximation of ``b @ a`` at ``rank``: (V^T, U S) of its SVD, without computing the product."""
     qb, rb = np.linalg.qr(b)
     qa, ra = np.linalg.qr(np.swapaxes(a, -1, -2))
     u, s, v = np.linalg.svd(rb @ np.swapaxes(ra, -1, -2), full_matrices=False)
@@ -188,7 +191,7 @@ def _clamped(a: np.ndarray, b: np.ndarray, quantile: float | None) -> Pair:
 
 
 def _rows_first(adapter: Adapter, path: str) -> Pair:
-    """A [.., r, in] and B [.., out, r] of a module, float32."""
+    """A [.., r, in] and B [.., out, r] of a module in float32."""
     a, b = (np.array(adapter.weights[f"{path}.{leaf}"].astype(mx.float32)) for leaf in ("lora_a", "lora_b"))
     return (a, b) if a.ndim == 3 else (a.T, b.T)
 
@@ -211,10 +214,10 @@ def _check_settings(count: int, weights: list, method: str, density, sign: str, 
     if any(isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w) for w in weights):
         faults.append(f"weights must be numbers, not {weights!r}")
     elif not any(weights) and weights:
-        faults.append("every weight is 0: nothing would be left")
+        faults.append("every weight is 0: the result would be empty")
     prunes = method.startswith(("ties", "dare", "magnitude"))
     if prunes and density is None:
-        faults.append(f"{method} keeps a share of the numbers: give density")
+        faults.append(f"{method} keeps a share of the values: give density")
     if density is not None and not prunes:
         faults.append(f"density is for ties, dare and magnitude_prune, not for {method}")
     elif density is not None and not 0 < density <= 1:
@@ -230,21 +233,21 @@ def _check_settings(count: int, weights: list, method: str, density, sign: str, 
     if faults:
         raise ConfigError(
             "\n".join(faults),
-            "Take svd, the default, which needs weights alone, or give ties, dare and magnitude_prune a density.",
+            "Use svd, the default, which needs only weights, or give ties, dare and magnitude_prune a density.",
         )
 
 
 def _check_adapters(adapters: Sequence[Adapter]) -> None:
     faults = []
     for i, adapter in enumerate(adapters, 1):
-        faults += [f"adapter {i}: {fault}" for fault in adapter.faults()]
+        faults += [f"adapter {i}: {problem}" for problem in adapter.problems()]
         if adapter.config.method != "lora":
-            mend = "name its base (--model, or as_lora)" if adapter.config.method == "vera" else "merge plain LoRA"
-            faults.append(f"adapter {i} is of method {adapter.config.method}: {mend}")
-        elif adapter.config.lora_bias or adapter.whole or adapter.tokens:
-            faults.append(f"adapter {i} trains more than low-rank updates (biases, whole modules or tokens)")
+            fix = "give its base (--model, or as_lora)" if adapter.config.method == "vera" else "merge plain LoRA"
+            faults.append(f"adapter {i}: its method is {adapter.config.method}; {fix}")
+        elif adapter.config.lora_bias or adapter.full_parameters or adapter.tokens:
+            faults.append(f"adapter {i} contains more than low-rank updates (biases, full modules or tokens)")
         elif not adapter.modules:
-            faults.append(f"adapter {i} holds no low-rank update")
+            faults.append(f"adapter {i} contains no low-rank update")
     if len({adapter.config.embedding_side for adapter in adapters}) > 1:
-        faults.append("the adapters of embeddings act on different sides")
+        faults.append("the adapters differ in embedding_side")
     raise_faults(faults, "Merge plain LoRA adapters of one base.")

@@ -1,17 +1,15 @@
-"""A merged model as Hugging Face's transformers loads it, or as a GGUF file: ``convert --to merged``.
+"""Writing a merged model as a folder for Hugging Face's transformers, or as a GGUF file: ``convert --to merged``.
 
-The merging is ``fusing.py``'s. Where the base is a checkpoint of transformers, its files are gone through shard by
-shard, the merged weights put in and everything else carried over as it is. A base in MLX's own layout (quantized, or
-with stacked experts) is written from the model instead, in floats, under transformers' names.
+``fuse.py`` merges, ``gguf.py`` writes GGUF. If the base is a transformers checkpoint, its files are copied shard by
+shard with the merged weights replaced. A base in MLX's layout (quantized, or with stacked experts) is written from the
+model instead, in floats and under transformers' names.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +24,16 @@ from ..base.names import BaseModel
 from ..base.origin import base_of
 from ..base.saving import saved_config, write_model_folder
 from ..errors import FormatError, ModelError
-from ..formats.files import write_file
 from ..model.attach import mount
 from ..model.loading import load
 from .fuse import FusedLayer, fuse
+from .gguf import check_gguf, write_gguf
 
-_SHARD = 5 << 30  # bytes of weights in a file
-_GGUF = ("llama", "mistral", "mixtral")  # what mlx-lm's writer covers
+_SHARD = 5 << 30  # bytes of weights per file
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-# Whose MLX layout is known to be transformers' but for the stacked experts.
+# Families whose MLX names and shapes are transformers' except for the experts, which mlx-lm stacks.
 _STACKED = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}
-_SAME = {
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "starcoder2"),
-    *("cohere", "cohere2", "stablelm", "smollm3", "granite", "glm4", "seed_oss"),
-}
-_TURNED = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")  # GPT-2 stores [in, out]
+_TRANSPOSED = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")  # GPT-2 stores [in, out]
 
 
 def export_merged(
@@ -56,9 +49,9 @@ def export_merged(
 
     Args:
         base: a model folder, or a repository on the Hub.
-        target: a folder; or a file that ends in ``.gguf`` (llama and mistral models, float16, as mlx-lm writes them).
-        dtype: ``float32``, ``float16`` or ``bfloat16`` for all weights; as they are stored by default.
-        overwrite: replace what is there.
+        target: a folder, or a file that ends in ``.gguf`` (llama, mistral and mixtral models, in float16).
+        dtype: ``float32``, ``float16`` or ``bfloat16`` for all weights; by default as in the base.
+        overwrite: replace an existing folder or file.
 
     Returns: a report for each merged layer; see ``fuse``.
 
@@ -68,23 +61,18 @@ def export_merged(
     target = Path(target)
     as_gguf = target.suffix == ".gguf"
     if as_gguf and target.exists() and not overwrite:
-        raise FormatError(f"{target}: is there already", "Choose another name, or add --force.")
+        raise FormatError(f"{target}: already exists", "Choose another name, or add --force.")
     model, _ = load(base, dtype="stored", trust_remote_code=trust_remote_code)
     facts = BaseModel(base_of(model).folder)
-    if as_gguf and (facts.config["model_type"] not in _GGUF or dtype not in (None, "float16")):
-        raise FormatError(
-            f"mlx-lm writes GGUF of {', '.join(_GGUF)} in float16, not of {facts.config['model_type']} in {dtype}",
-            "Write a folder, and convert it with llama.cpp's convert_hf_to_gguf.py.",
-        )
-    if as_gguf and (facts.config.get("attention_bias") or facts.config.get("mlp_bias")):
-        raise FormatError("mlx-lm's GGUF writer leaves biases of q and k in the wrong order", "Write a folder instead.")
+    if as_gguf:
+        check_gguf(facts, dtype)
     tied = facts.tied
     mount(model, adapter)
     reports = fuse(model, dtype=dtype, dequantize=True)
     tensors = _tensors(model, facts, adapter, DTYPES.get(dtype))
     config = _config(model, dtype, tied)
     if as_gguf:
-        _write_gguf(target, tensors, config, facts.folder)
+        write_gguf(target, tensors, config, facts.folder)
     else:
         write_model_folder(target, facts.folder, lambda folder: _write(folder, tensors, config), overwrite)
     return reports
@@ -107,7 +95,7 @@ def _most_common_dtype(model: nn.Module) -> mx.Dtype:
 def _tensors(
     model: nn.Module, facts: BaseModel, adapter: Adapter, dtype: mx.Dtype | None
 ) -> Iterator[tuple[str, mx.array]]:
-    """(transformers' name, array) of everything in the merged model, in the checkpoint's order."""
+    """(transformers' name, array) of all weights of the merged model, in the checkpoint's order."""
     files = sorted(facts.folder.glob("*.safetensors"))
     names = facts.tensor_names
     quantized = any(facts.config.get(key) for key in ("quantization", "quantization_config"))
@@ -122,8 +110,8 @@ def _tensors(
 
 
 def _changed(model: nn.Module, facts: BaseModel, adapter: Adapter, names: set[str]) -> dict[str, mx.array]:
-    """Weights that the adapter moved, by the checkpoint's name."""
-    paths = {*adapter.modules, *adapter.tokens, *(name.rpartition(".")[0] for name in adapter.whole)}
+    """The weights that the adapter changed, by the checkpoint's name."""
+    paths = {*adapter.modules, *adapter.tokens, *(name.rpartition(".")[0] for name in adapter.full_parameters)}
     modules, found, faults = dict(model.named_modules()), {}, []
     for path in paths:
         module = modules[path]
@@ -136,18 +124,18 @@ def _changed(model: nn.Module, facts: BaseModel, adapter: Adapter, names: set[st
             elif name is None:
                 faults.append(f"{path}.{leaf}: the checkpoint has no such weight")
             else:
-                turned = facts.model_type == "gpt2" and _TURNED.search(name)
-                found[name] = module[leaf].T if turned else module[leaf]
+                transposed = facts.model_type == "gpt2" and _TRANSPOSED.search(name)
+                found[name] = module[leaf].T if transposed else module[leaf]
     if faults and all(".bias:" in fault for fault in faults):
-        hint = "The adapter has biases (lora_bias) where this model has none: keep it beside the base."
+        hint = "The adapter has biases (lora_bias) where this model has none: keep the adapter separate."
     else:
-        hint = "This layout of experts is not written; fuse it for mlx-lm (mlx-lora fuse)."
+        hint = "This layout of experts is not supported; fuse the adapter for mlx-lm (mlx-lora fuse)."
     raise_faults(faults, hint, ModelError)
     return found
 
 
 def _experts(path: str, stacked: mx.array, facts: BaseModel) -> dict[str, mx.array]:
-    """A stacked weight [experts, out, in] under a name for each expert."""
+    """A stacked weight [experts, out, in] as one weight per expert, by transformers' names."""
     block, _, leaf = path.rpartition(".")
     parent = block.rpartition(".")[0]
     leaf = _MIXTRAL.get(leaf, leaf) if facts.model_type == "mixtral" else leaf
@@ -155,11 +143,11 @@ def _experts(path: str, stacked: mx.array, facts: BaseModel) -> dict[str, mx.arr
 
 
 def _from_model(model: nn.Module, facts: BaseModel) -> Iterator[tuple[str, mx.array]]:
-    kind_of = facts.model_type
-    if kind_of not in _SAME | _STACKED or "text_config" in facts.config:
+    """The weights of a model in MLX's layout, by transformers' names. Raises: ModelError."""
+    if not facts.same_names and (facts.model_type not in _STACKED or "text_config" in facts.config):
         raise ModelError(
-            f"{facts.name}: how transformers names the weights of an MLX {kind_of} is not known",
-            "Give the original model of transformers with --model, or fuse it for mlx-lm (mlx-lora fuse).",
+            f"{facts.name}: transformers' names for the weights of an MLX {facts.model_type} model are not known",
+            "Give the original transformers model with --model, or fuse the adapter for mlx-lm (mlx-lora fuse).",
         )
     for name, array in tree_flatten(model.parameters()):
         if ".switch_mlp." in name and name.endswith(".weight"):
@@ -169,7 +157,7 @@ def _from_model(model: nn.Module, facts: BaseModel) -> Iterator[tuple[str, mx.ar
 
 
 def _write(folder: Path, tensors: Iterator[tuple[str, mx.array]], config: dict[str, Any]) -> None:
-    """Weights in files of at most ``_SHARD`` bytes, their index, and the config."""
+    """Write the weights in files of at most ``_SHARD`` bytes, their index, and the config."""
     shards: list[dict[str, mx.array]] = [{}]
     size, sizes, where = 0, 0, {}
 
@@ -194,22 +182,3 @@ def _write(folder: Path, tensors: Iterator[tuple[str, mx.array]], config: dict[s
         index = {"metadata": {"total_size": sizes}, "weight_map": {n: file.format(i, count) for n, i in where.items()}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _write_gguf(target: Path, tensors: Iterator[tuple[str, mx.array]], config: dict[str, Any], tokenizer: Path) -> None:
-    from mlx_lm.gguf import convert_to_gguf
-
-    weights = {name: array.astype(mx.float16) for name, array in tensors}
-
-    def write(temporary: Path) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            convert_to_gguf(tokenizer, weights, {**config, "quantization": None}, str(temporary))
-
-    _quietly(lambda: write_file(target, write))
-
-
-def _quietly(work: Callable[[], None]) -> None:
-    try:
-        work()
-    except (ValueError, KeyError, TypeError, AssertionError, NotImplementedError) as error:
-        raise FormatError(f"mlx-lm cannot write this model as GGUF ({error})", "Write a folder instead.") from None

@@ -1,8 +1,8 @@
-"""Merging adapters into the weights, and measuring how much of the update survives the storage.
+"""Merging an adapter into the weights, and measuring how much of the update is left after rounding.
 
-A merged weight must be stored, and storage rounds: a 4-bit grid is coarser than most updates, so that requantizing to
-4 bits leaves the base model and loses the adapter. Every layer is therefore measured: with D = W' - W and D' what the
-stored weight holds of it, cosine(D, D') and ||D' - D|| / ||D||, in float32.
+Storing a merged weight rounds it. 4-bit steps are larger than most updates, so requantizing to 4 bits returns the base
+model without the adapter. The loss is measured for every layer in float32: with the update D = W' - W and the stored
+update D', cosine(D, D') and ||D' - D|| / ||D||.
 """
 
 from __future__ import annotations
@@ -11,30 +11,29 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
 from ..base.loading import DTYPES, check_dtype
 from ..base.modules import base_dtype, dense_weight, is_quantized, kind, model_dtype
 from ..base.nf4_linear import NF4Linear
 from ..errors import ConfigError
-from ..fast import accelerate
+from ..fast import accelerate, undo
 from ..layers import AdapterLayer, TokenRows, UntiedEmbedding
 from ..model.full_parameters import dense_module
-from ..model.state import forget, wrappers
+from ..model.state import bare_modules, discard_state, place, wrappers
 
-# An update that keeps this much is whole for every purpose; below it, the layer is stored wider.
+# Bounds within which the update counts as kept; otherwise the layer is stored with more bits.
 SURVIVES_COSINE, SURVIVES_ERROR = 0.99, 0.1
 
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """What became of one layer's update."""
+    """How well one layer's update was stored."""
 
     path: str
     storage: str  # such as "8-bit" or "bfloat16"
-    cosine: float  # of the stored with the true update; 1 is perfect
-    relative_error: float  # norm of the difference over the norm of the true update; 0 is perfect
-    update_norm: float  # norm of the true update over the norm of the base weight
+    cosine: float  # between stored and exact update; 1 is best
+    relative_error: float  # norm of their difference / norm of the exact update; 0 is best
+    update_norm: float  # norm of the exact update / norm of the base weight
 
     @property
     def survives(self) -> bool:
@@ -49,30 +48,30 @@ def fuse(
     dequantize: bool = False,
     force: bool = False,
 ) -> list[FusedLayer]:
-    """Merge the adapters on ``model`` into its weights, in place.
+    """Merge the adapter on ``model`` into its weights, in place.
 
     Args:
-        bits: store the adapted layers of a quantized base at this many bits. By default each is stored at 8 bits if
-            its update survives that, else as floats. Fewer than 8 need ``force``: they lose the adapter.
+        bits: bits of the adapted layers of a quantized base. By default a layer is stored at 8 bits if its update
+            survives that, otherwise as floats. Fewer than 8 bits lose the adapter and need ``force``.
         dtype: of layers stored as floats; the model's own by default.
-        dequantize: store every quantized layer of the model as floats, the untouched ones too.
+        dequantize: store all quantized layers of the model as floats, also those without an adapter.
         force: allow ``bits`` below 8.
 
-    Returns: a report for each adapted layer; ``survives`` tells whether its update is still there.
+    Returns: a report for each adapted layer; ``survives`` says whether the stored weight contains its update.
 
-    Raises: ConfigError: contradicting arguments.
+    Raises: ConfigError: the arguments contradict each other or the model.
     """
     if bits is not None and bits not in (2, 3, 4, 5, 6, 8):
         raise ConfigError(
             f"bits must be one of 2, 3, 4, 5, 6, 8, not {bits!r}",
-            "Leave bits out: each layer is then stored at 8 bits where its update survives that, else as floats.",
+            "Leave bits out: each layer is then stored at 8 bits if its update survives that, otherwise as floats.",
         )
     if bits is not None and dequantize:
         raise ConfigError("bits and dequantize contradict each other", "Choose one.")
     if bits is not None and bits < 8 and not force:
         raise ConfigError(
             f"storing merged weights at {bits} bits loses most of the adapter",
-            "Leave --bits out, keep the adapter beside the base, or insist with --force and read the report.",
+            "Leave --bits out, keep the adapter separate, or add --force and check the report.",
         )
     check_dtype(dtype)
     floats = DTYPES[dtype] if dtype else None
@@ -82,29 +81,26 @@ def fuse(
     one_sided += [path for path, module in model.named_modules() if isinstance(module, UntiedEmbedding)]
     if one_sided and tied(model):
         raise ConfigError(
-            f"{', '.join(one_sided)}: its update acts on the input only, and the model's output is tied to it",
-            "Keep the adapter beside the base: one matrix cannot be both.",
+            f"{', '.join(one_sided)}: the update acts on the input only, but the output head is tied to this embedding",
+            "Keep the adapter separate: one matrix cannot have both values.",
         )
     if bits is not None and adapted and not any(is_quantized(layer.base) for layer in adapted.values()):
         raise ConfigError("bits applies to quantized bases; this one is not", "Fuse first, then quantize the model.")
     reports, new = [], {}
-    for path, module in model.named_modules():  # of an untied model: the whole truth
-        if isinstance(module, UntiedEmbedding):
-            new[path] = nn.Embedding(1, 1)
-            new[path].weight = module.weight
-            new[path].freeze()
     for path, layer in adapted.items():
         target = floats or base_dtype(layer.base) or default
         new[path], report = _fuse_layer(path, layer, target, bits, dequantize or floats is not None)
         reports.append(report)
-    if dequantize:
-        inside = {id(layer.base) for layer in adapted.values()}
-        for path, module in model.named_modules():
-            if is_quantized(module) and kind(module) and id(module) not in inside:
-                target = floats or base_dtype(module) or default
-                new[path] = dense_module(module, dense_weight(module), target)
-    model.update_modules(tree_unflatten(list(new.items())))
-    forget(model)
+    for path, module in bare_modules(model).items():
+        if path in adapted:
+            continue
+        if isinstance(module, UntiedEmbedding):  # the model is not tied, so nothing else uses module.head
+            new[path] = dense_module(module.head, module.weight, module.weight.dtype)
+        elif dequantize and is_quantized(module) and kind(module):
+            new[path] = dense_module(module, dense_weight(module), floats or base_dtype(module) or default)
+    place(model, new)
+    if (state := discard_state(model)) is not None:
+        undo([module for module in state.accelerated if not kind(module)])  # classes for modules with adapters
     accelerate(model)
     model.eval()
     mx.eval(model.parameters())
@@ -123,7 +119,7 @@ def _fuse_layer(
         choices = [_quantized_module(layer, merged, dtype, bits or 8)]
         choices = [module for module in choices if module is not None]
     if bits is None or not choices:
-        choices.append(None)  # floats, made only if wanted
+        choices.append(None)  # floats; computed only if needed
     for module in choices:
         module = module if module is not None else _merged_module(layer, merged, dtype)
         report = _measure(path, module, before, merged)
@@ -134,18 +130,18 @@ def _fuse_layer(
 
 
 def _measure(path: str, module: nn.Module, before: mx.array, merged: mx.array) -> FusedLayer:
-    true, kept = merged - before, dense_weight(module) - before
-    norm, kept_norm = mx.linalg.norm(true.flatten()), mx.linalg.norm(kept.flatten())
+    exact, kept = merged - before, dense_weight(module) - before
+    norm, kept_norm = mx.linalg.norm(exact.flatten()), mx.linalg.norm(kept.flatten())
     size = norm.item()
-    cosine = ((true * kept).sum() / mx.maximum(norm * kept_norm, 1e-30)).item() if size else 1.0
-    error = (mx.linalg.norm((kept - true).flatten()) / norm).item() if size else 0.0
+    cosine = ((exact * kept).sum() / mx.maximum(norm * kept_norm, 1e-30)).item() if size else 1.0
+    error = (mx.linalg.norm((kept - exact).flatten()) / norm).item() if size else 0.0
     storage = f"{module.bits}-bit" if is_quantized(module) else str(module.weight.dtype).rpartition(".")[2]
     relative = size / max(mx.linalg.norm(before.flatten()).item(), 1e-30)
     return FusedLayer(path, storage, cosine, error, relative)
 
 
 def _merged_module(layer: AdapterLayer | TokenRows, weight: mx.array, dtype: mx.Dtype) -> nn.Module:
-    """A plain layer with the merged ``weight`` and bias."""
+    """A dense layer with the merged ``weight`` and bias."""
     made = dense_module(layer.base, weight, dtype)
     bias = layer.merged_bias() if isinstance(layer, AdapterLayer) else None
     if bias is not None:
@@ -157,9 +153,10 @@ def _merged_module(layer: AdapterLayer | TokenRows, weight: mx.array, dtype: mx.
 def _quantized_module(
     layer: AdapterLayer | TokenRows, weight: mx.array, dtype: mx.Dtype, bits: int
 ) -> nn.Module | None:
-    """``weight`` quantized to ``bits``, in the mode of the base where it has that width, else affine.
+    """``weight`` quantized to ``bits``, in the base's mode if it has this many bits, otherwise in affine mode.
 
-    None where the width is no multiple of the group: NF4's blocks run on from row to row, MLX's groups do not."""
+    None if the row size is not a multiple of the group size (NF4's blocks may span rows, MLX's groups may not).
+    """
     base = layer.base
     if isinstance(base, NF4Linear) and bits == base.bits:
         return NF4Linear.from_linear(_merged_module(layer, weight, dtype), "nested_absmax" in base, base.group_size)
@@ -174,7 +171,7 @@ def _quantized_module(
 
 
 def tied(model: nn.Module) -> bool:
-    """Whether the model's output is its input embedding."""
+    """Whether the output head shares the embedding's weight."""
     args = getattr(model, "args", None)
     known = getattr(args, "tie_word_embeddings", None)
     return bool(known) if known is not None else not any(p.endswith("lm_head") for p, _ in model.named_modules())

@@ -1,98 +1,117 @@
-"""Adapters on a model: attach, extract, mount, unmount.
+"""Adapters on a model: attach, extract, mount, unmount, disable_adapter.
 
-An adapter never touches a base weight here; merging it into the weights is ``fusing.py``, models come and go in
-``loading.py`` and ``saving.py``. Nothing prints.
+Merging an adapter into the base's weights is in ``merge/fuse.py``, loading and saving models in ``loading.py``. Nothing
+prints.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
-from ..adapter import SHARED, Adapter, explicit_config, raise_faults, saved_whole, split_layer
-from ..base.modules import dims, is_quantized, layer_paths, model_dtype
+from ..adapter import SHARED, Adapter, explicit_config, in_modules_to_save, raise_faults, split_layer
+from ..base.modules import (
+    dims,
+    frozen_parameters,
+    is_quantized,
+    kind,
+    layer_paths,
+    model_dtype,
+    restore_frozen,
+    unique,
+)
 from ..base.origin import base_of
 from ..base.vera import draw_projections, shared_dims
 from ..config import AdapterConfig
 from ..errors import AdapterError
-from ..fast import accelerate
-from ..init import SUBTRACTED
-from ..init.start import start_layer, starts_of, with_ranks
+from ..fast import accelerate, undo
+from ..init import Request, init_of, initial_pairs, set_initial_pair, with_ranks
 from ..layers import AdapterLayer, TokenRows, check_rank, make_layers
-from .compatibility import misfits, own_arrays, token_misfits, whole_misfits
-from .full_parameters import biased, make_whole, unfreeze_layers, whole_modules
-from .state import State, bare_modules, forget, state_of, wrappers
+from .compatibility import incompatibilities, own_parameters
+from .full_parameters import modules_to_save, train_full_parameters, trained_biases, unfreeze_layers
+from .state import State, bare_modules, place, put_back, set_state, set_training, state_of, take_off
 from .targets import select, select_named
 
 
 def attach(
     model: nn.Module, config: AdapterConfig, batches: Iterable | None = None, reference: nn.Module | None = None
 ) -> list[str]:
-    """Freeze the base and put fresh, trainable adapters on the modules that ``config`` chooses. The identity at first.
+    """Freeze the base and add new, trainable adapters to the modules that ``config`` selects.
 
-    Whole modules, biases and rows of embeddings that ``config`` names become trainable too; ``unmount`` puts back what
-    they were. Draws from ``mx.random``: seed it for a run that can be repeated. Under ``method="full"`` nothing is
-    attached: the chosen layers' own parameters become trainable.
+    The model computes the same as before until the adapters are trained (except with ``init`` "loftq"). Modules to
+    save, biases and rows of embeddings that ``config`` names become trainable, too. With ``method="full"`` no layers
+    are added: the parameters of the selected layers become trainable. ``unmount`` undoes all of it. Draws from
+    ``mx.random``: seed it for reproducible runs.
 
     Args:
-        batches: what ``init`` "eva" and "lora_ga" look at: with ``tokens`` [B, T] and ``mask`` [B, T-1], as
-            ``mlx_lora.data.train_batches`` yields them.
-        reference: the model before it was quantized, for ``init`` "loftq". (That start is not the identity: it makes
-            up for what quantizing lost.)
+        batches: training data for ``init`` "eva" and "lora_ga": objects with ``tokens`` [B, T] and ``mask`` [B, T-1],
+            such as ``mlx_lora.data.train_batches`` yields.
+        reference: the model before quantization, for ``init`` "loftq".
 
-    Returns: the adapted paths. Raises: AdapterError, ConfigError.
+    Returns: the adapted paths. Raises: AdapterError, ConfigError, DataError; the model is then unchanged.
     """
     if adapters_on(model) or state_of(model) is not None:
-        raise AdapterError("the model has adapters already", "Take them off with unmount(model), or fuse them.")
+        raise AdapterError("the model has an adapter already", "Call unmount(model) or fuse(model) first.")
+    state = State(config, frozen_parameters(model))
+    with _replacing(model, state):
+        if config.method == "full":
+            return unfreeze_layers(model, config, state)
+        return _attach_layers(model, config, state, batches, reference)
+
+
+def _attach_layers(
+    model: nn.Module, config: AdapterConfig, state: State, batches: Iterable | None, reference: nn.Module | None
+) -> list[str]:
     bare = bare_modules(model)
-    if config.method == "full":
-        return unfreeze_layers(model, config)
-    whole, tokens = whole_modules(model, config), select_named(model, config.trainable_token_indices)
+    saved, tokens = modules_to_save(model, config), select_named(model, config.trainable_token_indices)
     chosen = select(model, config)
-    both = [path for path in chosen if path in whole or path in tokens]
+    both = [path for path in chosen if path in saved or path in tokens]
     if config.keys is None:
         chosen = {path: module for path, module in chosen.items() if path not in both}
     elif both:
-        raise AdapterError(f"{', '.join(both)}: adapted and trained whole at once", "Leave one of the two out.")
-    ranks = {path: config.rank_of(path) for path in chosen}
-    if config.method != "vera":
-        for path, module in chosen.items():
-            try:
-                check_rank(module, ranks[path])
-            except AdapterError as error:
-                raise AdapterError(f"{path}: {error.message}", error.hint) from None
-    starts = starts_of(model, config, chosen, ranks, batches, reference)
-    if config.init == "eva":  # layers whose inputs tell least are left out, others got their ranks
-        chosen = {path: module for path, module in chosen.items() if path in starts}
-        config = with_ranks(config, ranks, {path: len(pair[0]) for path, pair in starts.items()})
-        ranks = {path: config.rank_of(path) for path in chosen}
-    state = State(config)
-    if config.method == "vera" and chosen:
-        state.shared = _projections(config, chosen)
-    difference = config.init.startswith(SUBTRACTED)
-    layers: dict[str, nn.Module] = make_layers(
-        chosen, config, ranks, model_dtype(model), shared=state.shared, difference=difference
+        raise AdapterError(f"{', '.join(both)}: both adapted and trained in full", "Choose one of the two.")
+    raise_faults(
+        [f"{path}: is no embedding, so it has no rows of tokens" for path in tokens if kind(bare[path]) != "embedding"],
+        "Name an embedding in trainable_token_indices, such as embed_tokens.",
     )
-    for path, (a, b) in starts.items():
-        start_layer(layers[path], a, b)
-    layers |= {path: TokenRows(bare[path], ids, model_dtype(model)) for path, ids in tokens.items()}
-    model.freeze()
-    _place(model, layers)
-    names = [(path, leaf) for path in whole for leaf in own_arrays(bare[path])]
-    names += [(path, "bias") for path in biased(bare, config, list(chosen)) if (path, "bias") not in names]
-    make_whole(model, state, names)
+    ranks = {path: config.rank_of(path) for path in chosen}
+    for path, module in chosen.items() if config.method != "vera" else ():
+        try:
+            check_rank(module, ranks[path])
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error.message}", error.hint) from None
+    trained_biases(bare, config, list(chosen))  # raises before the costly part
+    init, pairs = init_of(config), initial_pairs(Request(model, config, chosen, ranks, batches, reference))
+    if init.chooses_ranks:
+        chosen = {path: module for path, module in chosen.items() if path in pairs}
+        ranks = {path: len(a) for path, (a, _) in pairs.items()}
+        config = state.config = with_ranks(config, ranks)
+    if config.method == "vera" and chosen:
+        state.projections = _projections(config, chosen)
+    dtype = model_dtype(model)
+    layers: dict[str, nn.Module] = make_layers(
+        chosen, config, ranks, dtype, shared=state.projections, difference=init.subtracted
+    )
+    for path, (a, b) in pairs.items():
+        set_initial_pair(layers[path], a, b)
+    layers |= {path: TokenRows(bare[path], ids, dtype) for path, ids in tokens.items()}
+    names = [(path, leaf) for path in saved for leaf in own_parameters(bare[path])]
+    names += [(path, "bias") for path in trained_biases(bare, config, list(chosen)) if (path, "bias") not in names]
+    _place(model, state, layers, names)
     return list(chosen)
 
 
 def extract(model: nn.Module) -> Adapter:
-    """The adapter on ``model`` as a value; the arrays are shared, not copied.
+    """The adapter on ``model`` as a value. Its arrays are shared with the model, not copied.
 
-    After ``attach(model, AdapterConfig(method="full"))`` these are the trainable parameters themselves.
+    On a model without an adapter that is partly trainable, the trainable parameters are the adapter (method "full").
+    Raises: AdapterError: the model has no adapter.
     """
     layers, state = adapters_on(model), state_of(model)
     base = base_of(model)
@@ -100,12 +119,12 @@ def extract(model: nn.Module) -> Adapter:
     if state is None and not layers:
         weights = dict(tree_flatten(model.trainable_parameters()))
         if not weights or len(weights) == len(tree_flatten(model.parameters())):
-            raise AdapterError("the model has no adapter", "Put one on with attach(model, config) or mount(...).")
+            raise AdapterError("the model has no adapter", "Add one with attach(model, config) or mount(...).")
         indices = [split_layer(path)[0] for path in weights]
-        return Adapter(AdapterConfig(method="full", num_layers=_count(model, indices)), weights, base=name)
-    if state is None:  # layers that were not put there by attach or mount
+        return Adapter(AdapterConfig(method="full", num_layers=_last_layers(model, indices)), weights, base=name)
+    if state is None:  # layers that neither attach nor mount added
         first = next(iter(layers.values()))
-        state = State(AdapterConfig(method=first.method, dropout=round(1 - first.dropout._p_1, 6)))
+        state = State(AdapterConfig(method=first.method, dropout=round(1 - first.dropout._p_1, 6)), [])
     weights, ranks, scales = {}, {}, {}
     for path, layer in layers.items():
         ranks[path], scales[path] = layer.rank, layer.scale
@@ -113,48 +132,60 @@ def extract(model: nn.Module) -> Adapter:
     tokens = {path: m for path, m in model.named_modules() if isinstance(m, TokenRows)}
     weights |= {f"{path}.trainable_tokens": module.trainable_tokens for path, module in tokens.items()}
     bare = bare_modules(model)
-    weights |= {f"{path}.{leaf}": bare[path][leaf] for path, leaf in state.whole}
+    weights |= {f"{path}.{leaf}": bare[path][leaf] for path, leaf in state.full_parameters}
     config = state.config
-    if config.method == "vera" and config.save_projection:
-        weights |= dict(zip(SHARED, state.shared, strict=True))
+    if state.projections is not None and config.save_projection:
+        weights |= dict(zip(SHARED, state.projections, strict=True))
+    trained = [path for path, _ in state.full_parameters] if config.method == "full" else layers
+    saved = {path for path, _ in state.full_parameters if in_modules_to_save(config, path)}
     plain = replace(
         config,
-        num_layers=_count(model, [split_layer(path)[0] for path in layers]),
+        num_layers=_last_layers(model, [split_layer(path)[0] for path in trained]),
         keys=None if layers else config.keys,
-        modules_to_save=tuple(sorted({path for path, leaf in state.whole if saved_whole(config, path)})) or None,
+        modules_to_save=tuple(sorted(saved)) or None,
         trainable_token_indices={path: module.ids for path, module in tokens.items()},
     )
     return Adapter(explicit_config(plain, ranks, scales), weights, base=name)
 
 
 def mount(model: nn.Module, adapter: Adapter, *, difference: bool = False) -> None:
-    """Put ``adapter`` on ``model``, in place of whichever is there. The base is untouched, and frozen.
+    """Put ``adapter`` on ``model`` in place of the one that is there. The base is frozen and otherwise unchanged.
 
     Args:
-        difference: the adapter came from a start such as PiSSA's: its second half is the frozen pair that the base
-            gives up, and stays frozen. Only a training run that goes on needs this.
+        difference: the adapter was extracted from a run with ``init`` "pissa", "olora" or "lora_ga". The second half of
+            its rank is the subtracted initial pair, which stays frozen. Only needed to continue such a run.
 
-    Raises:
-        AdapterError: the adapter does not fit; the model is then as it was.
+    Raises: AdapterError: the adapter cannot be mounted on this model; the model is then unchanged.
     """
     adapter.check()
-    config, bare = adapter.config, bare_modules(model)
-    faults = [] if config.method == "full" else misfits(bare, adapter)
-    faults += token_misfits(bare, adapter) + whole_misfits(bare, adapter)
-    if faults:
-        raise_faults(faults, f"This adapter was made for {adapter.base or 'another model'}: put it on that one.")
-    state, layers, dtype = State(config), {}, model_dtype(model)
+    state = State(adapter.config, frozen_parameters(model))
+    with _replacing(model, state) as previous:
+        layers = _layers_of(model, adapter, state, difference)
+        if previous is not None:  # base layers keep their class, and with it their dequantized weights
+            state.frozen = previous.frozen
+            state.accelerated = [module for module in previous.accelerated if kind(module)]
+            undo([module for module in previous.accelerated if not kind(module)])
+        values = {tuple(name.rpartition(".")[::2]): array for name, array in adapter.full_parameters.items()}
+        _place(model, state, layers, list(values), values)
+
+
+def _layers_of(model: nn.Module, adapter: Adapter, state: State, difference: bool) -> dict[str, nn.Module]:
+    """New layers for ``model``, which has no adapter, with the arrays of ``adapter``."""
+    config, bare, dtype = adapter.config, bare_modules(model), model_dtype(model)
+    origin = adapter.base or "another model"
+    raise_faults(incompatibilities(bare, adapter), f"This adapter was trained on {origin}: mount it on that model.")
+    layers: dict[str, nn.Module] = {}
     if config.method != "full":
         bases = {path: bare[path] for path in adapter.modules}
         if config.method == "vera" and bases:
-            own = SHARED[0] in adapter.weights
-            state.shared = tuple(adapter.weights[n] for n in SHARED) if own else _projections(config, bases)
-        ranks = {path: adapter.rank_of(path) for path in bases}
-        if difference:
-            ranks = {path: rank // 2 for path, rank in ranks.items()}
-        layers = make_layers(
-            bases, config, ranks, dtype, shared=state.shared, difference=difference, key=mx.random.key(0)
-        )
+            stored = SHARED[0] in adapter.weights
+            state.projections = (
+                tuple(adapter.weights[name] for name in SHARED) if stored else _projections(config, bases)
+            )
+        ranks = {path: adapter.rank_of(path) // (2 if difference else 1) for path in bases}
+        # A key of its own, so that the initial values, which are replaced, are not drawn from mx.random's state.
+        key = mx.random.key(0)
+        layers = make_layers(bases, config, ranks, dtype, shared=state.projections, difference=difference, key=key)
         for path, layer in layers.items():
             if difference:
                 layer.split(adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"])
@@ -164,24 +195,44 @@ def mount(model: nn.Module, adapter: Adapter, *, difference: bool = False) -> No
     for path, (ids, rows) in adapter.tokens.items():
         layers[path] = TokenRows(bare[path], ids, dtype)
         layers[path].trainable_tokens = rows.astype(layers[path].trainable_tokens.dtype)
-    unmount(model)
-    model.freeze()
-    _place(model, layers)
-    whole = {tuple(name.rpartition(".")[::2]): array for name, array in adapter.whole.items()}
-    make_whole(model, state, list(whole), whole)
+    return layers
 
 
 def unmount(model: nn.Module) -> None:
-    """Take every adapter off ``model``; it computes as it was loaded. Does nothing where there is none."""
-    layers, state = wrappers(model), forget(model)
-    if layers:
-        model.update_modules(tree_unflatten([(path, layer.base) for path, layer in layers.items()]))
+    """Undo ``attach`` or ``mount``: adapters, trained parameters, frozen parameters and classes are as before.
+
+    Does nothing on a model without an adapter.
+    """
+    state = take_off(model).state
     if state is not None:
-        if state.modules:
-            model.update_modules(tree_unflatten(list(state.modules.items())))
-        modules = dict(model.named_modules())
-        for (path, leaf), array in state.arrays.items():
-            modules[path][leaf] = array
+        undo(state.accelerated)
+        restore_frozen(state.frozen)
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """A context in which ``model`` computes as its base; afterwards the adapter is active again.
+
+    Covers everything that ``attach`` and ``mount`` add: adapter layers, trained token rows, ``modules_to_save``, biases
+    and full fine-tuning. Can be nested, and used in functions that ``mx.value_and_grad`` or ``mx.compile`` trace. An
+    adapter that is mounted inside the context is unmounted at its end.
+
+    Raises: AdapterError: the model has several adapters (MultiLoRA).
+    """
+    bare_modules(model)
+    removed = take_off(model)
+    accelerated = removed.state.accelerated if removed.state is not None else []
+    outside = {id(inner) for wrapper in removed.modules.values() for inner in wrapper.modules()}
+    # Classes for modules with adapters (MLPs, attention), which have none now; base layers keep theirs.
+    classes = [(m, type(m)) for m in accelerated if not kind(m) and id(m) not in outside]
+    undo([module for module, _ in classes])
+    try:
+        yield
+    finally:
+        unmount(model)
+        put_back(model, removed)
+        for module, changed in classes:
+            module.__class__ = changed
 
 
 def adapters_on(model: nn.Module) -> dict[str, AdapterLayer]:
@@ -190,32 +241,60 @@ def adapters_on(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; a quantized weight counts as the numbers it stands for."""
-    trainable = sum(array.size for _, array in tree_flatten(model.trainable_parameters()))
-    total = 0
-    for module in model.modules():
+    """(trainable, all) parameters. A quantized weight counts its values; a shared array counts once."""
+    trainable = unique(array for _, array in tree_flatten(model.trainable_parameters()))
+    packed, arrays = 0, []
+    for module in unique(model.modules()):
         own = {n: a for n, a in module.items() if isinstance(a, mx.array) and not n.startswith("_")}
         if is_quantized(module):
-            total += math.prod(dims(module)) * (module.weight.shape[0] if module.weight.ndim == 3 else 1)
+            packed += math.prod(dims(module)) * (module.weight.shape[0] if module.weight.ndim == 3 else 1)
             own = {n: a for n, a in own.items() if n == "bias"}
-        total += sum(array.size for array in own.values())
-    return trainable, total
+        arrays += own.values()
+    return sum(array.size for array in trainable), packed + sum(array.size for array in unique(arrays))
 
 
-def _place(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+@contextmanager
+def _replacing(model: nn.Module, state: State) -> Iterator[State | None]:
+    """A context in which ``state`` replaces the present state, which it yields. An error restores the model."""
+    bare_modules(model)  # raises for MultiLoRA
+    frozen, classes = frozen_parameters(model), [(module, type(module)) for module in model.modules()]
+    removed = take_off(model)
+    set_state(model, state)
+    try:
+        yield removed.state
+    except BaseException:
+        take_off(model)
+        put_back(model, removed)
+        for module, before in classes:
+            if type(module) is not before:
+                module.__class__ = before
+        restore_frozen(frozen)
+        raise
+
+
+def _place(
+    model: nn.Module,
+    state: State,
+    layers: dict[str, nn.Module],
+    names: list[tuple[str, str]],
+    values: dict[tuple[str, str], mx.array] | None = None,
+) -> None:
+    """Freeze the model, add ``layers`` and make the full parameters ``names`` trainable."""
+    model.freeze()
     for layer in layers.values():
-        layer.train(model.training)
-    model.update_modules(tree_unflatten(list(layers.items())))
-    accelerate(model)
+        set_training(layer, model.training)
+    place(model, layers)
+    train_full_parameters(model, state, names, values)
+    state.accelerated += accelerate(model)
 
 
 def _projections(config: AdapterConfig, bases: dict[str, nn.Module]) -> tuple[mx.array, mx.array]:
-    """VeRA's shared pair, drawn for the modules it adapts."""
+    """VeRA's shared pair for these modules, drawn from the config's seed."""
     return draw_projections(config.rank, *shared_dims(map(dims, bases.values())), config.projection_prng_key)
 
 
-def _count(model: nn.Module, indices: list[int | None]) -> int:
-    """The last how many layers hold all of ``indices``; all where some lie outside the layers alone."""
+def _last_layers(model: nn.Module, indices: list[int | None]) -> int:
+    """The smallest N such that the last N layers contain all of ``indices``; all layers if none is given."""
     known = [i for i in indices if i is not None]
     total = len(layer_paths(model))
     return total - min(known) if known else total

@@ -1,6 +1,6 @@
-"""Whole parameters that are trained: modules_to_save and biases beside an adapter, all of a layer under "full".
+"""Full parameters that are trained: modules_to_save and biases besides an adapter, whole layers with "full".
 
-A quantized module that is trained whole gets a dense one in its place; ``State`` remembers what was there.
+A quantized module whose weight is trained is replaced by a dense one; ``State`` keeps the original.
 """
 
 from __future__ import annotations
@@ -9,90 +9,92 @@ import copy
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten
 
 from ..base.modules import base_dtype, dense_weight, is_quantized, kind, layer_paths, model_dtype
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError
 from ..layers import UntiedEmbedding
-from .compatibility import own_arrays
-from .state import State, bare_modules, set_state, wrappers
+from .compatibility import own_parameters
+from .state import State, bare_modules, place, wrappers
 from .targets import select_named
 
 
-def whole_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """Paths of the modules that ``modules_to_save`` names and of everything in them that holds parameters."""
+def modules_to_save(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Paths of the modules that ``config.modules_to_save`` names, and of all modules in them that have parameters."""
     named = select_named(model, dict.fromkeys(config.modules_to_save or ()))
-    modules = dict(model.named_modules())
-    inside = [p for p in modules if any(p == name or p.startswith(name + ".") for name in named)]
-    return [path for path in reversed(inside) if own_arrays(modules[path])]
+    bare = bare_modules(model)
+    inside = [p for p in bare if any(p == name or p.startswith(name + ".") for name in named)]
+    return [path for path in inside if own_parameters(bare[path])]
 
 
-def biased(bare: dict[str, nn.Module], config: AdapterConfig, adapted: list[str]) -> list[str]:
-    """Paths of the modules whose bias is trained."""
-    paths = {"none": [], "all": list(reversed(bare)), "lora_only": adapted}[config.bias]
+def trained_biases(bare: dict[str, nn.Module], config: AdapterConfig, adapted: list[str]) -> list[str]:
+    """Paths of the modules whose bias is trained. Raises: AdapterError: ``config.bias`` matches no bias."""
+    paths = {"none": [], "all": list(bare), "lora_only": adapted}[config.bias]
     found = [path for path in paths if isinstance(bare[path].get("bias"), mx.array)]
     if config.bias != "none" and not found:
         where = "the model has" if config.bias == "all" else "the adapted layers have"
         raise AdapterError(
-            f"bias {config.bias!r}: {where} none to train",
-            "Leave bias out; an update gets a bias of its own by lora_bias.",
+            f"bias {config.bias!r}: {where} no biases to train",
+            "Leave bias out. lora_bias gives the update a bias of its own.",
         )
     return found
 
 
-def make_whole(
+def train_full_parameters(
     model: nn.Module, state: State, names: list[tuple[str, str]], values: dict[tuple[str, str], mx.array] | None = None
 ) -> None:
-    """Make these parameters trainable, with ``values`` in place of their own; remember in ``state`` what they were."""
-    bare = bare_modules(model)
+    """Make the parameters ``names`` (module path, name) trainable, and set them to ``values`` if given.
+
+    ``state`` receives the original arrays and modules.
+    """
+    bare, layers = bare_modules(model), wrappers(model)
     for path in dict.fromkeys(path for path, leaf in names if leaf == "weight"):
         base = bare[path]
-        one_sided = state.config.embedding_side == "input" and kind(base) == "embedding"
-        if one_sided or is_quantized(base):
+        input_only = state.config.embedding_side == "input" and kind(base) == "embedding"
+        if input_only or is_quantized(base):
             weight = dense_weight(base, base_dtype(base) or model_dtype(model))
-            made = UntiedEmbedding(base, weight) if one_sided else dense_module(base, weight, weight.dtype)
+            made = UntiedEmbedding(base, weight) if input_only else dense_module(base, weight, weight.dtype)
             made.train(model.training)
-            state.modules[path], bare[path] = base, made.freeze()
-            if (layer := wrappers(model).get(path)) is not None:  # adapted as well: below the adapter
-                layer[layer.slot] = made
+            state.original_modules[path], bare[path] = base, made.freeze()
+            if path in layers:  # the module has an adapter as well: the replacement becomes its base
+                layers[path][layers[path].slot] = made
             else:
-                model.update_modules(tree_unflatten([(path, made)]))
+                place(model, {path: made})
     for path, leaf in names:
         module = bare[path]
-        if path not in state.modules:
-            state.arrays[path, leaf] = module[leaf]
+        if path not in state.original_modules:
+            state.original_arrays.append((module, leaf, module[leaf]))
         if values is not None:
             module[leaf] = values[path, leaf].astype(module[leaf].dtype)
         module.unfreeze(recurse=False, keys=leaf)
-    state.whole = list(names)
-    set_state(model, state)
+    state.full_parameters = list(names)
 
 
 def dense_module(base: nn.Module, weight: mx.array, dtype: mx.Dtype) -> nn.Module:
-    """A plain layer of ``base``'s kind with ``weight`` and ``base``'s bias, frozen."""
-    which = kind(base)
-    if not is_quantized(base):
-        made = copy.copy(base)
-    elif which == "linear":
-        made = nn.Linear(1, 1, bias=False)
-    elif which == "embedding":
-        made = nn.Embedding(1, 1)
-    else:
-        from mlx_lm.models.switch_layers import SwitchLinear
-
-        made = SwitchLinear(1, 1, 1, bias=False)
+    """A dense layer of ``base``'s kind with ``weight`` and ``base``'s bias, frozen."""
+    made = _new_dense(kind(base)) if is_quantized(base) else copy.copy(base)
     made.weight = weight.astype(dtype)
     if "bias" in base:
         made.bias = base.bias
-    made.freeze()
+    return made.freeze()
+
+
+def _new_dense(which: str) -> nn.Module:
+    """A layer without arrays. Its ``__init__`` is not called: that would draw from ``mx.random``."""
+    if which == "switch":
+        from mlx_lm.models.switch_layers import SwitchLinear as layer
+    else:
+        layer = nn.Embedding if which == "embedding" else nn.Linear
+    made = layer.__new__(layer)
+    nn.Module.__init__(made)
     return made
 
 
-def unfreeze_layers(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """Make the last ``num_layers`` layers trainable themselves, and nothing else; their paths.
+def unfreeze_layers(model: nn.Module, config: AdapterConfig, state: State) -> list[str]:
+    """Make the last ``num_layers`` layers trainable, and nothing else. Returns their paths.
 
-    Raises: ConfigError: settings that choose less than layers; a quantized layer.
+    Raises: ConfigError: settings that select modules within layers, or a layer that cannot be trained.
     """
     if config.keys is not None or config.rank_pattern or config.scale_pattern or config.alpha_pattern:
         raise ConfigError("full fine-tuning trains whole layers: keys and patterns do not apply", "Use --num-layers.")
@@ -106,4 +108,10 @@ def unfreeze_layers(model: nn.Module, config: AdapterConfig) -> list[str]:
     model.freeze()
     for path in paths:
         modules[path].unfreeze()
+    names = [tuple(name.rpartition(".")[::2]) for name, _ in tree_flatten(model.trainable_parameters())]
+    if nested := [f"{path}.{leaf}" for path, leaf in names if path not in modules]:
+        raise ConfigError(
+            f"{', '.join(nested[:3])}: parameters in lists cannot be trained", "Use lora or dora for this model."
+        )
+    train_full_parameters(model, state, names)
     return paths

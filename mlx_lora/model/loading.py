@@ -1,4 +1,4 @@
-"""Models with their adapters, from and to disk: the public ``load`` and ``save_model``. Nothing prints."""
+"""Loading models with adapters, and saving models: the public ``load`` and ``save_model``. Nothing prints."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ def load(
     trust_remote_code: bool = False,
     lazy: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """Load a model and its tokenizer through mlx-lm, and mount an adapter of any format.
+    """Load a model and its tokenizer through mlx-lm, and mount an adapter in any format.
 
     Args:
         path_or_repo: a local folder, or a repository on the Hugging Face Hub.
-        adapter_path: folder of an adapter.
-        dtype: ``auto``: as stored, but float32 on a CPU, where MLX computes half precision and quantized products some
+        adapter_path: an adapter's folder or file.
+        dtype: ``auto``: as stored, but float32 on a CPU, where MLX's half-precision and quantized products are about a
             hundred times slower (quantized weights keep their values). ``stored``: as in the files on every device.
-            Else ``float32``, ``float16`` or ``bfloat16``.
+            Otherwise ``float32``, ``float16`` or ``bfloat16``.
         revision: of the repository.
-        trust_remote_code: run Python files of the model folder. Off unless asked for.
-        lazy: leave weights on disk until they are used.
+        trust_remote_code: allow the model folder's Python files to run.
+        lazy: read weights from disk only when they are used.
 
     Returns:
-        (model in evaluation mode, tokenizer).
+        The model, in evaluation mode, and the tokenizer.
 
     Raises:
-        ModelError: no such model, damaged files, an unknown architecture. AdapterError, FormatError: the adapter.
+        ModelError: there is no such model, its files are damaged, or its architecture is unknown.
+        AdapterError, FormatError: the adapter cannot be read or mounted.
     """
     if adapter_path is not None:
-        detect_format(adapter_path)  # before a base is downloaded for it
+        detect_format(adapter_path)  # before the base is downloaded
     folder = resolve(path_or_repo, revision)
     adapter = load_adapter(adapter_path, base=folder) if adapter_path is not None else None
     model, tokenizer = load_base(
@@ -57,12 +58,13 @@ def load(
 
 
 def save_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> Path:
-    """Write ``model``, loaded by ``load``, as a model folder that mlx-lm loads; its tokenizer files come along.
+    """Write ``model``, loaded by ``load``, and its tokenizer as a model folder that mlx-lm loads.
 
-    Adapters must be fused or unmounted first. The folder appears complete or not at all.
+    Adapters must be fused or unmounted first. If writing fails, nothing is left behind.
 
     Raises: ModelError.
     """
-    if wrappers(model) or (state_of(model) is not None and state_of(model).config.method != "full"):
-        raise ModelError("the model has adapters on it", "Merge them with fuse(model), or call unmount(model).")
+    state = state_of(model)
+    if wrappers(model) or (state is not None and state.config.method != "full"):
+        raise ModelError("the model has an adapter", "Merge it with fuse(model), or call unmount(model).")
     return write_model(model, path, overwrite)

@@ -1,59 +1,60 @@
-"""Many adapters on one model at once, each row of a batch with its own. The base is read once for all of them."""
+"""Several LoRA adapters on one model, one per row of a batch. The base is in memory once for all of them."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
 from ..adapter import Adapter, raise_faults
-from ..base.modules import base_dtype, dims, kind, model_dtype
+from ..base.modules import base_dtype, dims, frozen_parameters, kind, model_dtype, restore_frozen
 from ..errors import AdapterError
-from ..fast import accelerate
+from ..fast import accelerate, undo
 from ..layers import MultiLoRALinear, Rows
 from .attach import adapters_on
-from .state import bare_modules
+from .state import bare_modules, place, set_training, state_of
 
 
 class MultiLoRA:
-    """LoRA adapters mounted together on ``model``; ``choose`` says which row takes which.
+    """LoRA adapters mounted together on ``model``. ``choose`` selects the adapter of each row.
 
-    Raises:
-        AdapterError: an adapter that is no LoRA, does not fit, or adapts what is no linear layer. The model is then
-            as it was.
+    Raises: AdapterError: an adapter is not LoRA, cannot be mounted on this model, or adapts other layers than linears.
+        The model is then unchanged.
     """
 
     def __init__(self, model: nn.Module, adapters: dict[str, Adapter]):
-        if adapters_on(model):
-            raise AdapterError("the model has an adapter already", "Take it off with unmount(model).")
+        if adapters_on(model) or state_of(model) is not None:
+            raise AdapterError("the model has an adapter already", "Remove it with unmount(model).")
         if not adapters:
             raise AdapterError("no adapters are given", "Give at least one, by name.")
         modules = bare_modules(model)
         self._names, self._rows, self._model = list(adapters), Rows(), model
-        raise_faults(_faults(modules, adapters), "Serve it by itself, or fuse it.")
+        raise_faults(_incompatibilities(modules, adapters), "Mount this adapter by itself, or fuse it.")
         paths = list(dict.fromkeys(path for adapter in adapters.values() for path in adapter.modules))
         self._bases = {path: modules[path] for path in paths}
+        self._frozen = frozen_parameters(model)
         layers = {path: self._layer(path, list(adapters.values())) for path in paths}
         for layer in layers.values():
-            layer.train(model.training)
-        model.update_modules(tree_unflatten(list(layers.items())))
-        accelerate(model)
+            set_training(layer, model.training)
+        place(model, layers)
+        self._accelerated = accelerate(model)
 
     def choose(self, names: list[str | None]) -> None:
-        """The adapter of each row of the next batches; None for the base. One name serves all rows.
+        """Set the adapter of each row of the next batches, None for the base. A single name applies to all rows.
 
         Raises: AdapterError: an unknown name.
         """
-        known = f"Give a name, or None, for each row of the batch. Known: {', '.join(self._names)}."
+        hint = f"Give a name, or None, for each row of the batch. Known: {', '.join(self._names)}."
         if not names:
-            raise AdapterError("no adapter is chosen", known)
+            raise AdapterError("no adapter is chosen", hint)
         if unknown := sorted({name for name in names if name is not None and name not in self._names}):
-            raise AdapterError(f"no adapter named {', '.join(unknown)}", known)
+            raise AdapterError(f"no adapter named {', '.join(unknown)}", hint)
         self._rows.index = mx.array([-1 if n is None else self._names.index(n) for n in names], mx.int32)
 
     def unmount(self) -> None:
-        """Take them all off the model."""
-        self._model.update_modules(tree_unflatten(list(self._bases.items())))
+        """Remove all adapters from the model."""
+        place(self._model, self._bases)
+        undo(self._accelerated)
+        restore_frozen(self._frozen)
 
     def _layer(self, path: str, adapters: list[Adapter]) -> MultiLoRALinear:
         base = self._bases[path]
@@ -69,31 +70,31 @@ class MultiLoRA:
 
     @staticmethod
     def _pair(adapter: Adapter, path: str, inputs: int, outputs: int) -> tuple[mx.array, mx.array]:
-        if path not in adapter.modules:  # of rank 0
+        if path not in adapter.modules:  # rank 0
             return mx.zeros((inputs, 0)), mx.zeros((0, outputs))
         return adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"]
 
 
-def _faults(modules: dict[str, nn.Module], adapters: dict[str, Adapter]) -> list[str]:
-    faults = []
+def _incompatibilities(modules: dict[str, nn.Module], adapters: dict[str, Adapter]) -> list[str]:
+    found = []
     for name, adapter in adapters.items():
         if adapter.config.method != "lora":
-            faults.append(f"{name}: is {adapter.config.method}, not lora")
+            found.append(f"{name}: its method is {adapter.config.method}, not lora")
             continue
         more = {
             "lora_bias": adapter.config.lora_bias,
             "trained tokens": adapter.tokens,
-            "whole parameters": adapter.whole,
+            "full parameters": adapter.full_parameters,
         }
-        if more := [what for what, there in more.items() if there]:
-            faults.append(f"{name}: has {' and '.join(more)} beside its matrices")
+        if more := [what for what, present in more.items() if present]:
+            found.append(f"{name}: has {' and '.join(more)} besides its low-rank matrices")
         for path in adapter.modules:
             module = modules.get(path)
             if module is None or kind(module) != "linear":
-                faults.append(f"{name}: {path} is no linear layer of this model")
+                found.append(f"{name}: {path} is not a linear layer of this model")
                 continue
             a, b = adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"]
             rows, columns = dims(module)
             if (a.shape[0], b.shape[-1]) != (rows, columns):
-                faults.append(f"{name}: {path} is {a.shape[0]} x {b.shape[-1]}, the model's {rows} x {columns}")
-    return faults
+                found.append(f"{name}: {path} is {a.shape[0]} x {b.shape[-1]}, the model's is {rows} x {columns}")
+    return found

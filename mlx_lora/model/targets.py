@@ -1,4 +1,4 @@
-"""Which modules of a model an adapter sits on. Reads the model, changes nothing."""
+"""Which modules of a model are adapted. Reads the model, changes nothing."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from ..adapter import raise_faults, split_layer
 from ..base.modules import dims, kind, layer_paths
 from ..config import AdapterConfig
 from ..errors import AdapterError
+from .state import bare_modules
 
 ALL_LINEAR = "all-linear"
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that an adapter can sit on, by path, in the model's order."""
-    return {path: module for path, module in _ordered(model) if kind(module)}
+    """Every module that can be adapted, by path, in the model's order. Adapters already on the model do not matter."""
+    return {path: module for path, module in bare_modules(model).items() if kind(module)}
 
 
 def routers(model: nn.Module) -> set[str]:
-    """Paths of the linears that choose experts: beside experts, with one output for each of them (or one in all)."""
-    modules = dict(model.named_modules())
+    """Paths of the linears that route tokens: in a block with experts, with one output per expert or a single one."""
+    modules = bare_modules(model)
     found = set()
     for path, module in modules.items():
         if kind(module) != "switch":
             continue
-        # The experts' container is one or two levels up: mlp.switch_mlp.gate_proj beside mlp.gate.
+        # The block that contains router and experts is one or two levels up: mlp.switch_mlp.gate_proj, mlp.gate.
         blocks = {path.rpartition(".")[0], path.rpartition(".")[0].rpartition(".")[0]}
         found |= {
             name
-            for name, sibling in modules.items()
+            for name, other in modules.items()
             if name.rpartition(".")[0] in blocks
-            and kind(sibling) == "linear"
-            and dims(sibling)[1] in (module.num_experts, 1)
+            and kind(other) == "linear"
+            and dims(other)[1] in (module.num_experts, 1)
         }
     return found
 
 
 def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """The modules that ``config.keys`` and ``config.num_layers`` choose, by path.
+    """The modules that ``config.keys`` and ``config.num_layers`` select, by path.
 
-    ``num_layers`` bounds everything but absolute paths written out in full.
+    ``num_layers`` limits every key except complete paths.
 
-    Raises:
-        AdapterError: a key matches nothing; the message lists what there is.
+    Raises: AdapterError: a key matches nothing; the hint lists the model's modules.
     """
     layers = layer_paths(model)
     count = config.num_layers if config.num_layers > 0 else len(layers)
@@ -55,7 +55,7 @@ def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
         if beyond := [i for i in config.layers_to_transform if i >= len(layers)]:
             raise AdapterError(
                 f"layers_to_transform: {', '.join(map(str, beyond))}, but the model has {len(layers)} layers",
-                "Count them from 0.",
+                "Layers are numbered from 0.",
             )
         kept = [layers[i] for i in sorted(set(config.layers_to_transform))]
     where = f"the last {count} layers" if config.layers_to_transform is None else "layers_to_transform"
@@ -65,12 +65,12 @@ def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     outside = {path for path in modules if not path.startswith(every)}
     keys = None if config.keys is None and config.target_parameters is None else (*(config.keys or ()),)
     if keys is None or ALL_LINEAR in keys:
-        _refuse_own_kinds(model, chosen)
+        _refuse_own_adapters(model, chosen)
     if keys is None:
         skip = routers(model)
         found = {path for path in modules if path.startswith(chosen) and path not in skip}
         if not found:
-            raise AdapterError(f"{where} hold no linear layers to adapt", "Name modules with --keys.")
+            raise AdapterError(f"{where}: no linear layers to adapt", "Name modules with --keys.")
         return {path: modules[path] for path in modules if path in found}
     found, faults = set(), []
     for key in [*keys, *(config.target_parameters or ())]:
@@ -78,17 +78,17 @@ def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
         inside = {p for p in matches if p.startswith(chosen) or p in outside or p == key}
         found |= inside
         if not inside:
-            faults.append(_nothing(key, matches, modules, where))
-    raise_faults(faults, f"There are: {', '.join(_names(modules))}.")
+            faults.append(_no_match(key, matches, modules, where))
+    raise_faults(faults, f"The model has: {', '.join(_names(modules))}.")
     return {path: module for path, module in modules.items() if path in found}
 
 
 def select_named(model: nn.Module, names: dict[str, Any]) -> dict[str, Any]:
-    """``names`` (paths, or ends of paths) with the paths of the modules they name as keys.
+    """``names`` with complete paths as keys; a key may be the end of one or several paths.
 
     Raises: AdapterError: a name matches nothing.
     """
-    modules = dict(_ordered(model))
+    modules = bare_modules(model)
     found, faults = {}, []
     for name, value in names.items():
         paths = [path for path in modules if path and (path == name or path.endswith("." + name))]
@@ -97,11 +97,11 @@ def select_named(model: nn.Module, names: dict[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, [*modules, *leaves], n=1)
             faults.append(f"the model has no module {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         found |= dict.fromkeys(paths, value)
-    raise_faults(faults, "A head that is tied to the embedding is no module of its own: name the embedding.")
+    raise_faults(faults, "An output head that shares the embedding's weight is not a module: name the embedding.")
     return found
 
 
-# The parameters of PEFT's models of experts -> mlx-lm's modules; both stand below the same block.
+# PEFT's parameter names of experts -> mlx-lm's module names in the same block.
 _EXPERT_PARAMETERS = {
     "gate_up_proj": ("gate_proj", "up_proj", "gate_up_proj"),
     "down_proj": ("down_proj",),
@@ -109,27 +109,30 @@ _EXPERT_PARAMETERS = {
 
 
 def _parameters(name: str, modules: dict[str, nn.Module]) -> set[str]:
-    """The modules that hold what PEFT's ``target_parameters`` calls ``name``: ``mlp.experts.gate_up_proj``, a router's
-    ``mlp.gate.weight``, or any ``<module>.weight``."""
+    """Paths of the modules with the parameter that PEFT's ``target_parameters`` calls ``name``.
+
+    Such as ``mlp.experts.gate_up_proj``, a router's ``mlp.gate.weight``, or any ``<module>.weight``.
+    """
     stem, _, leaf = name.rpartition(".")
     if leaf == "weight":
         return {p for p in modules if p == stem or p.endswith("." + stem)}
     block = stem.removesuffix("experts").removesuffix(".")
+    suffix = f".{block}" if block else ""
     found = set()
     for path, module in modules.items():
         parent, _, own = path.rpartition(".")
         above = parent.rpartition(".")[0]
-        if kind(module) == "switch" and own in _EXPERT_PARAMETERS.get(leaf, (leaf,)):
-            beside = not block or f".{above}".endswith("." + block) or f".{parent}".endswith("." + block)
-            found |= {path} if beside else set()
+        in_block = f".{above}".endswith(suffix) or f".{parent}".endswith(suffix)
+        if in_block and kind(module) == "switch" and own in _EXPERT_PARAMETERS.get(leaf, (leaf,)):
+            found.add(path)
     return found
 
 
-def _refuse_own_kinds(model: nn.Module, chosen: tuple[str, ...]) -> None:
-    """Layers that bring adapters of their own (afm7's, which split what they return) are not passed over in silence."""
-    own = [path for path, module in _ordered(model) if hasattr(module, "to_lora") and path.startswith(chosen)]
+def _refuse_own_adapters(model: nn.Module, chosen: tuple[str, ...]) -> None:
+    """Refuse layers with an adapter class of their own (afm7's, which split their output) instead of skipping them."""
+    own = {p: m for p, m in bare_modules(model).items() if hasattr(m, "to_lora") and p.startswith(chosen)}
     raise_faults(
-        [f"{path}: {type(dict(model.named_modules())[path]).__name__} cannot be adapted" for path in own],
+        [f"{path}: {type(module).__name__} cannot be adapted" for path, module in own.items()],
         "Name the modules to adapt with --keys.",
     )
 
@@ -150,7 +153,7 @@ def _matches(key: str, modules: dict[str, nn.Module], model: nn.Module) -> set[s
     return {p for p in modules if pattern.fullmatch(p)}
 
 
-def _nothing(key: str, matches: set[str], modules: dict[str, nn.Module], where: str) -> str:
+def _no_match(key: str, matches: set[str], modules: dict[str, nn.Module], where: str) -> str:
     if matches:
         return f"key {key!r} matches only outside {where}" + (" (num_layers)" if "last" in where else "")
     near = difflib.get_close_matches(key, _names(modules) + [n.rpartition(".")[2] for n in _names(modules)], n=1)
@@ -158,10 +161,5 @@ def _nothing(key: str, matches: set[str], modules: dict[str, nn.Module], where: 
 
 
 def _names(modules: dict[str, nn.Module]) -> list[str]:
-    """Paths relative to a layer, each once."""
+    """Paths relative to a layer, without repetitions."""
     return list(dict.fromkeys(split_layer(path)[1] for path in modules))
-
-
-def _ordered(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """``named_modules`` in the order of definition (MLX walks them last to first)."""
-    return list(reversed(model.named_modules()))

@@ -1,7 +1,7 @@
-"""The papers' tables of parameters and memory, recomputed from model shapes alone, beside what they print.
+"""The papers' tables of parameters and memory, recomputed from model shapes and compared with the printed figures.
 
-Everything is arithmetic on widths and depths. A printed figure agrees where it is the computed one to its own digits,
-rounded or cut off; where it does not, ``note`` says why. Standard library only.
+A printed figure agrees if the computed one, rounded or truncated to the printed digits, is the same. If not, ``note``
+says why. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's or encoder's widths. ``kv``: outputs of k and v; ``inner``: width of the MLP."""
+    """The sizes of a decoder or encoder. ``kv``: output size of k and v; ``inner``: width of the MLP."""
 
     layers: int
     width: int
@@ -28,7 +28,7 @@ class Shape:
         return (table | {"gate": (d, m), "up": (d, m), "down": (m, d)})[name]
 
     def parameters(self) -> int:
-        """Of a Llama: embeddings, head, projections, norms."""
+        """Parameters of a Llama model: embeddings, head, projections and norms."""
         inside = sum(math.prod(self.sizes(n)) for n in ("q", "k", "v", "o", "gate", "up", "down"))
         return 2 * self.vocabulary * self.width + self.layers * (inside + 2 * self.width) + self.width
 
@@ -48,12 +48,12 @@ def lora(shape: Shape, names: tuple[str, ...], rank: int) -> int:
 
 
 def dora(shape: Shape, names: tuple[str, ...], rank: int) -> int:
-    """LoRA's, and a magnitude for each output."""
+    """LoRA's parameters and one magnitude per output."""
     return lora(shape, names, rank) + shape.layers * sum(shape.sizes(name)[1] for name in names)
 
 
 def vera(shape: Shape, names: tuple[str, ...], rank: int) -> int:
-    """r + out for each adapted matrix; the shared projections are drawn, not trained."""
+    """r + out for each adapted matrix; the shared projections are not trained."""
     return shape.layers * sum(rank + shape.sizes(name)[1] for name in names)
 
 
@@ -63,13 +63,13 @@ class Row:
 
     paper: str
     what: str
-    computed: float  # in plain units: parameters, bytes, bits, percent, or times
+    computed: float  # parameters, bytes, bits, percent or a ratio, without a prefix such as M
     printed: str
-    note: str = ""  # why the two differ, or what the figure rests on
+    note: str = ""  # why the two differ, or what the figure assumes
 
     @property
     def agrees(self) -> bool:
-        """The printed figure is the computed one to its own digits, rounded or cut off."""
+        """Whether the computed figure, rounded or truncated to the printed digits, is the printed one."""
         number, decimals, unit = _parse(self.printed)
         value = self.computed / unit
         step = 10.0**-decimals
@@ -82,7 +82,7 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "%": 1, "x": 1, "MB": 1e6, "GB": 
 
 
 def _parse(printed: str) -> tuple[float, int, float]:
-    """(number, decimals, unit) of a figure such as "37.7M"; a lower or upper bound is its number."""
+    """(number, decimals, unit) of a figure such as "37.7M"; the sign of a bound such as "<48GB" is ignored."""
     match = re.fullmatch(r"[<>~]?\s*([\d,]*\.?\d+)\s*([A-Za-z%]*)", printed)
     number = match[1].replace(",", "")
     return float(number), len(number.partition(".")[2]), _UNITS[match[2]]
@@ -93,7 +93,7 @@ def _percent(trained: int, shape: Shape) -> float:
 
 
 def rows() -> list[Row]:
-    """Every figure, paper by paper."""
+    """All figures, paper by paper."""
     qv, attention_mlp = ("q", "v"), ("q", "k", "v", "up", "down")
     double = 8 / 64 + 32 / (64 * 256)
     found = [
@@ -112,14 +112,14 @@ def rows() -> list[Row]:
             "GPT-2 large, q and v, r 4",
             lora(GPT2_L, qv, 4),
             "0.77M",
-            "misprint: 0.74M by the paper's own formula; the row repeats that of prefix tuning",
+            "misprint: 0.74M by the paper's own formula; the row repeats the figure of prefix tuning",
         ),
         ("LoRA 2106.09685, table 4", "GPT-3, q and v, r 1", lora(GPT3, qv, 1), "4.7M", ""),
         ("LoRA 2106.09685, table 4", "GPT-3, q and v, r 8", lora(GPT3, qv, 8), "37.7M", ""),
         ("LoRA 2106.09685, table 5", "GPT-3, q and v, r 4", lora(GPT3, qv, 4), "18M", ""),
         (
             "LoRA 2106.09685, abstract",
-            "fewer parameters: 175B over r 4 on q and v",
+            "fewer parameters: 175B / r 4 on q and v",
             175e9 / lora(GPT3, qv, 4),
             "10,000x",
             "a round figure: 9,272 times; r 1 would be 37,087 times",
@@ -129,10 +129,10 @@ def rows() -> list[Row]:
             "checkpoint of r 4, two bytes each",
             2.0 * lora(GPT3, qv, 4),
             "35MB",
-            "37.7 MB are 36.0 MiB; 35 MB is 350 GB over the round 10,000",
+            "37.7 MB are 36.0 MiB; 35 MB is 350 GB / 10,000",
         ),
         ("LoRA 2106.09685, section 4.2", "GPT-3's weights, two bytes each", 2 * 175e9, "350GB", ""),
-        ("LoRA 2106.09685, abstract", "less memory: 1.2 TB over 350 GB, both measured", 1.2e12 / 350e9, "3x", ""),
+        ("LoRA 2106.09685, abstract", "less memory: 1.2 TB / 350 GB, both measured", 1.2e12 / 350e9, "3x", ""),
         (
             "LoRA 2106.09685, section 4.2",
             "time saved, from 32.5 to 43.1 tokens/s",
@@ -149,7 +149,7 @@ def rows() -> list[Row]:
             "RoBERTa-large, q and v, r 16",
             vera(ROBERTA_LARGE, qv, 16),
             "49.5K",
-            "misprint: its size of 195 KB in the same row is 49,920 numbers",
+            "misprint: the size of 195 KB in the same row is 49,920 values",
         ),
         ("VeRA 2310.11454, table 1", "RoBERTa-large, q and v, r 256", vera(ROBERTA_LARGE, qv, 256), "61.4K", ""),
         ("VeRA 2310.11454, table 1", "GPT-3, q and v, r 1", vera(GPT3, qv, 1), "2.4M", ""),
@@ -185,19 +185,19 @@ def rows() -> list[Row]:
         counts = (lora(shape, attention_mlp, 32), dora(shape, attention_mlp, 32), dora(shape, attention_mlp, 16))
         for what, count, figure in zip(("LoRA r 32", "DoRA r 32", "DoRA r 16"), counts, printed, strict=True):
             short = name == "3 8B" and what == "DoRA r 16"
-            note = "misprint: the magnitudes are left out; with them it is 0.36 %" if short else ""
+            note = "misprint: without the magnitudes; with them it is 0.36 %" if short else ""
             what = f"Llama {name}, q k v up down, {what}: share trained"
             found.append(("DoRA 2402.09353, table 1", what, _percent(count, shape), figure, note))
     big = LLAMA_65B.parameters()
     found += [
         ("QLoRA 2305.14314, section 3", "bits for the scales of a block of 64", 32 / 64, "0.5bits", ""),
         ("QLoRA 2305.14314, section 3", "the same, double quantized", double, "0.127bits", ""),
-        ("QLoRA 2305.14314, section 3", "bits saved a parameter", 0.5 - double, "0.373bits", ""),
+        ("QLoRA 2305.14314, section 3", "bits saved per parameter", 0.5 - double, "0.373bits", ""),
         ("QLoRA 2305.14314, section 3", "65B: memory saved", big * (0.5 - double) / 8, "3GB", ""),
         ("QLoRA 2305.14314, abstract", "65B in full: weights, gradients, Adam: 12 bytes", 12 * big, ">780GB",
          "a bound: 783 GB"),
         ("QLoRA 2305.14314, abstract", "65B: NF4, r 64 on all linear at 12 bytes",
-         big * (4 + double) / 8 + 12 * lora(LLAMA_65B, ALL, 64), "<48GB", "a bound: activations come on top"),
+         big * (4 + double) / 8 + 12 * lora(LLAMA_65B, ALL, 64), "<48GB", "a bound: without activations"),
         ("QLoRA 2305.14314, section 2", "7B: an adapter of 0.2 %, two bytes each", 2 * 0.002 * LLAMA_7B.parameters(),
          "26MB", "a round figure: 0.2 % are 13.5M parameters"),
     ]  # fmt: skip
@@ -205,9 +205,9 @@ def rows() -> list[Row]:
 
 
 def training_bytes(trained: int, half: int = 0) -> dict[str, int]:
-    """What ``trained`` parameters cost in training with Adam, by part, in bytes.
+    """The memory that training ``trained`` parameters with Adam needs besides the parameters, in bytes.
 
     Args:
-        half: how many of them are in half precision, with a float32 twin each.
+        half: how many of them are in half precision; each of these has a float32 master copy.
     """
     return {"gradients": 4 * trained, "moments": 8 * trained, "master weights": 4 * half}

@@ -1,1 +1,1 @@
-"""Answers from a model with adapters that come and go: ``bank.py`` holds adapters, ``engine.py`` makes tokens."""
+"""Generating with a model whose adapter can change: ``bank.py`` keeps adapters, ``engine.py`` generates tokens."""

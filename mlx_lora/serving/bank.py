@@ -1,4 +1,4 @@
-"""Adapters that are at hand by name, one of them on the model at a time. The base is never loaded again."""
+"""Named adapters for one model, of which one is mounted at a time. The base is loaded only once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AdapterBank:
     """Named adapters for one model.
 
     Args:
-        model: the base, without adapters.
+        model: the base, without an adapter.
     """
 
     def __init__(self, model: nn.Module):
@@ -28,7 +28,7 @@ class AdapterBank:
         self._base = base.folder if base else None
         self._adapters: dict[str, Adapter] = {}
         self.current: str | None = None
-        self.adapter: Adapter | None = None  # the one on the model
+        self.adapter: Adapter | None = None  # the mounted one
         self._state = state_of(model)
 
     @property
@@ -36,13 +36,13 @@ class AdapterBank:
         return sorted(self._adapters)
 
     def add(self, name: str, adapter: Adapter | str | Path) -> None:
-        """Keep ``adapter``, or the one in that folder, under ``name``."""
+        """Store ``adapter``, or the adapter in that folder, as ``name``."""
         self._adapters[name] = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=self._base)
 
     def use(self, name: str | None) -> float:
-        """Put adapter ``name`` on the model, or none. A name that is not known is taken for a folder.
+        """Mount adapter ``name``; None unmounts. An unknown name is read as an adapter's folder.
 
-        Returns: seconds it took. Raises: AdapterError, FormatError; the adapter in use then stays.
+        Returns: the seconds it took. Raises: AdapterError, FormatError; the present adapter then stays mounted.
         """
         tic = time.perf_counter()
         if name is None:
@@ -51,9 +51,9 @@ class AdapterBank:
             if name not in self._adapters:
                 if not Path(name).is_dir():
                     known = ", ".join(self.names) or "none"
-                    raise AdapterError(f"no adapter named {name!r}", f"Known: {known}. Or give an adapter's folder.")
+                    raise AdapterError(f"no adapter named {name!r}", f"Known: {known}. An adapter's folder works, too.")
                 self.add(name, name)
-            # By that name there may have been another, and somebody may have taken it off.
+            # The name may have been given to another adapter, and the caller may have unmounted this one.
             if self._adapters[name] is not self.adapter or state_of(self._model) is not self._state:
                 mount(self._model, self._adapters[name])
         self._state = state_of(self._model)

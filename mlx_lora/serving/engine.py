@@ -1,7 +1,7 @@
 """From messages to tokens: prompts, streaming with a prompt cache, and batches of greedy answers.
 
-Sampling and decoding are mlx-lm's. What is here is what mlx-lm leaves to its callers: keeping the cache while a
-conversation grows and the adapter stays, and dropping it when the adapter changes.
+mlx-lm samples and decodes. The engine adds what mlx-lm leaves to its callers: it reuses the prompt cache while a
+conversation grows, and drops it when another adapter is mounted.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapter import Adapter
 from ..config import GenerateConfig
 from ..errors import ConfigError
+from ..model.state import State, state_of
 from .bank import AdapterBank
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of an answer; the last one carries ``finish_reason``."""
+    """A piece of an answer; the last one has a ``finish_reason``."""
 
     text: str
     finish_reason: str | None  # "stop", "length" or None
@@ -38,10 +38,11 @@ class Engine:
     def __init__(self, model: nn.Module, tokenizer: Any, bank: AdapterBank | None = None):
         self.model, self.tokenizer = model, tokenizer
         self.bank = bank or AdapterBank(model)
-        self._kept: tuple[Adapter | None, list[int], list] | None = None  # adapter, tokens, cache
+        # What was on the model, the tokens it has read, and its prompt cache.
+        self._kept: tuple[State | None, list[int], list] | None = None
 
     def prompt(self, messages: list[dict], tools: list | None = None) -> list[int]:
-        """The tokens of a conversation up to where the assistant speaks."""
+        """The tokens of a conversation, up to the assistant's next answer."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
                 "this model's tokenizer has no chat template", "Use generate --ignore-chat-template with plain text."
@@ -50,7 +51,7 @@ class Engine:
             ids = self.tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
             )
-        except Exception as error:  # templates raise jinja's own errors at what they refuse
+        except Exception as error:  # jinja's errors, among others
             raise ConfigError(
                 f"the chat template refuses these messages ({error})",
                 "Leave the system prompt out, or use generate --ignore-chat-template with plain text.",
@@ -58,7 +59,7 @@ class Engine:
         return list(ids)
 
     def stream(self, tokens: list[int], config: GenerateConfig) -> Iterator[Piece]:
-        """Answer ``tokens`` with the adapter in use, piece by piece."""
+        """Generate the answer to ``tokens`` with the mounted adapter."""
         from mlx_lm import stream_generate
         from mlx_lm.sample_utils import make_sampler
 
@@ -69,7 +70,7 @@ class Engine:
         cache, known = self._cache_for(tokens)
         sampler = make_sampler(config.temp, top_p=config.top_p, min_p=config.min_p, top_k=config.top_k)
         made: list[int] = []
-        self._kept = None  # nothing to reuse if this is interrupted
+        state, self._kept = state_of(self.model), None  # an interrupted answer leaves no cache
         for r in stream_generate(
             self.model,
             self.tokenizer,
@@ -88,25 +89,26 @@ class Engine:
                 r.generation_tps,
                 r.peak_memory,
             )
-        self._kept = (self.bank.adapter, tokens + made, cache)
+        if state_of(self.model) is state:  # mount() may have been called between two pieces
+            self._kept = (state, tokens + made, cache)
 
     def _cache_for(self, tokens: list[int]) -> tuple[list, int]:
-        """A prompt cache, and how many of ``tokens`` it holds already."""
+        """A prompt cache, and how many of ``tokens`` it already contains."""
         from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-        if self._kept is not None and self._kept[0] is self.bank.adapter:
+        if self._kept is not None and self._kept[0] is state_of(self.model):
             _, known, cache = self._kept
             offset = getattr(cache[0], "offset", None)
             if isinstance(offset, int) and can_trim_prompt_cache(cache):
                 known = known[:offset]
                 shared = next((i for i, (a, b) in enumerate(zip(known, tokens, strict=False)) if a != b), len(known))
-                shared = min(shared, len(tokens) - 1)  # one token must be computed
+                shared = min(shared, len(tokens) - 1)  # the model must compute at least one token
                 if shared > 0 and trim_prompt_cache(cache, len(known) - shared) == len(known) - shared:
                     return cache, shared
         return make_prompt_cache(self.model), 0
 
     def answers(self, prompts: list[list[int]], max_tokens: int, batch_size: int = 16) -> Iterator[str]:
-        """The greedy answer to each prompt, batched; nothing of one answer reaches another."""
+        """The greedy answer to each prompt, computed in batches."""
         from mlx_lm import batch_generate
 
         for start in range(0, len(prompts), batch_size):

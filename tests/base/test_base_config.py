@@ -1,4 +1,4 @@
-"""Older fields for configs of transformers 5: what is added, what is left alone, what mlx-lm makes of it."""
+"""Adding transformers 4's fields to configs of transformers 5, and what mlx-lm builds from them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def gemma3(**changes):
         {},
     ],
 )
-def test_transformers_4_is_left_alone(config):
+def test_configs_of_transformers_4_are_unchanged(config):
     assert missing_fields(config) == {}
 
 
@@ -68,12 +68,12 @@ def test_flat_rope_parameters(rope, added):
     assert missing_fields({**config, **found}) == {}
 
 
-def test_stated_fields_stay_but_a_contradicted_theta():
-    """transformers 5 goes by rope_parameters, and by a rope_scaling above it."""
+def test_stated_fields_stay_except_a_contradicted_theta():
+    """transformers 5 reads rope_parameters, and rope_scaling instead if it is set."""
     config = {"rope_parameters": LLAMA3, "rope_theta": 10000.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     assert missing_fields(config) == {"rope_theta": 500000.0}
     assert missing_fields({"rope_parameters": DEFAULT, "rope_theta": 500000.0}) == {"rope_scaling": None}
-    # A stated null is no statement.
+    # null counts as missing.
     assert missing_fields({"rope_parameters": YARN, "rope_scaling": None})["rope_scaling"]["type"] == "yarn"
 
 
@@ -89,7 +89,7 @@ def test_gemma3_keeps_its_two_settings():
 
 
 def test_gemma4_gets_no_rope_scaling():
-    """mlx-lm's class reads both settings itself; transformers would drop both for a rope_scaling."""
+    """mlx-lm's class reads both settings. With a rope_scaling, transformers would ignore both."""
     rope = {
         "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -110,7 +110,7 @@ def test_one_of_two_settings_may_be_absent():
         (TYPES, 6),
         (["sliding_attention", "full_attention"], 2),
         (["sliding_attention", "full_attention", "sliding_attention"], 2),
-        (["full_attention", "sliding_attention"], None),  # follows no rule that the older field can tell
+        (["full_attention", "sliding_attention"], None),  # no pattern that sliding_window_pattern can express
         (["sliding_attention"] * 4, None),
         (["full_attention"] * 4, None),
         (None, None),
@@ -136,7 +136,7 @@ def test_renamed_fields():
 
 
 @pytest.mark.parametrize(("rope", "kind"), [(DEFAULT, "RoPE"), (LLAMA3, "Llama3RoPE"), (YARN, "YarnRoPE")])
-def test_mlx_lm_builds_the_rotary_embedding_that_was_meant(rope, kind):
+def test_mlx_lm_builds_the_right_rotary_embedding(rope, kind):
     from mlx_lm.models import llama
 
     sizes = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 8}
@@ -145,6 +145,6 @@ def test_mlx_lm_builds_the_rotary_embedding_that_was_meant(rope, kind):
     built = llama.Model(llama.ModelArgs.from_dict({**config, **missing_fields(config)})).layers[0].self_attn.rope
     assert type(built).__name__ == kind
     bare = llama.Model(llama.ModelArgs.from_dict(config)).layers[0].self_attn.rope
-    assert type(bare).__name__ == "RoPE" and bare.base == 10000  # what mlx-lm makes of it without help
+    assert type(bare).__name__ == "RoPE" and bare.base == 10000  # what mlx-lm builds without the added fields
     if kind == "RoPE":
         assert built.base == 500000.0

@@ -99,10 +99,10 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(AdapterError, match="already"):
         MultiLoRA(model, adapters)
     mlx_lora.unmount(model)
-    with pytest.raises(AdapterError, match="x: is dora, not lora"):
+    with pytest.raises(AdapterError, match="x: its method is dora, not lora"):
         MultiLoRA(model, {**adapters, "x": dora})
     other = make_model(LLAMA, hidden_size=32)
-    with pytest.raises(AdapterError, match=r"one: model.layers.0.mlp.down_proj is 128 x 64, the model's 128 x 32"):
+    with pytest.raises(AdapterError, match=r"one: model.layers.0.mlp.down_proj is 128 x 64, the model's is 128 x 32"):
         MultiLoRA(other, adapters)
     many = MultiLoRA(model, adapters)
     with pytest.raises(AdapterError, match="no adapter named four"):
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_named():
     ("config", "says"),
     [
         ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ("lm_head",)}, "whole parameters"),
+        ({"modules_to_save": ("lm_head",)}, "full parameters"),
         ({"trainable_token_indices": {"model.embed_tokens": (1, 2)}}, "trained tokens"),
         ({"method": "dora"}, "dora"),
     ],
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused():
         lambda: mlx_lora.mount(model, adapters["one"]),
         lambda: MultiLoRA(model, adapters),
     ):
-        with pytest.raises(AdapterError, match="many adapters"):
+        with pytest.raises(AdapterError, match="several adapters"):
             change()
     with pytest.raises(AdapterError, match="no adapter is chosen"):
         many.choose([])

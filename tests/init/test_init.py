@@ -1,4 +1,4 @@
-"""Starts: each is the identity, keeps its promise, and leaves an adapter that means the same over its own base."""
+"""Initialisations: the model first computes the same, and the extracted adapter works on the unchanged base."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ import pytest
 from mlx.utils import tree_flatten
 
 from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, numbers, relative
-from mlx_lora import AdapterConfig, attach, extract, fuse, load_adapter, mount, quantize, save_adapter, unmount
+from mlx_lora import AdapterConfig, attach, config, extract, fuse, load_adapter, mount, quantize, save_adapter, unmount
+from mlx_lora.base.decompositions import randomized_svd
 from mlx_lora.base.modules import dense_weight
 from mlx_lora.errors import AdapterError, ConfigError, DataError
 from mlx_lora.fast import accelerate
-from mlx_lora.init import loftq_pair
+from mlx_lora.init import FROM_DATA, INITS, SUBTRACTED, init_of
 from mlx_lora.init.eva import IncrementalSVD
-from mlx_lora.init.weights import svd_lowrank
+from mlx_lora.init.loftq import loftq_pair
 from mlx_lora.model.attach import adapters_on
 from mlx_lora.training.losses.cross_entropy import loss as loss_fn
 
 Q4 = dict(group_size=32, bits=4)
 KEYS = ["q_proj", "down_proj"]
-STARTS = ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "lora_ga"]
+NAMES = ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva", "lora_ga"]
+
+
+def test_the_table_has_a_row_for_every_name():
+    assert {"default", *INITS} == set(config.INITS)
+    assert FROM_DATA == ("eva", "lora_ga") and SUBTRACTED == ("pissa", "olora", "lora_ga")
+    assert init_of(AdapterConfig(init="pissa_niter_4")) is INITS["pissa"]
+    assert [name for name, row in INITS.items() if row.needs_reference] == ["loftq"]
 
 
 @dataclass
@@ -40,21 +48,21 @@ def batches(count=3, vocabulary=96):
         yield Batch(tokens, mask)
 
 
-def started(init: str, base: str = "dense", config: dict = LLAMA, **settings):
-    model = make_model(config, quantize=Q4 if base == "4-bit" else None)
+def attached(init: str, base: str = "dense", family: dict = LLAMA, **settings):
+    model = make_model(family, quantize=Q4 if base == "4-bit" else None)
     if base == "nf4":
         quantize(model, "nf4", double_quant=True)
     accelerate(model)
     settings = {"rank": 4, "scale": 2.0, "keys": KEYS, "num_layers": -1, **settings}
-    data = batches() if init in ("eva", "lora_ga") else None
+    data = batches() if init in FROM_DATA else None
     mx.random.seed(5)
     before = model(mx.array([[1, 5, 9, 33]]))
     attach(model, AdapterConfig(init=init, **settings), data)
     return model, before
 
 
-def nudge(model, size=0.02):
-    """Move every trained parameter a little, as training does."""
+def train_a_little(model, size=0.02):
+    """Change every trained parameter slightly."""
     mx.random.seed(8)
     for layer in adapters_on(model).values():
         for leaf in layer.leaves:
@@ -62,18 +70,18 @@ def nudge(model, size=0.02):
 
 
 @pytest.mark.parametrize("base", ["dense", "4-bit", "nf4"])
-@pytest.mark.parametrize("init", STARTS)
-def test_identity_then_one_portable_adapter(init, base, tokens, tmp_path):
+@pytest.mark.parametrize("init", NAMES)
+def test_attach_is_the_identity_and_the_adapter_is_portable(init, base, tokens, tmp_path):
     if init == "lora_ga" and base != "dense":
-        pytest.skip("needs the gradient of W, see below")
-    model, before = started(init, base)
-    assert_close(model(mx.array([[1, 5, 9, 33]])), before, 1e-5, "the start is not the identity")
+        pytest.skip("quantized weights have no gradient")
+    model, before = attached(init, base)
+    assert_close(model(mx.array([[1, 5, 9, 33]])), before, 1e-5, "the model changed")
     names = {n.rpartition(".")[2] for n, _ in tree_flatten(model.trainable_parameters())}
     assert names == {"lora_a", "lora_b"}
-    nudge(model)
+    train_a_little(model)
     live = model(tokens)
     adapter = extract(model)
-    doubled = init.startswith(("pissa", "olora", "lora_ga"))
+    doubled = init.startswith(SUBTRACTED)
     ranks = {adapter.rank_of(path) for path in adapter.modules}
     assert ranks == {8} if doubled else init == "eva" or ranks == {4}
     assert adapter.config.init == "default"
@@ -89,14 +97,14 @@ def test_identity_then_one_portable_adapter(init, base, tokens, tmp_path):
     assert_close(model(tokens), live, 2e-5, "fused")
 
 
-@pytest.mark.parametrize("init", STARTS)
-def test_gradients_of_the_update_are_plain_loras(init, tokens):
-    model, _ = started(init)
-    nudge(model, 0.05)
+@pytest.mark.parametrize("init", NAMES)
+def test_gradients_are_those_of_plain_lora(init, tokens):
+    model, _ = attached(init)
+    train_a_little(model, 0.05)
     layer = next(iter(adapters_on(model).values()))
     x = mx.random.normal((3, 5, layer.lora_a.shape[0]))
     target = mx.random.normal((3, 5, layer.lora_b.shape[1]))
-    frozen = layer.frozen_pair if hasattr(layer, "frozen_pair") else None
+    frozen = (layer.frozen_a, layer.frozen_b) if "frozen_a" in layer else None
 
     def ours(p):
         layer.update(p)
@@ -115,21 +123,21 @@ def test_gradients_of_the_update_are_plain_loras(init, tokens):
         assert_close(got[leaf], expected[leaf], 1e-5, leaf)
 
 
-def test_pissa_is_the_best_of_its_rank():
+def test_pissa_is_the_best_approximation_of_its_rank():
     for init in ("pissa", "pissa_niter_8"):
-        model, _ = started(init, scale=3.0)
+        model, _ = attached(init, scale=3.0)
         for layer in adapters_on(model).values():
             weight = numbers(layer.linear.weight)
             update = 3.0 * numbers(layer.lora_a @ layer.lora_b).T
             s = np.linalg.svd(weight, compute_uv=False)
             error = np.linalg.norm(weight - update) / np.sqrt((s[4:] ** 2).sum())
             assert 1 - 1e-4 < error < (1.0001 if init == "pissa" else 1.05), init
-            # A and B share the singular values evenly.
+            # Both factors have the square roots of the singular values.
             assert_close(mx.linalg.norm(layer.lora_a, axis=0), mx.linalg.norm(layer.lora_b, axis=1), 1e-4)
 
 
 def test_olora_is_qr():
-    model, _ = started("olora")
+    model, _ = attached("olora")
     for layer in adapters_on(model).values():
         b = numbers(layer.lora_b)
         assert_close(b @ b.T, np.eye(4), 1e-5)
@@ -139,13 +147,13 @@ def test_olora_is_qr():
 
 
 def test_orthogonal_and_gaussian():
-    model, _ = started("orthogonal")
+    model, _ = attached("orthogonal")
     for layer in adapters_on(model).values():
         assert mx.abs(layer.lora_b).max() > 0.01
         assert mx.abs(layer.lora_a @ layer.lora_b).max().item() < 1e-6
     with pytest.raises(ConfigError, match="even rank"):
-        started("orthogonal", rank=5)
-    model, _ = started("gaussian", rank=8)
+        attached("orthogonal", rank=5)
+    model, _ = attached("gaussian", rank=8)
     a = np.concatenate([numbers(layer.lora_a).ravel() for layer in adapters_on(model).values()])
     assert abs(a.std() - 1 / 8) < 0.01
 
@@ -153,23 +161,23 @@ def test_orthogonal_and_gaussian():
 def test_experts_and_embeddings(tokens):
     keys = ["switch_mlp.up_proj", "q_proj"]
     for init in ("pissa", "olora", "orthogonal"):
-        model, before = started(init, config=QWEN3_MOE, keys=keys)
+        model, before = attached(init, family=QWEN3_MOE, keys=keys)
         assert_close(model(mx.array([[1, 5, 9, 33]])), before, 2e-5)
-        nudge(model)
+        train_a_little(model)
         live = model(tokens)
         mount(model, extract(model))
         assert_close(model(tokens), live, 2e-5, init)
         fuse(model, dtype="float32")
         assert_close(model(tokens), live, 2e-5, init)
     with pytest.raises(AdapterError, match="embed_tokens: init pissa"):
-        started("pissa", keys=["model.embed_tokens"])
-    started("gaussian", keys=["model.embed_tokens"])
+        attached("pissa", keys=["model.embed_tokens"])
+    attached("gaussian", keys=["model.embed_tokens"])
 
 
 # -- EVA --------------------------------------------------------------------------------------------------------------
 
 
-def test_incremental_svd_is_the_svd_of_everything():
+def test_the_incremental_svd_equals_the_svd_of_all_rows():
     random = np.random.default_rng(1)
     data = (random.normal(size=(400, 6)) * [9, 7, 5, 3, 2, 1]) @ random.normal(size=(6, 24)) + random.normal(size=24)
     data = data.astype(np.float32)
@@ -183,49 +191,49 @@ def test_incremental_svd_is_the_svd_of_everything():
     assert np.allclose(inner.ratio[:6], s[:6] ** 2 / (s**2).sum(), rtol=1e-3)
 
 
-def test_eva_spends_its_budget_where_it_explains_most():
-    model, _ = started("eva", rank=4, eva_rho=2.0)
+def test_eva_distributes_the_total_rank():
+    model, _ = attached("eva", rank=4, eva_rho=2.0)
     ranks = {path: layer.rank for path, layer in adapters_on(model).items()}
     assert sum(ranks.values()) == 4 * 6 and max(ranks.values()) <= 8 and len(set(ranks.values())) > 1
-    assert {layer.scale for layer in adapters_on(model).values()} == {2.0}, "alpha grows with the rank"
+    assert {layer.scale for layer in adapters_on(model).values()} == {2.0}, "alpha must grow with the rank"
     for layer in adapters_on(model).values():
         a = numbers(layer.lora_a)
         assert_close(a.T @ a, np.eye(layer.rank), 1e-4)
-    even, _ = started("eva", rank=4, eva_rho=1.0)
+    even, _ = attached("eva", rank=4, eva_rho=1.0)
     assert {layer.rank for layer in adapters_on(even).values()} == {4}
 
 
-def test_eva_rslora_keeps_the_size_of_gradients():
-    model, _ = started("eva", rank=4, scale=None, alpha=8, rslora=True)
+def test_eva_with_rslora_keeps_the_size_of_gradients():
+    model, _ = attached("eva", rank=4, scale=None, alpha=8, rslora=True)
     for layer in adapters_on(model).values():
         assert layer.scale == pytest.approx(8 * layer.rank / 4 / np.sqrt(layer.rank))
 
 
-def test_layers_with_one_input_share_its_directions():
-    model, _ = started("eva", keys=["q_proj", "v_proj"], eva_rho=1.0)
+def test_layers_with_the_same_input_get_the_same_directions():
+    model, _ = attached("eva", keys=["q_proj", "v_proj"], eva_rho=1.0)
     layers = adapters_on(model)
     assert mx.array_equal(
         layers["model.layers.0.self_attn.q_proj"].lora_a, layers["model.layers.0.self_attn.v_proj"].lora_a
     ).item()
 
 
-def test_what_data_starts_refuse():
+def test_what_eva_and_lora_ga_refuse():
     model = make_model()
-    with pytest.raises(ConfigError, match="looks at data"):
+    with pytest.raises(ConfigError, match="needs data"):
         attach(model, AdapterConfig(init="eva", keys=KEYS))
     with pytest.raises(DataError, match="more data"):
         attach(model, AdapterConfig(init="eva", keys=KEYS, rank=32), batches(1))
-    with pytest.raises(AdapterError, match="does not start switch"):
+    with pytest.raises(AdapterError, match="cannot initialise switch"):
         attach(make_model(QWEN3_MOE), AdapterConfig(init="eva"), batches())
     with pytest.raises(AdapterError, match="quantized weights"):
-        started("lora_ga", "4-bit")
+        attached("lora_ga", "4-bit")
     with pytest.raises(AdapterError, match="twice the rank"):
-        started("lora_ga", rank=33)
+        attached("lora_ga", rank=33)
     assert not adapters_on(model)
 
 
 def test_lora_ga_follows_the_gradient():
-    model, _ = started("lora_ga", rank=8, keys=["down_proj"])
+    model, _ = attached("lora_ga", rank=8, keys=["down_proj"])
     layer = adapters_on(model)["model.layers.2.mlp.down_proj"]
     plain = make_model()
     weight = plain.layers[2].mlp.down_proj.weight
@@ -247,7 +255,7 @@ def test_lora_ga_follows_the_gradient():
 # -- LoftQ ------------------------------------------------------------------------------------------------------------
 
 
-def test_loftq_comes_nearer_to_the_weights_than_quantizing():
+def test_loftq_is_closer_to_the_weights_than_quantizing():
     random = np.random.default_rng(0)
     weight = random.normal(size=(64, 128)).astype(np.float32) * 0.05
 
@@ -274,15 +282,15 @@ def test_loftq_with_a_reference(base, tokens):
     attach(model, AdapterConfig(init="loftq", rank=16, scale=3.0, num_layers=-1), reference=reference)
     assert relative(model(tokens), exact) < 0.9 * before
     for path, layer in adapters_on(model).items():
-        whole = dict(reference.named_modules())[path].weight
-        left = mx.linalg.norm(whole - layer.merged_weight(dense_weight(layer.base)))
-        assert (left / mx.linalg.norm(whole - dense_weight(layer.base))).item() < 0.9
+        exact_weight = dict(reference.named_modules())[path].weight
+        left = mx.linalg.norm(exact_weight - layer.merged_weight(dense_weight(layer.base)))
+        assert (left / mx.linalg.norm(exact_weight - dense_weight(layer.base))).item() < 0.9
     with pytest.raises(ConfigError, match="loftq"):
         attach(make_model(), AdapterConfig(init="loftq"))
 
 
-def test_svd_lowrank_finds_the_largest():
+def test_randomized_svd_finds_the_largest_singular_values():
     random = np.random.default_rng(0)
     matrix = (random.normal(size=(40, 6)) * [9, 8, 7, 6, 5, 4]) @ random.normal(size=(6, 50)) + 0.01
-    _, s, _ = svd_lowrank(matrix.astype(np.float32), 6, 3)
+    _, s, _ = randomized_svd(matrix.astype(np.float32), 6, 3)
     assert np.allclose(s, np.linalg.svd(matrix, compute_uv=False)[:6], rtol=1e-3)

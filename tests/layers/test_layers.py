@@ -70,7 +70,7 @@ def make_input(which: str, dtype=mx.float32) -> mx.array:
 
 
 def plain(method: str, which: str, layer, weight: np.ndarray, x: mx.array, bias) -> np.ndarray:
-    """The textbook formula in float64, W' written out in full."""
+    """The formula in float64, with W' computed."""
     if method == "vera":
         a, b = (numbers(array).astype(np.float64) for array in layer.projections())
         d, scale = numbers(layer.vera_lambda_d), numbers(layer.vera_lambda_b)
@@ -216,7 +216,7 @@ def test_half_precision_gradients(dtype):
 
 
 def launches(f, *args) -> list[str]:
-    """Primitives of a function's graph that reach the device, by name."""
+    """Names of the primitives in a function's graph that launch a kernel."""
     ops: list[str] = []
 
     def record(entry):
@@ -224,7 +224,7 @@ def launches(f, *args) -> list[str]:
             ops.append(entry["name"])
 
     mx.export_function(record, f, *args)
-    # Views and constants: no kernel runs for these.
+    # Views and constants launch no kernel.
     free = {"Transpose", "Reshape", "Broadcast", "ExpandDims", "Squeeze", "Flatten", "Unflatten", "StopGradient"}
     return [op for op in ops if op not in free]
 
@@ -260,7 +260,7 @@ def test_dora_dropout_is_pefts():
     assert relative(got, layer.eval()(x)) > 1e-3
 
 
-def test_dora_gain_is_kept_only_while_it_is_true():
+def test_dora_gain_follows_changed_parameters():
     layer = make_layer("dora", "linear", make_base("linear", "affine4")).eval()
     x = make_input("linear")
     first = layer(x)

@@ -1,4 +1,4 @@
-"""Adding adapters up: cat and svd are the sum, the others keep their rules. PEFT itself is asked in judge/."""
+"""Merging adapters: cat and svd equal the weighted sum, the other methods follow their rules. See also judge/."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make(model, seed, **config):
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN3_MOE], ids=["llama", "moe"])
 @pytest.mark.parametrize("method", ["cat", "svd"])
-def test_the_sum_of_the_updates(method, config, tokens):
+def test_cat_and_svd_are_the_weighted_sum(method, config, tokens):
     model = make_model(config)
     keys = ["q_proj", "down_proj", "model.embed_tokens"]
     one, first = make(model, 1, keys=keys)
@@ -43,7 +43,7 @@ def test_the_sum_of_the_updates(method, config, tokens):
 @pytest.mark.parametrize(
     ("method", "sign", "expected"),
     [
-        # Half of the numbers stay: [0, -3, 4, 0], [5, 0, 0, -2], [0, -1, 0, 6]; signs by sum +, -, +, +.
+        # Half of the values are kept: [0, -3, 4, 0], [5, 0, 0, -2], [0, -1, 0, 6]; signs by sum +, -, +, +.
         ("ties", "total", [5, -2, 4, 6]),
         ("ties", "frequency", [5, -2, 4, 6]),
         ("magnitude_prune", "total", [5, -4, 4, 4]),
@@ -55,7 +55,7 @@ def test_rules_by_hand(method, sign, expected):
     assert got.tolist() == expected
 
 
-def test_one_rank_of_the_sum_is_the_best(tokens):
+def test_svd_is_the_best_approximation_of_its_rank(tokens):
     model = make_model()
     (one, first), (two, second) = make(model, 1, keys=["q_proj"]), make(model, 2, keys=["q_proj"])
     merged = merge_adapters([one, two], method="svd", rank=3)
@@ -99,7 +99,7 @@ def test_every_method_runs_and_saves(tmp_path):
     ],
     ids=lambda v: str(v) if isinstance(v, dict) else "",
 )
-def test_settings_that_cannot_be_honoured(arguments, said):
+def test_invalid_settings_are_refused(arguments, said):
     adapter, _ = make(make_model(), 1)
     with pytest.raises(ConfigError, match=said):
         merge_adapters([adapter, adapter], **arguments)
@@ -109,7 +109,7 @@ def test_adapters_that_cannot_be_merged():
     model = make_model()
     plain, _ = make(model, 1)
     for config, said in [
-        (dict(method="dora"), "of method dora"),
+        (dict(method="dora"), "its method is dora"),
         (dict(method="vera", rank=8, scale=None), "as_lora"),
         (dict(modules_to_save=["norm"]), "more than low-rank"),
     ]:

@@ -1,4 +1,4 @@
-"""The papers' figures from shapes, and the misprints by name."""
+"""The papers' figures computed from shapes, and the known misprints."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def test_counts(got, expected):
 
 def test_each_figure_agrees_or_says_why_not():
     for row in rows():
-        round_or_bound = row.note.startswith(("a round", "a bound", "37.7 MB", "24.6 %"))
+        inexact = row.note.startswith(("a round", "a bound", "37.7 MB", "24.6 %"))
         assert row.agrees or row.note, row
-        assert round_or_bound or row.agrees != row.note.startswith("misprint"), row
+        assert inexact or row.agrees != row.note.startswith("misprint"), row
     assert sum(row.note.startswith("misprint") for row in rows()) == 6
 
 

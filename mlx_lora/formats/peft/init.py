@@ -13,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from ...adapter import Adapter, raise_faults
+from ...base.decompositions import olora_pair, pissa_pair
 from ...errors import FormatError
 from ..options import ReadOptions
 
@@ -54,25 +56,14 @@ def for_published_base(adapter: Adapter, init: str, source: Path, options: ReadO
             faults.append(f"{path}: the base's weight is {list(base.shape)}, the adapter's {[b.shape[1], a.shape[0]]}")
             continue
         scale, rank = adapter.config.scale_of(path), adapter.rank_of(path)
-        first_b, first_a = initial_matrices(init.lower(), base.astype(mx.float32), rank, scale)
-        weights[f"{path}.lora_a"] = mx.concatenate([a, first_a.T.astype(a.dtype)], axis=1)
-        weights[f"{path}.lora_b"] = mx.concatenate([b, -first_b.T.astype(b.dtype)])
+        weight = np.array(base.astype(mx.float32))
+        pair = olora_pair(weight, rank) if init.lower() == "olora" else pissa_pair(weight, rank, scale)
+        first_a, first_b = (mx.array(np.ascontiguousarray(factor.T)) for factor in pair)
+        weights[f"{path}.lora_a"] = mx.concatenate([a, first_a.astype(a.dtype)], axis=1)
+        weights[f"{path}.lora_b"] = mx.concatenate([b, -first_b.astype(b.dtype)])
         ranks[f"^{re.escape(path)}"], scales[f"^{re.escape(path)}"] = 2 * rank, scale
     raise_faults(faults, "Name the model that the adapter was trained on.", FormatError)
     config = replace(
         adapter.config, rank=2 * adapter.config.rank, alpha=None, rslora=False, rank_pattern=ranks, scale_pattern=scales
     )
     return replace(adapter, weights=weights, config=config)
-
-
-def initial_matrices(init: str, weight: mx.array, rank: int, scale: float) -> tuple[mx.array, mx.array]:
-    """B0 [out, r] and A0 [r, in] for ``weight`` [out, in].
-
-    PiSSA: scale * B0 A0 is the best approximation of rank r. OLoRA: the first columns of Q and the first rows of R.
-    """
-    if init == "olora":
-        q, r = mx.linalg.qr(weight, stream=mx.cpu)
-        return q[:, :rank], r[:rank]
-    u, s, v = mx.linalg.svd(weight, stream=mx.cpu)
-    root = mx.sqrt(s[:rank] / scale)
-    return u[:, :rank] * root, v[:rank] * root[:, None]

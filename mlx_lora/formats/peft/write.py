@@ -74,7 +74,7 @@ def _expert_stacks(adapter: Adapter) -> list[str]:
 
 def _write_tokens(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     """Write an adapter that is trained rows of one embedding and nothing else."""
-    if len(adapter.tokens) != 1 or adapter.whole or options.profile or options.moe:
+    if len(adapter.tokens) != 1 or adapter.full_parameters or options.profile or options.moe:
         fault = "PEFT has no adapters of full modules alone, nor of rows of several embeddings"
         raise FormatError(fault, MERGE)
     (path, (ids, rows)) = next(iter(adapter.tokens.items()))
@@ -100,8 +100,8 @@ def _for_serving(adapter: Adapter, options: WriteOptions) -> Adapter:
     config, faults = adapter.config, []
     if config.method == "dora":
         faults.append("DoRA: vLLM and similar servers take LoRA only")
-    if adapter.whole:
-        faults.append(f"{len(adapter.whole)} fully trained parameters (modules_to_save or bias)")
+    if adapter.full_parameters:
+        faults.append(f"{len(adapter.full_parameters)} fully trained parameters (modules_to_save or bias)")
     if adapter.tokens:
         faults.append("trained rows of embeddings (trainable_token_indices)")
     if config.lora_bias:
@@ -248,7 +248,7 @@ class _Writer:
         """Add full parameters, trained rows of embeddings, VeRA's projections."""
         adapter = self.adapter
         adapted, saved = set(adapter.modules), set()
-        for name, array in {**adapter.whole, **adapter.metadata.get("peft", {}).get("saved", {})}.items():
+        for name, array in {**adapter.full_parameters, **adapter.metadata.get("peft", {}).get("saved", {})}.items():
             path, _, leaf = name.rpartition(".")
             theirs = _to_hf(path, self.base)
             inside = ".base_layer" if path in adapted else ""

@@ -11,11 +11,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from conftest import LLAMA, QWEN3_MOE, assert_close, make_model, relative
 from mlx_lora import AdapterConfig, attach, disable_adapter, extract, fuse, mount, unmount
-from mlx_lora.base.modules import kind
 from mlx_lora.device import is_cpu
 from mlx_lora.errors import AdapterError, ConfigError
 from mlx_lora.fast import accelerate
-from mlx_lora.fast.swap import kept, swap
+from mlx_lora.fast.swap import swap
 from mlx_lora.model import attach as room
 from mlx_lora.model.multi import MultiLoRA
 from mlx_lora.model.targets import adaptable
@@ -225,26 +224,36 @@ def test_an_adapter_is_never_put_on_the_trained_module_of_another(tokens):
 
 
 @pytest.mark.skipif(not is_cpu(), reason="only a CPU keeps dequantized weights")
-def test_swapping_adapters_keeps_dequantized_weights(tokens):
+@pytest.mark.parametrize("accelerated", [False, True], ids=["plain", "accelerated"])
+def test_swapping_adapters_keeps_dequantized_weights(accelerated, acceleration, monkeypatch, tokens):
+    """Those of base layers that were accelerated before stay after unmount, too."""
     model = make("4-bit", LLAMA)
     adapters = []
     for keys in (["q_proj", "up_proj"], ["q_proj", "lm_head"]):
         attach(model, AdapterConfig(rank=4, keys=keys, num_layers=-1))
         adapters.append(extract(model))
         unmount(model)
-    base = {path: module for path, module in adaptable(model).items() if kind(module) == "linear"}
-    assert all(kept(module) is None for module in base.values()), "unmount drops what attach added"
-    for loaded in (False, True):
-        if loaded:
-            accelerate(model)
-        mount(model, adapters[0])
-        model(tokens)
-        weights = {path: kept(module) for path, module in base.items()}
-        assert all(weight is not None for weight in weights.values())
-        mount(model, adapters[1])
-        assert all(kept(base[path]) is weight for path, weight in weights.items())
-        unmount(model)
-        assert all((kept(base[path]) is weight) == loaded for path, weight in weights.items())
+    if accelerated:
+        accelerate(model)
+    calls, dequantize = [], mx.dequantize
+    monkeypatch.setattr(mx, "dequantize", lambda *args, **kwargs: (calls.append(args), dequantize(*args, **kwargs))[1])
+
+    def dequantized() -> int:
+        calls.clear()
+        mx.eval(model(tokens))
+        return len(calls)
+
+    mount(model, adapters[0])
+    every = dequantized()
+    assert every > 0 and dequantized() == 0
+    mount(model, adapters[1])
+    assert dequantized() == 0
+    with disable_adapter(model):
+        assert dequantized() == 0
+    assert dequantized() == 0
+    unmount(model)
+    mount(model, adapters[0])
+    assert dequantized() == (0 if accelerated else every)
 
 
 @pytest.mark.parametrize("base", list(BASES))

@@ -159,6 +159,9 @@ class AdapterConfig:
                     faults.append(f"{name}: {pattern!r} is not a regular expression ({error})")
         raise_all(faults + self._contradictions(), self)
 
+    def __hash__(self) -> int:
+        return hash((self.method, self.rank, self.scale, self.keys))  # equal configs have equal hashes; dicts have none
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 

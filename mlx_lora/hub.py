@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .base.saving import check_target
 from .errors import ConfigError, FormatError, HubError
 from .formats import FORMATS, describe, detect_format
 from .formats.files import write_folder
@@ -89,8 +90,7 @@ def pull(repo: str, folder: str | Path, *, revision: str | None = None, overwrit
 
     folder = Path(folder)
     _check_repo(repo)
-    if folder.exists() and not (folder.is_dir() and (overwrite or not any(folder.iterdir()))):
-        raise FormatError(f"{folder}: already exists", "Choose another folder, or add --force.")
+    check_target(folder, overwrite, FormatError)
     with _hub_errors(repo):
         snapshot = Path(
             snapshot_download(repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_NOT_ADAPTER)

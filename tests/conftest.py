@@ -153,11 +153,11 @@ BOTH_WAYS = ("layers", "training", "formats")
 
 
 @pytest.fixture(autouse=True)
-def acceleration(request, monkeypatch) -> None:
+def fast_setting(request, monkeypatch) -> None:
     """MLX_LORA_FAST for this test; on unless the test's room is among ``BOTH_WAYS``."""
     monkeypatch.setenv("MLX_LORA_FAST", getattr(request, "param", "on"))
 
 
 def pytest_generate_tests(metafunc):
     if metafunc.definition.path.parent.name in BOTH_WAYS:
-        metafunc.parametrize("acceleration", ["on", "off"], indirect=True, ids=["fast", "plain"])
+        metafunc.parametrize("fast_setting", ["on", "off"], indirect=True, ids=["fast", "plain"])

@@ -195,9 +195,9 @@ def save_path_option(default: str, what: str) -> Callable:
 
 def check_free(folder: str, force: bool) -> None:
     """Raise a ConfigError unless ``folder`` can be written: it is new or empty, or a folder and ``force`` is set."""
-    path = Path(folder)
-    if path.exists() and not (path.is_dir() and (force or not any(path.iterdir()))):
-        raise ConfigError(f"{path}: exists already", "Choose another folder, or add --force.")
+    from ..base.saving import check_target
+
+    check_target(folder, force, ConfigError)
 
 
 trust_option = click.option(

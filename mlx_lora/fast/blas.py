@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..base.modules import dense_weight
+from ..base.modules import base_dtype, dense_weight
 from .swap import Changes, evaluated, keep, kept
 
 
@@ -36,7 +36,7 @@ class BlasLinear(_Dense):
 
 class BlasEmbedding(_Dense):
     def __call__(self, x: mx.array) -> mx.array:
-        return self.dense()[x]
+        return self.dense()[x].astype(base_dtype(self) or mx.float32)
 
     def project(self, x: mx.array) -> mx.array:
         return (x.astype(mx.float32) @ self.dense().T).astype(x.dtype)

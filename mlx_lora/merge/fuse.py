@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from ..fast import accelerate, undo
 from ..layers import AdapterLayer, TokenRows, UntiedEmbedding
 from ..model.full_parameters import dense_module
-from ..model.state import bare_modules, discard_state, place, wrappers
+from ..model.state import bare_modules, discard_state, mark_changed, place, wrappers
 
 # Bounds within which the update counts as kept; otherwise the layer is stored with more bits.
 SURVIVES_COSINE, SURVIVES_ERROR = 0.99, 0.1
@@ -101,6 +101,7 @@ def fuse(
     place(model, new)
     if (state := discard_state(model)) is not None:
         undo([module for module in state.accelerated if not kind(module)])  # classes for modules with adapters
+    mark_changed(model)
     accelerate(model)
     model.eval()
     mx.eval(model.parameters())

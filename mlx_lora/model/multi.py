@@ -11,7 +11,7 @@ from ..errors import AdapterError
 from ..fast import accelerate, undo
 from ..layers import MultiLoRALinear, Rows
 from .attach import adapters_on
-from .state import bare_modules, place, set_training, state_of
+from .state import bare_modules, place, state_of
 
 
 class MultiLoRA:
@@ -34,7 +34,7 @@ class MultiLoRA:
         self._frozen = frozen_parameters(model)
         layers = {path: self._layer(path, list(adapters.values())) for path in paths}
         for layer in layers.values():
-            set_training(layer, model.training)
+            layer.train(model.training)
         place(model, layers)
         self._accelerated = accelerate(model)
 

@@ -13,13 +13,13 @@ from ..config import AdapterConfig
 from ..errors import AdapterError
 from ..layers import AdapterLayer, MultiLoRALinear, TokenRows, UntiedEmbedding
 
-_STATE = "_mlx_lora_state"
+_STATE, _CHANGED = "_mlx_lora_state", "_mlx_lora_changed"
 _WRAPPERS = (AdapterLayer, TokenRows)
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
-    """What is on a model besides its adapter layers, and the values from before."""
+    """What is on a model besides its adapter layers, and the values from before. Two states are never equal."""
 
     config: AdapterConfig
     frozen: Frozen  # the frozen parameters of each module before
@@ -55,6 +55,16 @@ def discard_state(model: nn.Module) -> State | None:
     return model.__dict__.pop(_STATE, None)
 
 
+def mark_changed(model: nn.Module) -> None:
+    """Record that the weights of the model are no longer those it was loaded with."""
+    setattr(model, _CHANGED, object())
+
+
+def identity(model: nn.Module) -> tuple:
+    """What the model computes with now: differs after every ``attach``, ``mount``, ``unmount`` and ``fuse``."""
+    return state_of(model), model.__dict__.get(_CHANGED)
+
+
 def wrappers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers around modules of the base, by path: adapter layers, and embeddings with trained rows."""
     return {path: m for path, m in reversed(model.named_modules()) if isinstance(m, _WRAPPERS)}
@@ -80,16 +90,6 @@ def place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Put ``modules`` into the model at their paths."""
     if modules:
         model.update_modules(tree_unflatten(list(modules.items())))
-
-
-def set_training(module: nn.Module, training: bool) -> None:
-    """``module.train(training)`` for the modules in it that are in the other mode.
-
-    Setting an attribute makes fast/ drop what it keeps with a module, such as a dequantized weight.
-    """
-    for inner in module.modules():
-        if inner.training != training:
-            inner._training = training
 
 
 def take_off(model: nn.Module) -> Removed:
@@ -122,6 +122,6 @@ def put_back(model: nn.Module, removed: Removed) -> None:
         module[leaf] = array
     place(model, removed.modules)
     for module in removed.modules.values() if model.training != removed.training else ():
-        set_training(module, model.training)
+        module.train(model.training)
     if removed.state is not None:
         set_state(model, removed.state)

@@ -1,4 +1,4 @@
-"""From messages to tokens: prompts, streaming with a prompt cache, and batches of greedy answers.
+"""From messages to tokens: prompts, and streaming with a prompt cache.
 
 mlx-lm samples and decodes. The engine adds what mlx-lm leaves to its callers: it reuses the prompt cache while a
 conversation grows, and drops it when another adapter is mounted.
@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from ..config import GenerateConfig
 from ..errors import ConfigError
-from ..model.state import State, state_of
+from ..model.state import identity
 from .bank import AdapterBank
 
 
@@ -39,7 +39,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.bank = bank or AdapterBank(model)
         # What was on the model, the tokens it has read, and its prompt cache.
-        self._kept: tuple[State | None, list[int], list] | None = None
+        self._kept: tuple[tuple, list[int], list] | None = None
 
     def prompt(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """The tokens of a conversation, up to the assistant's next answer."""
@@ -70,7 +70,7 @@ class Engine:
         cache, known = self._cache_for(tokens)
         sampler = make_sampler(config.temp, top_p=config.top_p, min_p=config.min_p, top_k=config.top_k)
         made: list[int] = []
-        state, self._kept = state_of(self.model), None  # an interrupted answer leaves no cache
+        before, self._kept = identity(self.model), None  # an interrupted answer leaves no cache
         for r in stream_generate(
             self.model,
             self.tokenizer,
@@ -89,14 +89,14 @@ class Engine:
                 r.generation_tps,
                 r.peak_memory,
             )
-        if state_of(self.model) is state:  # mount() may have been called between two pieces
-            self._kept = (state, tokens + made, cache)
+        if identity(self.model) == before:  # mount() may have been called between two pieces
+            self._kept = (before, tokens + made, cache)
 
     def _cache_for(self, tokens: list[int]) -> tuple[list, int]:
         """A prompt cache, and how many of ``tokens`` it already contains."""
         from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-        if self._kept is not None and self._kept[0] is state_of(self.model):
+        if self._kept is not None and self._kept[0] == identity(self.model):
             _, known, cache = self._kept
             offset = getattr(cache[0], "offset", None)
             if isinstance(offset, int) and can_trim_prompt_cache(cache):
@@ -106,11 +106,3 @@ class Engine:
                 if shared > 0 and trim_prompt_cache(cache, len(known) - shared) == len(known) - shared:
                     return cache, shared
         return make_prompt_cache(self.model), 0
-
-    def answers(self, prompts: list[list[int]], max_tokens: int, batch_size: int = 16) -> Iterator[str]:
-        """The greedy answer to each prompt, computed in batches."""
-        from mlx_lm import batch_generate
-
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            yield from batch_generate(self.model, self.tokenizer, batch, max_tokens=max_tokens).texts

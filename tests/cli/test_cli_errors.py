@@ -289,8 +289,8 @@ CASES = {
     "no tokens": (["generate", "--model", PATH, "--prompt", "x", "--max-tokens", "0"], "max_tokens"),
     "top_p of 2": ([*GENERATE, "--top-p", "2"], "top_p"),
     # fuse, convert, inspect, test, demo
-    "fuse: into what is there": ([*FUSE[:-1], "occupied"], "exists already"),
-    "fuse: into a file": ([*FUSE[:-1], "a_file"], "exists already"),
+    "fuse: into what is there": ([*FUSE[:-1], "occupied"], "already exists"),
+    "fuse: into a file": ([*FUSE[:-1], "a_file"], "already exists"),
     "fuse: 4 bits": ([*FUSE, "--bits", "4"], "4 bits"),
     "fuse: 7 bits": ([*FUSE, "--bits", "7"], "bits"),
     "fuse: both": ([*FUSE, "--bits", "8", "--dequantize"], "contradict"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conftest import shake
-from mlx_lora import AdapterConfig, GenerateConfig, attach, extract, load, mount, unmount
+from mlx_lora import AdapterConfig, GenerateConfig, attach, extract, fuse, load, mount, unmount
 from mlx_lora.serving.bank import AdapterBank
 from mlx_lora.serving.engine import Engine
 from mlx_lora.tiny_base import PATH
@@ -52,3 +52,14 @@ def test_a_mount_during_an_answer_ends_the_cache(loaded):
     list(pieces)
     unmount(model)
     assert engine._cache_for([*tokens, 1])[1] == 0, "some of the answer was computed with the adapter"
+
+
+def test_fusing_ends_the_cache(loaded):
+    _, tokenizer, (one, _) = loaded
+    model, _ = load(PATH)
+    engine = Engine(model, tokenizer)
+    tokens = engine.prompt([{"role": "user", "content": "A red umbrella was found on a bench."}])
+    answer(engine, tokens)
+    mount(model, one)
+    fuse(model)
+    assert engine._cache_for([*tokens, 1])[1] == 0, "the cache is of the model before its weights changed"

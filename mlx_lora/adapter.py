@@ -101,7 +101,9 @@ class Adapter:
         """The rank of the module at ``path``, read from its arrays."""
         if self.config.method == "vera":
             return self.weights[f"{path}.vera_lambda_d"].shape[-1]
-        b = self.weights[f"{path}.lora_b"]
+        b = self.weights.get(f"{path}.lora_b")
+        if b is None:  # a method without low-rank matrices
+            return self.config.rank_of(path)
         return b.shape[-1] if b.ndim == 3 else b.shape[0]
 
     def exact_config(self, rank: int | None = None) -> AdapterConfig:
@@ -158,6 +160,8 @@ class Adapter:
             return [f"{path}: {' and '.join(missing)} missing"]
         if self.config.method == "vera":
             return self._vera_problems(path)
+        if "lora_a" not in leaves:
+            return []
         a, b = self.weights[f"{path}.lora_a"], self.weights[f"{path}.lora_b"]
         shapes = f"lora_a {list(a.shape)}, lora_b {list(b.shape)}"
         if 0 in a.shape or 0 in b.shape:

@@ -173,7 +173,8 @@ def _layers_of(model: nn.Module, adapter: Adapter, state: State, difference: boo
     """New layers for ``model``, which has no adapter, with the arrays of ``adapter``."""
     config, bare, dtype = adapter.config, bare_modules(model), model_dtype(model)
     origin = adapter.base or "another model"
-    raise_faults(incompatibilities(bare, adapter), f"This adapter was trained on {origin}: mount it on that model.")
+    hint = f"This adapter was trained on {origin}: mount it on that model."
+    raise_faults(incompatibilities(bare, adapter), hint)
     layers: dict[str, nn.Module] = {}
     if config.method != "full":
         bases = {path: bare[path] for path in adapter.modules}
@@ -191,7 +192,10 @@ def _layers_of(model: nn.Module, adapter: Adapter, state: State, difference: boo
                 layer.split(adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"])
                 continue
             for leaf, initial in layer.adapter_weights().items():
-                setattr(layer, leaf, adapter.weights[f"{path}.{leaf}"].astype(initial.dtype))
+                array = adapter.weights[f"{path}.{leaf}"]
+                if array.shape != initial.shape:
+                    raise AdapterError(f"{path}: {leaf} {list(array.shape)}, expected {list(initial.shape)}", hint)
+                setattr(layer, leaf, array.astype(initial.dtype))
     for path, (ids, rows) in adapter.tokens.items():
         layers[path] = TokenRows(bare[path], ids, dtype)
         layers[path].trainable_tokens = rows.astype(layers[path].trainable_tokens.dtype)
@@ -267,6 +271,7 @@ def _replacing(model: nn.Module, state: State) -> Iterator[State | None]:
         put_back(model, removed)
         for module, before in classes:
             if type(module) is not before:
+                undo([module])
                 module.__class__ = before
         restore_frozen(frozen)
         raise

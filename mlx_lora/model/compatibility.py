@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from ..adapter import Adapter
 from ..base.modules import dense_weight, dims, is_quantized, kind
+from ..config import LEAVES
 from ..layers import METHODS
 
 
@@ -66,6 +67,8 @@ def _in_layers(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
         if method == "vera":
             found += _in_vera_layer(path, experts, rows, columns, adapter)
             continue
+        if "lora_a" not in LEAVES[method]:
+            continue  # mount compares the shapes with a new layer's
         a, b = adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"]
         if which == "switch":
             shapes = (*experts, a.shape[1], rows), (*experts, columns, b.shape[-1])

@@ -44,10 +44,10 @@ def load(
         ModelError: there is no such model, its files are damaged, or its architecture is unknown.
         AdapterError, FormatError: the adapter cannot be read or mounted.
     """
-    if adapter_path is not None:
-        detect_format(adapter_path)  # before the base is downloaded
+    # Detected before the base is downloaded.
+    format = None if adapter_path is None else detect_format(adapter_path)
     folder = resolve(path_or_repo, revision)
-    adapter = load_adapter(adapter_path, base=folder) if adapter_path is not None else None
+    adapter = load_adapter(adapter_path, format, base=folder) if adapter_path is not None else None
     model, tokenizer = load_base(
         path_or_repo, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, lazy=lazy
     )

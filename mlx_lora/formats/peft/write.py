@@ -26,8 +26,8 @@ from .names import CONFIG, EMBEDDING, EMBEDDING_NAME, LINEAR, PREFIX, SHARED_KEY
 
 
 def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
-    if adapter.config.method == "full":
-        fault = "PEFT has no adapters of fully trained weights"
+    if (method := adapter.config.method) not in ("lora", "dora", "vera"):
+        fault = "PEFT has no adapters of fully trained weights" if method == "full" else f"PEFT has no {method} adapters"
         raise FormatError(fault, "Save it as mlx-lm, or merge it into a model: convert --to merged.")
     if not adapter.modules:
         return _write_tokens(adapter, folder, options)

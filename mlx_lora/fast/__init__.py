@@ -30,6 +30,7 @@ from .shared_input import SharesInput, families
 from .swap import Changes, is_swapped, plain_class, swap, undo
 
 _ADAPTERS = (AdapterLayer, MultiLoRALinear)
+_TODO = "call accelerate(model)"
 _AGAIN = "activation computed again in training"
 _DORA = (DoRALinear, DoRAEmbedding, DoRASwitchLinear)
 
@@ -95,7 +96,7 @@ def _on() -> bool:
 def _base_mixin(module: nn.Module, kernels: bool) -> type | None:
     if kernels:
         return decode.DecodesNF4 if isinstance(module, NF4Linear) else None
-    return blas.BY_KIND.get(kind(module)) if is_cpu() and is_quantized(module) else None
+    return blas.BY_KIND.get(kind(module)) if is_cpu() and is_quantized(module) and blas.knows(module) else None
 
 
 def _adapter_mixin(layer: nn.Module, kernels: bool) -> type | None:
@@ -134,12 +135,15 @@ def _explained(path: str, module: nn.Module) -> Iterator[Explanation]:
     no_kernels = off or (None if enabled() else "kernels are off: " + _why_no_kernels())
     if is_quantized(module) and kind(module) and is_cpu():
         done = isinstance(module, tuple(blas.BY_KIND.values()))
-        yield row("float32 BLAS", done, off or (no_kernels and "call accelerate(model)") or "kernels are on")
+        reason = off or (None if no_kernels else "kernels are on")
+        yield row(
+            "float32 BLAS", done, reason or (_TODO if blas.knows(module) else "its class computes in its own way")
+        )
     if isinstance(module, _ADAPTERS):
         done = isinstance(module, decode.Decodes)
-        yield row("decode kernels", done, no_kernels or decode.obstacle(module) or "call accelerate(model)")
+        yield row("decode kernels", done, no_kernels or decode.obstacle(module) or _TODO)
         if isinstance(module, _DORA):
-            yield row("norms kept between calls", isinstance(module, KeptNorms), off or "call accelerate(model)")
+            yield row("norms kept between calls", isinstance(module, KeptNorms), off or _TODO)
     adapted = [child for child in module.values() if isinstance(child, _ADAPTERS)]
     if not adapted or isinstance(module, _ADAPTERS):
         return
@@ -151,7 +155,7 @@ def _explained(path: str, module: nn.Module) -> Iterator[Explanation]:
         )
     if form := mlp.form_of(module):
         fast = isinstance(module, mlp.FastMLP)
-        yield row(_AGAIN, fast, no_kernels or "call accelerate(model)")
+        yield row(_AGAIN, fast, no_kernels or _TODO)
         obstacle = no_kernels or mlp.swiglu_obstacle(module, form)
         yield row("one launch of gate, up and SwiGLU", fast and obstacle is None, obstacle)
     elif _has_adapted_experts(module):

@@ -8,9 +8,16 @@ layer's arrays is set.
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..base.modules import base_dtype, dense_weight
-from .swap import Changes, evaluated, keep, kept
+from .swap import Changes, evaluated, keep, kept, plain_class
+
+
+def knows(module: nn.Module) -> bool:
+    """Whether a quantized layer computes what MLX's and mlx-lm's own do: a subclass may add something to it."""
+    owner = next(c for c in plain_class(module).__mro__ if "__call__" in vars(c))
+    return owner.__module__.startswith(("mlx.nn.layers.", "mlx_lm.models.switch_layers", "mlx_lora."))
 
 
 class _Dense(Changes):

@@ -210,6 +210,20 @@ def test_an_input_changed_between_two_calls(backend):
     assert_close(attention.k_proj(x), attention.k_proj(mx.array(x)), 1e-6)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_disabled_adapter(backend, method):
+    model = make_model(LLAMA, quantize=QUANTIZED)
+    bare = decoded(model)
+    mlx_lora.attach(model, AdapterConfig(method=method, rank=4, num_layers=-1))
+    shake(model)
+    adapted_logits = decoded(model.eval())
+    for _ in range(2):
+        with mlx_lora.disable_adapter(model):
+            assert_close(decoded(model), bare, 1e-4)
+        assert_close(decoded(model), adapted_logits, 1e-5)
+    assert (mx.abs(adapted_logits - bare).max() > 0.01).item()
+
+
 def test_compiled(backend):
     attention = adapted().layers[0].self_attn
     step = mx.compile(lambda x: attention.q_proj(x) + attention.q_proj(2 * x))
@@ -325,6 +339,19 @@ def test_new_scales_of_a_quantized_layer(monkeypatch):
         fast.restore(layer)
         assert_close(got, layer(x), 1e-5)
         fast.accelerate(layer)
+
+
+def test_a_subclass_of_a_quantized_layer_computes_in_its_own_way():
+    class Doubled(nn.QuantizedLinear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    layer = Doubled(64, 32, bias=False, group_size=32)
+    x = mx.random.normal((3, 64))
+    expected = layer(x)
+    assert fast.accelerate(layer) == []
+    assert_close(layer(x), expected, 1e-6)
+    assert [e.reason for e in fast.explain(layer)] in ([], ["its class computes in its own way"])
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ from .names import CONFIG, EMBEDDING, EMBEDDING_NAME, LINEAR, PREFIX, SHARED_KEY
 
 def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     if (method := adapter.config.method) not in ("lora", "dora", "vera"):
-        fault = "PEFT has no adapters of fully trained weights" if method == "full" else f"PEFT has no {method} adapters"
+        fault = (
+            "PEFT has no adapters of fully trained weights" if method == "full" else f"PEFT has no {method} adapters"
+        )
         raise FormatError(fault, "Save it as mlx-lm, or merge it into a model: convert --to merged.")
     if not adapter.modules:
         return _write_tokens(adapter, folder, options)

@@ -1,4 +1,4 @@
-"""The house rules: imports run down only, heavy packages wait, errors carry their mend, the package is whole."""
+"""The house rules: imports run down only, heavy packages wait, every error has a hint, the package is complete."""
 
 from __future__ import annotations
 
@@ -168,19 +168,19 @@ def hintless(path: Path) -> list[str]:
     return found
 
 
-def test_every_expected_error_carries_its_mend():
+def test_every_expected_error_has_a_hint():
     assert [call for path in ROOT.rglob("*.py") for call in hintless(path)] == []
 
 
 @pytest.mark.parametrize("text", ['ConfigError("no")', 'errors.DataError("no", " ")', 'raise_faults(faults, "", Kind)'])
-def test_an_error_without_its_mend_is_found(text, tmp_path, monkeypatch):
+def test_an_error_without_a_hint_is_found(text, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     (tmp_path / "file.py").write_text(f"raise {text}")
     assert hintless(tmp_path / "file.py") == [f"file.py:1: {ast.unparse(ast.parse(text))}"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_is_its_message_and_its_mend(kind):
+def test_an_error_holds_its_message_and_hint(kind):
     assert inspect.signature(kind).parameters["hint"].default is inspect.Parameter.empty
     with pytest.raises(AssertionError, match="without a hint"):
         kind("no", " ")

@@ -3,7 +3,7 @@
 ./scripts/bench learn [--base FOLDER --data FOLDER ...]
 
 By default: stories260K on Shakespeare (40 iterations) and on WikiSQL (100 iterations, rows of at most 200 tokens),
-where they are at hand beside the project. Prints loss and perplexity on the test set before and after, and the time.
+if these are in a folder beside the project. Prints loss and perplexity on the test set before and after, and the time.
 """
 
 from __future__ import annotations

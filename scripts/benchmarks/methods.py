@@ -4,7 +4,7 @@
 
 Every method trains on the same batches from the same seed, all layers adapted, rank 8 at scale 20 unless named. Test
 loss is on held-out rows; ``step`` is the median of the steps after the first five; ``peak`` is MLX's peak memory in a
-step, weights included. Where WikiSQL is not at hand the tiny base's own skill is learned instead. Prints a table in
+step, weights included. Without WikiSQL the models learn the task of the tiny base instead. Prints a table in
 Markdown, and DoRA's step and memory as multiples of LoRA's.
 """
 

@@ -53,7 +53,7 @@ CONTESTANTS = {
 
 
 def rows() -> list[dict]:
-    """WikiSQL where it is at hand, else sentences that the package makes."""
+    """WikiSQL if it is available, else sentences that the package makes."""
     path = SHARED / "wikisql" / "train.jsonl"
     if path.exists():
         return [json.loads(line) for line in path.read_text().splitlines()]

@@ -109,7 +109,7 @@ class DecodesLoRA(Decodes):
         if self._training:
             return trained(self, x, self.dropout(x) @ self.lora_a)
         decoder = kept(self, "decoder") or self.decoder()
-        if x.size > decoder.most or x.dtype != decoder.dtype:
+        if not 0 < x.size <= decoder.most or x.dtype != decoder.dtype:
             return super().__call__(x)
         return decoder(self, x)
 
@@ -125,7 +125,7 @@ class DecodesDoRA(Decodes, KeptNorms):
 
     def __call__(self, x: mx.array) -> mx.array:
         decoder = kept(self, "decoder") or self.decoder()
-        if self._training or x.size > decoder.most or x.dtype != decoder.dtype:
+        if self._training or not 0 < x.size <= decoder.most or x.dtype != decoder.dtype:
             return super().__call__(x)
         return decoder(self, x, gain=self.gain())
 
@@ -138,7 +138,7 @@ class DecodesMultiLoRA(Decodes):
 
     def __call__(self, x: mx.array) -> mx.array:
         decoder = kept(self, "decoder") or self.decoder()
-        if self._training or x.size > decoder.most or x.dtype != decoder.dtype:
+        if self._training or not 0 < x.size <= decoder.most or x.dtype != decoder.dtype:
             return super().__call__(x)
         return decoder(self, x, self._rows.of(x), self._ranks)
 

@@ -149,7 +149,7 @@ class FastMLP(SharesInput):
         fused = kept(self, "swiglu")
         if fused is None or not _current(fused):
             fused = keep(self, "swiglu", _fused(self))
-        if fused is False or x.size > fused.one.most or x.dtype != fused.one.dtype:
+        if fused is False or not 0 < x.size <= fused.one.most or x.dtype != fused.one.dtype:
             return super().__call__(x)
         return self[fused.last](fused(x))
 

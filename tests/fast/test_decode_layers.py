@@ -224,6 +224,18 @@ def test_disabled_adapter(backend, method):
     assert (mx.abs(adapted_logits - bare).max() > 0.01).item()
 
 
+@pytest.mark.parametrize("rows", [0, 1, 8, 9])
+def test_rows_that_the_kernels_take_and_others(backend, rows, monkeypatch):
+    model = adapted()
+    x = mx.random.normal((1, rows, 64))
+    got = [model.layers[0].self_attn.q_proj(x), model.layers[0].mlp(x)]
+    plainly(model, monkeypatch)
+    for one, other in zip(got, [model.layers[0].self_attn.q_proj(x), model.layers[0].mlp(x)], strict=True):
+        assert one.shape == other.shape
+        if rows:
+            assert_close(one, other, 1e-5)
+
+
 def test_compiled(backend):
     attention = adapted().layers[0].self_attn
     step = mx.compile(lambda x: attention.q_proj(x) + attention.q_proj(2 * x))

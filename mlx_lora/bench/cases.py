@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from ..base.nf4_linear import NF4Linear
 from ..fast.dora import KeptNorms
 from ..fast.stored import stored
-from ..fast.swap import Changes, is_swapped, swap
+from ..fast.swap import is_swapped, swap
 from ..kernels import dora_norm, nf4_dequantize
 from ..kernels.chunked_sum import chunked_sum
 from ..layers import METHODS, MultiLoRALinear, Rows
@@ -141,9 +141,8 @@ def _with_norms_kept(module: nn.Module) -> nn.Module:
     """DoRA's norms are kept between calls on every device, kernels or not."""
     for layer in module.modules():
         if isinstance(layer, _DoRA):
-            for one, mixin in ((layer, KeptNorms), (layer.base, Changes)):
-                if not is_swapped(one):
-                    swap(one, mixin)
+            if not is_swapped(layer):
+                swap(layer, KeptNorms)
             layer.eval().gain()
     return module
 

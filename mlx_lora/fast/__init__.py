@@ -27,7 +27,7 @@ from ..layers.dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
 from . import blas, decode, mlp
 from .dora import KeptNorms
 from .shared_input import SharesInput, families
-from .swap import Changes, is_swapped, plain_class, swap, undo
+from .swap import address, is_swapped, plain_class, swap, undo
 
 _ADAPTERS = (AdapterLayer, MultiLoRALinear)
 _TODO = "call accelerate(model)"
@@ -66,11 +66,9 @@ def accelerate(model: nn.Module) -> list[nn.Module]:
         put(module, _base_mixin(module, kernels))
     for module in modules:
         if isinstance(module, _ADAPTERS):
-            if kernels:
+            if kernels or isinstance(module, _DORA):
                 _make_contiguous(module)
             put(module, _adapter_mixin(module, kernels))
-            if isinstance(module, KeptNorms):
-                put(module.base, Changes)
     for module in modules if kernels else ():
         put(module, _parent_mixin(module))
     return changed
@@ -119,10 +117,10 @@ def _has_adapted_experts(module: nn.Module) -> bool:
 
 
 def _make_contiguous(layer: nn.Module) -> None:
-    """PEFT's matrices come transposed, GPT-2's weights too: a kernel would copy them for every token."""
+    """PEFT's matrices come transposed, GPT-2's weights too: a kernel would copy them, DoRA's norms not be kept."""
     names = [name for name in ("lora_a", "lora_b") if name in layer]
     for module, name in [(layer, name) for name in names] + [(layer.base, "weight")]:
-        if not is_quantized(module):
+        if not is_quantized(module) and address(module[name]) is None:
             module[name] = mx.contiguous(module[name])
             mx.eval(module[name])
 

@@ -11,7 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..base.modules import base_dtype, dense_weight
-from .swap import Changes, evaluated, keep, kept, plain_class
+from .dora import weight_arrays
+from .swap import computed, plain_class
 
 
 def knows(module: nn.Module) -> bool:
@@ -20,15 +21,10 @@ def knows(module: nn.Module) -> bool:
     return owner.__module__.startswith(("mlx.nn.layers.", "mlx_lm.models.switch_layers", "mlx_lora."))
 
 
-class _Dense(Changes):
+class _Dense:
     def dense(self) -> mx.array:
         """The weight in float32."""
-        weight = kept(self, "dense")
-        if weight is None:
-            weight = dense_weight(self)
-            if evaluated(weight):
-                keep(self, "dense", weight)
-        return weight
+        return computed(self, "dense", weight_arrays(self), lambda: dense_weight(self))
 
 
 class BlasLinear(_Dense):
@@ -43,7 +39,7 @@ class BlasLinear(_Dense):
 
 class BlasEmbedding(_Dense):
     def __call__(self, x: mx.array) -> mx.array:
-        return self.dense()[x].astype(base_dtype(self) or mx.float32)
+        return self.dense()[x].astype(base_dtype(self) or mx.bfloat16)  # MLX's own for mxfp4 and the like
 
     def project(self, x: mx.array) -> mx.array:
         return (x.astype(mx.float32) @ self.dense().T).astype(x.dtype)

@@ -7,25 +7,31 @@ the squared norms without writing W + scale * BA out.
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..base.modules import squared_row_norms
 from ..kernels import dora_norm, enabled
 from ..kernels.dora_norm import MAX_RANK
 from .stored import stored
-from .swap import Changes, evaluated, keep, kept, version
+from .swap import Changes, computed
+
+
+def weight_arrays(base: nn.Module) -> list[mx.array]:
+    """The arrays that hold the weight of a base layer, packed or not."""
+    return [value for name, value in base.items() if isinstance(value, mx.array) and name != "bias"]
 
 
 class KeptNorms(Changes):
-    """Mixin for DoRA's layers; their base has ``Changes`` too."""
+    """Mixin for DoRA's layers."""
 
     def base_norms_squared(self) -> mx.array:
-        squared = kept(self.base, "squared norms")
-        if squared is None:
-            known = stored(self.base) if enabled() else None
-            squared = squared_row_norms(self.base) if known is None else dora_norm(known)
-            if evaluated(squared):
-                keep(self.base, "squared norms", squared)
-        return squared
+        known = stored(self.base) if enabled() else None
+        return computed(
+            self,
+            "base norms",
+            weight_arrays(self.base),
+            lambda: squared_row_norms(self.base) if known is None else dora_norm(known),
+        )
 
     def norms_squared(self) -> mx.array:
         known = stored(self.base) if enabled() and self.lora_a.ndim == 2 and self.slot == "linear" else None
@@ -36,10 +42,5 @@ class KeptNorms(Changes):
     def gain(self) -> mx.array:
         if self.training:
             return super().gain()
-        known = kept(self, "gain")
-        if known is not None and known[0] == version(self.base):
-            return known[1]
-        gain = super().gain()
-        if evaluated(gain):
-            keep(self, "gain", (version(self.base), gain))
-        return gain
+        arrays = [self.lora_a, self.lora_b, self.m, *weight_arrays(self.base)]
+        return computed(self, "gain", arrays, super().gain, self.scale)

@@ -7,13 +7,17 @@ is kept when that module has returned. Decoding only: in training a layer's prod
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..base.modules import dims
 from ..kernels.lora_shrink import MAX_MATRICES
 from .decode import Decodes
-from .swap import GROUP, Changes, keep, kept
+from .swap import GROUP, Changes, keep, kept, plain_class
 
 # Names that models of mlx-lm give to linear layers of one input.
 SAME_INPUT = (
@@ -27,8 +31,24 @@ SAME_INPUT = (
 )
 
 
+@functools.cache
+def changes_in_place(kind: type) -> bool:
+    """Whether a module's forward pass changes something in place between its projections: one array, several inputs."""
+    names = {name for family in SAME_INPUT for name in family}
+    steps = list(dis.get_instructions(kind.__call__))
+    places = [i for i, step in enumerate(steps) if step.argval in names] or [0]
+    return any(
+        step.opname in ("STORE_SUBSCR", "STORE_SLICE")
+        or step.opname.startswith("INPLACE_")
+        or (step.opname == "BINARY_OP" and step.argrepr.endswith("="))
+        for step in steps[places[0] : places[-1]]
+    )
+
+
 def families(parent: nn.Module) -> list[list[str]]:
     """The names of the layers in ``parent`` that can share their product, a list for each input."""
+    if not inspect.isfunction(plain_class(parent).__call__) or changes_in_place(plain_class(parent)):
+        return []
     found, left = [], {name for name, child in parent.items() if isinstance(child, Decodes)}
     for names in SAME_INPUT:
         alike: dict[tuple, list[str]] = {}

@@ -2,46 +2,36 @@
 
 A module keeps its parameters, its name and its place in the model; only ``__call__`` and the like differ. The new class
 derives from the old one, so ``isinstance`` still holds, and such a module can be copied and pickled. What the new class
-keeps between calls lies in one private dictionary beside the module's own.
+keeps between calls lies in private attributes: ``keep`` for what follows from the module's attributes, ``computed`` for
+arrays that follow from the numbers in other arrays.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-_KEPT, _VERSION, GROUP = "_fast_kept", "_fast_version", "_fast_group"
-_OWN = (_KEPT, _VERSION, GROUP)
+_KEPT, _COMPUTED, GROUP = "_fast_kept", "_fast_computed", "_fast_group"
+_OWN = (_KEPT, _COMPUTED, GROUP)
+_BYTE = ctypes.c_char * 1
 
 
 class Changes:
-    """Mixin that forgets what a module has kept whenever one of its attributes is set, and counts the times.
-
-    In-place changes count too: ``layer.m *= 2`` ends in an assignment, and so does ``Module.update``.
-    """
+    """Mixin that forgets what ``keep`` stored with a module whenever one of its attributes is set."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
-        _changed(self.__dict__)
+        self.__dict__.pop(_KEPT, None)
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)
         if not key.startswith("_"):  # such as MLX's `_training`, which says nothing of the numbers
-            _changed(self.__dict__)
-
-
-def _changed(state: dict[str, Any]) -> None:
-    state.pop(_KEPT, None)
-    state[_VERSION] = state.get(_VERSION, 0) + 1
-
-
-def version(module: nn.Module) -> int:
-    """How often an attribute of a module with ``Changes`` has been set."""
-    return module.__dict__.get(_VERSION, 0)
+            self.__dict__.pop(_KEPT, None)
 
 
 def keep(module: nn.Module, name: str, value: Any) -> Any:
@@ -56,8 +46,41 @@ def kept(module: nn.Module, name: str) -> Any:
     return None if found is None else found.get(name)
 
 
-def evaluated(array: mx.array) -> bool:
-    """Evaluate ``array``. False where it depends on arguments of a function being traced: then it must not be kept."""
+def computed(
+    module: nn.Module, name: str, arrays: list[mx.array], compute: Callable[[], mx.array], key: Any = None
+) -> mx.array:
+    """``compute()``, kept with the module for as long as ``arrays`` and ``key`` stay what they are.
+
+    An array counts as changed if it is another object, or if its data lies elsewhere: MLX gives the result of an
+    operation in place (``m *= 2``, ``m[0] = 1``, also through another name) a new buffer. While a function is traced,
+    arrays have no data, and nothing is kept.
+    """
+    store = module.__dict__.setdefault(_COMPUTED, {})
+    if name in store:
+        value, known, old_key = store[name]
+        same = old_key == key and len(known) == len(arrays)
+        if same and all(a is b and address(a) == place for a, (b, _, place) in zip(arrays, known, strict=True)):
+            return value
+        del store[name]
+    value = compute()
+    places = [address(array) for array in arrays]
+    if None not in places and _evaluated(value):
+        # The alias shares the data: it keeps a buffer from being freed, and its address from being used again.
+        aliases = [array.astype(array.dtype) for array in arrays]
+        store[name] = value, list(zip(arrays, aliases, places, strict=True)), key
+    return value
+
+
+def address(array: mx.array) -> int | None:
+    """Where the data of an array lies; None while a function is traced, or where it is not contiguous."""
+    try:
+        return ctypes.addressof(_BYTE.from_buffer(array))
+    except (RuntimeError, ValueError, TypeError, BufferError):
+        return None
+
+
+def _evaluated(array: mx.array) -> bool:
+    """Evaluate ``array``. False where it depends on arguments of a function being traced."""
     try:
         mx.eval(array)
     except ValueError:
@@ -84,8 +107,8 @@ def undo(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if is_swapped(module):
             module.__class__ = plain_class(module)
-            for name in _OWN:
-                module.__dict__.pop(name, None)
+        for name in _OWN:
+            module.__dict__.pop(name, None)
 
 
 @functools.cache

@@ -35,7 +35,7 @@ from ..init import Request, init_of, initial_pairs, set_initial_pair, with_ranks
 from ..layers import AdapterLayer, TokenRows, check_rank, make_layers
 from .compatibility import incompatibilities, own_parameters
 from .full_parameters import modules_to_save, train_full_parameters, trained_biases, unfreeze_layers
-from .state import State, bare_modules, place, put_back, set_state, state_of, take_off
+from .state import State, bare_modules, place, put_back, set_mode, set_state, state_of, take_off
 from .targets import select, select_named
 
 
@@ -287,7 +287,7 @@ def _place(
     """Freeze the model, add ``layers`` and make the full parameters ``names`` trainable."""
     model.freeze()
     for layer in layers.values():
-        layer.train(model.training)
+        set_mode(layer, model.training)
     place(model, layers)
     train_full_parameters(model, state, names, values)
     state.accelerated += accelerate(model)

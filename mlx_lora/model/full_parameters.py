@@ -64,11 +64,21 @@ def train_full_parameters(
     for path, leaf in names:
         module = bare[path]
         if path not in state.original_modules:
-            state.original_arrays.append((module, leaf, module[leaf]))
+            remember_original(state, module, leaf)
         if values is not None:
             module[leaf] = values[path, leaf].astype(module[leaf].dtype)
         module.unfreeze(recurse=False, keys=leaf)
     state.full_parameters = list(names)
+
+
+def remember_original(state: State, module: nn.Module, leaf: str) -> None:
+    """Store a parameter in ``state``; the module gets another object with the same data.
+
+    An operation in place on the trained parameter then does not reach the original.
+    """
+    original = module[leaf]
+    state.original_arrays.append((module, leaf, original))
+    module[leaf] = original.astype(original.dtype)
 
 
 def dense_module(base: nn.Module, weight: mx.array, dtype: mx.Dtype) -> nn.Module:

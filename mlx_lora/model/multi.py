@@ -11,7 +11,7 @@ from ..errors import AdapterError
 from ..fast import accelerate, undo
 from ..layers import MultiLoRALinear, Rows
 from .attach import adapters_on
-from .state import bare_modules, place, state_of
+from .state import bare_modules, mark_changed, place, set_mode, state_of
 
 
 class MultiLoRA:
@@ -32,11 +32,17 @@ class MultiLoRA:
         paths = list(dict.fromkeys(path for adapter in adapters.values() for path in adapter.modules))
         self._bases = {path: modules[path] for path in paths}
         self._frozen = frozen_parameters(model)
-        layers = {path: self._layer(path, list(adapters.values())) for path in paths}
-        for layer in layers.values():
-            layer.train(model.training)
-        place(model, layers)
-        self._accelerated = accelerate(model)
+        self._layers = {path: self._layer(path, list(adapters.values())) for path in paths}
+        self._accelerated: list[nn.Module] = []
+        for layer in self._layers.values():
+            set_mode(layer, model.training)
+        place(model, self._layers)
+        try:
+            self._accelerated = accelerate(model)
+        except BaseException:
+            self.unmount()
+            raise
+        mark_changed(model)
 
     def choose(self, names: list[str | None]) -> None:
         """Set the adapter of each row of the next batches, None for the base. A single name applies to all rows.
@@ -48,11 +54,16 @@ class MultiLoRA:
             raise AdapterError("no adapter is chosen", hint)
         if unknown := sorted({name for name in names if name is not None and name not in self._names}):
             raise AdapterError(f"no adapter named {', '.join(unknown)}", hint)
+        mark_changed(self._model)
         self._rows.index = mx.array([-1 if n is None else self._names.index(n) for n in names], mx.int32)
 
     def unmount(self) -> None:
-        """Remove all adapters from the model."""
+        """Remove all adapters from the model. Does nothing if they were removed before."""
+        present = {id(module) for module in self._model.modules()}
+        if not any(id(layer) in present for layer in self._layers.values()):
+            return
         place(self._model, self._bases)
+        mark_changed(self._model)
         undo(self._accelerated)
         restore_frozen(self._frozen)
 

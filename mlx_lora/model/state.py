@@ -92,6 +92,14 @@ def place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
         model.update_modules(tree_unflatten(list(modules.items())))
 
 
+def set_mode(layer: nn.Module, training: bool) -> None:
+    """Put a new layer into training or evaluation mode, but not the base layer in it, which has its own."""
+    inside = {id(module) for module in layer.base.modules()}
+    for module in layer.modules():
+        if id(module) not in inside:
+            module._set_training_mode(training)
+
+
 def take_off(model: nn.Module) -> Removed:
     """Remove everything that ``attach`` or ``mount`` put on the model, which then computes as its base.
 

@@ -43,7 +43,7 @@ def recomputed_layers(model: nn.Module) -> Iterator[None]:
 
 
 def _dropouts(layer: nn.Module) -> list[nn.Dropout]:
-    return [module for module in layer.modules() if isinstance(module, nn.Dropout)]
+    return list({id(module): module for module in layer.modules() if isinstance(module, nn.Dropout)}.values())
 
 
 class _Keys:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -21,6 +23,7 @@ from mlx_lora.model.attach import adapters_on
 
 TOKENS = mx.array([[1, 5, 9, 33, 7]])
 QUANTIZED = {"group_size": 32, "bits": 4}
+GEMMA = {**LLAMA, "model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16.0}
 
 
 def adapted(method="lora", quantize=QUANTIZED, config=LLAMA, **changes) -> nn.Module:
@@ -200,6 +203,89 @@ def test_changes_in_place_count(backend, method, monkeypatch):
         monkeypatch.setenv("MLX_LORA_KERNELS", "off" if backend == "reference" else "on")
         assert (mx.abs(got - last).max() > 1e-3).item()
         last = got
+
+
+@pytest.mark.parametrize("quantize", [None, QUANTIZED], ids=["dense", "4bit"])
+def test_changes_that_set_no_attribute_count(quantize, monkeypatch):
+    """Elements, other names for the same array, and what a compiled training step writes."""
+    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    model = adapted("dora", quantize)
+    layer = model.layers[0].self_attn.q_proj
+
+    def by_element():
+        layer.m[0:20] = 5.0
+
+    def by_another_name():
+        m = layer.m
+        m *= 2
+
+    def of_the_base():
+        array = layer.linear["scales" if quantize else "weight"]
+        array[3] = 0.3
+
+    def by_a_compiled_step():
+        optimizer = optim.Adam(1e-2)
+        state = [model.state, optimizer.state]
+        value_and_grad = nn.value_and_grad(model, lambda model, x: model(x).square().mean())
+
+        @functools.partial(mx.compile, inputs=state, outputs=state)
+        def step(x):
+            loss, gradients = value_and_grad(model, x)
+            optimizer.update(model, gradients)
+            return loss
+
+        for _ in range(2):
+            mx.eval(step(TOKENS), state)
+
+    for change in (by_element, by_another_name, of_the_base, by_a_compiled_step):
+        before = model.eval()(TOKENS)
+        change()
+        got, twin = model.eval()(TOKENS), copy.deepcopy(model)
+        fast.restore(twin)
+        assert_close(got, twin(TOKENS), 1e-5, change.__name__)
+        assert (mx.abs(got - before).max() > 1e-4).item(), change.__name__
+
+
+@pytest.mark.parametrize(("method", "quantize"), [("dora", None), ("lora", QUANTIZED)])
+def test_what_is_kept_is_no_constant_of_a_compiled_function(method, quantize, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_KERNELS", "off")
+    model, other = adapted(method, quantize), make_model(LLAMA, seed=7, quantize=quantize)
+    mlx_lora.attach(other, AdapterConfig(method=method, rank=4, num_layers=-1))
+    mx.eval(model(TOKENS))
+    compiled = mx.compile(lambda x: model(x), inputs=model.state)
+    mx.eval(compiled(TOKENS))
+    model.update(other.parameters())
+    assert_close(compiled(TOKENS), model(TOKENS), 1e-5)
+
+
+class InPlace(nn.Module):
+    """Changes its input between two projections of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+
+    def __call__(self, x):
+        q = self.q_proj(x)
+        x += 1
+        return q + 2 * self.k_proj(x)
+
+
+def test_a_module_that_changes_its_input_shares_nothing(backend, monkeypatch):
+    model = Model()
+    model.layers[0].self_attn = InPlace()
+    mlx_lora.attach(model, AdapterConfig(rank=2, num_layers=-1))
+    shake(model, size=1.0)
+    got = model.eval()(mx.ones((1, 1, 32)))
+    assert_close(got, plainly(model, monkeypatch)(mx.ones((1, 1, 32))), 1e-5)
+
+
+def test_attentions_of_mlx_lm_share(monkeypatch):
+    """Their forward passes change no array in place."""
+    monkeypatch.setenv("MLX_LORA_KERNELS", "on")
+    for config in (LLAMA, QWEN3_MOE, GEMMA, {**LLAMA, "model_type": "olmo2"}):
+        model = adapted(config=config, quantize=None)
+        assert families(model.layers[0].self_attn), config["model_type"]
 
 
 def test_an_input_changed_between_two_calls(backend):
@@ -400,9 +486,6 @@ def test_explain(monkeypatch):
         assert set(explained(model, "decode kernels").values()) == {
             (False, "kernels are off: MLX_LORA_KERNELS=auto and MLX does not compute on Metal")
         }
-
-
-GEMMA = {**LLAMA, "model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16.0}
 
 
 @pytest.mark.parametrize(

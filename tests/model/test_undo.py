@@ -466,3 +466,36 @@ def test_an_untied_embedding_is_fused_over_a_quantized_one(tokens):
     fuse(model, dequantize=True)
     assert type(model.model.embed_tokens) is nn.Embedding
     assert_close(model(tokens), live, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        (dict(rank=4, modules_to_save=("lm_head",)), lambda model: model.lm_head.weight.__imul__(2)),
+        (dict(method="full", num_layers=1), lambda model: model.layers[-1].mlp.up_proj.weight.__imul__(2)),
+    ],
+    ids=["modules_to_save", "full"],
+)
+def test_a_change_in_place_does_not_reach_the_originals(config, change, tokens):
+    model = make()
+    before = model(tokens)
+    attach(model, AdapterConfig(**config))
+    change(model)
+    assert relative(model(tokens), before) > 1e-3
+    with disable_adapter(model):
+        assert_close(model(tokens), before, 1e-6)
+    unmount(model)
+    assert_close(model(tokens), before, 1e-6)
+
+
+def test_the_mode_of_the_base_stays():
+    model = make("4-bit")
+    q_proj = model.layers[0].self_attn.q_proj
+    q_proj.train()
+    attach(model.eval(), AdapterConfig(rank=4))
+    q_proj.train()
+    mode = q_proj.training
+    adapter = extract(model)
+    mount(model, adapter)
+    unmount(model)
+    assert q_proj.training == mode

@@ -72,9 +72,7 @@ class AdapterConfig:
     alpha: float | None = common(None, "PEFT's lora_alpha, instead of scale: scale = alpha / rank.")
     rslora: bool = option(False, "Use scale = alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732); requires alpha.")
     dropout: float = option(0.0, "Dropout on the adapter's input during training.")
-    keys: tuple[str, ...] | None = option(
-        None, "Modules to adapt, or none (default: all linear layers of the chosen layers)."
-    )
+    keys: tuple[str, ...] | None = option(None, "Modules to adapt (default: all linear layers of the chosen layers).")
     target_parameters: tuple[str, ...] | None = more(
         None, "Expert parameters to adapt, by PEFT's names, such as mlp.experts.gate_up_proj."
     )
@@ -105,7 +103,7 @@ class AdapterConfig:
     trainable_token_indices: dict[str, tuple[int, ...]] = more({}, "Train only these rows of an embedding.")
     embedding_side: str = more(
         "both",
-        "Where an update of an embedding that is tied to the output head acts: both (mlx-lm) or input (PEFT).",
+        "For an embedding tied to the output head, what the update acts on: both (mlx-lm) or input (PEFT).",
         choices=("both", "input"),
     )
     projection_prng_key: int = more(0, "vera: seed of the shared projections.")

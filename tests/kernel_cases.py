@@ -116,7 +116,7 @@ def check_rounding(dtype) -> None:
 
 
 def exact(y: mx.array, expected: np.ndarray, dtype) -> None:
-    """As rounded from float64, but for what float32 puts on the other side of the middle."""
+    """Equal to float64 rounded, except where a float32 error crosses a rounding boundary."""
     same = (y == mx.array(expected.astype(np.float32)).astype(dtype)).mean().item()
     assert same > 0.98, f"{100 * same:.0f} % of the numbers are the nearest ones"
 

@@ -23,14 +23,31 @@ from .origin import base_of
 SMALL_FILES = ("*.json", "*.jsonl", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 
 
-def check_target(path: str | Path, overwrite: bool = False, error: type[MLXLoRAError] = ModelError) -> None:
-    """Refuse to write a folder over a file, or over a folder that is not empty unless ``overwrite``.
+def check_target(
+    path: str | Path, overwrite: bool = False, error: type[MLXLoRAError] = ModelError, *, model: bool = False
+) -> None:
+    """Refuse to write a folder over a file, over a folder that is not empty unless ``overwrite``, or where none can be.
+
+    Args:
+        model: a model is written, which replaces the folder: what is there must be a model too.
 
     Raises: ``error``.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and (overwrite or not any(path.iterdir()))):
         raise error(f"{path}: already exists", "Choose another folder, or add --force to replace a folder.")
+    if model and path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise error(f"{path}: is not a model's folder, and is not replaced by one", "Choose another folder.")
+    check_writable(path, error)
+
+
+def check_writable(path: Path, error: type[MLXLoRAError] = ModelError) -> None:
+    """Refuse a folder in which, or in whose first existing parent, nothing can be created. Raises: ``error``."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".mlx-lora-", dir=there).cleanup()
+    except OSError as problem:
+        raise error(f"{path}: cannot be written ({problem.strerror})", "Choose another folder.") from None
 
 
 def write_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> Path:
@@ -55,7 +72,7 @@ def write_model_folder(folder: Path, base: Path, fill: Callable[[Path], None], o
 
     A failure leaves ``folder`` as it was. Raises: ModelError.
     """
-    check_target(folder, overwrite)
+    check_target(folder, overwrite, model=True)
     if folder.exists() and base.resolve().is_relative_to(folder.resolve()):
         raise ModelError(f"{folder}: contains the base model itself", "Choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)

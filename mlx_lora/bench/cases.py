@@ -57,7 +57,7 @@ class Way(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A part of a model, by name, in every way: "base", "kernels", "plain" and "mlx-lm", those that there are."""
+    """A part of a model, computed by each available path: "base", "kernels", "plain" and "mlx-lm"."""
 
     part: str
     x: mx.array

@@ -43,7 +43,7 @@ def fuse(model, adapter_path, save_path, bits, dtype, dequantize, force, trust_r
     from ..merge.fuse import fuse as fuse_model
     from ..model.loading import load, save_model
 
-    check_free(save_path, force)
+    check_free(save_path, force, model=True)
     console.note(f"Loading {model} and {adapter_path}")
     loaded, _ = load(model, adapter_path, dtype="stored", trust_remote_code=trust_remote_code)
     reports = fuse_model(loaded, bits=bits, dtype=dtype, dequantize=dequantize, force=force)
@@ -145,7 +145,7 @@ def convert(src, dst, to, source, model, force, as_json, **options):
         f"{src} ({source}) -> {dst} ({to}): {len(adapter.modules)} modules, {adapter.num_parameters:,} parameters, "
         f"{1000 * took:.0f} ms"
     )
-    if use := _USES.get(to):
+    if use := _USES.get("gguf model" if to == "merged" and str(dst).endswith(".gguf") else to):
         console.note(f"Use it: {use.format(dst)}")
     if to == "loralib":
         scale = adapter.config.scale_of(adapter.modules[0]) * adapter.rank_of(adapter.modules[0])
@@ -206,6 +206,7 @@ def _write_merged(adapter: Adapter, dst: str, force: bool, options: dict[str, An
 _USES = {
     "peft": 'PeftModel.from_pretrained(base_model, "{}")',
     "gguf": "llama-cli -m base.gguf --lora {}",
+    "gguf model": "llama-cli -m {}",
     "merged": 'AutoModelForCausalLM.from_pretrained("{}")',
 }
 

@@ -46,8 +46,8 @@ def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, sa
     best approximation of a given rank. linear, ties, dare and magnitude_prune combine the matrices A and B separately,
     which is less accurate; with the suffix _svd they combine the products B A.
 
-    With --model, the result is checked against that model, dare draws in the order of its modules, and VeRA adapters
-    are converted to LoRA first. A single VeRA adapter becomes an equivalent LoRA adapter.
+    With --model, the result is checked against that model, dare draws its random masks in the order of the model's
+    modules, and VeRA adapters are converted to LoRA first. A single VeRA adapter becomes an equivalent LoRA adapter.
 
     \b
     mlx-lora merge adapters_a adapters_b --weights 0.7,0.3 --save-path both
@@ -80,7 +80,7 @@ def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, sa
         mount(base, merged)
         unmount(base)
         merged = replace(merged, base=model)
-    save_adapter(merged, save_path, to, overwrite=force)
+    save_adapter(merged, save_path, to, overwrite=force, base=model)
     ranks = sorted({merged.rank_of(path) for path in merged.modules})
     fields = {"path": save_path, "method": method, "modules": len(merged.modules), "rank": ranks}
     if as_json:

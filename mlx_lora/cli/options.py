@@ -193,11 +193,11 @@ def save_path_option(default: str, what: str) -> Callable:
     )
 
 
-def check_free(folder: str, force: bool) -> None:
+def check_free(folder: str, force: bool, *, model: bool = False) -> None:
     """Raise a ConfigError unless ``folder`` can be written: it is new or empty, or a folder and ``force`` is set."""
     from ..base.saving import check_target
 
-    check_target(folder, force, ConfigError)
+    check_target(folder, force, ConfigError, model=model)
 
 
 trust_option = click.option(

@@ -50,7 +50,7 @@ def quantize(
     from ..model.loading import load, save_model
 
     check_mode(mode, bits, group_size, double_quant)
-    check_free(save_path, force)
+    check_free(save_path, force, model=True)
     if loftq_rank:
         check_free(loftq_path, force)
     console.note(f"Loading {model}")

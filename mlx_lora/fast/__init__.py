@@ -1,4 +1,4 @@
-"""Speed that can be taken out: fewer launches and less memory for the same numbers.
+"""Optional acceleration: fewer launches and less memory for the same numbers.
 
 ``accelerate`` changes the classes of some modules of a model in place, ``restore`` changes them back, and ``explain``
 tells what was done to which module and, for the rest, why not. ``MLX_LORA_FAST=off`` leaves every model as it is: the
@@ -31,7 +31,7 @@ from .swap import address, is_swapped, plain_class, swap, undo
 
 _ADAPTERS = (AdapterLayer, MultiLoRALinear)
 _TODO = "call accelerate(model)"
-_AGAIN = "activation computed again in training"
+_AGAIN = "activation recomputation in training"
 _DORA = (DoRALinear, DoRAEmbedding, DoRASwitchLinear)
 
 
@@ -47,7 +47,7 @@ class Explanation:
 
 
 def accelerate(model: nn.Module) -> list[nn.Module]:
-    """Put on everything that saves time or memory on this device. Calling it again is harmless.
+    """Apply everything that saves time or memory on this device. Calling it again is harmless.
 
     Returns: the modules whose class changed, for ``undo``. Raises: ConfigError: an unknown MLX_LORA_FAST.
     """
@@ -155,16 +155,16 @@ def _explained(path: str, module: nn.Module) -> Iterator[Explanation]:
         fast = isinstance(module, mlp.FastMLP)
         yield row(_AGAIN, fast, no_kernels or _TODO)
         obstacle = no_kernels or mlp.swiglu_obstacle(module, form)
-        yield row("one launch of gate, up and SwiGLU", fast and obstacle is None, obstacle)
+        yield row("fused gate, up and SwiGLU", fast and obstacle is None, obstacle)
     elif _has_adapted_experts(module):
         yield row(
-            "activation computed again in training",
+            "activation recomputation in training",
             isinstance(module, mlp.FastExperts),
             no_kernels or "unknown activation",
         )
     elif any(name in module for name in ("down_proj", "w2", "c_proj", "fc2")):
         yield row(
-            "activation computed again in training",
+            "activation recomputation in training",
             False,
             f"{type(module).__module__}.{type(module).__name__} is not a known MLP",
         )

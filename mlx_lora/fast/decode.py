@@ -1,8 +1,8 @@
-"""Decoding by the kernels: a layer with its adapter in one launch, beside one for the product with A.
+"""Decode kernels: one launch for x A, and one for the layer with its update.
 
-Everything that can be chosen once (storage, launches, scale) is chosen at the first call and kept until one of the
-layer's attributes is set. Calls in training, with more than ``MAX_ROWS`` rows, or in another dtype take the layer's
-formula. There is no backward pass: MLX refuses to differentiate a kernel.
+Storage, launch settings and scale are determined at the first call and kept until one of the layer's attributes is set.
+In training, with more than ``MAX_ROWS`` rows, or in another dtype the layer computes by its formula. There is no
+backward pass: MLX refuses to differentiate a kernel.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def obstacle(layer: nn.Module) -> str | None:
 
 
 class Decoder:
-    """What is chosen once for a layer.
+    """The launch settings of a layer, determined once.
 
     Args:
         scale: float32 [1], or [adapters].

@@ -1,9 +1,9 @@
-"""MLPs: gate, up and SwiGLU in one launch when decoding; in training, activations computed again instead of kept.
+"""MLPs: gate, up and SwiGLU in one launch when decoding; activations recomputed in the backward pass when training.
 
-Of SwiGLU autograd keeps the sigmoid, its product with the gate, and the result, which the last projection's adapter
-needs as well: three arrays of the widest size in the model. Here it keeps the outputs of the first projections alone.
-Both need to know what an MLP computes between its projections, so they apply to the classes of mlx-lm in ``KNOWN``. Of
-a mixture's experts the activation alone is computed again, and its result kept.
+For SwiGLU, autograd keeps three arrays of the widest size in the model: the sigmoid, its product with the gate, and the
+result, which the last projection's adapter needs. Here it keeps only the outputs of the first projections. Both need to
+know what an MLP computes between its projections, so they apply to the classes of mlx-lm in ``KNOWN``. For the experts
+of a mixture only the activation is recomputed, and its result is kept.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ _CLASSES = {
     Form(("up_proj",), "down_proj", nn.relu2): "nemotron_h.NemotronHMLP",
 }
 KNOWN = {f"mlx_lm.models.{name}": form for form, names in _CLASSES.items() for name in names.split()}
-# What these classes mention beside their projections. A version of mlx-lm whose class mentions more is not known.
+# Names in the code of these classes besides their projections. If a version of mlx-lm uses others, its class is not
+# known.
 _WORDS = {"swiglu", "silu", "gelu", "gelu_approx", "relu2", "nn", "mx", "split"}
 
 
@@ -117,7 +118,7 @@ def swiglu_obstacle(mlp: nn.Module, form: Form) -> str | None:
 
 
 class _SwiGLU:
-    """Gate, up and SwiGLU of an MLP, chosen once."""
+    """The launch settings for gate, up and SwiGLU of an MLP, determined once."""
 
     def __init__(self, gate: DecodesLoRA, up: DecodesLoRA, last: str):
         self.gate, self.up, self.one, self.other, self.last = gate, up, gate.decoder(), up.decoder(), last
@@ -165,7 +166,7 @@ def _fused(mlp: nn.Module) -> _SwiGLU | bool:
 
 
 def _trained(mlp: nn.Module, x: mx.array) -> mx.array:
-    """What the MLP computes; autograd keeps x and the outputs of the first projections."""
+    """The MLP's output. Autograd keeps x and the outputs of the first projections."""
     form = form_of(mlp)
     inputs, last = [mlp[name](x) for name in form.first], mlp[form.last]
     kind = plain_class(last)

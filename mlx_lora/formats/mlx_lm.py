@@ -87,7 +87,7 @@ def parse_config(raw: dict[str, Any], source: Path, options: ReadOptions | None 
     if not isinstance(parameters, dict):
         raise FormatError(f"{source}: lora_parameters is missing", _AS_TRAINED)
     parameters = {**parameters}
-    alpha = parameters.pop("alpha", None)  # beside num_layers, mlx-lm wrote it but never read it
+    alpha = parameters.pop("alpha", None)  # where num_layers is present, mlx-lm wrote alpha but ignored it
     if alpha is not None and "lora_layers" in raw:
         # From 2024-01-24 to 2024-06-02 mlx-lm multiplied by scale * alpha / rank, before and after by scale alone.
         if options.legacy_scale is None:

@@ -60,7 +60,7 @@ def base_qmv(x: mx.array, base: Stored) -> mx.array:
 
 @functools.lru_cache(maxsize=256)
 def _no_update(M: int, N: int, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-    """u, b, scale and offset of a zero update of rank 1, whose cost is negligible beside W."""
+    """u, b, scale and offset of a zero update of rank 1, which costs next to nothing compared with W."""
     made = mx.zeros((1, M, 1)), mx.zeros((1, N), dtype), mx.zeros((1,)), mx.zeros((1,), mx.int32)
     mx.eval(made)
     return made

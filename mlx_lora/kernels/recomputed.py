@@ -31,7 +31,7 @@ def recomputed(f: Callable[..., mx.array], inputs: list[mx.array], a: mx.array |
 
     def backward(primals, cotangents, _):
         primals = (primals,) if isinstance(primals, mx.array) else primals
-        # Not before the gradients are there; and a compiler that saw the same inputs would keep the first y instead.
+        # Wait for the gradients, so that `mx.compile` does not reuse the first y, which would keep it in memory.
         # (`mx.checkpoint` waits for the results, which keeps them.)
         return tuple(mx.vjp(forward, mx.depends(list(primals), list(cotangents)), list(cotangents))[1])
 

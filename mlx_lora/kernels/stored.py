@@ -106,7 +106,7 @@ class Form(NamedTuple):
         return [f"MODE {MODES.index(self.mode)}", *nested]
 
     def arrays(self, known: dict[str, mx.array]) -> dict[str, mx.array]:
-        """``known`` with the weights as the kernels read them: NF4 in 16-bit words."""
+        """The arrays ``known`` with NF4 codes viewed as 16-bit words, as the kernels read them."""
         if self.mode != "nf4":
             return known
         return known | {name: known[name].view(mx.uint16) for name in ("w", "w2") if name in known}

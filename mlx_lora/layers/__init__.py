@@ -26,7 +26,7 @@ METHODS = {
     "dora": {"linear": DoRALinear, "embedding": DoRAEmbedding, "switch": DoRASwitchLinear},
     "vera": {"linear": VeRALinear, "switch": VeRASwitchLinear},
 }
-# LoRA whose initial pair is subtracted beside the base.
+# LoRA layers that subtract their initial pair in the forward pass.
 DIFFERENCES = {"linear": DifferenceLinear, "switch": DifferenceSwitchLinear}
 
 

@@ -1,4 +1,4 @@
-"""LoRA that starts away from zero over an unchanged base: PiSSA, OLoRA and LoRA-GA without touching W.
+"""LoRA with a non-zero initial update over an unchanged base: PiSSA, OLoRA and LoRA-GA.
 
 These initialisations start from a pair A0, B0 that is not zero, and their papers subtract it from the base,
 W - scale B0 A0, so that the model computes at first what it did before. A changed base would have to travel with the

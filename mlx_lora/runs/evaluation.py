@@ -16,6 +16,7 @@ from ..model.loading import load
 from ..training import evaluate
 from ..training.losses import loss_named
 from .reports import Answer, DataLoaded, Loading, TestReport
+from .settings import check_test_batches
 
 
 def measure(
@@ -43,6 +44,7 @@ def measure(
 
     Raises: ConfigError, at once; DataError, ModelError, AdapterError, FormatError while running.
     """
+    check_test_batches(test_batches)
     if exact_match < 0 or max_tokens < 1:
         raise ConfigError(
             f"exact_match ({exact_match}) must be 0 or more, and max_tokens ({max_tokens}) at least 1",

@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten
 
 from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..data import Splits, train_batches
-from ..errors import ConfigError
+from ..errors import ConfigError, MLXLoRAError
 from ..init import FROM_DATA
-from ..model.attach import extract, parameter_counts
+from ..model.attach import extract, parameter_counts, unmount
 from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport, build_optimizer, evaluate
 from ..training import train as train_model
 from .adapters import attach_for_run
@@ -152,10 +152,14 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs
         return folder.save(extract(model), state)
 
     steps = -(-settings.train.iters // settings.train.grad_accumulation_steps)
-    optimizer = build_optimizer(settings.optimizer, steps, model)
-    reports = train_model(
-        model, optimizer, sets.train, sets.valid, settings.train, checkpoint=save, resume=state, stop=stop
-    )
+    try:
+        optimizer = build_optimizer(settings.optimizer, steps, model)
+        reports = train_model(
+            model, optimizer, sets.train, sets.valid, settings.train, checkpoint=save, resume=state, stop=stop
+        )
+    except MLXLoRAError:  # nothing was trained: a model that the caller loaded is as it was
+        unmount(model)
+        raise
     with closing(reports):
         for report in reports:
             if isinstance(report, Checkpoint) and moved is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..adapter import Adapter
+from ..base.saving import check_writable
 from ..errors import ConfigError, FormatError
 from ..formats import FORMATS, mlx_lm, save_adapter
 from ..formats.files import write_folder, write_safetensors
@@ -44,6 +45,7 @@ class RunFolder:
             raise ConfigError(f"{self.path}: is a file", "Choose another folder for the adapter.")
         if resume and not (self.path / STATE).exists():
             raise ConfigError(f"{self.path}: holds no {STATE} to resume", "Name the run's folder, or start a new run.")
+        check_writable(self.path, ConfigError)
         # Formats share file names: a checkpoint written over another format's adapter would damage it.
         others = [name for name, form in FORMATS.items() if form is not mlx_lm and form.detect(self.path)]
         if others:

@@ -9,6 +9,7 @@ from typing import Any
 from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..data import Splits
 from ..errors import ConfigError
+from ..training.losses import loss_named
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Settings:
                 f"data must be a DataConfig, Splits or a tuple of data sets, not a {type(self.data).__name__}",
                 "Give DataConfig(data=folder), or the result of load_dataset.",
             )
+        check_test_batches(self.test_batches)
+        loss_named(self.train.loss)  # raises for an unknown name, before a model is loaded
         if self.test_batches is not None and isinstance(self.data, Splits) and self.data.test is None:
             raise ConfigError("test_batches needs a test set, and data has none", "Load it too, or leave it out.")
         if self.resume and self.resume_adapter_file:
@@ -68,3 +71,11 @@ class Settings:
         """The settings to show in an experiment tracker."""
         model = {} if isinstance(self.model, tuple) else {"model": str(self.model)}
         return {**model, **asdict(self.adapter), **self.record()}
+
+
+def check_test_batches(value: int | None) -> None:
+    """Refuse a number of test batches that is neither -1 (all) nor above 0."""
+    if value is not None and value != -1 and value < 1:
+        raise ConfigError(
+            f"test_batches must be -1 (all) or at least 1, not {value!r}", "Leave it out for the default."
+        )

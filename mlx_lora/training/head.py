@@ -96,7 +96,7 @@ def _with_body(model: nn.Module, path: list[str], stand_in: Callable[[nn.Module]
 
 
 class _Body:
-    """Something callable that has the attributes of a body."""
+    """Replaces the body of a model and has its attributes."""
 
     def __init__(self, body: nn.Module):
         self._body = body

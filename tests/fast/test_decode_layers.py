@@ -60,7 +60,7 @@ def test_mixture_of_experts(backend, monkeypatch):
 
 
 def test_training_after_decoding(backend, monkeypatch):
-    """A layer goes back to its formula in training, and a trained step is decoded with."""
+    """Training uses the formula; decoding afterwards uses the updated weights."""
     model = adapted()
     first = decoded(model)
     for layer in adapters_on(model.train()).values():
@@ -478,8 +478,8 @@ def test_explain(monkeypatch):
     model = adapted()
     assert set(explained(model, "decode kernels").values()) == {(True, "")}
     assert explained(model, "shared input")["model.layers.0.self_attn"] == (True, "")
-    assert set(explained(model, "one launch").values()) == set(explained(model, "activation").values()) == {(True, "")}
-    assert len(explained(model, "one launch")) == 3
+    assert set(explained(model, "fused gate").values()) == set(explained(model, "activation").values()) == {(True, "")}
+    assert len(explained(model, "fused gate")) == 3
     monkeypatch.setenv("MLX_LORA_KERNELS", "auto")
     if not mx.metal.is_available():
         fast.restore(model)
@@ -493,9 +493,9 @@ def test_explain(monkeypatch):
     [
         ({"method": "vera", "rank": 8}, "decode kernels", "VeRALinear has no kernel"),
         ({"lora_bias": True}, "decode kernels", "LoRABiasLinear has no kernel"),
-        ({"rank_pattern": {"up_proj": 8}}, "one launch", "ranks 4 and 8 differ"),
-        ({"method": "dora"}, "one launch", "gate_proj and up_proj are not both LoRA layers that the kernels decode"),
-        ({"config": GEMMA}, "one launch", "the activation is not SwiGLU of two projections"),
+        ({"rank_pattern": {"up_proj": 8}}, "fused gate", "ranks 4 and 8 differ"),
+        ({"method": "dora"}, "fused gate", "gate_proj and up_proj are not both LoRA layers that the kernels decode"),
+        ({"config": GEMMA}, "fused gate", "the activation is not SwiGLU of two projections"),
         ({"config": QWEN3_MOE, "quantize": None}, "decode kernels", "LoRASwitchLinear has no kernel"),
     ],
     ids=str,

@@ -233,7 +233,7 @@ def test_what_is_kept(config, widest, least, monkeypatch):
 
 
 def test_what_a_compiled_step_keeps(monkeypatch):
-    """The compiler must not find that what is computed again is there already."""
+    """`mx.compile` must not replace the recomputation by the stored result."""
     peaks = []
     for how in ("on", "off"):
         model = adapted({**WIDE, "num_hidden_layers": 8})

@@ -290,3 +290,21 @@ def test_a_failed_write_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
     fine_tune(folder, data, 3, resume=True)
     fine_tune(tmp_path / "b", data, 3)
     assert weights(folder) == weights(tmp_path / "b")
+
+
+def test_a_run_that_cannot_start_changes_nothing(tmp_path):
+    """Unknown names and folders that cannot be written are refused before a model is loaded."""
+    with pytest.raises(ConfigError, match="no loss 'foo'"):
+        mlx_lora.run(tmp_path, model="absent", data=DataConfig(data="absent"), train=TrainConfig(loss="foo"))
+    for batches in (0, -3):
+        with pytest.raises(ConfigError, match="test_batches must be"):
+            mlx_lora.run(tmp_path, model="absent", data=DataConfig(data="absent"), test_batches=batches)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        mlx_lora.run("/proc/run", model="absent", data=DataConfig(data="absent"))
+
+
+def test_a_loaded_model_stays_bare_if_there_is_nothing_to_train_on(tmp_path):
+    model, tokenizer = mlx_lora.load(PATH)
+    with pytest.raises(mlx_lora.MLXLoRAError, match="empty"):
+        list(mlx_lora.run(tmp_path, model=(model, tokenizer), data=([], None)))
+    mlx_lora.attach(model, mlx_lora.AdapterConfig())

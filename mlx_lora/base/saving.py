@@ -29,15 +29,15 @@ def check_target(
     """Refuse to write a folder over a file, over a folder that is not empty unless ``overwrite``, or where none can be.
 
     Args:
-        model: a model is written, which replaces the folder: what is there must be a model too.
+        model: a model is written, which replaces the whole folder; refuse one that holds an adapter.
 
     Raises: ``error``.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and (overwrite or not any(path.iterdir()))):
         raise error(f"{path}: already exists", "Choose another folder, or add --force to replace a folder.")
-    if model and path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
-        raise error(f"{path}: is not a model's folder, and is not replaced by one", "Choose another folder.")
+    if model and path.is_dir() and any([*path.glob("adapter*"), *path.glob("*/adapter*")]):
+        raise error(f"{path}: holds an adapter, which the model would replace", "Choose another folder.")
     check_writable(path, error)
 
 

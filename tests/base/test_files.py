@@ -71,12 +71,13 @@ def test_nf4_has_one_table():
     assert NF4_VALUES is stored.NF4
 
 
-def test_a_model_replaces_only_a_model(tmp_path):
-    """Not the folder of the adapter that is being fused, nor anything else."""
+def test_a_model_never_replaces_an_adapter(tmp_path):
+    """Such as the one that is being fused, in the folder itself or below it."""
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "adapters.safetensors").write_text("an adapter")
-    with pytest.raises(ModelError, match="is not a model's folder"):
-        check_target(tmp_path / "adapters", overwrite=True, model=True)
+    for folder in (tmp_path / "adapters", tmp_path):
+        with pytest.raises(ModelError, match="holds an adapter"):
+            check_target(folder, overwrite=True, model=True)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     check_target(tmp_path / "model", overwrite=True, model=True)

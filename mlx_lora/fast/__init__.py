@@ -24,7 +24,7 @@ from ..errors import ConfigError
 from ..kernels import enabled
 from ..layers import AdapterLayer, MultiLoRALinear
 from ..layers.dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
-from . import blas, decode, mlp
+from . import blas, decode, gated_delta, mlp
 from .dora import KeptNorms
 from .shared_input import SharesInput, families
 from .swap import address, is_swapped, plain_class, swap, undo
@@ -32,6 +32,7 @@ from .swap import address, is_swapped, plain_class, swap, undo
 _ADAPTERS = (AdapterLayer, MultiLoRALinear)
 _TODO = "call accelerate(model)"
 _AGAIN = "activation recomputation in training"
+_CHUNKS = "gated delta rule in chunks in training"
 _DORA = (DoRALinear, DoRAEmbedding, DoRASwitchLinear)
 
 
@@ -69,8 +70,8 @@ def accelerate(model: nn.Module) -> list[nn.Module]:
             if kernels or isinstance(module, _DORA):
                 _make_contiguous(module)
             put(module, _adapter_mixin(module, kernels))
-    for module in modules if kernels else ():
-        put(module, _parent_mixin(module))
+    for module in modules:
+        put(module, _parent_mixin(module, kernels))
     return changed
 
 
@@ -103,7 +104,11 @@ def _adapter_mixin(layer: nn.Module, kernels: bool) -> type | None:
     return KeptNorms if isinstance(layer, _DORA) else None
 
 
-def _parent_mixin(module: nn.Module) -> type | None:
+def _parent_mixin(module: nn.Module, kernels: bool) -> type | None:
+    if gated_delta.has_gated_delta(module) and gated_delta.obstacle(module) is None:
+        return gated_delta.ChunkedDelta
+    if not kernels:
+        return None
     if mlp.form_of(module) is not None and any(isinstance(child, _ADAPTERS) for child in module.values()):
         return mlp.FastMLP
     if _has_adapted_experts(module) and mlp.known_activation(module):
@@ -142,6 +147,8 @@ def _explained(path: str, module: nn.Module) -> Iterator[Explanation]:
         yield row("decode kernels", done, no_kernels or decode.obstacle(module) or _TODO)
         if isinstance(module, _DORA):
             yield row("norms kept between calls", isinstance(module, KeptNorms), off or _TODO)
+    if gated_delta.has_gated_delta(module):
+        yield row(_CHUNKS, isinstance(module, gated_delta.ChunkedDelta), off or gated_delta.obstacle(module) or _TODO)
     adapted = [child for child in module.values() if isinstance(child, _ADAPTERS)]
     if not adapted or isinstance(module, _ADAPTERS):
         return

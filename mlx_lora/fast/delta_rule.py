@@ -128,8 +128,8 @@ def _decays(
         g: [..., size, 1] or [..., size, Dk].
         rows, columns: [..., size, Dk].
 
-    Returns: for each token the product of the gates up to it, [..., size, D], and of those after it, [..., size, D]; the
-        product of all, [..., 1, D]; and for each of ``rows`` the matrix [..., size, size] with
+    Returns: for each token the product of the gates up to it and of those after it, both [..., size, D]; the product of
+        all gates, [..., 1, D]; and for each of ``rows`` the matrix [..., size, size] with
         ``sum(rows[i] * columns[j] * prod(g[j + 1 : i + 1]))`` at i, j for j < i, and zero elsewhere.
     """
     size, one_gate = g.shape[-2], g.shape[-1] < columns.shape[-1]

@@ -1,8 +1,9 @@
 """A pytest plugin (``-p kernel_run``) that runs the tests of one ``backend`` and writes each result at once.
 
-``mlx_lora/bench/kernel_tests.py`` uses it on a GPU. A line of the file of results is JSON: how many tests were selected;
-which test begins; or its outcome. So a process that a test ends tells which test it was, and the next process goes on
-after it. The tests come in turn, one of each function, then the next of each: a run cut short has seen every kind.
+``mlx_lora/bench/kernel_tests.py`` uses it on a GPU. A line of the file of results is JSON: how many tests were
+selected; which test begins; or its outcome. So if a test ends its process, the file tells which one it was, and the
+next process goes on after it. The tests take turns, one of each function, then the next of each: a run cut short has
+seen every kind.
 """
 
 from __future__ import annotations

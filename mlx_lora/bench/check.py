@@ -25,12 +25,14 @@ from ..errors import ConfigError
 from .kernel_tests import run_kernel_tests
 from .markdown import markdown
 from .parts import PARTS
-from .report import CUT_SHORT, DONE, FAILED, NOT_REACHED, Figure, Part, Report, write_report, write_whole
+from .report import CUT_SHORT, DONE, FAILED, NOT_REACHED, RUNNING, Figure, Part, Report, write_report, write_whole
+from .thermal import thermal_state
 
 ROOT = Path(__file__).resolve().parents[2]  # of a checkout; the tests are not part of an installed package
 TESTS = "kernel tests"
 # The order, and each part's share of the time. What a part leaves, the later ones have.
 SHARES = {TESTS: 35, "kernels": 15, "decoding": 22, "training": 20, "prompts": 4, "swaps": 4}
+WORKER = (sys.executable, "-m", "mlx_lora.bench.worker")
 GRACE = 20  # seconds after its time before a part is ended from outside
 
 
@@ -98,6 +100,7 @@ class Check:
 
     def _tests(self) -> Iterator[Part]:
         part = self.report.parts[1]
+        part.state, part.thermal = RUNNING, [thermal_state()]
         yield part
         if not (ROOT / "tests" / "kernels").is_dir():
             part.state, part.notes = FAILED, ["the tests are in a checkout, and this is an installed package"]
@@ -106,11 +109,11 @@ class Check:
         backend = "emulated" if self.emulate else "metal" if mx.metal.is_available() else "cuda"
         tests, begin = self.report.tests, time.monotonic()
         seconds, log = self._left() * SHARES[TESTS] / sum(SHARES.values()), self.out.resolve() / "kernel-tests.log"
-        part.state = CUT_SHORT
         for tests in run_kernel_tests(ROOT, log, backend, seconds, self._environment(), self.most_tests):
             self.report.tests = tests
             part.seconds = tests.seconds = round(time.monotonic() - begin, 1)
             self._write()
+        part.thermal.append(thermal_state())
         complete = tests.selected and tests.ran == tests.selected
         part.state = FAILED if tests.failures or not tests.selected else DONE if complete else CUT_SHORT
         yield part
@@ -129,7 +132,7 @@ class Check:
             "emulator": str(ROOT / "tests") if self.emulate else None,
         }
         worker = subprocess.Popen(
-            [sys.executable, "-m", "mlx_lora.bench.worker", json.dumps(arguments)],
+            [*WORKER, json.dumps(arguments)],
             stdout=subprocess.PIPE,
             env=self._environment(),
             text=True,
@@ -145,7 +148,7 @@ class Check:
                     begin = time.monotonic()
                     ending.cancel()
                     ending = _end_after(worker, event["seconds"] + GRACE)
-                    part.state, part.thermal = CUT_SHORT, [event["thermal"]]
+                    part.state, part.thermal = RUNNING, [event["thermal"]]
                     yield part
                 elif kind == "figure":
                     self.report.put(Figure(**event))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .report import Failure, Tests
+from .report import Failure, KernelTests
 
 FOLDERS = ("tests/kernels", "tests/fast")
 PATIENCE = 60  # seconds for one test
@@ -26,7 +27,7 @@ def run_kernel_tests(
     most: int | None = None,
     folders: tuple[str, ...] = FOLDERS,
     patience: float = PATIENCE,
-) -> Iterator[Tests]:
+) -> Iterator[KernelTests]:
     """Run the tests whose ``backend`` fixture is ``backend``, and go on after any that ends or stops the process.
 
     Args:
@@ -45,11 +46,11 @@ def run_kernel_tests(
             process = subprocess.Popen(
                 command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
-            size, moved = -1, time.monotonic()
+            size, moved = _size(results), math.inf  # patience begins with the first test
             try:
                 while process.poll() is None:
                     now = time.monotonic()
-                    if (new := results.stat().st_size if results.exists() else 0) != size:
+                    if (new := _size(results)) != size:
                         size, moved = new, now
                         yield _read(results, backend)
                     if now - begin > seconds or now - moved > patience:
@@ -63,6 +64,10 @@ def run_kernel_tests(
             if out_of_time or not _mark_unfinished(results, process.returncode):
                 break
     yield _read(results, backend)
+
+
+def _size(results: Path) -> int:
+    return results.stat().st_size if results.exists() else 0
 
 
 def _lines(results: Path) -> list[dict]:
@@ -84,9 +89,9 @@ def _mark_unfinished(results: Path, code: int) -> bool:
     return True
 
 
-def _read(results: Path, backend: str) -> Tests:
+def _read(results: Path, backend: str) -> KernelTests:
     names = {"metal": "Metal", "cuda": "CUDA"}
-    found = Tests(backend=names.get(backend, backend))
+    found = KernelTests(backend=names.get(backend, backend))
     for line in _lines(results):
         if "selected" in line:
             found.selected = max(found.selected, line["selected"])

@@ -20,7 +20,7 @@ from .cases import Case, Sizes, Way, cases
 from .chips import bandwidth
 from .models import widths
 from .report import figure
-from .timing import kernels_set
+from .timing import kernels_set, seconds_and_peak, seconds_of
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,19 @@ class KernelTime:
     chip: str
 
 
+_SLOW = 0.2  # seconds for one pass of every way
 _FIELDS = ("microseconds", "low_microseconds", "high_microseconds", "host_microseconds", "bytes", "launches")
 
 
-def measure_kernels(model: str, rank: int, bits: int, rows: int, iters: int) -> Iterator[KernelTime]:
+def measure_kernels(
+    model: str, rank: int, bits: int, rows: int, iters: int, seconds: float | None = None
+) -> Iterator[KernelTime]:
     """Measure every kernel beside the alternatives, all of them in turn.
 
     Args:
         model: of ``models.MODELS``, whose widths a layer and a head have. bits: of the base, 16 for a dense one.
         rows: tokens at once. iters: measurements; the median is reported.
+        seconds: for a part, which is measured less often, but three times, where it would take longer.
 
     Yields: a ``KernelTime`` for each part and path, and the sums over a layer after its parts.
     """
@@ -88,7 +92,7 @@ def measure_kernels(model: str, rank: int, bits: int, rows: int, iters: int) -> 
             sums = {path: _sum(parts) for path, parts in layer.items()}
             yield from (result("layer", path, found, sums["base"]["microseconds"]) for path, found in sums.items())
             layer = {}
-        found = _measure(case, chosen, iters)
+        found = _measure(case, chosen, iters, seconds)
         for path, one in found.items():
             if case.of_layer:
                 layer.setdefault(path, []).append(one)
@@ -105,10 +109,11 @@ def _sum(parts: list[dict]) -> dict:
     }
 
 
-def _measure(case: Case, chosen: str, iters: int, blocks: int = 5) -> dict[str, dict]:
+def _measure(case: Case, chosen: str, iters: int, seconds: float | None, blocks: int = 5) -> dict[str, dict]:
     """The figures of each way. The ways take turns, in blocks of iterations: accelerating a module takes time too."""
     found: dict[str, dict] = {}
     times: dict[str, list[float]] = {name: [] for name in case.ways}
+    once = 0.0
     for name, way in case.ways.items():
         found[name] = {"launches": None, "host_microseconds": None, "bytes": way.size}
         if case.counted:
@@ -116,14 +121,18 @@ def _measure(case: Case, chosen: str, iters: int, blocks: int = 5) -> dict[str, 
                 found[name]["launches"] = launches(way.calls[0], case.x).total() - way.inlined
                 found[name]["host_microseconds"] = 1e6 * _host_time(way.calls[0], case.x)
         with _accelerated(way, chosen if way.kernels else "off"):
-            found[name]["peak_megabytes"] = _peak(way.calls, case.x)
+            mx.eval(_started(way.calls, case.x))  # compiles, and keeps what it keeps
+            passed, found[name]["peak_megabytes"] = seconds_and_peak(lambda: mx.eval(_started(way.calls, case.x)))  # noqa: B023
+            once += passed
+    if seconds is not None:
+        iters = min(iters, max(3, int(seconds / once)))
     blocks = min(blocks, iters)
     for block in range(blocks):
         for name, way in case.ways.items():
             with _accelerated(way, chosen if way.kernels else "off"):
-                times[name] += _times(way.calls, case.x, len(range(block, iters, blocks)))
+                times[name] += _times(way.calls, case.x, len(range(block, iters, blocks)), once > _SLOW)
     for name, samples in times.items():
-        all_of = figure([1e6 * seconds for seconds in samples], "kernels", "", case.part, name, "us")
+        all_of = figure([1e6 * sample for sample in samples], "kernels", "", case.part, name, "us")
         found[name] |= {
             "microseconds": all_of.median,
             "low_microseconds": all_of.low,
@@ -144,22 +153,14 @@ def _started(calls: list[Callable], x: mx.array) -> mx.array:
     return y
 
 
-def _peak(calls: list[Callable], x: mx.array) -> float:
-    """MB of temporary arrays, the result included, after a first call that compiles and keeps what it keeps."""
-    mx.eval(_started(calls, x))
-    mx.synchronize()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    mx.eval(_started(calls, x))
-    mx.synchronize()
-    return max(0, mx.get_peak_memory() - before) / 1e6
-
-
-def _times(calls: list[Callable], x: mx.array, count: int) -> list[float]:
+def _times(calls: list[Callable], x: mx.array, count: int, slow: bool) -> list[float]:
     """Seconds per call, ``count`` times. The next pass is started before one waits for the last, as when decoding.
 
-    So a call takes what the GPU takes, unless the host takes longer to build the graph.
+    So a call takes what the GPU takes, unless the host takes longer to build the graph. Where a call is ``slow``, the
+    host's time does not matter, and the passes before and after the measured ones would cost too much.
     """
+    if slow:
+        return [seconds_of(lambda: mx.eval(_started(calls, x))) / len(calls) for _ in range(count)]
     mx.eval(_started(calls, x))
     times, running, tic = [], _started(calls, x), time.perf_counter()
     for _ in range(count):

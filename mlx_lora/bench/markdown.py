@@ -15,6 +15,9 @@ USED_BY = {
     "nf4_dequantize": ("dequantize, NF4",),
 }
 
+_PATHS = """In the tables, *base* has no adapter; *kernels* is mlx-lora's adapter with its kernels, *plain* the same
+with plain operations, *mlx-lm* an adapter of mlx-lm's layers, and *fused* an adapter merged into weights of 8 bits."""
+
 
 def markdown(report: Report) -> str:
     """Everything in ``report``, as tables."""
@@ -27,6 +30,7 @@ def markdown(report: Report) -> str:
         _failures(report),
         _verdict(report),
     ]
+    blocks += [_PATHS] if report.figures else []
     for part in dict.fromkeys(f.part for f in report.figures):
         blocks.append(f"## {part.capitalize()}\n\n" + figures_table([f for f in report.figures if f.part == part]))
     blocks.append("## Parts of the run\n\n" + _parts(report))

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from .. import device
 from ..adapter import Adapter
 from ..config import AdapterConfig
-from ..fast import accelerate
+from ..fast import accelerate, explain
 from ..merge.fuse import fuse
 from ..model.attach import adapters_on, attach, extract, mount, unmount
 from .chips import bandwidth
@@ -63,7 +63,7 @@ class Plan:
     rounds: int = 15
 
 
-TINY = Plan(("tiny",), ("tiny", "tiny Qwen3"), tokens=3, prompt=32, lengths=(16, 24), rounds=2)
+TINY = Plan(("tiny",), ("tiny", "tiny Qwen3"), tokens=3, prompt=32, lengths=(16, 24), rounds=1)
 Found = Iterator[Figure | str]
 
 
@@ -72,7 +72,7 @@ def kernels(plan: Plan, clock: Clock) -> Found:
     for number, model in enumerate(plan.kernels):
         mine = clock.share(1 / (len(plan.kernels) - number))
         with kernels_set("on"):
-            for time_ in measure_kernels(model, RANK, 4, 1, 4 * plan.rounds):
+            for time_ in measure_kernels(model, RANK, 4, 1, 4 * plan.rounds, mine.seconds / 12):
                 peak, estimate = bandwidth(time_.chip), None
                 if peak and time_.launches is not None:
                     size = time_.gigabytes_per_second * time_.microseconds * 1e3
@@ -86,7 +86,7 @@ def kernels(plan: Plan, clock: Clock) -> Found:
 
 
 def decoding(plan: Plan, clock: Clock) -> Found:
-    """Tokens per second of each model: base, adapter with kernels, with plain operations, with mlx-lm's layers, fused."""
+    """Tokens per second: base; adapter with kernels, with plain operations, with mlx-lm's layers; fused."""
     for number, name in enumerate(plan.decoding):
         mine = clock.share(1 / (len(plan.decoding) - number))
         more = 6 * adapter_numbers(name)
@@ -105,6 +105,10 @@ def _decoding(name: str, plan: Plan, clock: Clock) -> Found:
         "plain": ("off", _ours(name, base, adapter, "off")),
         "mlx-lm": ("off", _theirs(name, base)),
     }
+    with kernels_set("on"):
+        reasons = {row.reason for row in explain(models["kernels"][1]) if not row.done and "BLAS" not in row.what}
+    if reasons:
+        yield f"{name}, kernels: some layers do without: {'; '.join(sorted(reasons))}"
     if reason := _too_large(base_bytes(name) + base_bytes(name, 8) + 6 * adapter_numbers(name)):
         yield f"{name}, fused, was left out: {reason}"
     else:
@@ -229,10 +233,9 @@ def swaps(plan: Plan, clock: Clock) -> Found:
         with kernels_set("on"):
             return 1e3 * seconds_of(work)
 
+    what = f"a swap of adapters ({len(adapter.modules)} modules)"
     for samples in in_turn({"mlx-lora": swap}, clock, plan.rounds):
-        yield figure(
-            samples["mlx-lora"], "swaps", name, f"a swap of adapters ({len(adapter.modules)} modules)", "mlx-lora", "ms"
-        )
+        yield figure(samples["mlx-lora"], "swaps", name, what, "mlx-lora", "ms")
 
 
 PARTS: dict[str, Callable[[Plan, Clock], Found]] = {

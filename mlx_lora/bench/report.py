@@ -18,7 +18,7 @@ from ..errors import FormatError
 
 SCHEMA = 1
 MEASURED, DRY_RUN = "measured", "dry run"
-DONE, CUT_SHORT, FAILED, NOT_REACHED, LEFT_OUT = "done", "cut short", "failed", "not reached", "left out"
+NOT_REACHED, RUNNING, DONE, CUT_SHORT, FAILED = "not reached", "running", "done", "cut short", "failed"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Figure:
 
 def figure(samples: list[float], *names: str, estimate: float | None = None) -> Figure:
     """A figure from its samples. names: part, model, what, path and unit."""
-    low, median, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
+    low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
     low, high = max(low, min(samples)), min(high, max(samples))  # of two or three samples, `quantiles` goes beyond
     return Figure(*names, statistics.median(samples), low, high, len(samples), estimate=estimate)
 
@@ -61,7 +61,7 @@ class Failure:
 
 
 @dataclass
-class Tests:
+class KernelTests:
     """The kernel tests on the GPU."""
 
     backend: str = ""  # Metal, CUDA or emulated
@@ -100,7 +100,7 @@ class Report:
     seconds: float = 0.0
     ended: str = "unfinished"  # or "finished", "out of time", "interrupted"
     parts: list[Part] = field(default_factory=list)
-    tests: Tests = field(default_factory=Tests)
+    tests: KernelTests = field(default_factory=KernelTests)
     figures: list[Figure] = field(default_factory=list)
     schema: int = SCHEMA
 

@@ -12,7 +12,7 @@ _JAVASCRIPT = "ObjC.import('Foundation'); $.NSProcessInfo.processInfo.thermalSta
 
 
 def thermal_state() -> str:
-    """Such as "nominal; no thermal warning" on macOS, or "61 C, 1980 MHz, ..." for an NVIDIA GPU; "unknown" elsewhere."""
+    """Such as "nominal" on macOS, or "61 C, 1980 MHz, ..." for an NVIDIA GPU; "unknown" elsewhere."""
     if sys.platform == "darwin":
         state = _STATES.get(_output("osascript", "-l", "JavaScript", "-e", _JAVASCRIPT), "")
         warnings = _output("pmset", "-g", "therm").splitlines()

@@ -96,10 +96,9 @@ def check(out, minutes, emulate, tests):
     running = Check(out, minutes, emulate, tests)
     try:
         for part in running.run():
-            spent = f" after {part.seconds:.0f} s" if part.state != "not reached" else ""
-            console.note(f"{part.name}: {part.state if spent else 'begins'}{spent}")
-            for text in part.notes:
-                console.warn(text)
+            console.note(f"{part.name}: {part.state}" + (f" after {part.seconds:.0f} s" if part.seconds else ""))
+            for text in part.notes if part.state != "running" else ():
+                console.warn(f"{part.name}: {text}")
     finally:
         console.note(f"The report is in {running.out / 'report.md'} and report.json.")
     console.data(markdown(running.report), newline=False)

@@ -11,8 +11,11 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 
+import mlx_lora  # isort: skip  (opens a BLAS before MLX is imported)
 import mlx.core as mx
 import pytest
+
+assert mlx_lora
 
 
 def pytest_addoption(parser):

@@ -30,6 +30,7 @@ def markdown(report: Report) -> str:
         _failures(report),
         _verdict(report),
     ]
+    blocks += [] if report.emulated or not report.figures else ["## Summary", gathered([report])]
     blocks += [_PATHS] if report.figures else []
     for part in dict.fromkeys(f.part for f in report.figures):
         blocks.append(f"## {part.capitalize()}\n\n" + figures_table([f for f in report.figures if f.part == part]))
@@ -82,23 +83,31 @@ def verdicts(report: Report) -> dict[str, str]:
     return found
 
 
+# The tables of ``gathered``: part -> its paths.
+_GATHERED = {
+    "decoding": ("base", "kernels", "plain", "mlx-lm", "fused"),
+    "training": ("LoRA", "LoRA, mlx-lm", "DoRA", "DoRA, mlx-lm", "LoRA on NF4"),
+    "prompts": ("base", "kernels", "mlx-lm"),
+    "swaps": ("mlx-lora",),
+}
+
+
 def gathered(reports: Iterable[Report]) -> str:
-    """One table of the figures that matter most, a row for each chip and model; the newest report of a chip counts."""
-    newest: dict[str, Report] = {}
-    for report in sorted(reports, key=lambda r: r.started):
-        if not report.emulated:
-            newest[report.machine.chip] = report
-    paths = ("base", "kernels", "plain", "mlx-lm", "fused")
-    rows = []
-    for chip, report in sorted(newest.items()):
-        tests = f"{report.tests.passed} of {report.tests.selected}"
-        for model in dict.fromkeys(f.model for f in report.figures if f.part == "decoding"):
-            found = [report.find("decoding", model, "a token", path, "tokens/s") for path in paths]
-            rows.append((chip, tests, model, *(number(f.median) if f else "" for f in found)))
-    if not rows:
-        return "No report yet."
-    names = ("base", "adapter, kernels", "adapter, plain operations", "adapter, mlx-lm", "fused, 8 bits")
-    return "Measured, tokens/s:\n\n" + _table(("chip", "kernel tests passed", "model, 4 bits", *names), rows)
+    """The figures that matter most as measured, by chip; the newest report of a chip counts, and no dry run."""
+    newest = {r.machine.chip: r for r in sorted(reports, key=lambda r: r.started) if not r.emulated}
+    blocks = []
+    for part, paths in _GATHERED.items():
+        rows = []
+        for chip, report in sorted(newest.items()):
+            figures = [f for f in report.figures if f.part == part and f.path in paths]
+            for model, what, unit in dict.fromkeys((f.model, f.what, f.unit) for f in figures):
+                found = [report.find(part, model, what, path, unit) for path in paths]
+                cells = (f"{number(f.median)} {unit}" if f else "" for f in found)
+                rows.append((chip, f"{report.tests.passed} of {report.tests.selected}", model, what, *cells))
+        if rows:
+            head = ("chip", "kernel tests passed", "model, 4 bits", "measured", *paths)
+            blocks.append(f"{part.capitalize()}:\n\n{_table(head, rows)}")
+    return "\n\n".join(blocks) or "No report yet."
 
 
 def _dry_run(report: Report) -> str:

@@ -8,17 +8,21 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
 import mslemu
+from mlx_lora import device
 from mlx_lora.bench import Check, check, read_report
 from mlx_lora.bench.kernel_tests import run_kernel_tests
 from mlx_lora.bench.report import CUT_SHORT, DONE, FAILED, NOT_REACHED
 from mlx_lora.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
+ASKED = ("prepare", "add", "remove")  # functions of environment.sh
+LINUX = 'case "$1" in -s) echo Linux ;; *) echo x86_64 ;; esac\n'
 
 
 def program(path: Path, text: str) -> Path:
@@ -86,7 +90,7 @@ def test_dry_run(scripts, tmp_path):
 
 
 def test_a_machine_without_a_gpu_is_refused_in_one_line(scripts, tmp_path):
-    program(tmp_path / "bin" / "uname", 'case "$1" in -s) echo Linux ;; *) echo x86_64 ;; esac\n')
+    program(tmp_path / "bin" / "uname", LINUX)
     program(tmp_path / "bin" / "nvidia-smi", "exit 9\n")
     done = run(scripts, path=str(tmp_path / "bin"))
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
@@ -96,7 +100,7 @@ def test_a_machine_without_a_gpu_is_refused_in_one_line(scripts, tmp_path):
 @pytest.mark.parametrize(("driver", "extra"), [("12.4", "cuda12"), ("13.0", "cuda13")])
 def test_cuda_gets_an_environment_of_its_own(driver, extra, scripts, tmp_path):
     """MLX's files for CUDA and for CPUs have the same names, so one package takes the other's place."""
-    program(tmp_path / "bin" / "uname", 'case "$1" in -s) echo Linux ;; *) echo x86_64 ;; esac\n')
+    program(tmp_path / "bin" / "uname", LINUX)
     program(
         tmp_path / "bin" / "nvidia-smi",
         f'echo "| NVIDIA-SMI 575.1   Driver Version: 575.1   CUDA Version: {driver} |"\n',
@@ -104,7 +108,8 @@ def test_cuda_gets_an_environment_of_its_own(driver, extra, scripts, tmp_path):
     (tmp_path / "wheels").mkdir()
     here = scripts / "environment.sh"
     here.write_text(here.read_text().replace(f'cd "{ROOT}"', f'cd "{tmp_path}"'))
-    python = '[ "$1" != -m ] || { echo "$MLX_LORA_KERNELS $*"; exit; }\ncase "$2" in *cuda*) exit 1 ;; *) echo 0.32.4 ;; esac\n'
+    python = '[ "$1" != -m ] || { echo "$MLX_LORA_KERNELS $*"; exit; }\n'
+    python += 'case "$2" in *cuda*) exit 1 ;; *) echo 0.32.4 ;; esac\n'
     program(tmp_path / ".venv-cuda" / "bin" / "python", python)
     done = run(scripts, "--wheels", "wheels", "--minutes", "3", path=str(tmp_path / "bin"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -136,12 +141,13 @@ def test_installing_from_a_folder_asks_no_index(wheels, uv, tmp_path):
     assert ("<--no-index><--find-links=a folder>" in line) == bool(wheels)
 
 
-# ------------------------------------------------------------------------------------------------------ what may go wrong
+# ---------------------------------------------------------------------------------------------------- what may go wrong
 
 
 def test_refused(tmp_path):
-    with pytest.raises(ConfigError, match="neither Metal nor CUDA"):
-        Check(tmp_path)
+    if device.is_cpu():
+        with pytest.raises(ConfigError, match="neither Metal nor CUDA"):
+            Check(tmp_path)
     with pytest.raises(ConfigError, match="above 0"):
         Check(tmp_path, minutes=0, emulate=True)
 
@@ -265,5 +271,6 @@ def test_kernel_tests_keep_to_their_time(tmp_path):
     (folder / "test_some.py").write_text(KERNEL_TESTS)
     shutil.copy(ROOT / "tests" / "kernel_run.py", tmp_path / "tests")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    begin = time.monotonic()
     *_, tests = run_kernel_tests(tmp_path, tmp_path / "log", "metal", 0.1, environment, folders=("tests/kernels",))
-    assert tests.ran == 0
+    assert time.monotonic() - begin < 30 and tests.ran < 8, "test_stops would take ten minutes"

@@ -144,8 +144,9 @@ def test_gathered_takes_the_newest_report_of_a_chip():
     other = report(machine=dataclasses.replace(report().machine, chip="Apple M1"))
     text = gathered([report(), old, other, report(emulated=True, started="2027-01-01T00:00:00+00:00")])
     assert [line.split(" | ")[0] for line in text.splitlines()[4:]] == ["| Apple M1"] * 2 + ["| Apple M3 Pro"] * 2
+    assert text.startswith("Decoding:")
     speed = report().find("decoding", "Qwen3-4B", "a token", "kernels", "tokens/s").median
-    assert text.splitlines()[-1].split(" | ")[4] == f"{speed:.3g}"
+    assert text.splitlines()[-1].split(" | ")[5] == f"{speed:.3g} tokens/s"
     assert gathered([]) == "No report yet."
 
 
@@ -187,7 +188,7 @@ def test_gathering_writes_both_documents(tmp_path, monkeypatch):
 
     found = gather.documents([report(0.6, 4.0)])
     text = "\n".join(gather.with_block(path.read_text(), *next(iter(blocks.items()))) for path, blocks in found.items())
-    assert "| Apple M3 Pro | 2 of 3 | Llama-3.2-1B |" in text and "60 % of the bandwidth" in text
+    assert "| Apple M3 Pro | 2 of 3 | Llama-3.2-1B | a token |" in text and "60 % of the bandwidth" in text
     with pytest.raises(AssertionError, match="marks of"):
         gather.with_block("", "gathered", "text")
 

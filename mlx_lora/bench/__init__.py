@@ -1,7 +1,7 @@
 """Benchmarks of the kernels beside plain operations and mlx-lm's layers, and the check of everything on a GPU."""
 
 from .check import Check
-from .estimate import Assumptions, assumptions_of, table
+from .estimate import Assumptions, assumptions_of, counts, table
 from .kernels import KernelTime, measure_kernels
 from .markdown import gathered, markdown, verdicts
 from .models import SIZES
@@ -15,6 +15,7 @@ __all__ = [
     "Part",
     "Report",
     "assumptions_of",
+    "counts",
     "gathered",
     "markdown",
     "measure_kernels",

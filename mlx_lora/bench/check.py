@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from .. import __version__, device
 from ..errors import ConfigError
-from .kernel_tests import run_kernel_tests
+from .kernel_tests import load_emulator, run_kernel_tests
 from .markdown import markdown
 from .parts import PARTS
 from .report import CUT_SHORT, DONE, FAILED, NOT_REACHED, RUNNING, Figure, Part, Report, write_report, write_whole
@@ -52,6 +52,8 @@ class Check:
             raise ConfigError(f"minutes must be above 0, not {minutes}", "A whole check takes about 6 minutes.")
         if emulate and not (ROOT / "tests" / "mslemu").is_dir():
             raise ConfigError("the emulator is in a checkout's tests/, which is not here", "Run it from a checkout.")
+        if emulate and (why := load_emulator(ROOT / "tests").unavailable()):
+            raise ConfigError(f"the emulator does not run here: {why}", "Leave --emulate out on a machine with a GPU.")
         if not emulate and device.is_cpu():
             raise ConfigError(
                 "MLX computes on neither Metal nor CUDA here, so there is nothing to check",
@@ -141,6 +143,8 @@ class Check:
         begin, part, ending = time.monotonic(), None, _end_after(worker, self._left() + GRACE)
         try:
             for line in worker.stdout:
+                if not line.startswith('{"event"'):  # whatever a library has printed
+                    continue
                 event = json.loads(line)
                 kind = event.pop("event")
                 part = parts[event["part"]]

@@ -54,11 +54,12 @@ def assumptions_of(reports: Iterable[Report]) -> Assumptions:
 
     The bandwidth reached is the base model's bytes over its time; a launch costs the difference between plain
     operations and kernels, which read the same bytes, divided by the launches saved. What no report tells keeps its
-    default, such as the bandwidth reached on a chip whose data sheet is not in ``chips.py``.
+    default, such as the bandwidth reached on a chip whose data sheet is not in ``chips.py``. Only reports of Metal
+    count, since the table is one of Macs.
     """
     efficiencies, costs, chips = [], [], []
     for report in reports:
-        if report.emulated:
+        if not counts(report):
             continue
         peak, times = bandwidth(report.machine.chip), {}
         for figure in report.figures:
@@ -78,6 +79,11 @@ def assumptions_of(reports: Iterable[Report]) -> Assumptions:
     if costs:
         known["microseconds"] = max(0.0, statistics.median(costs))
     return Assumptions(**known, source="measured on " + ", ".join(dict.fromkeys(chips))) if known else Assumptions()
+
+
+def counts(report: Report) -> bool:
+    """Whether a report says something about Macs."""
+    return report.machine.backend == "Metal" and not report.emulated
 
 
 def table(given: Assumptions | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -11,11 +12,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from .report import Failure, KernelTests
 
 FOLDERS = ("tests/kernels", "tests/fast")
 PATIENCE = 60  # seconds for one test
+
+
+def load_emulator(tests: str | Path) -> ModuleType:
+    """The Metal emulator among the tests of a checkout."""
+    if str(tests) not in sys.path:
+        sys.path.insert(0, str(tests))
+    return importlib.import_module("mslemu")
 
 
 def run_kernel_tests(

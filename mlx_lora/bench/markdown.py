@@ -135,6 +135,8 @@ def _tests(report: Report) -> str:
     line = f"**Kernel tests** on {tests.backend}: {tests.ran} of {tests.selected} have run in {tests.seconds:.0f} s: "
     skipped = sum(tests.skipped.values())
     line += f"{tests.passed} passed, {len(tests.failures)} failed, {skipped} skipped."
+    if tests.ran < tests.selected:
+        line += " With more --minutes all of them run."
     return "\n".join([line, *(f"- {count} skipped: {reason}" for reason, count in tests.skipped.items())])
 
 

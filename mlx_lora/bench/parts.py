@@ -36,7 +36,7 @@ from .models import (
     with_same_weights,
 )
 from .report import Figure, figure
-from .timing import Clock, in_turn, kernels_set, memory_of_gpu, seconds_and_peak, seconds_of
+from .timing import Clock, OutOfTime, in_turn, kernels_set, memory_of_gpu, seconds_and_peak, seconds_of
 
 LORA = AdapterConfig(rank=RANK, scale=SCALE, num_layers=-1)
 # Peak of a step above the model's memory relative to mlx-lm's, measured on a CPU: scripts/benchmarks/README.md.
@@ -69,6 +69,7 @@ Found = Iterator[Figure | str]
 
 def kernels(plan: Plan, clock: Clock) -> Found:
     """Every kernel beside plain operations and mlx-lm's layers, at the sizes of each model."""
+    late = []
     for number, model in enumerate(plan.kernels):
         mine = clock.share(1 / (len(plan.kernels) - number))
         with kernels_set("on"):
@@ -80,9 +81,11 @@ def kernels(plan: Plan, clock: Clock) -> Found:
                 spread = time_.microseconds, time_.low_microseconds, time_.high_microseconds, time_.samples
                 yield Figure("kernels", model, time_.part, time_.path, "us", *spread, estimate=estimate)
                 if mine.left() < 0:
-                    yield f"{model}: the time was up after {time_.part}, {time_.path}"
+                    late.append(f"the time for {model} was up after {time_.part}, {time_.path}")
                     break
         _forget()
+    if late:
+        raise OutOfTime("; ".join(late))
 
 
 def decoding(plan: Plan, clock: Clock) -> Found:

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 
 class OutOfTime(Exception):
-    """The time was up before anything was measured."""
+    """The time was up before everything was measured."""
 
 
 class Clock:

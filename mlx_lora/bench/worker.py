@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
+import math
 import sys
 from collections.abc import Callable
 
 import mlx_lora  # noqa: F401  isort: skip  (opens a BLAS before MLX is imported)
 
 from ..device import memory_limits
+from .kernel_tests import load_emulator
 from .parts import PARTS, TINY, Plan
 from .report import CUT_SHORT, DONE, DRY_RUN, FAILED, Figure
 from .thermal import thermal_state
@@ -32,8 +33,7 @@ def work(shares: dict[str, float], seconds: float, emulator: str | None, say: Ca
     plan, how, all_time = Plan(), {}, Clock(seconds)
     with contextlib.ExitStack() as cleanup:
         if emulator:
-            sys.path.insert(0, emulator)
-            cleanup.enter_context(importlib.import_module("mslemu").installed(instrument=False))
+            cleanup.enter_context(load_emulator(emulator).installed(instrument=False))
             plan, how = TINY, {"how": DRY_RUN}
         else:
             cleanup.enter_context(memory_limits())
@@ -45,7 +45,9 @@ def work(shares: dict[str, float], seconds: float, emulator: str | None, say: Ca
             say({"event": "begin", "part": name, "seconds": clock.seconds, "thermal": thermal_state()})
             try:
                 for found in PARTS[name](plan, clock):
-                    if isinstance(found, Figure):
+                    if isinstance(found, Figure) and not math.isfinite(found.low + found.median + found.high):
+                        say({"event": "note", "part": name, "text": f"{found.what}, {found.path}: is not finite"})
+                    elif isinstance(found, Figure):
                         say({"event": "figure", **dataclasses.asdict(dataclasses.replace(found, **how))})
                     else:
                         say({"event": "note", "part": name, "text": found})

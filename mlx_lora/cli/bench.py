@@ -127,9 +127,13 @@ def estimate(reports, efficiency, microseconds):
     """
     import dataclasses
 
-    from ..bench import assumptions_of, read_report, table
+    from ..bench import assumptions_of, counts, read_report, table
 
-    given = assumptions_of(read_report(path) for path in reports)
+    found = {path: read_report(path) for path in reports}
+    for path, report in found.items():
+        if not counts(report):
+            console.warn(f"{path} is not of a run on Metal, so the estimates for Macs do not use it.")
+    given = assumptions_of(found.values())
     changes = {"efficiency": efficiency, "microseconds": microseconds}
     changes = {name: value for name, value in changes.items() if value is not None}
     given = dataclasses.replace(given, **changes, **({"source": "the command line"} if changes else {}))

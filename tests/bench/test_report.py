@@ -159,6 +159,8 @@ def test_estimates_made_again_from_a_report():
     assert given.efficiency == pytest.approx(0.6) and given.microseconds == pytest.approx(4.0)
     assert CHIP in given.source
     assert assumptions_of([]) == Assumptions() == assumptions_of([report(emulated=True)])
+    cuda = report(machine=dataclasses.replace(report().machine, backend="CUDA"))
+    assert assumptions_of([cuda]) == Assumptions(), "the table is one of Macs"
     unknown = assumptions_of([report(machine=dataclasses.replace(report().machine, chip="Apple M9"))])
     assert unknown.efficiency == 0.8 and unknown.microseconds == pytest.approx(4.0)
 

@@ -61,7 +61,7 @@ def run(scripts: Path, *args: str, path: str = "", cwd: Path | None = None) -> s
 @pytest.mark.skipif(mslemu.unavailable() is not None, reason=str(mslemu.unavailable()))
 def test_dry_run(scripts, tmp_path):
     """Everything, with the emulator in the GPU's place."""
-    done = run(scripts, "--emulate", "--tests", "3", "--minutes", "4", "--out", "found", cwd=tmp_path)
+    done = run(scripts, "--emulate", "--tests", "3", "--minutes", "10", "--out", "found", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = read_report(tmp_path / "found" / "report.json")
     assert [(part.name, part.state, part.notes) for part in report.parts] == [

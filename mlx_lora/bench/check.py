@@ -82,8 +82,8 @@ class Check:
             yield from self._measure()
             reached = all(part.state != NOT_REACHED for part in self.report.parts)
             self.report.ended = "finished" if reached else "out of time"
-        except BaseException:
-            self.report.ended = "interrupted"
+        except BaseException as error:
+            self.report.ended = "failed" if isinstance(error, Exception) else "interrupted"
             raise
         finally:
             self._write()

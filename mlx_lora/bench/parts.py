@@ -14,20 +14,26 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from .. import device
 from ..adapter import Adapter
-from ..config import AdapterConfig
-from ..fast import accelerate, explain
+from ..fast import explain
 from ..merge.fuse import fuse
-from ..model.attach import adapters_on, attach, extract, mount, unmount
+from ..model.attach import mount
 from .chips import bandwidth
+from .contestants import (
+    LORA,
+    base_and_adapter,
+    float_dtype,
+    mlx_lm_training_step,
+    training_step,
+    with_adapter,
+    with_mlx_lm_adapter,
+)
 from .estimate import Assumptions, kernel_seconds, ratio, token_seconds
 from .kernels import measure_kernels
 from .models import (
     RANK,
-    SCALE,
     adapter_numbers,
     base_bytes,
     linear_numbers,
@@ -38,7 +44,6 @@ from .models import (
 from .report import Figure, figure
 from .timing import Clock, OutOfTime, in_turn, kernels_set, memory_of_gpu, seconds_and_peak, seconds_of
 
-LORA = AdapterConfig(rank=RANK, scale=SCALE, num_layers=-1)
 # Peak of a step above the model's memory relative to mlx-lm's, measured on a CPU: scripts/benchmarks/README.md.
 STEP_MEMORY = 0.59
 # The low-rank product of a prompt is less than 1 % of the work.
@@ -101,12 +106,12 @@ def decoding(plan: Plan, clock: Clock) -> Found:
 
 
 def _decoding(name: str, plan: Plan, clock: Clock) -> Found:
-    base, adapter = _base_and_adapter(name)
+    base, adapter = base_and_adapter(name)
     models = {
         "base": ("off", base),
-        "kernels": ("on", _ours(name, base, adapter, "on")),
-        "plain": ("off", _ours(name, base, adapter, "off")),
-        "mlx-lm": ("off", _theirs(name, base)),
+        "kernels": ("on", with_adapter(name, base, adapter, "on")),
+        "plain": ("off", with_adapter(name, base, adapter, "off")),
+        "mlx-lm": ("off", with_mlx_lm_adapter(name, base)),
     }
     with kernels_set("on"):
         reasons = {row.reason for row in explain(models["kernels"][1]) if not row.done and "BLAS" not in row.what}
@@ -116,7 +121,7 @@ def _decoding(name: str, plan: Plan, clock: Clock) -> Found:
         yield f"{name}, fused, was left out: {reason}"
     else:
         with kernels_set("off"):
-            fused = _ours(name, base, adapter, "off")
+            fused = with_adapter(name, base, adapter, "off")
             fuse(fused, bits=8)  # what `fuse` stores by default where the update survives it
         models["fused"] = ("off", fused)
 
@@ -145,23 +150,23 @@ def _decoding(name: str, plan: Plan, clock: Clock) -> Found:
 def training(plan: Plan, clock: Clock) -> Found:
     """Time and memory of a step at each length: LoRA and DoRA beside mlx-lm's, and LoRA on an NF4 base."""
     name = plan.decoding[0]
-    base = random_model(name, _dtype())
+    base = random_model(name, float_dtype())
     for number, length in enumerate(plan.lengths):
         mine = clock.share(1 / (len(plan.lengths) - number))
         tokens = mx.random.randint(0, 512, (1, length + 1))
         mx.eval(tokens)
         with kernels_set("on"):
             steps = {
-                "LoRA": _our_step(with_same_weights(name, base), LORA, tokens),
-                "LoRA, mlx-lm": _their_step(with_same_weights(name, base), False, tokens),
-                "DoRA": _our_step(with_same_weights(name, base), replace(LORA, method="dora"), tokens),
-                "LoRA on NF4": _our_step(random_nf4_model(name, _dtype()), LORA, tokens),
+                "LoRA": training_step(with_same_weights(name, base), LORA, tokens),
+                "LoRA, mlx-lm": mlx_lm_training_step(with_mlx_lm_adapter(name, base), tokens),
+                "DoRA": training_step(with_same_weights(name, base), replace(LORA, method="dora"), tokens),
+                "LoRA on NF4": training_step(random_nf4_model(name, float_dtype()), LORA, tokens),
             }
             # mlx-lm's DoRA keeps the float weights of all layers for the backward pass.
             if reason := _too_large(base_bytes(name) + 6 * linear_numbers(name)):
                 yield f"mlx-lm's DoRA, {length} tokens, was left out: {reason}"
             else:
-                steps["DoRA, mlx-lm"] = _their_step(with_same_weights(name, base), True, tokens)
+                steps["DoRA, mlx-lm"] = mlx_lm_training_step(with_mlx_lm_adapter(name, base, dora=True), tokens)
             peaks: dict[str, list[float]] = {path: [] for path in steps}
 
             def measured(path: str, steps: dict = steps, peaks: dict = peaks) -> float:
@@ -183,7 +188,7 @@ def training(plan: Plan, clock: Clock) -> Found:
                     of = [o / max(t, 1e-6) for o, t in zip(ours, theirs, strict=True)]
                     names = ("training", name, f"{what}, peak", f"{method}: mlx-lora / mlx-lm", "x")
                     yield figure(of, *names, estimate=estimate)
-        del steps, ways
+        del steps, ways, measured  # each holds the models
         _forget()
 
 
@@ -192,11 +197,11 @@ def prompts(plan: Plan, clock: Clock) -> Found:
     from mlx_lm.models.cache import make_prompt_cache
 
     name = plan.decoding[0]
-    base, adapter = _base_and_adapter(name)
+    base, adapter = base_and_adapter(name)
     models = {
         "base": ("off", base),
-        "kernels": ("on", _ours(name, base, adapter, "on")),
-        "mlx-lm": ("off", _theirs(name, base)),
+        "kernels": ("on", with_adapter(name, base, adapter, "on")),
+        "mlx-lm": ("off", with_mlx_lm_adapter(name, base)),
     }
     tokens = mx.random.randint(0, 512, (1, plan.prompt))
     mx.eval(tokens)
@@ -222,7 +227,7 @@ def prompts(plan: Plan, clock: Clock) -> Found:
 def swaps(plan: Plan, clock: Clock) -> Found:
     """Putting another adapter on a loaded model."""
     name = plan.decoding[0]
-    base, adapter = _base_and_adapter(name)
+    base, adapter = base_and_adapter(name)
     other = Adapter(adapter.config, {key: -array for key, array in adapter.weights.items()}, base=adapter.base)
     mx.eval(list(other.weights.values()))
     both = [adapter, other]
@@ -248,90 +253,6 @@ PARTS: dict[str, Callable[[Plan, Clock], Found]] = {
     "prompts": prompts,
     "swaps": swaps,
 }
-
-
-def _dtype() -> mx.Dtype:
-    """Of x and of the scales: bfloat16, as in most published models. A CPU computes in float32."""
-    return mx.float32 if device.is_cpu() else mx.bfloat16
-
-
-def _base_and_adapter(name: str) -> tuple[nn.Module, Adapter]:
-    """A random model, and a random adapter for it whose update matters."""
-    mx.random.seed(0)
-    base = random_model(name, _dtype())
-    attach(base, LORA)
-    for layer in adapters_on(base).values():
-        layer.lora_b = (0.02 * mx.random.normal(layer.lora_b.shape)).astype(layer.lora_b.dtype)
-    adapter = extract(base)
-    mx.eval(list(adapter.weights.values()))
-    unmount(base)
-    return base, adapter
-
-
-def _ours(name: str, base: nn.Module, adapter: Adapter, kernels: str) -> nn.Module:
-    with kernels_set(kernels):
-        model = with_same_weights(name, base)
-        mount(model, adapter)
-        accelerate(model)
-        mx.eval(model.parameters())
-    return model.eval()
-
-
-def _theirs(name: str, base: nn.Module, dora: bool = False) -> nn.Module:
-    """mlx-lm's adapters, which are float32, on the same base."""
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
-    model = with_same_weights(name, base)
-    model.freeze()
-    linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0}, use_dora=dora)
-    mx.eval(model.parameters())
-    return model.eval()
-
-
-def _our_step(model: nn.Module, config: AdapterConfig, tokens: mx.array) -> Callable[[], None]:
-    """One optimizer step of ``mlx_lora.train``, until the last array is there."""
-    from ..config import OptimizerConfig
-    from ..training.losses import cross_entropy
-    from ..training.optimizers import MasterWeights, build_optimizer
-    from ..training.step import Step
-
-    attach(model, config)
-    mx.eval(model.train().parameters())
-    optimizer = MasterWeights(build_optimizer(OptimizerConfig(learning_rate=1e-5), 1000))
-    optimizer.init(dict(tree_flatten(model.trainable_parameters())))
-    step = Step(model, optimizer, loss=cross_entropy.loss, seed=0, fused=True)
-    mask = mx.ones((tokens.shape[0], tokens.shape[1] - 1), mx.bool_)
-    number = iter(range(1, 1000))
-
-    def run() -> None:
-        step.run(next(number), tokens, mask, True)
-        step.outcome()
-        mx.eval(step.parameters, step.state)
-
-    return run
-
-
-def _their_step(model: nn.Module, dora: bool, tokens: mx.array) -> Callable[[], None]:
-    """One optimizer step as in mlx-lm's ``tuner/trainer.py``."""
-    import mlx.optimizers as opt
-    from mlx_lm.tuner.trainer import default_loss
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
-    model.freeze()
-    linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0}, use_dora=dora)
-    mx.eval(model.train().parameters())
-    optimizer = opt.Adam(learning_rate=1e-5)
-    gradients_of = nn.value_and_grad(model, default_loss)
-    state = [model.state, optimizer.state, mx.random.state]
-    lengths = mx.array([[0, tokens.shape[1]]] * tokens.shape[0])
-
-    @functools.partial(mx.compile, inputs=state, outputs=state)
-    def step(tokens: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-        (loss, count), gradients = gradients_of(model, tokens, lengths)
-        optimizer.update(model, gradients)
-        return loss, count
-
-    return lambda: mx.eval(state, *step(tokens, lengths))
 
 
 def _too_large(size: float) -> str | None:

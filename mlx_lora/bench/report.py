@@ -98,7 +98,7 @@ class Report:
     minutes: float  # the budget
     emulated: bool  # a dry run
     seconds: float = 0.0
-    ended: str = "unfinished"  # or "finished", "out of time", "interrupted"
+    ended: str = "unfinished"  # or "finished", "out of time", "interrupted", "failed"
     parts: list[Part] = field(default_factory=list)
     tests: KernelTests = field(default_factory=KernelTests)
     figures: list[Figure] = field(default_factory=list)

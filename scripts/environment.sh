@@ -1,5 +1,6 @@
 # Sourced by the scripts beside it: `prepare EXTRAS` makes .venv and installs this package in it, once.
-# Nothing but a Python >= 3.10 is needed; uv is used where it is present. Not meant to be run by itself.
+# Nothing but a Python >= 3.10 is needed; uv is used where it is present. With WHEELS, a folder, packages come from there
+# and not from the network. Not meant to be run by itself.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 VENV="$PWD/.venv"
@@ -32,11 +33,22 @@ make_venv() {
   "$python" -m venv "$VENV"
 }
 
-install() {
+# add ARGUMENTS of pip install
+add() {
+  set -- ${WHEELS:+--no-index} ${WHEELS:+"--find-links=$WHEELS"} "$@"
   if command -v uv >/dev/null 2>&1; then
-    uv pip install --quiet --python "$VENV/bin/python" -e "$1"
+    uv pip install --quiet --python "$VENV/bin/python" "$@"
   else
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "$1"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+  fi
+}
+
+# remove PACKAGES, also such as are not installed
+remove() {
+  if command -v uv >/dev/null 2>&1; then
+    uv pip uninstall --quiet --python "$VENV/bin/python" "$@"
+  else
+    "$VENV/bin/python" -m pip uninstall --quiet --yes --disable-pip-version-check "$@"
   fi
 }
 
@@ -48,7 +60,7 @@ prepare() {
   if [ ! -x "$VENV/bin/python" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Setting up .venv (once; about a minute)" >&2
     [ -x "$VENV/bin/python" ] || make_venv || exit 1
-    install ".${extras:+[$extras]}" || { echo "The installation failed; see above." >&2; exit 1; }
+    add -e ".${extras:+[$extras]}" || { echo "The installation failed; see above." >&2; exit 1; }
     echo "$wanted" > "$stamp"
   fi
 }

@@ -132,7 +132,7 @@ def dequantize_nf4(nf4: NF4, dtype: mx.Dtype = mx.float32) -> mx.array:
 
     Semantics: ``NF4_VALUES[code] * absmax[position // block]``
     """
-    if enabled() and (stored := nf4_stored(nf4)) is not None:
+    if enabled("nf4_dequantize") and (stored := nf4_stored(nf4)) is not None:
         return nf4_dequantize(stored, dtype).reshape(nf4.shape)
     table = mx.array(NF4_VALUES, mx.float32)
     codes = mx.stack([nf4.codes >> 4, nf4.codes & 15], axis=-1).reshape(-1)[: math.prod(nf4.shape)]

@@ -1,4 +1,4 @@
-"""Memory bandwidth of Apple's chips, from Apple's data sheets."""
+"""Memory bandwidth of GPUs, from the data sheets of Apple and NVIDIA."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ BANDWIDTH = {  # GB/s; the first entry that a chip's name starts with applies
     "Apple M5 Max": 614,
     "Apple M5 Pro": 307,
     "Apple M5": 153,
+    "NVIDIA A100-SXM4-80GB": 2039,
+    "NVIDIA A100-SXM4-40GB": 1555,
+    "NVIDIA H100 PCIe": 2000,
+    "NVIDIA H100 NVL": 3900,
+    "NVIDIA H100": 3350,
+    "NVIDIA H200": 4800,
+    "NVIDIA L40S": 864,
+    "NVIDIA GeForce RTX 3090": 936,
+    "NVIDIA GeForce RTX 4090": 1008,
+    "NVIDIA GeForce RTX 5090": 1792,
 }
 
 

@@ -7,12 +7,7 @@ import click
 from . import console
 from .options import json_option
 
-SIZES = {  # hidden, key and value, intermediate, vocabulary sizes of models like these
-    "1b": (2048, 512, 8192, 128256),
-    "4b": (2560, 1024, 9728, 151936),
-    "8b": (4096, 1024, 14336, 128256),
-    "tiny": (256, 128, 512, 512),
-}
+SIZES = ("1b", "4b", "8b", "tiny")  # keys of ``bench.SIZES``
 
 
 @click.group()
@@ -21,12 +16,14 @@ def bench():
 
     \b
     mlx-lora bench kernels
+    mlx-lora bench check
+    mlx-lora bench estimate --report check-gpu/report.json
     """
 
 
 @bench.command()
 @click.option(
-    "--size", type=click.Choice(list(SIZES)), default="8b", show_default=True, help="Which model's layer to measure."
+    "--size", type=click.Choice(SIZES), default="8b", show_default=True, help="Which model's layer to measure."
 )
 @click.option("--rank", type=click.IntRange(1, 256), default=16, show_default=True, help="Rank of the adapters.")
 @click.option(
@@ -49,11 +46,12 @@ def kernels(size, rank, bits, rows, iters, as_json):
     mlx-lora bench kernels
     mlx-lora bench kernels --size 1b --rows 4 --json
     """
+    from ..bench import SIZES as MODELS
     from ..bench import measure_kernels
     from ..kernels import enabled
 
     lines = []
-    for found in measure_kernels(*SIZES[size], rank, int(bits), rows, iters):
+    for found in measure_kernels(MODELS[size], rank, int(bits), rows, iters):
         if as_json:
             console.report_event(found)
             continue
@@ -73,3 +71,74 @@ def kernels(size, rank, bits, rows, iters, as_json):
             "Kernels are not used on this machine: the times of `kernels` are those of plain operations; "
             "its launches and host times are the kernels' own."
         )
+
+
+@bench.command()
+@click.option(
+    "--out", type=click.Path(file_okay=False), default="check-gpu", show_default=True, help="Folder for the report."
+)
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=6.0, show_default=True, help="Budget.")
+@click.option("--emulate", is_flag=True, help="Dry run on the Metal emulator in a checkout's tests/, with tiny models.")
+@click.option("--tests", type=click.IntRange(1), help="Kernel tests at most; all by default.")
+def check(out, minutes, emulate, tests):
+    """Find out everything that only a GPU can tell, and write report.json and report.md.
+
+    In this order: the doctor's facts, the kernel tests on the GPU, bench kernels, decoding, training steps, prompts,
+    and a swap of adapters, beside mlx-lm's layers. The models have random weights; nothing is downloaded. The report is
+    whole after every part, also where the run is cut short. scripts/check_gpu installs what it needs first.
+
+    \b
+    mlx-lora bench check
+    mlx-lora bench check --out my_mac --minutes 12
+    """
+    from ..bench import Check, markdown
+
+    running = Check(out, minutes, emulate, tests)
+    try:
+        for part in running.run():
+            console.note(f"{part.name}: {part.state}" + (f" after {part.seconds:.0f} s" if part.seconds else ""))
+            for text in part.notes if part.state != "running" else ():
+                console.warn(f"{part.name}: {text}")
+    finally:
+        console.note(f"The report is in {running.out / 'report.md'} and report.json.")
+    console.data(markdown(running.report), newline=False)
+    if running.report.tests.failures:
+        raise click.exceptions.Exit(1)
+
+
+@bench.command()
+@click.option(
+    "--report",
+    "reports",
+    multiple=True,
+    type=click.Path(dir_okay=False),
+    help="A report.json of bench check, whose bandwidth and cost of a launch are used. May be given several times.",
+)
+@click.option(
+    "--efficiency", type=click.FloatRange(0, 1, min_open=True), help="Share of the bandwidth that is reached."
+)
+@click.option("--microseconds", type=click.FloatRange(0), help="Cost of a dependent launch.")
+def estimate(reports, efficiency, microseconds):
+    """Print the table of estimated decoding speeds in metal/README.md.
+
+    \b
+    mlx-lora bench estimate
+    mlx-lora bench estimate --report check-gpu/report.json
+    """
+    import dataclasses
+
+    from ..bench import assumptions_of, counts, read_report, table
+
+    found = {path: read_report(path) for path in reports}
+    for path, report in found.items():
+        if not counts(report):
+            console.warn(f"{path} is not of a run on Metal, so the estimates for Macs do not use it.")
+    given = assumptions_of(found.values())
+    changes = {"efficiency": efficiency, "microseconds": microseconds}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    given = dataclasses.replace(given, **changes, **({"source": "the command line"} if changes else {}))
+    console.data(table(given))
+    console.note(
+        f"{100 * given.efficiency:.0f} % of the bandwidth in the data sheet, {given.microseconds:.1f} us for each "
+        f"dependent launch ({given.source})."
+    )

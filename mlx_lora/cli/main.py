@@ -27,7 +27,7 @@ COMMANDS = {
     "merge": ("merge", "Merge several adapters into one."),
     "convert": ("adapters", "Convert an adapter from one format to another."),
     "inspect": ("adapters", "Describe an adapter without loading a model."),
-    "bench": ("bench", "Measure the kernels on this machine."),
+    "bench": ("bench", "Measure the kernels on this machine, or all that needs a GPU."),
     "tables": ("tables", "Recompute the parameter and memory tables of the LoRA papers, or of a model."),
     "push": ("hub", "Upload an adapter to the Hugging Face Hub, with a model card."),
     "pull": ("hub", "Download an adapter from the Hugging Face Hub."),

@@ -30,6 +30,7 @@ from .shared_input import SharesInput, families
 from .swap import address, is_swapped, plain_class, swap, undo
 
 _ADAPTERS = (AdapterLayer, MultiLoRALinear)
+_DECODE = ("lora_shrink", "lora_qmv")  # what a decoded adapter cannot do without
 _TODO = "call accelerate(model)"
 _AGAIN = "activation recomputation in training"
 _CHUNKS = "gated delta rule in chunks in training"
@@ -55,7 +56,7 @@ def accelerate(model: nn.Module) -> list[nn.Module]:
     if not _on():
         return []
     changed: list[nn.Module] = []
-    kernels, modules = enabled(), model.modules()
+    kernels, modules = enabled(*_DECODE), model.modules()
 
     def put(module: nn.Module, mixin: type | None) -> None:
         if mixin is not None and not is_swapped(module):
@@ -135,7 +136,7 @@ def _explained(path: str, module: nn.Module) -> Iterator[Explanation]:
         return Explanation(path, plain_class(module).__name__, what, done, "" if done else reason or "")
 
     off = None if _on() else "MLX_LORA_FAST=off"
-    no_kernels = off or (None if enabled() else "kernels are off: " + _why_no_kernels())
+    no_kernels = off or (None if enabled(*_DECODE) else "kernels are off: " + _why_no_kernels())
     if is_quantized(module) and kind(module) and is_cpu():
         done = isinstance(module, tuple(blas.BY_KIND.values()))
         reason = off or (None if no_kernels else "kernels are on")

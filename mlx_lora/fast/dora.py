@@ -25,7 +25,7 @@ class KeptNorms(Changes):
     """Mixin for DoRA's layers."""
 
     def base_norms_squared(self) -> mx.array:
-        known = stored(self.base) if enabled() else None
+        known = stored(self.base) if enabled("dora_norm") else None
         return computed(
             self,
             "base norms",
@@ -34,7 +34,7 @@ class KeptNorms(Changes):
         )
 
     def norms_squared(self) -> mx.array:
-        known = stored(self.base) if enabled() and self.lora_a.ndim == 2 and self.slot == "linear" else None
+        known = stored(self.base) if enabled("dora_norm") and self.lora_a.ndim == 2 and self.slot == "linear" else None
         if known is None or self.rank > MAX_RANK:
             return super().norms_squared()
         return dora_norm(known, self.lora_a, self.lora_b, self.scale)

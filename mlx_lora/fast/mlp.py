@@ -18,7 +18,7 @@ import mlx.nn as nn
 from ..base.modules import project
 from ..kernels.lora_swiglu import swiglu_launch
 from ..kernels.recomputed import recomputed
-from ..kernels.registry import maker
+from ..kernels.registry import enabled, maker
 from ..layers.dora import DoRALinear
 from ..layers.lora import LoRALinear
 from .decode import DecodesLoRA, trained
@@ -104,6 +104,8 @@ def swiglu_obstacle(mlp: nn.Module, form: Form) -> str | None:
     """Why gate, up and SwiGLU are not one launch when decoding; None where they are."""
     if form.f is not swiglu:
         return "the activation is not SwiGLU of two projections"
+    if not enabled("lora_swiglu"):
+        return "the kernel lora_swiglu is not used on this GPU"
     gate, up = (mlp[name] for name in form.first)
     if not (isinstance(gate, DecodesLoRA) and isinstance(up, DecodesLoRA)):
         return f"{' and '.join(form.first)} are not both LoRA layers that the kernels decode"

@@ -26,7 +26,7 @@ def dora_norm(base: Stored, a: mx.array | None = None, b: mx.array | None = None
     """
     if a is not None:
         a, b = mx.stop_gradient(a), mx.stop_gradient(b)
-    if not enabled() or (a is not None and a.shape[-1] > MAX_RANK):
+    if not enabled("dora_norm") or (a is not None and a.shape[-1] > MAX_RANK):
         return mx.stop_gradient(_reference(base, a, b, scale))
     form, (N, K) = base.form(), base.shape
     inputs, defines = form.arrays(base.arrays()), form.defines(base.arrays())

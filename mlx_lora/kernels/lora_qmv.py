@@ -46,7 +46,7 @@ def lora_qmv(
     arrays = {"x": x, **base.arrays(), "u": u, "b": b, "scale": scale, "offset": offset}
     optional = {"bias": bias, "gain": gain, "idx": index, "ranks": ranks}
     arrays |= {name: array for name, array in optional.items() if array is not None}
-    return with_reference(_metal, _reference, tuple(arrays), base.form(), enabled())(*arrays.values())
+    return with_reference(_metal, _reference, tuple(arrays), base.form(), enabled("lora_qmv"))(*arrays.values())
 
 
 def base_qmv(x: mx.array, base: Stored) -> mx.array:

@@ -32,7 +32,7 @@ def lora_shrink(
     Returns: [splits, M, sum of r_i] float32, to be summed over the first axis (``lora_qmv`` does).
     """
     arrays = (x, *a) if index is None else (x, *a, index, ranks)
-    return _operation(len(a), index is not None, enabled())(*arrays)
+    return _operation(len(a), index is not None, enabled("lora_shrink"))(*arrays)
 
 
 @functools.cache

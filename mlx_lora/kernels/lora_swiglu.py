@@ -36,7 +36,7 @@ def lora_swiglu(
     gate, up = bases
     arrays = {"x": x, **gate.arrays(), **{f"{name}2": array for name, array in up.arrays().items()}}
     arrays |= {"u": u, "b": b[0], "b2": b[1], "scale": scale, "offset": offset}
-    return with_reference(_metal, _reference, tuple(arrays), gate.form(), enabled())(*arrays.values())
+    return with_reference(_metal, _reference, tuple(arrays), gate.form(), enabled("lora_swiglu"))(*arrays.values())
 
 
 def _reference(names: tuple[str, ...], form: Form, *arrays: mx.array) -> mx.array:

@@ -18,7 +18,7 @@ def nf4_dequantize(base: Stored, dtype: mx.Dtype = mx.float32) -> mx.array:
     Returns: [N, K] in ``dtype``. MLX refuses to differentiate the kernel.
     """
     numbers = 2 * base.weight.size
-    if not enabled() or numbers % 16:
+    if not enabled("nf4_dequantize") or numbers % 16:
         return base.dequantized().astype(dtype)
     form, threads = base.form(), numbers // 16
     inputs = form.arrays(base.arrays())

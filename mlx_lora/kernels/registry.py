@@ -5,9 +5,10 @@ A file ``metal/NAME.metal`` opens with ``//`` comments, followed by ``//@include
 
 - ``auto``: where MLX computes on Metal. Building a token's graph takes no longer with the kernels than with plain
   operations (``mlx-lora bench kernels``, host us), and it holds fewer launches.
+  On CUDA, the kernels in ``TAKEN_ON_CUDA``.
 - ``off``: never.
-- ``on``: also on CUDA, where the same source, rewritten by ``cuda.py``, has not run on a GPU yet; and, on a machine
-  with neither, while a graph is traced to count its launches.
+- ``on``: all of them on CUDA too, where the same source, rewritten by ``cuda.py``, has not run on a GPU yet; and, on a
+  machine with neither, while a graph is traced to count its launches.
 """
 
 from __future__ import annotations
@@ -30,14 +31,27 @@ _differentiable = True
 _FOLDERS = (_HERE.parents[1] / "metal", _HERE.parents[2] / "metal")
 
 
-def enabled() -> bool:
-    """Whether operations with a kernel use it now. Raises ConfigError for an unknown MLX_LORA_KERNELS."""
+# Kernels that ``auto`` takes on CUDA: name -> the report in scripts/benchmarks/reports/ in which all kernel tests pass
+# on a GPU and the kernel is at least as fast as plain operations at all sizes. A test reads that report. None so far:
+# nobody has run ``scripts/check_gpu`` on CUDA.
+TAKEN_ON_CUDA: dict[str, str] = {}
+
+
+def enabled(*kernels: str) -> bool:
+    """Whether operations use these kernels now; without names, whether they use any.
+
+    Raises ConfigError for an unknown MLX_LORA_KERNELS.
+    """
     wanted = os.environ.get("MLX_LORA_KERNELS") or "auto"
     if wanted not in ("auto", "off", "on"):
         raise ConfigError(f"MLX_LORA_KERNELS is {wanted!r}", "Set it to auto, off or on.")
-    if wanted == "auto":
-        return mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu
-    return wanted == "on"
+    if wanted != "auto":
+        return wanted == "on"
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return False
+    if _on_cuda():
+        return bool(TAKEN_ON_CUDA) and TAKEN_ON_CUDA.keys() >= set(kernels)
+    return mx.metal.is_available()
 
 
 @contextlib.contextmanager

@@ -235,6 +235,22 @@ def test_used_only_where_asked_for(monkeypatch):
             dora_norm(base)
 
 
+def test_auto_takes_the_kernels_with_evidence(monkeypatch):
+    """Kernel by kernel; an adapter is decoded by them where both that it needs are taken."""
+    monkeypatch.setenv("MLX_LORA_KERNELS", "auto")
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    base = make_stored("dense", 4, 8, F32)
+    both = ("lora_shrink", "lora_qmv")
+    with mslemu.installed_cuda(Names):
+        for taken, count, decodes in (((), 0, False), (both[:1], 0, False), ((*both, "dora_norm"), 1, True)):
+            monkeypatch.setattr(registry, "TAKEN_ON_CUDA", dict.fromkeys(taken, "a report"))
+            names.clear()
+            dora_norm(base)
+            assert len(names) == count
+            assert enabled(*both) == decodes
+            assert enabled() == bool(taken) and not enabled("lora_swiglu")
+
+
 def test_a_name_says_its_types():
     """MLX tells kernels apart by their names."""
     names.clear()

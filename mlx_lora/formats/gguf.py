@@ -23,7 +23,7 @@ from .uniform import low_rank_only, uniform
 
 READS, WRITES, SUFFIXES, FILES = set(), {"alpha"}, (".gguf",), ()
 # transformers' model_type: llama.cpp's architecture.
-_ARCHITECTURES = {
+ARCHITECTURES = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "ministral3"), "llama"),
     **{
         name: name.replace("_", "")
@@ -152,7 +152,7 @@ def _module(found: re.Match, architecture: str | None, base: BaseModel | None) -
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> None:
     base = options.base_for("GGUF's architecture and order of rows")
-    architecture = _ARCHITECTURES.get(base.model_type)
+    architecture = ARCHITECTURES.get(base.model_type)
     if architecture is None:
         raise FormatError(f"llama.cpp's names for {base.model_type} are not known", _MERGE)
     adapter = uniform(low_rank_only(adapter, options, "GGUF", hint=_MERGE), alpha=options.alpha, pad=False)

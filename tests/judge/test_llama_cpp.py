@@ -1,6 +1,7 @@
 """llama.cpp as the judge of GGUF files: it loads them, splits text as the tokenizer does and computes MLX's logits.
 
-Tiny random models of every architecture, with real tokenizers of ../shared and the embedded one. Needs llama-cpp-python.
+Tiny random models of every architecture, with the embedded tokenizer and real ones of ../shared. Needs
+llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 from conftest import SHARED, shake
 from mlx_lora.config import AdapterConfig
 from mlx_lora.merge.export import export_merged
+from mlx_lora.merge.gguf.pre_tokenizers import BYTES, DIGITS, NAMES, ROUGH, WORDS
 from mlx_lora.model.attach import attach, extract
 from mlx_lora.model.loading import load
 
@@ -45,7 +47,7 @@ TEXTS = [
     "русский текст, ελληνικά, עברית, العربية, हिन्दी, ไทย",
     "if x == y: return {'a': [1, 2], \"b\": None}  # ok != <tag/> && || ~~ ^_^",
     "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
-    "<s>a</s> b<unk>c <|endoftext|>d",
+    "<s>a b<unk>c <|endoftext|>d",
     "\u200bzero\u00a0width\u3000wide\ufeff",
     "aaaaaaaaaaaaaaaaaaaa bbbbbbbbbb ............ ======",
     "\x00\x01\x7f control",
@@ -236,5 +238,89 @@ def test_text_becomes_the_same_tokens(tokenizer, tmp_path):
     llama, known = opened(tmp_path / "m.gguf"), transformers.AutoTokenizer.from_pretrained(base)
     assert compare_texts(llama, known, TEXTS) == []
     assert llama.token_eos() == known.eos_token_id
-    for text in TEXTS[:12]:
-        assert llama.detokenize(llama.tokenize(text.encode(), add_bos=False)).decode() == text.lstrip(" ") or True
+
+
+def changed_tokenizer(folder: Path, change, source: str = "stories") -> None:
+    """A tokenizer of ../shared with another ``tokenizer.json``: ``change`` edits the parsed file."""
+    tokenizer_files(source, folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def tokenizer_with(steps: tuple[str, ...], ignore_merges: bool, folder: Path) -> None:
+    """A byte-level BPE tokenizer, trained on the texts above, with a pre-tokenizer of the table."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    known = {
+        WORDS: pre_tokenizers.ByteLevel(add_prefix_space=False),
+        BYTES: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        DIGITS: pre_tokenizers.Digits(individual_digits=True),
+    }
+    made = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [known.get(step) or pre_tokenizers.Split(Regex(step), "isolated") for step in steps]
+    )
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, special_tokens=special, min_frequency=1)
+    made.train_from_iterator(TEXTS * 3, trainer)
+    folder.mkdir(parents=True)
+    made.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("row", NAMES.items(), ids=lambda row: row[1])
+def test_every_named_pre_tokenizer_splits_like_the_tokenizer(row, tmp_path, monkeypatch):
+    (steps, ignore_merges), name = row
+    tokenizer_with(steps, ignore_merges, tmp_path / "tokenizer")
+    monkeypatch.setitem(TOKENIZERS, "made", tmp_path / "tokenizer")
+    base = random_base(tmp_path / "base", MODELS["llama"], "made")  # transformers gives qwen2 its own splitting
+    export_merged(base, adapter_for(base)[1], tmp_path / "m.gguf")
+    llama = opened(tmp_path / "m.gguf")
+    assert llama.metadata["tokenizer.ggml.pre"] == name
+    wrong = compare_texts(llama, transformers.AutoTokenizer.from_pretrained(base), TEXTS)
+    if name in ROUGH:  # said in a note
+        wrong = [case for case in wrong if case[0].isascii()]
+    assert wrong == []
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+
+
+def gemma_like(content: dict) -> None:
+    content["normalizer"], content["pre_tokenizer"] = REPLACE, SPLIT
+    for text in ("\n\n", "<start_of_turn>", "<end_of_turn>"):
+        content["added_tokens"].append({**content["added_tokens"][0], "id": 512 + len(text), "content": text})
+        content["added_tokens"][-1]["special"] = text != "\n\n"
+
+
+def metaspace(scheme: str):
+    def change(content: dict) -> None:
+        content["normalizer"] = None
+        content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "texts"),
+    [
+        (gemma_like, [*TEXTS, "<start_of_turn>user\nhi <end_of_turn>\n\n ok\n\n\nso"]),
+        (metaspace("never"), TEXTS),
+        (metaspace("always"), [text for text in TEXTS if not text.startswith((" ", "<s>"))]),
+        (metaspace("first"), [text for text in TEXTS if not text.startswith((" ", "<s>"))]),
+    ],
+    ids=["gemma", "never", "always", "first"],
+)
+def test_sentencepiece_variants(change, texts, tmp_path, monkeypatch):
+    changed_tokenizer(tmp_path / "tokenizer", change)
+    monkeypatch.setitem(TOKENIZERS, "made", tmp_path / "tokenizer")
+    base = random_base(tmp_path / "base", MODELS["llama"], "made")
+    export_merged(base, adapter_for(base)[1], tmp_path / "m.gguf")
+    known = transformers.AutoTokenizer.from_pretrained(base)
+    assert compare_texts(opened(tmp_path / "m.gguf"), known, texts) == []

@@ -27,22 +27,24 @@ _DEEPSEEK_V3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_BYTES, _WORDS, _DIGITS = "byte level", "byte level, GPT-2's words", "single digits"
+BYTES, WORDS, DIGITS = "byte level", "byte level, GPT-2's words", "single digits"
 
 # (steps, ignore_merges): llama.cpp's name.
 NAMES: dict[tuple[tuple[str, ...], bool], str] = {
-    ((_WORDS,), False): "gpt-2",
-    ((_DIGITS, _WORDS), False): "smollm",
-    ((_LLAMA3, _BYTES), True): "llama-bpe",
-    ((_LLAMA3, _BYTES), False): "dbrx",
-    ((_QWEN2, _BYTES), False): "qwen2",
-    ((_QWEN35, _BYTES), False): "qwen35",
-    ((_TEKKEN, _BYTES), True): "tekken",
-    ((_GPT4O, _BYTES), False): "gpt-4o",
-    ((_SEED_CODER, _BYTES), False): "seed-coder",
-    (("[\\r\\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, _DIGITS, _BYTES), False): "deepseek-coder",
-    ((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_V3, _BYTES), False): "deepseek-v3",
+    ((WORDS,), False): "gpt-2",
+    ((DIGITS, WORDS), False): "smollm",
+    ((_LLAMA3, BYTES), True): "llama-bpe",
+    ((_LLAMA3, BYTES), False): "dbrx",
+    ((_QWEN2, BYTES), False): "qwen2",
+    ((_QWEN35, BYTES), False): "qwen35",
+    ((_TEKKEN, BYTES), True): "tekken",
+    ((_GPT4O, BYTES), False): "gpt-4o",
+    ((_SEED_CODER, BYTES), False): "seed-coder",
+    (("[\\r\\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, DIGITS, BYTES), False): "deepseek-coder",
+    ((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_V3, BYTES), False): "deepseek-v3",
 }
+# Those in whose patterns llama.cpp takes capitals beyond A to Z for small letters.
+ROUGH = {"tekken", "gpt-4o"}
 
 
 def pre_tokenizer_name(tokenizer: dict[str, Any]) -> str | None:
@@ -70,9 +72,9 @@ def described(node: dict[str, Any] | None, key: str) -> str:
 def _step(part: dict[str, Any]) -> str:
     kind = part["type"]
     if kind == "ByteLevel" and not part.get("add_prefix_space"):
-        return _WORDS if part.get("use_regex", True) else _BYTES
+        return WORDS if part.get("use_regex", True) else BYTES
     if kind == "Digits" and part.get("individual_digits"):
-        return _DIGITS
+        return DIGITS
     # Keeping the matches apart, and keeping the matches while dropping the (empty) rest, are the same.
     if kind == "Split" and (part["behavior"], part["invert"]) in (("Isolated", False), ("Removed", True)):
         pattern = part["pattern"].get("Regex")

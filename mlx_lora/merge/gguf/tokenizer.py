@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FormatError
-from .pre_tokenizers import described, parts, pre_tokenizer_name
+from .pre_tokenizers import ROUGH, described, parts, pre_tokenizer_name
 
 ELSEWHERE = "Write a folder (a name without .gguf), and convert it with llama.cpp's convert_hf_to_gguf.py."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types, as in SentencePiece
@@ -23,6 +23,10 @@ _SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # llama.cpp marks tokens of these forms as control tokens by itself, whatever the tokenizer says.
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+# Tokens at whose text llama.cpp stops, whatever the tokenizer and the model say.
+_ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"}
+_ENDS |= {"<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>"}
+_ENDS |= {"<end_of_utterance>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["}
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 _STRIPPED_FOR = re.compile("phi-?3", re.IGNORECASE)  # llama.cpp looks for this in general.name
 _NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
@@ -136,6 +140,10 @@ class GGUFTokenizer:
             shown = described(self.json["pre_tokenizer"], "pretokenizers")
             merges = "ignore_merges" if self.json["model"].get("ignore_merges") else "without ignore_merges"
             self._faults.append(f"llama.cpp has no name for its pre-tokenizer ({shown}; {merges})")
+        if name in ROUGH:
+            self.notes.append(
+                f"llama.cpp's {name} splits words with capitals beyond A to Z, such as Ü, in other places"
+            )
         merges = [" ".join(pair) for pair in self._merges()]
         return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name or "", "tokenizer.ggml.merges": merges}
 
@@ -151,8 +159,8 @@ class GGUFTokenizer:
         differs = self._differs(ranks, set(pairs))
         if differs:
             self.notes.append(
-                f"llama.cpp may make {len(differs)} of the tokenizer's {len(ranks)} merged tokens at another time or of "
-                f"other parts ({', '.join(map(repr, differs[:3]))}): rare words can become other tokens"
+                f"llama.cpp may merge {len(differs)} of {len(ranks)} tokens at another time or of other parts than the "
+                f"tokenizer ({', '.join(map(repr, differs[:3]))}): rare words can become other tokens"
             )
         return {
             "tokenizer.ggml.model": "llama",
@@ -208,14 +216,15 @@ class GGUFTokenizer:
                 found[f"tokenizer.ggml.{key}_token_id"] = i
         eos = found.get("tokenizer.ggml.eos_token_id")
         stops = [i for i in self._stops() if i != eos and i < len(self.tokens)]
-        # llama.cpp also stops at tokens that it knows by their text, such as <|im_end|>; the rest needs a place here.
-        stops.sort(key=lambda i: bool(_LOOKS_SPECIAL.fullmatch(self.tokens[i])))
         if eos is None and stops:
             found["tokenizer.ggml.eos_token_id"] = stops.pop(0)
+        stops.sort(key=lambda i: self.tokens[i] in _ENDS)  # those that llama.cpp does not know need a place
         for key, i in zip(("eot", "eom"), stops, strict=False):
             found[f"tokenizer.ggml.{key}_token_id"] = i
-        if len(stops) > 2:
-            self.notes.append(f"llama.cpp may not stop at {', '.join(repr(self.tokens[i]) for i in stops[2:])}")
+        if missed := [self.tokens[i] for i in stops[2:] if self.tokens[i] not in _ENDS]:
+            self.notes.append(f"llama.cpp does not stop at {', '.join(map(repr, missed))}")
+        if ends := [t for t, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL and t in _ENDS]:
+            self.notes.append(f"llama.cpp ends a text at {', '.join(map(repr, ends))}, ordinary text to the tokenizer")
         found |= self._added_at_the_ends(found)
         template = self.template
         if isinstance(template, dict):

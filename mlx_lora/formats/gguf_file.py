@@ -162,6 +162,6 @@ def _encoded(name: str, array: mx.array, stored: str) -> np.ndarray:
 
         return quants.quantize(np.array(array.astype(mx.float32), copy=False), GGMLQuantizationType.Q8_0)
     made = array.astype(getattr(mx, stored))
-    if stored == "float16" and array.dtype != mx.float16 and array.size and not mx.isfinite(made).all().item():
-        raise FormatError(f"{name}: has numbers that are too large for float16", "Write bfloat16 or float32.")
+    if stored == "float16" and array.size and not mx.isfinite(made).all().item():
+        raise FormatError(f"{name}: has numbers that float16 cannot hold", "Write bfloat16 or float32 (--dtype).")
     return np.frombuffer(array_bytes(made), np.uint8)

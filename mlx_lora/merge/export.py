@@ -27,7 +27,8 @@ from ..errors import ConfigError, FormatError, ModelError
 from ..model.attach import mount
 from ..model.loading import load
 from .fuse import FusedLayer, fuse
-from .gguf import GGUFModel
+from .gguf import BLOCK, GGUFModel, rounded
+from .gguf.modelfile import check_modelfile, write_modelfile
 
 _SHARD = 5 << 30  # bytes of weights per file
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -45,6 +46,7 @@ def export_merged(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     notes: list[str] | None = None,
+    modelfile: bool = False,
 ) -> list[FusedLayer]:
     """Merge ``adapter`` into the model ``base`` and write the whole model to ``target``.
 
@@ -54,6 +56,7 @@ def export_merged(
         dtype: ``float32``, ``float16``, ``bfloat16`` or, for GGUF, ``q8_0`` for all weights; by default as in the base.
         overwrite: replace an existing folder or file.
         notes: filled with what llama.cpp does differently with the GGUF file.
+        modelfile: write Ollama's ``Modelfile`` beside the GGUF file.
 
     Returns: a report for each merged layer; see ``fuse``.
 
@@ -61,7 +64,10 @@ def export_merged(
     """
     target = Path(target)
     if target.suffix == ".gguf":
-        return _export_gguf(base, adapter, target, dtype, overwrite, trust_remote_code, [] if notes is None else notes)
+        notes = [] if notes is None else notes
+        return _export_gguf(base, adapter, target, dtype, overwrite, trust_remote_code, notes, modelfile)
+    if modelfile:
+        raise ConfigError("a Modelfile is for a GGUF file", "Give DST a name that ends in .gguf, or leave it out.")
     if dtype == "q8_0":
         raise ConfigError(
             "q8_0 is a type of GGUF files", "Give DST a name that ends in .gguf, or choose another dtype."
@@ -86,18 +92,26 @@ def _export_gguf(
     overwrite: bool,
     trust_remote_code: bool,
     notes: list[str],
+    modelfile: bool,
 ) -> list[FusedLayer]:
     if target.exists() and not overwrite:
         raise FormatError(f"{target}: already exists", "Choose another name, or add --force.")
+    beside = check_modelfile(target, overwrite) if modelfile else None
     made = GGUFModel(BaseModel(resolve(base)), adapter, target.stem, dtype, trust_remote_code)
     model, _ = load(base, dtype="stored", trust_remote_code=trust_remote_code)
     mount(model, adapter)
-    reports = fuse(model, dequantize=True)
+    reports = fuse(model, dtype=dtype if dtype in DTYPES else None, dequantize=True)
     stored = str(_most_common_dtype(model)).rpartition(".")[2]
     parameters = dict(tree_flatten(model.parameters()))
     del model  # so that each weight can be freed when it is written
+    if dtype == "q8_0":
+        weights = {report.path: parameters[f"{report.path}.weight"] for report in reports}
+        reports = [r if weights[r.path].shape[-1] % BLOCK else rounded(r, weights[r.path]) for r in reports]
+        del weights
     made.write(target, parameters, stored)
     notes += made.notes
+    if beside is not None:
+        notes += write_modelfile(beside, f"./{target.name}", made.tokenizer.tokenizer)
     return reports
 
 

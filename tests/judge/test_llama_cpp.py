@@ -324,3 +324,65 @@ def test_sentencepiece_variants(change, texts, tmp_path, monkeypatch):
     export_merged(base, adapter_for(base)[1], tmp_path / "m.gguf")
     known = transformers.AutoTokenizer.from_pretrained(base)
     assert compare_texts(opened(tmp_path / "m.gguf"), known, texts) == []
+
+
+LAYERS = {
+    "llama": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.down_proj",
+    "llama-head": "lm_head",
+    "llama-embedding": "model.embed_tokens",
+    "qwen2": "self_attn.q_proj mlp.gate_proj mlp.up_proj",
+    "mixtral": "block_sparse_moe.gate block_sparse_moe.switch_mlp.gate_proj block_sparse_moe.switch_mlp.down_proj",
+    "qwen2_moe": "mlp.gate mlp.shared_expert.up_proj mlp.switch_mlp.up_proj",
+    "qwen3_moe": "mlp.gate mlp.switch_mlp.gate_proj",
+    "phi3": "self_attn.qkv_proj mlp.gate_up_proj",
+    "gemma2": "mlp.up_proj self_attn.o_proj",
+    "gemma3": "self_attn.q_proj mlp.down_proj",
+}
+
+
+def without_update(adapter):
+    return replace(adapter, weights={name: mx.zeros_like(array) for name, array in adapter.weights.items()})
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_adapter_file_on_every_kind_of_layer(name, tmp_path):
+    family = name.partition("-")[0]
+    base = random_base(tmp_path / "base", MODELS[family])
+    model, adapter = adapter_for(base, LAYERS[name].split(), rank=2)
+    export_merged(base, without_update(adapter_for(base)[1]), tmp_path / "m.gguf", dtype="float32")
+    save_adapter(adapter, tmp_path / "a.gguf", "gguf", base=base)
+    llama, expected = opened(tmp_path / "m.gguf", lora_path=str(tmp_path / "a.gguf")), mlx_logits(model, IDS)
+    assert difference(logits_of(llama, IDS), expected) <= tolerance(family, "float32")
+    plain = opened(tmp_path / "m.gguf")
+    assert difference(logits_of(plain, IDS), expected) > 3 * tolerance(family, "float32")  # the adapter matters
+
+
+PROMPTS = {"stories": "Once upon a time, there was a little", "tiny": "<|im_start|>user\nSay hello<|im_end|>\n"}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_greedy_answers_of_base_merged_model_and_adapter(name, bits, tmp_path):
+    """Trained models: the same tokens as MLX's, from text, for 40 steps."""
+    base = TOKENIZERS[name]
+    if not base.is_dir():
+        pytest.skip(f"no {base}")
+    if bits:
+        from mlx_lora.base.quantizing import quantize
+
+        quantize(base, tmp_path / "base", bits=bits)
+        base = tmp_path / "base"
+    model, adapter = adapter_for(base, scale=0.5)
+    plain, _ = load(base, dtype="float32")
+    ids = transformers.AutoTokenizer.from_pretrained(base).encode(PROMPTS[name])
+    export_merged(base, without_update(adapter), tmp_path / "base.gguf", dtype="float32")
+    export_merged(base, adapter, tmp_path / "merged.gguf", dtype="float32")
+    save_adapter(adapter, tmp_path / "adapter.gguf", "gguf", base=base)
+    expected = {"base": greedy(plain, ids, 40), "merged": greedy(model, ids, 40)}
+    assert expected["base"] != expected["merged"]  # the adapter matters
+    got = {kind: opened(tmp_path / f"{kind}.gguf") for kind in expected}
+    assert got["base"].tokenize(PROMPTS[name].encode(), special=True) == ids
+    for kind, llama in got.items():
+        assert greedy_llama(llama, ids, 40) == expected[kind], kind
+    with_adapter = opened(tmp_path / "base.gguf", lora_path=str(tmp_path / "adapter.gguf"))
+    assert greedy_llama(with_adapter, ids, 40) == expected["merged"]

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,11 +17,12 @@ from ...base.names import BaseModel
 from ...errors import ConfigError
 from ...formats.files import write_file
 from ...formats.gguf_file import TYPES, write_gguf
+from ..fuse import FusedLayer
 from .architectures import Architecture
 from .tokenizer import GGUFTokenizer
 
 _FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}  # general.file_type
-_BLOCK = 32  # q8_0
+BLOCK = 32  # q8_0
 # llama.cpp computes with these in float32 only.
 _FLOAT32 = ("_norm.weight", ".bias", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "rope_freqs.weight")
 
@@ -66,7 +69,7 @@ class GGUFModel:
         narrow = [name for name in tensors if dtype == "q8_0" and types[name] == "float16"]
         if narrow:
             self.notes.append(
-                f"{len(narrow)} tensors are float16: their rows are no multiples of {_BLOCK} numbers ({narrow[0]}, ...)"
+                f"{len(narrow)} tensors are float16: their rows are no multiples of {BLOCK} numbers ({narrow[0]}, ...)"
             )
         pairs = {
             "general.architecture": self.architecture.name,
@@ -80,7 +83,19 @@ class GGUFModel:
         write_file(path, lambda temporary: write_gguf(temporary, pairs, tensors, types))
 
 
+def rounded(report: FusedLayer, weight: mx.array) -> FusedLayer:
+    """``report`` of a merged layer, with the rounding of ``weight`` [.., in] to q8_0 added to what is lost."""
+    blocks = weight.astype(mx.float32).reshape(-1, BLOCK)
+    scale = (abs(blocks).max(axis=1, keepdims=True) / 127).astype(mx.float16).astype(mx.float32)
+    scale = mx.maximum(scale, 1e-30)
+    lost = mx.linalg.norm((mx.round(blocks / scale) * scale - blocks).flatten())
+    update = report.update_norm * mx.linalg.norm(blocks.flatten())
+    error = math.hypot(report.relative_error, (lost / mx.maximum(update, 1e-30)).item())
+    # Rounding errors are perpendicular to the update, as random numbers are.
+    return replace(report, storage="q8_0", relative_error=error, cosine=1 / math.hypot(1, error))
+
+
 def _type_of(name: str, array: mx.array, dtype: str) -> str:
     if array.ndim < 2 or name.endswith(_FLOAT32):
         return "float32"
-    return "float16" if dtype == "q8_0" and array.shape[-1] % _BLOCK else dtype
+    return "float16" if dtype == "q8_0" and array.shape[-1] % BLOCK else dtype

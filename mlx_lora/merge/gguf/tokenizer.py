@@ -43,7 +43,7 @@ class GGUFTokenizer:
 
     def __init__(self, folder: Path, rows: int, trust_remote_code: bool = False):
         self.folder, self.notes, self._faults = folder, [], []
-        self.tokenizer = _load(folder, trust_remote_code)
+        self.tokenizer = load_tokenizer(folder, trust_remote_code)
         self.template = _without_generation_tags(getattr(self.tokenizer, "chat_template", None))
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -141,9 +141,7 @@ class GGUFTokenizer:
             merges = "ignore_merges" if self.json["model"].get("ignore_merges") else "without ignore_merges"
             self._faults.append(f"llama.cpp has no name for its pre-tokenizer ({shown}; {merges})")
         if name in ROUGH:
-            self.notes.append(
-                f"llama.cpp's {name} splits words with capitals beyond A to Z, such as Ü, in other places"
-            )
+            self.notes.append(f"llama.cpp's {name} splits words with capitals beyond A to Z, such as Ü, elsewhere")
         merges = [" ".join(pair) for pair in self._merges()]
         return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name or "", "tokenizer.ggml.merges": merges}
 
@@ -260,7 +258,8 @@ class GGUFTokenizer:
         return {"tokenizer.ggml.add_bos_token": bool(before), "tokenizer.ggml.add_eos_token": bool(after)}
 
 
-def _load(folder: Path, trust_remote_code: bool) -> Any:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """transformers' tokenizer of a model folder. Raises: FormatError."""
     from transformers import AutoTokenizer
 
     try:

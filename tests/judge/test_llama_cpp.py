@@ -9,19 +9,22 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from conftest import SHARED, shake
 from mlx_lora.config import AdapterConfig
+from mlx_lora.formats import save_adapter
 from mlx_lora.merge.export import export_merged
 from mlx_lora.merge.gguf.pre_tokenizers import BYTES, DIGITS, NAMES, ROUGH, WORDS
 from mlx_lora.model.attach import attach, extract
-from mlx_lora.model.loading import load
+from mlx_lora.model.loading import load, save_model
 
 llama_cpp = pytest.importorskip("llama_cpp")
 transformers = pytest.importorskip("transformers")
@@ -360,6 +363,10 @@ def test_adapter_file_on_every_kind_of_layer(name, tmp_path):
 PROMPTS = {"stories": "Once upon a time, there was a little", "tiny": "<|im_start|>user\nSay hello<|im_end|>\n"}
 
 
+def fits(module: nn.Module) -> bool:
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("bits", [None, 4])
 def test_greedy_answers_of_base_merged_model_and_adapter(name, bits, tmp_path):
@@ -368,11 +375,10 @@ def test_greedy_answers_of_base_merged_model_and_adapter(name, bits, tmp_path):
     if not base.is_dir():
         pytest.skip(f"no {base}")
     if bits:
-        from mlx_lora.base.quantizing import quantize
-
-        quantize(base, tmp_path / "base", bits=bits)
-        base = tmp_path / "base"
-    model, adapter = adapter_for(base, scale=0.5)
+        quantized, _ = load(base, dtype="float32")
+        nn.quantize(quantized, group_size=32, bits=bits, class_predicate=lambda _, m: fits(m))
+        base = save_model(quantized, tmp_path / "base")
+    model, adapter = adapter_for(base, scale=2.0)
     plain, _ = load(base, dtype="float32")
     ids = transformers.AutoTokenizer.from_pretrained(base).encode(PROMPTS[name])
     export_merged(base, without_update(adapter), tmp_path / "base.gguf", dtype="float32")

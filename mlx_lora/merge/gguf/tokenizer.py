@@ -61,15 +61,13 @@ class GGUFTokenizer:
 
         llama.cpp drops spaces after the special tokens of a model with "phi3" in its name, and of no other.
         """
-        stripped = {token["content"] for token in self.json["added_tokens"] if token["rstrip"]}
-        special = {
-            t for t, kind in zip(self.tokens, self.types, strict=True) if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-        }
-        as_phi3 = "</s>" in special and special >= _NOT_STRIPPED and stripped >= special - _NOT_STRIPPED
+        stripped = {token["id"] for token in self.json["added_tokens"] if token["rstrip"]}
+        special = {i for i, kind in enumerate(self.types) if kind in (UNKNOWN, CONTROL, USER_DEFINED)}
+        kept = {i for i in special if self.tokens[i] in _NOT_STRIPPED}
+        as_phi3 = "</s>" in self.tokens and len(kept) == len(_NOT_STRIPPED) and stripped == special - kept
         if stripped and not as_phi3:
-            self.notes.append(
-                f"llama.cpp keeps the spaces after {', '.join(sorted(stripped)[:5])}; the tokenizer drops them"
-            )
+            shown = ", ".join(self.tokens[i] for i in sorted(stripped)[:5])
+            self.notes.append(f"llama.cpp keeps the spaces after {shown}; the tokenizer drops them")
         if as_phi3:
             return wanted if _STRIPPED_FOR.search(wanted) else f"{wanted} (phi-3)"
         return _STRIPPED_FOR.sub("phi 3", wanted)
@@ -212,6 +210,8 @@ class GGUFTokenizer:
             i = getattr(self.tokenizer, f"{kind}_token_id", None)
             if isinstance(i, int) and i < len(self.tokens):
                 found[f"tokenizer.ggml.{key}_token_id"] = i
+        if UNKNOWN in self.types:
+            found["tokenizer.ggml.unknown_token_id"] = self.types.index(UNKNOWN)
         eos = found.get("tokenizer.ggml.eos_token_id")
         stops = [i for i in self._stops() if i != eos and i < len(self.tokens)]
         if eos is None and stops:

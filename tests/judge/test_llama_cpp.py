@@ -99,6 +99,10 @@ MODELS = {
     "gemma3-pattern": dict(
         model_type="gemma3_text", **GEMMA_SIZES, sliding_window=8, sliding_window_pattern=3, rope_local_base_freq=50.0
     ),
+    "gemma3-images": dict(
+        model_type="gemma3",
+        text_config=dict(model_type="gemma3_text", **GEMMA_SIZES, sliding_window=8, rope_local_base_freq=50.0),
+    ),
     "phi3": dict(model_type="phi3", **SIZES, original_max_position_embeddings=256),
     "phi3-long": dict(
         model_type="phi3",

@@ -267,14 +267,28 @@ def test_biases_that_llama_cpp_has_no_place_for(tmp_path):
         export_merged(base, adapter, tmp_path / "m.gguf")
 
 
+DEEPSEEK = dict(
+    model_type="deepseek_v2",
+    kv_lora_rank=16,
+    q_lora_rank=16,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    qk_nope_head_dim=8,
+    n_routed_experts=None,
+    moe_intermediate_size=16,
+)
+
+
 @pytest.mark.parametrize(
     ("model", "keys", "settings", "said"),
     [
         (dict(tie_word_embeddings=True), "model.embed_tokens", {"embedding_side": "input"}, "the output head too"),
         (dict(tie_word_embeddings=True), "model.embed_tokens", {}, "the output head too"),
+        (DEEPSEEK, "self_attn.q_a_proj", {}, "does not apply a LoRA to this layer of deepseek2"),
+        (DEEPSEEK, "lm_head", {}, "does not apply a LoRA to this layer of deepseek2"),
     ],
 )
-def test_adapters_that_llama_cpp_fails_on_are_refused(model, keys, settings, said, tmp_path):
+def test_adapters_that_llama_cpp_cannot_apply_are_refused(model, keys, settings, said, tmp_path):
     base = random_base(tmp_path / "base", **model)
     _, adapter = adapter_for(base, keys=[keys], **settings)
     with pytest.raises(FormatError, match=said):
@@ -325,6 +339,15 @@ def test_sentencepiece_tokens_types_and_scores(tmp_path):
 
     other = GGUFTokenizer(random_base(tmp_path / "other", weights=False, tokenizer=uneven), 280)
     assert any("may merge 1 of 6 tokens" in note and "'abc'" in note for note in other.notes)
+
+
+def test_added_tokens_without_an_embedding_are_left_out(tmp_path):
+    def change(content):
+        content["added_tokens"].append({**content["added_tokens"][0], "id": 1024, "content": "<image>"})
+
+    made = GGUFTokenizer(random_base(tmp_path / "base", weights=False, tokenizer=change), 1024)
+    assert "<image>" not in made.tokens and len(made.tokens) == 1024
+    assert any("left out <image>" in note for note in made.notes)
 
 
 def test_ids_at_which_generation_stops(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FormatError
+from ...formats.files import read_json
 from .pre_tokenizers import ROUGH, described, parts, pre_tokenizer_name
 
 ELSEWHERE = "Write a folder (a name without .gguf), and convert it with llama.cpp's convert_hf_to_gguf.py."
@@ -75,13 +76,17 @@ class GGUFTokenizer:
     # -- tokens --------------------------------------------------------------------------------------------------------
 
     def _read_tokens(self, rows: int) -> None:
+        added = {token["id"]: token for token in self.json["added_tokens"]}
         vocabulary = self.tokenizer.get_vocab()
+        if beyond := sorted(text for text, i in vocabulary.items() if i >= rows and i in added):
+            # Gemma 3 has a token for images, even where the model has no row for it.
+            self.notes.append(f"left out {', '.join(beyond[:5])}: tokens for which the model has no embedding")
+            vocabulary = {text: i for text, i in vocabulary.items() if text not in beyond}
         highest = max(vocabulary.values(), default=-1)
         if highest >= rows:
             self._faults.append(f"its tokens have ids up to {highest}, the model's embedding has {rows} rows")
         rows = max(rows, highest + 1)
         self.tokens, self.types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
-        added = {token["id"]: token for token in self.json["added_tokens"]}
         made = {left + right for left, right in self._merges()}
         unknown = self.json["model"].get("unk_token")
         for text, i in vocabulary.items():
@@ -237,7 +242,7 @@ class GGUFTokenizer:
         """The ids at which generation stops, from the model's settings."""
         for name in ("generation_config.json", "config.json"):
             file = self.folder / name
-            stated = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+            stated = read_json(file).get("eos_token_id") if file.is_file() else None
             if stated is not None:
                 return [stated] if isinstance(stated, int) else list(stated)
         return []

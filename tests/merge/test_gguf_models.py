@@ -274,7 +274,11 @@ DEEPSEEK = dict(
     qk_rope_head_dim=8,
     v_head_dim=8,
     qk_nope_head_dim=8,
-    n_routed_experts=None,
+    n_routed_experts=2,
+    n_shared_experts=1,
+    num_experts_per_tok=1,
+    first_k_dense_replace=2,
+    rope_scaling={"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32, "mscale_all_dim": 0},
     moe_intermediate_size=16,
 )
 
@@ -330,15 +334,23 @@ def test_sentencepiece_tokens_types_and_scores(tmp_path):
     assert kinds["x y"] == USER_DEFINED and kinds["▁▁"] == NORMAL
     scores = dict(zip(pairs["tokens"], pairs["scores"], strict=True))
     assert scores["▁a"] > scores["▁ab"] > scores["ab"] > scores["bc"] > scores["abc"]
-    # ▁ab is made in two ways, with the rank of another token between them in neither; ("a", "bc"), ("ab", "c") neither.
     assert not any("may merge" in note for note in made.notes)
 
+
+@pytest.mark.parametrize(
+    ("change", "token"),
+    [
+        (lambda merges: merges.pop(), "abc"),  # ab + c: a rule by scores makes abc of them, the merges do not
+        (lambda merges: merges.insert(2, merges.pop(3)), "▁ab"),  # a + b comes between the two ways to ▁ab
+    ],
+)
+def test_merges_that_no_scores_express_are_noted(change, token, tmp_path):
     def uneven(content):
         as_sentencepiece(content)
-        content["model"]["merges"].pop()  # ab + c: a rule by scores makes abc of it, the merges do not
+        change(content["model"]["merges"])
 
-    other = GGUFTokenizer(random_base(tmp_path / "other", weights=False, tokenizer=uneven), 280)
-    assert any("may merge 1 of 6 tokens" in note and "'abc'" in note for note in other.notes)
+    made = GGUFTokenizer(random_base(tmp_path / "base", weights=False, tokenizer=uneven), 280)
+    assert any("may merge 1 of 6 tokens" in note and repr(token) in note for note in made.notes)
 
 
 def test_added_tokens_without_an_embedding_are_left_out(tmp_path):

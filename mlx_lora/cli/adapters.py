@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -93,7 +94,9 @@ class Flags(click.ParamType):
 @click.option("--enable-lora", type=Flags(), help="loralib's enable_lora of SRC's fused layers, such as 1,0,1.")
 @click.option("--moe", type=click.Choice(["per_expert", "target_parameters"]), help="PEFT: how to store experts.")
 @click.option("--profile", type=click.Choice(["serving"]), help="PEFT: write a folder for servers such as vLLM.")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="merged: dtype of the weights.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "q8_0"]),
+              help="merged: dtype of the weights; q8_0 is for GGUF.")  # fmt: skip
+@click.option("--modelfile", is_flag=True, help="GGUF: also write a Modelfile for Ollama in the folder of DST.")
 @click.option("--allow-lossy", is_flag=True, help="Leave out what FORMAT cannot store, with a warning.")
 @force_option
 @trust_option
@@ -105,13 +108,14 @@ def convert(src, dst, to, source, model, force, as_json, **options):
     are copied bit for bit wherever the format allows it. What a format cannot store is an error.
 
     --model names the base model. It is recorded in the adapter, and gives the sizes that some formats need. With --to
-    merged, the adapter is merged into that model; DST may then end in .gguf.
+    merged, the adapter is merged into that model; if DST ends in .gguf, the model is one file for llama.cpp and Ollama.
 
     \b
     mlx-lora convert adapters my_peft_adapter --to peft --model Qwen/Qwen3-0.6B
     mlx-lora convert some_peft_adapter adapters --to mlx-lm
     mlx-lora convert adapters adapter.gguf --to gguf --model Qwen/Qwen3-0.6B
     mlx-lora convert adapters my_model --to merged --model Qwen/Qwen3-0.6B --dtype bfloat16
+    mlx-lora convert adapters my_model.gguf --to merged --model Qwen/Qwen3-0.6B --dtype q8_0 --modelfile
     """
     from dataclasses import replace
 
@@ -147,6 +151,8 @@ def convert(src, dst, to, source, model, force, as_json, **options):
     )
     if use := _USES.get("gguf model" if to == "merged" and str(dst).endswith(".gguf") else to):
         console.note(f"Use it: {use.format(dst)}")
+    if options["modelfile"]:
+        console.note(f"With Ollama: ollama create {Path(dst).stem} -f {Path(dst).parent / 'Modelfile'}")
     if to == "loralib":
         scale = adapter.config.scale_of(adapter.modules[0]) * adapter.rank_of(adapter.modules[0])
         console.note(
@@ -156,6 +162,8 @@ def convert(src, dst, to, source, model, force, as_json, **options):
 
 def _check_convert(to: str, model: str | None, options: dict[str, Any]) -> None:
     """Refuse options that do not apply to ``to``."""
+    if options["modelfile"] and to not in ("merged", "gguf"):
+        raise ConfigError(f"--modelfile is for GGUF files, not for --to {to}", "Leave it out.")
     if to != "merged":
         if options["dtype"] or options["trust_remote_code"]:
             raise ConfigError("--dtype and --trust-remote-code are for --to merged", "Leave them out.")
@@ -173,6 +181,16 @@ def _write(adapter: Adapter, dst: str, to: str, base: str | None, force: bool, o
     from ..formats import save_adapter
 
     lost: list[str] = []
+    if options["modelfile"]:
+        from ..base.names import BaseModel
+        from ..merge.gguf.modelfile import check_modelfile, ollama_base, write_modelfile
+        from ..merge.gguf.tokenizer import load_tokenizer
+
+        name = base or adapter.base
+        if name is None:
+            raise ConfigError("--modelfile names the base model, which is not known", "Name it with --model.")
+        folder, file = ollama_base(BaseModel(name)), check_modelfile(Path(dst), force)
+        tokenizer = load_tokenizer(folder)
     save_adapter(
         adapter,
         dst,
@@ -185,13 +203,15 @@ def _write(adapter: Adapter, dst: str, to: str, base: str | None, force: bool, o
         allow_lossy=options["allow_lossy"],
         lost=lost,
     )
-    return [f"left out: {fault}" for fault in lost]
+    notes = write_modelfile(file, str(folder), tokenizer, f"./{Path(dst).name}") if options["modelfile"] else []
+    return [*(f"left out: {fault}" for fault in lost), *notes]
 
 
 def _write_merged(adapter: Adapter, dst: str, force: bool, options: dict[str, Any]) -> list[str]:
-    """Write a merged model; return the layers that lost part of their update."""
+    """Write a merged model; return what was lost in rounding, and what llama.cpp does differently."""
     from ..merge.export import export_merged
 
+    notes: list[str] = []
     reports = export_merged(
         adapter.base,
         adapter,
@@ -199,8 +219,17 @@ def _write_merged(adapter: Adapter, dst: str, force: bool, options: dict[str, An
         dtype=options["dtype"],
         overwrite=force,
         trust_remote_code=options["trust_remote_code"],
+        notes=notes,
+        modelfile=options["modelfile"],
     )
-    return [f"{r.path}: lost part of its update, cosine {r.cosine:.3f}" for r in reports if not r.survives]
+    lost = [r for r in reports if not r.survives]
+    if lost:
+        worst = min(lost, key=lambda r: r.cosine)
+        notes.append(
+            f"{len(lost)} of {len(reports)} layers lost part of their update in {worst.storage} (worst: {worst.path}, "
+            f"cosine {worst.cosine:.3f})"
+        )
+    return notes
 
 
 _USES = {

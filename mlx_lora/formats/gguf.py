@@ -23,7 +23,7 @@ from .uniform import low_rank_only, uniform
 
 READS, WRITES, SUFFIXES, FILES = set(), {"alpha"}, (".gguf",), ()
 # transformers' model_type: llama.cpp's architecture.
-_ARCHITECTURES = {
+ARCHITECTURES = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "ministral3"), "llama"),
     **{
         name: name.replace("_", "")
@@ -83,6 +83,8 @@ _FAMILY = {
     "starcoder2": ("mlp.c_fc", "mlp.c_proj"),
     "gpt-oss": ("mlp.router", "mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj"),
 }
+# Layers for which llama.cpp accepts a LoRA and then computes without it.
+_NOT_APPLIED = {"deepseek2": {"attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "output"}}
 _TENSOR = re.compile(r"^(?:blk\.(?P<layer>\d+)\.)?(?P<name>\w+)\.weight\.(?P<leaf>lora_a|lora_b)$")
 _LAYER = re.compile(r"^(?:language_model\.)?model\.(?:layers|h)\.(\d+)\.(.+)$")
 _MERGE = "Merge it into the model instead (convert --to merged) and convert the model."
@@ -152,7 +154,7 @@ def _module(found: re.Match, architecture: str | None, base: BaseModel | None) -
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> None:
     base = options.base_for("GGUF's architecture and order of rows")
-    architecture = _ARCHITECTURES.get(base.model_type)
+    architecture = ARCHITECTURES.get(base.model_type)
     if architecture is None:
         raise FormatError(f"llama.cpp's names for {base.model_type} are not known", _MERGE)
     adapter = uniform(low_rank_only(adapter, options, "GGUF", hint=_MERGE), alpha=options.alpha, pad=False)
@@ -161,10 +163,13 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> None:
         weights = reorder_q_and_k(weights, base, to_interleaved)
     for module in adapter.modules:
         theirs = _to_gguf(module)
-        if theirs == "token_embd" and adapter.config.embedding_side == "both" and base.tied:
-            faults.append(f"{module}: llama.cpp applies a LoRA of the embedding to the input only, not to the output")
-        elif theirs is None or (theirs == "output" and base.tied):
+        name = (theirs or "").rpartition(".")[2]
+        if name == "token_embd" and base.tied:
+            faults.append(f"{module}: llama.cpp fails on a LoRA of an embedding that is the output head too")
+        elif theirs is None or (name == "output" and base.tied):
             faults.append(f"{module}: llama.cpp has no such tensor in {architecture}")
+        elif name in _NOT_APPLIED.get(architecture, ()):
+            faults.append(f"{module}: llama.cpp does not apply a LoRA to this layer of {architecture}")
         if theirs is None:
             continue
         a, b = weights[f"{module}.lora_a"], weights[f"{module}.lora_b"]

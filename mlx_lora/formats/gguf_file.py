@@ -1,7 +1,8 @@
 """The GGUF container (version 3): key-value pairs and tensors, read and written. Knows no adapters.
 
-All sizes that a file declares are checked against its length before they are used. Tensors are float32, float16 or
-bfloat16. Q8_0 (blocks of 32 signed bytes with a float16 scale) can be read too.
+The ``gguf`` package writes. Its reader follows the sizes that a file declares without checking them (an array that
+declares 2^50 items occupies it without end), so reading is done here: every size is checked against the file's length
+before it is used. Tensors are float32, float16, bfloat16 or Q8_0 (blocks of 32 signed bytes with a float16 scale).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MOST_PAIRS, _MOST_TENSORS, _MOST_ITEMS = 100_000, 200_000, 5_000_000
 _F32, _F16, _Q8_0, _BF16 = 0, 1, 8, 30
-_KINDS = {mx.float32: _F32, mx.float16: _F16, mx.bfloat16: _BF16}
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # our name: the gguf package's
 
 
 class _Cursor:
@@ -116,30 +117,51 @@ def _tensor(path: Path, length: int, start: int, name: str, sizes: list[int], ki
     return mx.array(part.view(np.float32 if kind == _F32 else np.float16)).reshape(shape)
 
 
-def write_gguf(path: Path, pairs: dict[str, str | int | float], tensors: dict[str, mx.array]) -> None:
-    """Write key-value pairs (strings, integers as uint32, floats as float32) and float tensors."""
-    head = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(pairs))]
-    for key, value in pairs.items():
-        head.append(_text(key))
-        if isinstance(value, str):
-            head.append(struct.pack("<I", _STRING) + _text(value))
-        elif isinstance(value, int):
-            head.append(struct.pack("<II", 4, value))
-        else:
-            head.append(struct.pack("<If", 6, value))
-    offset = 0
-    for name, array in tensors.items():
-        sizes = array.shape[::-1]
-        head.append(_text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, _KINDS[array.dtype], offset))
-        offset += array.nbytes + -array.nbytes % ALIGNMENT
-    with path.open("wb") as file:
-        text = b"".join(head)
-        file.write(text + b"\0" * (-len(text) % ALIGNMENT))
-        for array in tensors.values():
-            file.write(array_bytes(array))
-            file.write(b"\0" * (-array.nbytes % ALIGNMENT))
+def write_gguf(
+    path: Path, pairs: dict[str, Any], tensors: dict[str, mx.array], types: dict[str, str] | None = None
+) -> None:
+    """Write key-value pairs and tensors.
+
+    Args:
+        pairs: strings, booleans, integers (stored as uint32), floats (as float32), and lists of one of these (integers
+            as int32). ``general.architecture`` is required.
+        tensors: float arrays by name. Each is computed when it is written and then removed from ``tensors``, so that
+            arrays that are still lazy need memory one after the other.
+        types: the name in ``TYPES`` that a tensor is stored as; by default its own dtype.
+
+    Raises: FormatError: a number is too large for float16.
+    """
+    import gguf
+
+    types = {name: (types or {}).get(name) or str(array.dtype).rpartition(".")[2] for name, array in tensors.items()}
+    architecture = pairs["general.architecture"]
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        for key, value in pairs.items():
+            if key == "general.architecture":  # the writer has stored it
+                continue
+            kind = gguf.GGUFValueType.get_type(value)
+            unsigned = kind == gguf.GGUFValueType.INT32
+            writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if unsigned else kind)
+        for name, array in tensors.items():
+            kind = gguf.GGMLQuantizationType[TYPES[types[name]]]
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            writer.add_tensor_info(name, array.shape, np.dtype(np.float32), array.size // block * size, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name in list(tensors):
+            writer.write_tensor_data(_encoded(name, tensors.pop(name), types[name]))
+    finally:
+        writer.close()
 
 
-def _text(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
+def _encoded(name: str, array: mx.array, stored: str) -> np.ndarray:
+    if stored == "q8_0":
+        from gguf import GGMLQuantizationType, quants
+
+        return quants.quantize(np.array(array.astype(mx.float32), copy=False), GGMLQuantizationType.Q8_0)
+    made = array.astype(getattr(mx, stored))
+    if stored == "float16" and array.size and not mx.isfinite(made).all().item():
+        raise FormatError(f"{name}: has numbers that float16 cannot hold", "Write bfloat16 or float32 (--dtype).")
+    return np.frombuffer(array_bytes(made), np.uint8)

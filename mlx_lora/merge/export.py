@@ -1,6 +1,6 @@
 """Writing a merged model as a folder for Hugging Face's transformers, or as a GGUF file: ``convert --to merged``.
 
-``fuse.py`` merges, ``gguf.py`` writes GGUF. If the base is a transformers checkpoint, its files are copied shard by
+``fuse.py`` merges, ``gguf/`` writes GGUF. If the base is a transformers checkpoint, its files are copied shard by
 shard with the merged weights replaced. A base in MLX's layout (quantized, or with stacked experts) is written from the
 model instead, in floats and under transformers' names.
 """
@@ -18,16 +18,17 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..adapter import Adapter, raise_faults
-from ..base.loading import DTYPES, check_dtype
+from ..base.loading import DTYPES, check_dtype, resolve
 from ..base.modules import kind
 from ..base.names import BaseModel
 from ..base.origin import base_of
 from ..base.saving import saved_config, write_model_folder
-from ..errors import FormatError, ModelError
+from ..errors import ConfigError, FormatError, ModelError
 from ..model.attach import mount
 from ..model.loading import load
 from .fuse import FusedLayer, fuse
-from .gguf import check_gguf, write_gguf
+from .gguf import BLOCK, GGUFModel, rounded
+from .gguf.modelfile import check_modelfile, write_modelfile
 
 _SHARD = 5 << 30  # bytes of weights per file
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -44,37 +45,73 @@ def export_merged(
     dtype: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    notes: list[str] | None = None,
+    modelfile: bool = False,
 ) -> list[FusedLayer]:
     """Merge ``adapter`` into the model ``base`` and write the whole model to ``target``.
 
     Args:
         base: a model folder, or a repository on the Hub.
-        target: a folder, or a file that ends in ``.gguf`` (llama, mistral and mixtral models, in float16).
-        dtype: ``float32``, ``float16`` or ``bfloat16`` for all weights; by default as in the base.
+        target: a folder, or a file that ends in ``.gguf``.
+        dtype: ``float32``, ``float16``, ``bfloat16`` or, for GGUF, ``q8_0`` for all weights; by default as in the base.
         overwrite: replace an existing folder or file.
+        notes: filled with what llama.cpp does differently with the GGUF file.
+        modelfile: write Ollama's ``Modelfile`` beside the GGUF file.
 
     Returns: a report for each merged layer; see ``fuse``.
 
     Raises: ModelError, AdapterError, ConfigError, FormatError.
     """
-    check_dtype(dtype)
     target = Path(target)
-    as_gguf = target.suffix == ".gguf"
-    if as_gguf and target.exists() and not overwrite:
-        raise FormatError(f"{target}: already exists", "Choose another name, or add --force.")
+    if target.suffix == ".gguf":
+        notes = [] if notes is None else notes
+        return _export_gguf(base, adapter, target, dtype, overwrite, trust_remote_code, notes, modelfile)
+    if modelfile:
+        raise ConfigError("a Modelfile is for a GGUF file", "Give DST a name that ends in .gguf, or leave it out.")
+    if dtype == "q8_0":
+        raise ConfigError(
+            "q8_0 is a type of GGUF files", "Give DST a name that ends in .gguf, or choose another dtype."
+        )
+    check_dtype(dtype)
     model, _ = load(base, dtype="stored", trust_remote_code=trust_remote_code)
     facts = BaseModel(base_of(model).folder)
-    if as_gguf:
-        check_gguf(facts, dtype)
     tied = facts.tied
     mount(model, adapter)
     reports = fuse(model, dtype=dtype, dequantize=True)
     tensors = _tensors(model, facts, adapter, DTYPES.get(dtype))
     config = _config(model, dtype, tied)
-    if as_gguf:
-        write_gguf(target, tensors, config, facts.folder)
-    else:
-        write_model_folder(target, facts.folder, lambda folder: _write(folder, tensors, config), overwrite)
+    write_model_folder(target, facts.folder, lambda folder: _write(folder, tensors, config), overwrite)
+    return reports
+
+
+def _export_gguf(
+    base: str | Path,
+    adapter: Adapter,
+    target: Path,
+    dtype: str | None,
+    overwrite: bool,
+    trust_remote_code: bool,
+    notes: list[str],
+    modelfile: bool,
+) -> list[FusedLayer]:
+    if target.exists() and not overwrite:
+        raise FormatError(f"{target}: already exists", "Choose another name, or add --force.")
+    beside = check_modelfile(target, overwrite) if modelfile else None
+    made = GGUFModel(BaseModel(resolve(base)), adapter, target.stem, dtype, trust_remote_code)
+    model, _ = load(base, dtype="stored", trust_remote_code=trust_remote_code)
+    mount(model, adapter)
+    reports = fuse(model, dtype=dtype if dtype in DTYPES else None, dequantize=True)
+    stored = str(_most_common_dtype(model)).rpartition(".")[2]
+    parameters = dict(tree_flatten(model.parameters()))
+    del model  # so that each weight can be freed when it is written
+    if dtype == "q8_0":
+        weights = {report.path: parameters[f"{report.path}.weight"] for report in reports}
+        reports = [r if weights[r.path].shape[-1] % BLOCK else rounded(r, weights[r.path]) for r in reports]
+        del weights
+    made.write(target, parameters, stored)
+    notes += made.notes
+    if beside is not None:
+        notes += write_modelfile(beside, f"./{target.name}", made.tokenizer.tokenizer)
     return reports
 
 

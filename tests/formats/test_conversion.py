@@ -636,24 +636,6 @@ def test_merged_model_of_a_quantized_base(name, tmp_path):
     assert "quantization" not in json.loads((tmp_path / "merged/config.json").read_text())
 
 
-def test_merged_model_as_gguf(tmp_path):
-    """mlx-lm's writer; an independent reading of one permuted weight."""
-    from mlx_lora.formats.gguf_file import read_gguf
-
-    adapter = load_adapter(PEFT / "llama/lora")
-    export_merged(base("llama"), adapter, tmp_path / "m.gguf")
-    told, tensors = read_gguf(tmp_path / "m.gguf")
-    assert told["general.architecture"] == "llama"
-    path = "model.layers.0.self_attn.q_proj"
-    scale = adapter.config.scale_of(path)
-    update = scale * (adapter.weights[f"{path}.lora_a"] @ adapter.weights[f"{path}.lora_b"]).T
-    merged = BaseModel(base("llama")).tensor(f"{path}.weight") + update
-    expected = np.array(merged).reshape(4, 2, 8, 32).swapaxes(1, 2).reshape(64, 32)
-    assert np.abs(np.array(tensors["blk.0.attn_q.weight"].astype(mx.float32)) - expected).max() < 2e-3
-    with pytest.raises(FormatError, match="not of qwen2"):
-        export_merged(base("qwen2"), load_adapter(PEFT / "qwen2/lora"), tmp_path / "q.gguf")
-
-
 def test_biases_that_the_base_does_not_have_are_refused(tmp_path):
     with pytest.raises(MLXLoRAError, match=r"down_proj\.bias(.|\n)*keep the adapter separate"):
         export_merged(base("llama"), load_adapter(PEFT / "llama/lora_bias", base=base("llama")), tmp_path / "merged")

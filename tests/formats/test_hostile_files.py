@@ -359,9 +359,9 @@ def test_gguf_of_a_model_or_with_unknown_tensors(tmp_path):
 
 def test_gguf_of_all_types(tmp_path):
     arrays = {str(d): mx.random.normal((3, 64)).astype(d) for d in (mx.float32, mx.float16, mx.bfloat16)}
-    write_gguf(tmp_path / "x.gguf", {"a": "b", "c": 7, "d": 0.5}, arrays)
+    write_gguf(tmp_path / "x.gguf", {"general.architecture": "b", "c": 7, "d": 0.5}, arrays)
     told, again = read_gguf(tmp_path / "x.gguf")
-    assert told == {"a": "b", "c": 7, "d": 0.5}
+    assert told == {"general.architecture": "b", "c": 7, "d": 0.5}
     assert all(mx.array_equal(arrays[k], again[k]).item() and arrays[k].dtype == again[k].dtype for k in arrays)
 
 

@@ -12,7 +12,8 @@ import mlx.nn as nn
 from .. import device
 from ..errors import ConfigError, MLXLoRAError, ModelError
 from .config import missing_fields, read_config
-from .nf4_checkpoint import check_bitsandbytes, nf4_model_classes
+from .classes import model_classes
+from .nf4_checkpoint import check_bitsandbytes
 from .origin import Base, set_base
 from .saving import SMALL_FILES
 
@@ -55,9 +56,8 @@ def load_base(
     supported = "trust_remote_code" in inspect.signature(utils.load_model).parameters
     options = {"trust_remote_code": True} if trust_remote_code and supported else {}
     check_bitsandbytes(path_or_repo, config)
-    classes = {"get_model_classes": nf4_model_classes(utils._get_classes)}
     try:
-        model, config = utils.load_model(folder, lazy=True, model_config=missing_fields(config), **classes, **options)
+        model, config = utils.load_model(folder, lazy=True, model_config=missing_fields(config), get_model_classes=model_classes, **options)
         tokenizer = utils.load_tokenizer(
             folder,
             {"trust_remote_code": trust_remote_code},

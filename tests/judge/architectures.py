@@ -1,0 +1,142 @@
+"""Tiny random checkpoints of every architecture that transformers and mlx-lm share, as transformers saves them, and the
+comparison of the logits on both sides. ``scripts/make_architecture_table`` writes the results as a table.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from judges import IDS, difference, maker, peft, torch, transformers
+from mlx_lora import MLXLoRAError, load_adapter, mount
+from mlx_lora.base.loading import load_base
+
+TOLERANCE = 2e-5  # max |difference| / max |logit|
+VOCABULARY = maker.VOCABULARY
+
+# Sizes by the names that configs of transformers have for them. A config gets those that it has a field for.
+_SIZES: dict[str, Any] = {
+    name: size
+    for size, names in {
+        # The square root of 64 is exact in bfloat16, in which mlx-lm scales the embeddings of Gemma.
+        VOCABULARY: "vocab_size vocab_size_per_layer_input hidden_size n_embd d_model lru_width dim_model_base "
+        "hidden_dim text_hidden_size mamba_d_ssm",
+        4: "num_hidden_layers n_layer n_layers num_layers num_attention_heads n_head n_heads num_heads num_experts "
+        "num_local_experts n_routed_experts moe_num_experts linear_num_value_heads index_topk depth "
+        "linear_num_heads mamba_n_groups index_topk_blocks index_block_size laurel_rank hidden_size_per_layer_input",
+        2: "num_key_value_heads kv_n_heads num_experts_per_tok moe_topk moe_top_k moe_k num_experts_per_token "
+        "linear_num_key_heads n_group num_expert_group n_groups attn_layer_period zero_expert_num layer_group_size "
+        "num_global_key_value_heads",
+        48: "intermediate_size ffn_hidden_size intermediate_size_mlp mlp_hidden_size dense_intermediate_size",
+        24: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
+        "q_lora_rank moe_shared_expert_intermediate_size share_expert_dim moe_latent_size",
+        16: "head_dim attention_head_dim v_head_dim global_head_dim kv_lora_rank linear_head_dim index_head_dim "
+        "linear_key_head_dim linear_value_head_dim query_pre_attn_scalar swa_head_dim",
+        8: "sliding_window attention_window_size attention_chunk_size chunk_size mamba_chunk_size block_size "
+        "qk_nope_head_dim qk_rope_head_dim state_size ssm_state_size mamba_d_state rotary_dim mamba_d_head "
+        "mamba_head_dim mamba_num_heads mamba_n_heads floor_scale",
+        128: "max_position_embeddings n_positions n_ctx seq_length max_seq_len max_sequence_length",
+        32: "index_n_heads",  # few heads give ties, which either side may break in its own way
+        0: "pad_token_id",
+        1: "bos_token_id topk_group moe_layer_start_index",
+    }.items()
+    for name in names.split()
+} | {"eos_token_id": 2}
+_LAYERS = ("full_attention", "sliding_attention")
+# Where the sizes above contradict each other, or a default is missing.
+_OVERRIDES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"num_key_value_heads": 4},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 500.0, "clip_qkv": 8.0}},
+    "dots1": {"n_shared_experts": 1},
+    "gemma3": {"text_config": {"num_hidden_layers": 6}},
+    "gemma3_text": {"num_hidden_layers": 6},
+    "granitemoehybrid": {"mamba_n_heads": 16, "layer_types": ["mamba", "attention"] * 2},
+    "mamba2": {"num_heads": 8},
+    "jamba": {"attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "olmo3": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 50.0} for kind in _LAYERS}},
+    "recurrent_gemma": {"num_key_value_heads": 1},
+    **{t: {"sliding_window": 64} for t in ("gemma2", "ministral3", "mistral", "mixtral", "phi3", "phimoe", "starcoder2")},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "mistral3": {"text_config": {"sliding_window": 64}},
+    "muse_spark": {"audio_config": {"out_hidden_size": 64}},
+    "qwen2_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [4, 2, 2]}}},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [4, 2, 2]}}},
+}
+
+
+def shared() -> list[str]:
+    """The model types that both transformers and mlx-lm have."""
+    import mlx_lm.models
+    from mlx_lm.utils import MODEL_REMAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    modules = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
+    return sorted((modules | set(MODEL_REMAPPING)) & set(CONFIG_MAPPING_NAMES))
+
+
+def _rope(value: dict[str, Any]) -> dict[str, Any]:
+    """Other thetas than any default, which matter within 12 tokens."""
+    if any(isinstance(inner, dict) for inner in value.values()):
+        return {k: {**v, "rope_theta": 50.0 if "sliding" in k else 5000.0} for k, v in value.items() if v}
+    return {**value, "rope_theta": 500.0} if value else value
+
+
+def tiny_config(config_class: type, overrides: dict[str, Any]) -> transformers.PretrainedConfig:
+    """A config of ``config_class`` with the sizes above in it and in the configs within it."""
+    default = config_class()
+    fields = default.to_dict()
+    settings = {k: v for k, v in _SIZES.items() if k in fields}
+    for name in config_class.sub_configs:
+        if isinstance(inner := getattr(default, name, None), transformers.PretrainedConfig):
+            settings[name] = tiny_config(type(inner), overrides.get(name, {})).to_dict()
+    if "kv_lora_rank" in settings:  # multi-head latent attention: these follow from other sizes
+        settings.pop("head_dim", None)
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
+    settings |= {k: v for k, v in overrides.items() if k not in config_class.sub_configs or k not in settings}
+    made = config_class(**settings)
+    if "rope_parameters" not in overrides and isinstance(rope := getattr(made, "rope_parameters", None), dict):
+        made = config_class(**{**settings, "rope_parameters": _rope(rope)})
+    return made
+
+
+def make_checkpoint(model_type: str, folder: Path) -> torch.nn.Module:
+    """Save a tiny random model with a tokenizer in ``folder``, and return it."""
+    config = tiny_config(transformers.CONFIG_MAPPING[model_type], _OVERRIDES.get(model_type, {}))
+    config._attn_implementation = "eager"
+    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    auto = transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
+    torch.manual_seed(0)
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    maker.randomize(model, seed=sum(model_type.encode()))
+    model.save_pretrained(folder)
+    maker.save_tokenizer(folder)
+    return model
+
+
+def logits(model, chunks=None) -> np.ndarray:
+    """mlx-lm's logits of ``IDS``, at once or through its cache in chunks that end at the positions ``chunks``."""
+    if chunks is None:
+        return np.array(model(mx.array(IDS)).astype(mx.float32))
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache, parts = make_prompt_cache(model), np.split(IDS, chunks, axis=1)
+    return np.concatenate([np.array(model(mx.array(part), cache=cache).astype(mx.float32)) for part in parts], axis=1)
+
+
+def linears(model: torch.nn.Module) -> list[str]:
+    """The linear layers of the language model, without the output head."""
+    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    head = model.get_output_embeddings()
+    aside = ("vision", "visual", "audio", "projector", "image", "merge")
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and module is not head and not any(part in name for part in aside)
+    ]

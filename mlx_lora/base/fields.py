@@ -24,9 +24,9 @@ _SAME = {
     "max_position_embeddings": ("model_max_length",),
     "block_dim": ("hidden_size",),
     "swa_num_attention_heads": ("num_attention_heads",),
-    "swa_num_key_value_heads": ("num_key_value_heads",),
     "swa_head_dim": ("head_dim",),
     "swa_v_head_dim": ("v_head_dim",),
+    "sliding_window_size": ("sliding_window",),
     "swa_rope_theta": ("rope_local_base_freq",),
 }
 # mlx-lm's field: how it follows from others. A KeyError or TypeError means that one of these is not stated.
@@ -36,7 +36,7 @@ _DERIVED: dict[str, Callable[[Config], Any]] = {
     "n_inner": lambda c: 4 * c["n_embd"],
     "is_moe_layer": lambda c: [kind == "sparse" for kind in c["mlp_layer_types"]],
     "rotary_dim": lambda c: int(c["head_dim"] * c.get("partial_rotary_factor", 1.0)),
-    "sliding_window_size": lambda c: c["sliding_window"] - 1,
+    "swa_num_key_value_heads": lambda c: 2 * c["num_key_value_heads"],
     "hybrid_layer_pattern": lambda c: [int(kind == "sliding_attention") for kind in c["layer_types"]],
     "vocab_size": lambda c: c["text_config"]["vocab_size"],
     "first_k_dense_replace": lambda c: c["mlp_layer_types"].index("sparse"),
@@ -54,12 +54,16 @@ _MAMBA_NAMES = {"linear_attention": "mamba", "full_attention": "attention"}
 # Model type: what its code in transformers does always, or writes otherwise, and mlx-lm's class must be told.
 _BY_TYPE: dict[str, Callable[[Config], Config]] = {
     "apertus": lambda c: {"mlp_bias": False, "post_norm": False, "qk_norm": True},
+    "bailing_hybrid": lambda c: {"head_dim": c["linear_head_dim"]},
     # A scaling by 1: mlx-lm's class requires the section.
     "deepseek_v2": lambda c: {"rope_scaling": {"factor": 1.0}},
     "exaone4": lambda c: {"sliding_window_pattern": _letters(c["sliding_window_pattern"])},
     "gemma4_unified_text": lambda c: {"hidden_size_per_layer_input": 0},
     "glm_moe_dsa": lambda c: {**_NOAUX_TC, "moe_layer_freq": 1},
-    "granitemoehybrid": lambda c: {"layer_types": [_MAMBA_NAMES.get(kind, kind) for kind in c["layer_types"]]},
+    "granitemoehybrid": lambda c: {
+        "layer_types": [_MAMBA_NAMES.get(kind, kind) for kind in c["layer_types"]],
+        "position_embedding_type": "nope",  # what transformers does if there is none
+    },
     "kimi_linear": lambda c: {"rope_theta": 10000.0, "mla_use_nope": True},  # without rotary embeddings
     "longcat_flash": lambda c: {
         "attention_method": "MLA",
@@ -83,7 +87,7 @@ _BY_TYPE: dict[str, Callable[[Config], Config]] = {
 # Text parts of vision-language models that mlx-lm has as the whole model alone.
 _TEXT_PARTS = ("gemma3n_text", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_vl_text", "qwen3_vl_moe_text", "qwen2_vl_text")
 # Fields that both have, with values that mlx-lm's class does not understand.
-_REPLACED = {("exaone4", "sliding_window_pattern"), ("granitemoehybrid", "layer_types")}
+_REPLACED = {("bailing_hybrid", "head_dim"), ("exaone4", "sliding_window_pattern"), ("granitemoehybrid", "layer_types")}
 
 
 def _letters(pattern: str | int | None) -> str | None:

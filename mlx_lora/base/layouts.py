@@ -29,6 +29,8 @@ _RENAMES: tuple[Renames, ...] = (
     ((r"^model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head.")),
     ((r"^language_model\.model\.blocks\.", "language_model.model.layers."),),  # Kimi K2.5, as transformers 5.24 saves it
     ((r"\.attention_layer_norm\.", ".input_layernorm."), (r"\.feedforward_layer_norm\.", ".post_attention_layernorm.")),
+    ((r"\.attention\.dense\.", ".attention.o_proj."),),  # Bailing's hybrid models
+    ((r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),),  # dense layers of Kimi Linear
     (  # nanochat
         (r"^model\.embed_tokens\.", "transformer.wte."),
         (r"^model\.layers\.", "transformer.h."),
@@ -93,6 +95,11 @@ def rename(weights: Weights, renames: Renames) -> Weights:
     return found
 
 
+def _new_names(name: str) -> Iterator[str]:
+    """``name`` as each layout renames it."""
+    return (new for renames in _RENAMES for new in rename({name: None}, renames))
+
+
 # -- experts ---------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +146,8 @@ _EXPERTS: tuple[Callable[[Weights], Weights], ...] = (lambda weights: weights, _
 def complete(model: nn.Module, weights: Weights) -> Weights:
     """Repair what is left over or missing in ``weights`` after ``sanitize`` where this cannot change the model.
 
-    Weights of the parts that read images and sounds are dropped, and constants. A missing output head is the embedding;
+    Weights of the parts that read images and sounds are dropped, constants, and experts beyond the model's number (those
+    that return their input have no weights to read). A missing output head is the embedding;
     missing biases of modules that have none anywhere in the checkpoint are zeros. Experts get ``.weight`` and the
     orientation of mlx-lm.
     """
@@ -150,7 +158,9 @@ def complete(model: nn.Module, weights: Weights) -> Weights:
         if wanted is not None and array.ndim == 3:
             array = array if array.shape == wanted else array.swapaxes(-1, -2)
             found[f"{name}.weight"] = array
-        elif not (_VISION.search(name) or _CONSTANTS.search(name)):
+        elif new := next((n for n in _new_names(name) if n not in found and shapes.get(n) == array.shape), None):
+            found[new] = array
+        elif not (_VISION.search(name) or _CONSTANTS.search(name) or _is_beyond(name, shapes)):
             found[name] = array
     for name in [name for name in shapes if name not in found]:
         if name in _HEADS:
@@ -159,8 +169,36 @@ def complete(model: nn.Module, weights: Weights) -> Weights:
                 found[name] = found[embedding]
         elif name.endswith(".bias") and not _has_leaf(weights, name) and f"{name[:-5]}.weight" in found:
             found[name] = mx.zeros(shapes[name], found[f"{name[:-5]}.weight"].dtype)
+    _stack_experts(found, shapes)
+    _divide_again(found, shapes)
     _resize_mlps(model, found, shapes)
     return found
+
+
+def _is_beyond(name: str, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether ``name`` is a weight of an expert that the model does not have."""
+    one = re.match(r"(.+)\.experts\.(\d+)\.(\w+\.weight)$", name)
+    stacked = shapes.get(f"{one[1]}.switch_mlp.{one[3]}") if one else None
+    return stacked is not None and int(one[2]) >= stacked[0]
+
+
+def _stack_experts(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Weights of one expert each as the model's one weight of all, [experts, out, in]."""
+    for name in [name for name in shapes if name not in weights and ".switch_mlp." in name]:
+        block, _, leaf = name.partition(".switch_mlp.")
+        names = [f"{block}.experts.{i}.{leaf}" for i in range(shapes[name][0])]
+        if all(n in weights for n in names):
+            weights[name] = mx.stack([weights.pop(n) for n in names])
+
+
+def _divide_again(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Divide q, k and v of a convolution as the model does: transformers 5.24 saves them in three equal parts."""
+    for name in [name for name in weights if name.endswith(".q_conv1d.weight")]:
+        names = [name.replace(".q_conv1d.", f".{part}_conv1d.") for part in "qkv"]
+        if all(n in weights and n in shapes for n in names) and weights[name].shape != shapes[name]:
+            joined = mx.concatenate([weights[n] for n in names])
+            ends = [shapes[names[0]][0], shapes[names[0]][0] + shapes[names[1]][0]]
+            weights |= dict(zip(names, mx.split(joined, ends), strict=True))
 
 
 def _has_leaf(weights: Weights, name: str) -> bool:

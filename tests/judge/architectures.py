@@ -11,11 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from judges import IDS, difference, maker, peft, torch, transformers
-from mlx_lora import MLXLoRAError, load_adapter, mount
+from judges import IDS, difference, maker, torch, transformers
+from mlx_lora import load_adapter, mount, unmount
 from mlx_lora.base.loading import load_base
+from mlx_lora.errors import MLXLoRAError
 
-TOLERANCE = 2e-5  # max |difference| / max |logit|
+CHUNKS = (5, 11)
+TOLERANCE = 3e-5  # max |difference| / max |logit|
 VOCABULARY = maker.VOCABULARY
 
 # Sizes by the names that configs of transformers have for them. A config gets those that it has a field for.
@@ -46,6 +48,7 @@ _SIZES: dict[str, Any] = {
     }.items()
     for name in names.split()
 } | {"eos_token_id": 2}
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500.0}
 _LAYERS = ("full_attention", "sliding_attention")
 # Where the sizes above contradict each other, or a default is missing.
 _OVERRIDES: dict[str, dict[str, Any]] = {
@@ -54,20 +57,25 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1},
     "gemma3": {"text_config": {"num_hidden_layers": 6}},
     "gemma3_text": {"num_hidden_layers": 6},
-    "granitemoehybrid": {"mamba_n_heads": 16, "layer_types": ["mamba", "attention"] * 2},
-    "mamba2": {"num_heads": 8},
+    "granitemoehybrid": {"mamba_n_heads": 16, "mamba_n_groups": 1, "layer_types": ["mamba", "attention"] * 2},
+    "mamba2": {"num_heads": 8, "n_groups": 1},
+    "mimo_v2_flash": {"head_dim": 24},
+    "minimax_m3_vl": {"text_config": {"rope_parameters": {**_PLAIN_ROPE, "partial_rotary_factor": 0.5}}},
+    "olmo_hybrid": {"linear_num_key_heads": 4},
     "jamba": {"attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "llama4": {"text_config": {"num_experts_per_tok": 1}},
+    "llama4_text": {"num_experts_per_tok": 1},
     "longcat_flash": {"head_dim": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "olmo3": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 50.0} for kind in _LAYERS}},
-    "recurrent_gemma": {"num_key_value_heads": 1},
+    "recurrent_gemma": {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
     **{t: {"sliding_window": 64} for t in ("gemma2", "ministral3", "mistral", "mixtral", "phi3", "phimoe", "starcoder2")},
-    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "kimi_linear": {"q_lora_rank": None, "layer_types": ["linear_attention", "full_attention"] * 2},
     "mistral3": {"text_config": {"sliding_window": 64}},
     "muse_spark": {"audio_config": {"out_hidden_size": 64}},
-    "qwen2_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [4, 2, 2]}}},
-    "qwen2_5_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [4, 2, 2]}}},
+    "qwen2_vl": {"text_config": {"rope_parameters": {**_PLAIN_ROPE, "mrope_section": [4, 2, 2]}}},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": {**_PLAIN_ROPE, "mrope_section": [4, 2, 2]}}},
 }
 
 
@@ -110,10 +118,8 @@ def make_checkpoint(model_type: str, folder: Path) -> torch.nn.Module:
     """Save a tiny random model with a tokenizer in ``folder``, and return it."""
     config = tiny_config(transformers.CONFIG_MAPPING[model_type], _OVERRIDES.get(model_type, {}))
     config._attn_implementation = "eager"
-    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
-    auto = transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
     torch.manual_seed(0)
-    model = auto.from_config(config, dtype=torch.float32).eval()
+    model = _auto_class(config).from_config(config, dtype=torch.float32).eval()
     maker.randomize(model, seed=sum(model_type.encode()))
     model.save_pretrained(folder)
     maker.save_tokenizer(folder)
@@ -128,6 +134,82 @@ def logits(model, chunks=None) -> np.ndarray:
 
     cache, parts = make_prompt_cache(model), np.split(IDS, chunks, axis=1)
     return np.concatenate([np.array(model(mx.array(part), cache=cache).astype(mx.float32)) for part in parts], axis=1)
+
+
+@dataclass
+class Result:
+    """What became of one architecture. Differences are max |difference| / max |logit|; None where not measured."""
+
+    model_type: str
+    error: str = ""  # why it is not compared
+    base: float | None = None  # all tokens at once
+    cached: float | None = None  # in three pieces, through mlx-lm's cache
+    adapter: float | None = None  # PEFT's LoRA on all linear layers of the language model
+    experts: float | None = None  # PEFT's LoRA on the experts' parameters
+    adapter_error: str = ""
+    experts_error: str = ""
+
+
+def compare(model_type: str, root: Path) -> Result:
+    """Make a checkpoint in ``root``, load it, and compare it and two adapters of PEFT with transformers."""
+    result = Result(model_type)
+    try:
+        theirs = make_checkpoint(model_type, root / "base")
+        expected = maker.logits(theirs, IDS)
+    except (ValueError, ImportError, TypeError) as error:
+        result.error = f"transformers: {_first_line(error)}"
+        return result
+    try:
+        ours = load_base(root / "base", dtype="float32")[0]
+        result.base = difference(logits(ours), expected)
+    except MLXLoRAError as error:
+        result.error = error.message.replace(str(root), "").replace("\n", "; ")
+        return result
+    result.cached = difference(logits(ours, CHUNKS), expected)
+    settings = {"r": 4, "lora_alpha": 6}
+    names, experts = linears(theirs), expert_parameters(theirs)
+    del theirs
+    result.adapter, result.adapter_error = _adapter(root, "adapter", ours, {**settings, "target_modules": names})
+    if experts:
+        settings |= {"target_modules": [], "target_parameters": experts}
+        result.experts, result.experts_error = _adapter(root, "experts", ours, settings)
+    return result
+
+
+def _adapter(root: Path, name: str, ours, settings: dict[str, Any]) -> tuple[float | None, str]:
+    """The difference of the logits with PEFT's adapter on both sides, or why there is none."""
+    tuned = maker.add_adapter(load_again(root / "base"), settings, seed=1)
+    expected = maker.logits(tuned, IDS)
+    tuned.save_pretrained(root / name)
+    try:
+        mount(ours, load_adapter(root / name, base=root / "base"))
+    except MLXLoRAError as error:
+        return None, error.message.replace(str(root), "").replace("\n", "; ")
+    got = difference(logits(ours), expected)
+    unmount(ours)
+    return got, ""
+
+
+def load_again(folder: Path) -> torch.nn.Module:
+    """transformers' model of the checkpoint in ``folder``."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return _auto_class(config).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def _auto_class(config: transformers.PretrainedConfig) -> type:
+    known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    return transformers.AutoModelForCausalLM if known else transformers.AutoModelForImageTextToText
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].split(". ")[0][:200]
+
+
+def expert_parameters(model: torch.nn.Module) -> list[str]:
+    """The parameters that hold all experts of a block, in PEFT's order."""
+    names = [name for name, _ in model.named_parameters()]
+    leaves = ("experts.gate_up_proj", "experts.down_proj")
+    return [leaf for leaf in leaves if any(name.endswith(f".{leaf}") for name in names)]
 
 
 def linears(model: torch.nn.Module) -> list[str]:

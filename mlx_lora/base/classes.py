@@ -12,6 +12,7 @@ from io import StringIO
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..errors import ModelError
 from .fields import as_known_type, class_fields
@@ -24,6 +25,10 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
     model_class, args_class = _mlx_lm_classes(as_known_type(config))
 
     class Model(model_class):
+        def __init__(self, args: Any):
+            nn.Module.__init__(self)  # some classes leave this out (RecurrentGemma)
+            model_class.__init__(self, args)
+
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             self.__class__ = model_class
             try:

@@ -69,7 +69,7 @@ _PARTS: dict[str, tuple[tuple[str, str], ...]] = {
     "nemotron_h": (("model.layers", "backbone.layers"), ("model.embeddings", "backbone.embeddings")),
 }
 # transformers stores these experts as [experts, in, out]; in gpt-oss gate and up rows are interleaved.
-_EXPERTS_IN_OUT = ("gpt_oss", "llama4", "llama4_text")
+_EXPERTS_IN_OUT = ("gpt_oss",)
 
 
 class BaseModel:

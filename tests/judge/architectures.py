@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from judges import IDS, difference, maker, torch, transformers
-from mlx_lora import load_adapter, mount, unmount
+from mlx_lora import load_adapter, mount, save_adapter, unmount
 from mlx_lora.base.loading import load_base
 from mlx_lora.errors import MLXLoRAError
 
@@ -186,12 +186,19 @@ def _adapter(root: Path, name: str, ours, settings: dict[str, Any]) -> tuple[flo
     expected = maker.logits(tuned, IDS)
     tuned.save_pretrained(root / name)
     try:
-        mount(ours, load_adapter(root / name, base=root / "base"))
+        adapter = load_adapter(root / name, base=root / "base")
+        mount(ours, adapter)
     except MLXLoRAError as error:
         return None, error.message.replace(str(root), "").replace("\n", "; ")
     got = difference(logits(ours), expected)
     unmount(ours)
-    return got, ""
+    try:
+        again = save_adapter(adapter, root / f"{name}-again", "peft", base=root / "base")
+    except MLXLoRAError as error:
+        return got, "not written back: " + error.message.replace(str(root), "").replace("\n", "; ")
+    first, second = (mx.load(str(folder / "adapter_model.safetensors")) for folder in (root / name, again))
+    same = first.keys() == second.keys() and all(mx.array_equal(first[n], second[n]).item() for n in first)
+    return got, "" if same else f"written back with other tensors: {sorted(first.keys() ^ second.keys())[:4]}"
 
 
 def load_again(folder: Path) -> torch.nn.Module:

@@ -74,3 +74,18 @@ def _mlx_lm_classes(config: dict[str, Any]) -> tuple[type, type]:
             f"mlx-lm's class for {config['model_type']} cannot be imported ({printed.getvalue().strip()})",
             "Install the package that it names, and try again.",
         ) from None
+    except ValueError:  # what mlx-lm raises for a type that it does not have
+        raise _unknown(config) from None
+
+
+def _unknown(config: dict[str, Any]) -> ModelError:
+    kind, hint = config["model_type"], "Try a newer mlx-lm (pip install -U mlx-lm)."
+    text = config.get("text_config")
+    if isinstance(text, dict) and isinstance(text.get("model_type"), str):
+        return ModelError(
+            f"mlx-lm has no {kind}, a model of several parts whose language model is a {text['model_type']}",
+            "Save the language model alone with transformers, or try a newer mlx-lm (pip install -U mlx-lm).",
+        )
+    if "auto_map" in config:
+        return ModelError(f"mlx-lm has no {kind}; the code that comes with the model is for PyTorch", hint)
+    return ModelError(f"mlx-lm has no {kind}", hint)

@@ -140,6 +140,8 @@ def as_known_type(config: Config) -> Config:
     kind = config.get("model_type", "")
     if kind == "bailing_hybrid" and "kda_lower_bound" in config:
         return {**config, "architectures": ["BailingMoeV3ForCausalLM"]}
+    if kind == "lfm2_vl":
+        return {**config, "model_type": "lfm2-vl"}
     whole = kind.removesuffix("_text")
     if kind in _TEXT_PARTS or (kind == "llama4_text" and config.get("num_local_experts")):
         return {"model_type": whole, "text_config": config, "vocab_size": config.get("vocab_size")}

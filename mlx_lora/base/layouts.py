@@ -158,10 +158,13 @@ def complete(model: nn.Module, weights: Weights) -> Weights:
         if wanted is not None and array.ndim == 3:
             array = array if array.shape == wanted else array.swapaxes(-1, -2)
             found[f"{name}.weight"] = array
-        elif new := next((n for n in _new_names(name) if n not in found and shapes.get(n) == array.shape), None):
+        elif new := next((n for n in _new_names(name) if n not in found and n in shapes), None):
             found[new] = array
         elif not (_VISION.search(name) or _CONSTANTS.search(name) or _is_beyond(name, shapes)):
             found[name] = array
+    for name, array in found.items():  # PyTorch's convolutions are [out, in, width], MLX's [out, width, in]
+        if "conv" in name and array.ndim == 3 and shapes.get(name) == array.swapaxes(1, 2).shape:
+            found[name] = array.swapaxes(1, 2)
     for name in [name for name in shapes if name not in found]:
         if name in _HEADS:
             embedding = next((e for e in _EMBEDDINGS if e in found), None)

@@ -259,6 +259,11 @@ class BaseModel:
         """Whether transformers stores experts as [experts, in, out]."""
         return self.model_type in _EXPERTS_IN_OUT
 
+    @property
+    def experts_exchanged(self) -> bool:
+        """Whether PEFT takes the inputs of experts for outputs: Llama 4 stores them as gpt-oss does, unknown to PEFT."""
+        return self.model_type in ("llama4", "llama4_text")
+
     def to_mlx(self, path: str) -> str:
         """mlx-lm's path of the module that transformers calls ``path``; ``path`` itself if there is none."""
         if self.same_names:
@@ -274,6 +279,8 @@ class BaseModel:
             if "text_config" not in self.config:  # the text part alone, which mlx-lm has only within the whole model
                 return rest
             return "model.language_model." + rest.removeprefix("model.") if rest.startswith("model.") else rest
+        if "text_config" in self.config and path.startswith("model.layers."):
+            return "model.language_model." + path.removeprefix("model.")
         if self.model_type in ("gpt2", "gptj"):
             return "transformer." + path.removeprefix("model.") if path.startswith("model.") else path
         if self.model_type == "gpt_neox" and path.startswith("model."):

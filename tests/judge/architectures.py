@@ -67,6 +67,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "llama4": {"text_config": {"num_experts_per_tok": 1}},
     "llama4_text": {"num_experts_per_tok": 1},
     "longcat_flash": {"head_dim": 8},
+    "lfm2_vl": {"text_config": {"layer_types": ["conv", "full_attention"] * 2}},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "olmo3": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 50.0} for kind in _LAYERS}},
     "recurrent_gemma": {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
@@ -85,7 +86,7 @@ def shared() -> list[str]:
     from mlx_lm.utils import MODEL_REMAPPING
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    modules = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
+    modules = {module.name.replace("-", "_") for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
     return sorted((modules | set(MODEL_REMAPPING)) & set(CONFIG_MAPPING_NAMES))
 
 
@@ -168,8 +169,9 @@ def compare(model_type: str, root: Path) -> Result:
     result.cached = difference(logits(ours, CHUNKS), expected)
     settings = {"r": 4, "lora_alpha": 6}
     mamba = any("mamba" in part for part in (model_type, *vars(theirs.config)))
-    # PEFT refuses these beside Mamba's kernels. mlx-lm splits kv_b_proj, so its adapters are refused, with this reason.
-    aside = ("kv_b_proj", "out_proj") if mamba else ("kv_b_proj",)
+    # PEFT refuses out_proj beside Mamba's kernels, and transformers reads dt_proj's weight without its adapter. mlx-lm
+    # splits kv_b_proj, so adapters of it are refused.
+    aside = ("kv_b_proj", "out_proj", "dt_proj") if mamba else ("kv_b_proj",)
     names = [name for name in linears(theirs) if not name.endswith(aside)]
     experts = expert_parameters(theirs)
     del theirs

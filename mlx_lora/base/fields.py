@@ -8,6 +8,7 @@ library only.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Any
 
 Config = dict[str, Any]
@@ -85,7 +86,7 @@ _BY_TYPE: dict[str, Callable[[Config], Config]] = {
     "solar_open": lambda c: {"first_k_dense_replace": 0, "intermediate_size": 0, "partial_rotary_factor": 1.0},
 }
 # Text parts of vision-language models that mlx-lm has as the whole model alone.
-_TEXT_PARTS = ("gemma3n_text", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_vl_text", "qwen3_vl_moe_text", "qwen2_vl_text")
+_TEXT_PARTS = ("gemma3n_text", "gemma4_unified_text", "minimax_m3_vl_text", "qwen3_5_text", "qwen3_5_moe_text")
 # Fields that both have, with values that mlx-lm's class does not understand.
 _REPLACED = {("bailing_hybrid", "head_dim"), ("exaone4", "sliding_window_pattern"), ("granitemoehybrid", "layer_types")}
 
@@ -107,14 +108,10 @@ def class_fields(config: Config, known: Collection[str] | None = None) -> Config
     for name, others in _SAME.items():
         found |= next(({name: config[other]} for other in others if config.get(other) is not None), {})
     for name, rule in _DERIVED.items():
-        try:
+        with suppress(KeyError, TypeError, ZeroDivisionError, ValueError):
             found.setdefault(name, rule({**found, **config}))
-        except (KeyError, TypeError, ZeroDivisionError, ValueError):
-            continue
-    try:
+    with suppress(KeyError, TypeError):
         found |= _BY_TYPE[kind](config)
-    except (KeyError, TypeError):
-        pass
     absent = {
         name: value
         for name, value in found.items()

@@ -26,7 +26,9 @@ def check_weight_files(name: Any, folder: Path) -> None:
     if not files and not listed:
         raise _no_weights(name, folder)
     absent = [file for file in listed if not (folder / file).exists()]
-    faults = [f"{', '.join(absent[:4])}{' ...' if len(absent) > 4 else ''}: missing, but {_INDEX} lists it"] * bool(absent)
+    faults = [f"{', '.join(absent[:4])}{' ...' if len(absent) > 4 else ''}: missing, but {_INDEX} lists it"] * bool(
+        absent
+    )
     pointers = [file for file in files if _is_pointer(file)]
     faults += [f"{file.name}: is a pointer of Git LFS, not the file itself" for file in pointers]
     faults += [f"{file.name}: {fault}" for file in files if file not in pointers and (fault := _damage(file))]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,7 +26,9 @@ _RENAMES: tuple[Renames, ...] = (
     ((r"^transformer\.", ""),),  # GPT-2
     ((r"^model\.language_model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head.")),
     ((r"^model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head.")),
-    ((r"^language_model\.model\.blocks\.", "language_model.model.layers."),),  # Kimi K2.5, as transformers 5.24 saves it
+    (
+        (r"^language_model\.model\.blocks\.", "language_model.model.layers."),
+    ),  # Kimi K2.5, as transformers 5.24 saves it
     ((r"\.attention_layer_norm\.", ".input_layernorm."), (r"\.feedforward_layer_norm\.", ".post_attention_layernorm.")),
     ((r"\.attention\.dense\.", ".attention.o_proj."),),  # Bailing's hybrid models
     ((r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),),  # dense layers of Kimi Linear
@@ -52,16 +53,21 @@ def fit(model: nn.Module, weights: Weights) -> Weights:
     """``weights`` under ``model``'s names, by mlx-lm's ``sanitize`` and, where that is not enough, a layout above."""
     sanitize = getattr(model, "sanitize", lambda found: found)
     plain = sanitize(dict(weights))
-    if _fits(model, plain):
+    if _fits(model, plain) or any(_is_packed(name, array) for name, array in weights.items()):
         return plain
     for layout in _layouts(weights):
         try:
             found = complete(model, sanitize(layout))
         except (KeyError, IndexError, ValueError, AttributeError):  # not this layout
             continue
-        if _fits(model, found):
+        if _fits(model, found) or _resize_mlps(model, found):
             return found
     return plain
+
+
+def _is_packed(name: str, array: mx.array) -> bool:
+    """Whether this is a quantized weight."""
+    return not mx.issubdtype(array.dtype, mx.floating) and name.endswith(("weight", "_blocks"))
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -105,11 +111,14 @@ def _new_names(name: str) -> Iterator[str]:
 
 def _split_experts(weights: Weights) -> Weights:
     """Experts stacked in one tensor, [experts, out, in], as tensors for each expert."""
-    return _each_fused(weights, lambda block, name, stacked: {
-        f"{block}.experts.{i}.{part}.weight": half
-        for i, expert in enumerate(stacked)
-        for part, half in _halves(name, expert)
-    })
+    return _each_fused(
+        weights,
+        lambda block, name, stacked: {
+            f"{block}.experts.{i}.{part}.weight": half
+            for i, expert in enumerate(stacked)
+            for part, half in _halves(name, expert)
+        },
+    )
 
 
 def _transpose_experts(weights: Weights) -> Weights:
@@ -146,10 +155,9 @@ _EXPERTS: tuple[Callable[[Weights], Weights], ...] = (lambda weights: weights, _
 def complete(model: nn.Module, weights: Weights) -> Weights:
     """Repair what is left over or missing in ``weights`` after ``sanitize`` where this cannot change the model.
 
-    Weights of the parts that read images and sounds are dropped, constants, and experts beyond the model's number (those
-    that return their input have no weights to read). A missing output head is the embedding;
-    missing biases of modules that have none anywhere in the checkpoint are zeros. Experts get ``.weight`` and the
-    orientation of mlx-lm.
+    Dropped: weights of the parts that read images and sounds, constants, and experts beyond the model's number (those
+    that return their input). A missing output head is the embedding. Missing biases of modules that have none anywhere
+    in the checkpoint are zeros. Experts get ``.weight`` and mlx-lm's orientation.
     """
     shapes, found = _shapes(model), dict(weights)
     for name in [name for name in found if name not in shapes]:
@@ -174,7 +182,6 @@ def complete(model: nn.Module, weights: Weights) -> Weights:
             found[name] = mx.zeros(shapes[name], found[f"{name[:-5]}.weight"].dtype)
     _stack_experts(found, shapes)
     _divide_again(found, shapes)
-    _resize_mlps(model, found, shapes)
     return found
 
 
@@ -210,18 +217,23 @@ def _has_leaf(weights: Weights, name: str) -> bool:
     return any(re.sub(r"\.\d+\.", ".*.", other) == leaf for other in weights)
 
 
-def _resize_mlps(model: nn.Module, weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Give the linears of MLPs the checkpoint's width, where mlx-lm's class knows only one (GPT-NeoX, GPT-2)."""
-    modules, new = dict(model.named_modules()), []
+def _resize_mlps(model: nn.Module, weights: Weights) -> bool:
+    """Give the linears of MLPs the checkpoint's width, where mlx-lm's class knows only one (GPT-NeoX, GPT-2, GPT-J).
+
+    Returns whether the weights fit the model then; if not, it is as before.
+    """
+    shapes, modules, new = _shapes(model), dict(model.named_modules()), {}
+    if weights.keys() != shapes.keys():
+        return False
     for name, array in weights.items():
-        path = name.removesuffix(".weight")
-        module = modules.get(path)
-        if ".mlp." in name and type(module) is nn.Linear and array.ndim == 2 and shapes[name] != array.shape:
-            if not {*shapes[name]} & {*array.shape}:
-                return
-            new.append((path, nn.Linear(array.shape[1], array.shape[0], bias="bias" in module)))
-    if new:
-        model.update_modules(tree_unflatten(new))
+        path = name.rpartition(".")[0]
+        if array.shape != shapes[name]:
+            if ".mlp." not in name or type(modules[path]) is not nn.Linear:
+                return False
+            rows, columns = weights[f"{path}.weight"].shape
+            new[path] = nn.Linear(columns, rows, bias="bias" in modules[path])
+    model.update_modules(tree_unflatten(list(new.items())))
+    return True
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------
@@ -243,8 +255,7 @@ def check_names(model: nn.Module, weights: Weights, model_type: str) -> None:
         lines = "\n".join(faults)
         raise ModelError(
             f"the weights are not those of mlx-lm's model for {model_type}\n{lines}",
-            "mlx-lm does not read this layout. Use a repository that mlx-lm loads (mlx-community has most models), or a "
-            "newer mlx-lm.",
+            "mlx-lm does not read this layout: use a newer mlx-lm, or a copy that it loads, as mlx-community has many.",
         )
 
 

@@ -61,7 +61,9 @@ def load_base(
     check_bitsandbytes(path_or_repo, config)
     check_weight_files(path_or_repo, folder)
     try:
-        model, config = utils.load_model(folder, lazy=True, model_config=missing_fields(config), get_model_classes=model_classes, **options)
+        model, config = utils.load_model(
+            folder, lazy=True, model_config=missing_fields(config), get_model_classes=model_classes, **options
+        )
         tokenizer = utils.load_tokenizer(
             folder,
             {"trust_remote_code": trust_remote_code},

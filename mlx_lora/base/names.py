@@ -68,7 +68,7 @@ _PARTS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "nemotron_h": (("model.layers", "backbone.layers"), ("model.embeddings", "backbone.embeddings")),
 }
-# transformers stores these experts as [experts, in, out]; in gpt-oss gate and up rows are interleaved.
+# PEFT knows that transformers stores these experts as [experts, in, out]. In gpt-oss gate and up are interleaved.
 _EXPERTS_IN_OUT = ("gpt_oss",)
 
 
@@ -256,12 +256,12 @@ class BaseModel:
 
     @property
     def experts_in_out(self) -> bool:
-        """Whether transformers stores experts as [experts, in, out]."""
+        """Whether transformers stores experts as [experts, in, out], and PEFT knows it."""
         return self.model_type in _EXPERTS_IN_OUT
 
     @property
     def experts_exchanged(self) -> bool:
-        """Whether PEFT takes the inputs of experts for outputs: Llama 4 stores them as gpt-oss does, unknown to PEFT."""
+        """Whether PEFT takes the inputs of experts for outputs, as it does for Llama 4's [experts, in, out]."""
         return self.model_type in ("llama4", "llama4_text")
 
     def to_mlx(self, path: str) -> str:

@@ -4,6 +4,7 @@ comparison of the logits on both sides. ``scripts/make_architecture_table`` writ
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,64 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
 from judges import IDS, difference, maker, torch, transformers
 from mlx_lora import load_adapter, mount, save_adapter, unmount
+from mlx_lora.base.classes import _mlx_lm_classes
+from mlx_lora.base.config import missing_fields, read_config
+from mlx_lora.base.differences import _NO_WINDOW
+from mlx_lora.base.fields import as_known_type, class_fields
 from mlx_lora.base.loading import load_base
 from mlx_lora.errors import MLXLoRAError
 
 CHUNKS = (5, 11)
 TOLERANCE = 3e-5  # max |difference| / max |logit|
+
+# Refused, and why.
+REFUSED = {
+    "bitnet": "mlx-lm holds packed ternary weights alone, not the unquantized ones",
+    "minimax": "mlx-lm's class of this name is MiniMax M2; MiniMax-Text-01 has linear attention",
+    "muse_spark": "mlx-lm's chat template for it cannot be imported",
+    "olmo": "mlx-lm's class needs the package ai2-olmo",
+}
+# Not made: transformers has no language model of this type, or needs another package for it.
+NOT_MADE = {
+    "gemma3n": "transformers needs timm for its vision part; its language model is gemma3n_text",
+    "pixtral": "transformers has only the vision part",
+    "step3p5": "transformers has no class for its language model alone",
+}
+# Loaded with other logits because of mlx-lm, and why.
+DIFFERENT = {
+    "ernie4_5_moe": "chooses experts without the correction bias (moe_statics)",
+    "glm": "rotates the whole head; the config says half (partial_rotary_factor)",
+    "gpt_oss": "rounds the limits of YaRN's ramp; the config says not to (truncate)",
+    "jamba": "normalizes the weights of the chosen experts",
+    "olmo_hybrid": "the cause is not known",
+}
+# Loaded with nearly the same logits: the difference that is allowed, and why.
+CLOSE = {
+    "gemma": (3e-4, "exact GELU instead of its approximation"),
+    "gpt_bigcode": (5e-4, "exact GELU instead of its approximation"),
+    "gpt_neox": (5e-4, "approximated GELU instead of the exact one"),
+    "longcat_flash": (1e-4, "rounding, in a model with few exact zeros"),
+    "nanochat": (1e-3, "1e-5 in its norms instead of the config's 1e-6"),
+    "nemotron_h": (3e-3, "the epsilon of its norms"),
+    "qwen3_5_text": (5e-4, "the epsilon of the norm of queries and keys"),
+    "qwen3_next": (5e-4, "the epsilon of the norm of queries and keys"),
+    "starcoder2": (5e-4, "exact GELU instead of its approximation"),
+}
+# mlx-lm computes these as the config says only up to the window of attention.
+WINDOW = "attends to all tokens; equal up to the sliding window"
+# Adapters of PEFT that are refused, and why.
+NO_ADAPTER = {
+    "longcat_flash": "PEFT also adapts the experts that return their input",
+    "minimax_m3_vl": "gate_up_proj of shared experts is two modules in mlx-lm",
+    "minimax_m3_vl_text": "gate_up_proj of shared experts is two modules in mlx-lm",
+}
+NO_EXPERTS = {
+    "longcat_flash": "PEFT also adapts the experts that return their input",
+    "nemotron_h": "its experts have no gate",
+}
 VOCABULARY = maker.VOCABULARY
 
 # Sizes by the names that configs of transformers have for them. A config gets those that it has a field for.
@@ -43,7 +95,7 @@ _SIZES: dict[str, Any] = {
         "mamba_head_dim mamba_num_heads mamba_n_heads floor_scale",
         128: "max_position_embeddings n_positions n_ctx seq_length max_seq_len max_sequence_length",
         32: "index_n_heads",  # few heads give ties, which either side may break in its own way
-        0: "pad_token_id",
+        0: "pad_token_id num_kv_shared_layers",
         1: "bos_token_id topk_group moe_layer_start_index",
     }.items()
     for name in names.split()
@@ -70,8 +122,11 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_vl": {"text_config": {"layer_types": ["conv", "full_attention"] * 2}},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "olmo3": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 50.0} for kind in _LAYERS}},
-    "recurrent_gemma": {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-    **{t: {"sliding_window": 64} for t in ("gemma2", "ministral3", "mistral", "mixtral", "phi3", "phimoe", "starcoder2")},
+    "recurrent_gemma": {
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    **{kind: {"sliding_window": 64} for kind in _NO_WINDOW},
     "kimi_linear": {"q_lora_rank": None, "layer_types": ["linear_attention", "full_attention"] * 2},
     "mistral3": {"text_config": {"sliding_window": 64}},
     "muse_spark": {"audio_config": {"out_hidden_size": 64}},
@@ -81,13 +136,15 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def shared() -> list[str]:
-    """The model types that both transformers and mlx-lm have."""
+    """The model types that both transformers and mlx-lm have, and the text parts that transformers has of them."""
     import mlx_lm.models
     from mlx_lm.utils import MODEL_REMAPPING
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     modules = {module.name.replace("-", "_") for module in pkgutil.iter_modules(mlx_lm.models.__path__)}
-    return sorted((modules | set(MODEL_REMAPPING)) & set(CONFIG_MAPPING_NAMES))
+    names = (modules | set(MODEL_REMAPPING)) & set(CONFIG_MAPPING_NAMES)
+    return sorted(names | {f"{name}_text" for name in names} & set(CAUSAL))
 
 
 def _rope(value: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +204,8 @@ class Result:
     cached: float | None = None  # in three pieces, through mlx-lm's cache
     adapter: float | None = None  # PEFT's LoRA on all linear layers of the language model
     experts: float | None = None  # PEFT's LoRA on the experts' parameters
+    filled: tuple[str, ...] = ()  # config fields that mlx-lm's class needs and transformers did not write
+    adapter_effect: float = 0.0  # how far that adapter moves the logits
     adapter_error: str = ""
     experts_error: str = ""
 
@@ -166,6 +225,7 @@ def compare(model_type: str, root: Path) -> Result:
     except MLXLoRAError as error:
         result.error = error.message.replace(str(root), "").replace("\n", "; ")
         return result
+    result.filled = filled_fields(root / "base")
     result.cached = difference(logits(ours, CHUNKS), expected)
     settings = {"r": 4, "lora_alpha": 6}
     mamba = any("mamba" in part for part in (model_type, *vars(theirs.config)))
@@ -175,15 +235,29 @@ def compare(model_type: str, root: Path) -> Result:
     names = [name for name in linears(theirs) if not name.endswith(aside)]
     experts = expert_parameters(theirs)
     del theirs
-    result.adapter, result.adapter_error = _adapter(root, "adapter", ours, {**settings, "target_modules": names})
+    result.adapter, result.adapter_error, result.adapter_effect = _adapter(
+        root, "adapter", ours, {**settings, "target_modules": names}
+    )
     if experts:
         settings |= {"target_modules": [], "target_parameters": experts}
-        result.experts, result.experts_error = _adapter(root, "experts", ours, settings)
+        result.experts, result.experts_error, _ = _adapter(root, "experts", ours, settings)
     return result
 
 
-def _adapter(root: Path, name: str, ours, settings: dict[str, Any]) -> tuple[float | None, str]:
-    """The difference of the logits with PEFT's adapter on both sides, or why there is none."""
+def filled_fields(folder: Path) -> tuple[str, ...]:
+    """The config fields that loading fills in, those of ``text_config`` too."""
+    stored = read_config(folder)
+    found = {**stored, **missing_fields(stored)}
+    known = inspect.signature(_mlx_lm_classes(as_known_type(found))[1]).parameters
+    changes = {**missing_fields(stored), **class_fields(as_known_type(found), known)}
+    text = changes.pop("text_config", {})
+    inner = stored.get("text_config", {})
+    new = [name for name in changes if name in known]
+    return tuple(sorted({*new, *(name for name, value in text.items() if inner and inner.get(name) != value)}))
+
+
+def _adapter(root: Path, name: str, ours, settings: dict[str, Any]) -> tuple[float | None, str, float]:
+    """The difference of the logits with PEFT's adapter on both sides, why there is none, and the adapter's effect."""
     tuned = maker.add_adapter(load_again(root / "base"), settings, seed=1)
     expected = maker.logits(tuned, IDS)
     tuned.save_pretrained(root / name)
@@ -191,16 +265,17 @@ def _adapter(root: Path, name: str, ours, settings: dict[str, Any]) -> tuple[flo
         adapter = load_adapter(root / name, base=root / "base")
         mount(ours, adapter)
     except MLXLoRAError as error:
-        return None, error.message.replace(str(root), "").replace("\n", "; ")
+        return None, error.message.replace(str(root), "").replace("\n", "; "), 0.0
     got = difference(logits(ours), expected)
     unmount(ours)
+    effect = difference(logits(ours), expected)
     try:
         again = save_adapter(adapter, root / f"{name}-again", "peft", base=root / "base")
     except MLXLoRAError as error:
-        return got, "not written back: " + error.message.replace(str(root), "").replace("\n", "; ")
+        return got, "not written back: " + error.message.replace(str(root), "").replace("\n", "; "), effect
     first, second = (mx.load(str(folder / "adapter_model.safetensors")) for folder in (root / name, again))
     same = first.keys() == second.keys() and all(mx.array_equal(first[n], second[n]).item() for n in first)
-    return got, "" if same else f"written back with other tensors: {sorted(first.keys() ^ second.keys())[:4]}"
+    return got, "" if same else f"written back with other tensors: {sorted(first.keys() ^ second.keys())[:4]}", effect
 
 
 def load_again(folder: Path) -> torch.nn.Module:
@@ -235,3 +310,21 @@ def linears(model: torch.nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if type(module) in kinds and module is not head and not any(part in name for part in aside)
     ]
+
+
+HEADER = ["model_type", "loads", "logits", "in pieces", "PEFT adapter", "of experts", "remarks"]
+
+
+def row(result: Result) -> str:
+    """A line of the table."""
+    kind = result.model_type
+    loads = "not tried" if kind in NOT_MADE else "no" if result.error else "yes"
+    reasons = [table[kind] for table in (NOT_MADE, REFUSED, DIFFERENT) if kind in table]
+    reasons += [CLOSE[kind][1]] if kind in CLOSE else []
+    reasons += [WINDOW] if kind in _NO_WINDOW else []
+    reasons += [f"adapter refused: {NO_ADAPTER[kind]}"] if kind in NO_ADAPTER else []
+    reasons += [f"of experts refused: {NO_EXPERTS[kind]}"] if kind in NO_EXPERTS else []
+    reasons += [f"filled in: {', '.join(result.filled)}"] if result.filled else []
+    values = [result.base, result.cached, result.adapter, result.experts]
+    numbers = ["" if value is None else f"{value:.0e}" for value in values]
+    return "| " + " | ".join([kind, loads, *numbers, "; ".join(reasons)]) + " |"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import mlx.nn as nn
 
 from .. import device
 from ..errors import ConfigError, MLXLoRAError, ModelError
+from .classes import model_classes
 from .config import missing_fields, read_config
-from .nf4_checkpoint import check_bitsandbytes, nf4_model_classes
+from .differences import known_differences
+from .files import check_weight_files
+from .nf4_checkpoint import check_bitsandbytes
 from .origin import Base, set_base
 from .saving import SMALL_FILES
 
@@ -55,16 +59,21 @@ def load_base(
     supported = "trust_remote_code" in inspect.signature(utils.load_model).parameters
     options = {"trust_remote_code": True} if trust_remote_code and supported else {}
     check_bitsandbytes(path_or_repo, config)
-    classes = {"get_model_classes": nf4_model_classes(utils._get_classes)}
+    check_weight_files(path_or_repo, folder)
     try:
-        model, config = utils.load_model(folder, lazy=True, model_config=missing_fields(config), **classes, **options)
+        model, config = utils.load_model(
+            folder, lazy=True, model_config=missing_fields(config), get_model_classes=model_classes, **options
+        )
         tokenizer = utils.load_tokenizer(
             folder,
             {"trust_remote_code": trust_remote_code},
             eos_token_ids=config.get("eos_token_id"),
         )
     except Exception as error:  # mlx-lm and transformers raise many kinds of errors on damaged or unknown folders
-        raise ModelError(f"{path_or_repo}: cannot be loaded ({_first_line(error)})", _load_hint(error)) from error
+        reason = error.message if isinstance(error, MLXLoRAError) else _first_line(error)
+        raise ModelError(f"{path_or_repo}: cannot be loaded ({reason})", _load_hint(error)) from error
+    for difference in known_differences(config):
+        warnings.warn(f"{path_or_repo}: {difference}", stacklevel=2)
     if dtype in DTYPES or (dtype == "auto" and device.is_cpu()):
         model.set_dtype(DTYPES.get(dtype, mx.float32))
     set_base(model, Base(str(path_or_repo), folder, config))
@@ -115,6 +124,7 @@ def _load_hint(error: Exception) -> str:
         return "The tokenizer needs to run its own code. If you trust it, add --trust-remote-code."
     if isinstance(error, MLXLoRAError):
         return error.hint
-    if "not supported" in text:
-        return "This version of mlx-lm lacks the architecture: try a newer one (pip install -U mlx-lm)."
-    return "Download the model again; the folder needs config.json, *.safetensors and a tokenizer."
+    return (
+        "The files are complete: mlx-lm or the tokenizer's library does not read them. Try a newer mlx-lm "
+        "(pip install -U mlx-lm) and transformers."
+    )

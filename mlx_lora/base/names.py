@@ -35,15 +35,41 @@ _PREFIXES = (
     ("model.", "language_model.model."),
     ("", "model."),
 )
-# Mixture-of-experts blocks: (transformers 5's name, mlx-lm's name).
-_MOE_BLOCKS = {
-    "mixtral": ("mlp", "block_sparse_moe"),
-    "phimoe": ("mlp", "block_sparse_moe"),
-    "minimax": ("mlp", "block_sparse_moe"),
+# Parts of module names: (transformers 5's, mlx-lm's), by model type. All that match are replaced, in this order.
+_SPARSE_BLOCK = (("mlp", "block_sparse_moe"),)
+_PARTS: dict[str, tuple[tuple[str, str], ...]] = {
+    **dict.fromkeys(("mixtral", "phimoe", "minimax", "minimax_m2", "minimax_m3_vl_text"), _SPARSE_BLOCK),
+    "bailing_hybrid": (("self_attn", "attention"), ("forget_gate.f_proj", "f_proj"), ("o_proj", "dense")),
+    "exaone": (
+        ("model.layers", "transformer.h"),
+        ("model.embed_tokens", "transformer.wte"),
+        ("self_attn", "attn.attention"),
+        ("o_proj", "out_proj"),
+        ("mlp.gate_proj", "mlp.c_fc_0"),
+        ("mlp.up_proj", "mlp.c_fc_1"),
+        ("mlp.down_proj", "mlp.c_proj"),
+    ),
+    "kimi_linear": (("forget_gate.f_a_proj", "f_a_proj"), ("forget_gate.f_b_proj", "f_b_proj")),
+    "laguna": (("shared_experts", "shared_expert"),),
+    "lfm2_moe": (
+        ("feed_forward.w1", "feed_forward.gate_proj"),
+        ("feed_forward.w3", "feed_forward.up_proj"),
+        ("feed_forward.w2", "feed_forward.down_proj"),
+    ),
+    "nanochat": (
+        ("model.layers", "transformer.h"),
+        ("model.embed_tokens", "transformer.wte"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+        ("self_attn.q_proj", "attn.c_q"),
+        ("self_attn.k_proj", "attn.c_k"),
+        ("self_attn.v_proj", "attn.c_v"),
+        ("self_attn.o_proj", "attn.c_proj"),
+    ),
+    "nemotron_h": (("model.layers", "backbone.layers"), ("model.embeddings", "backbone.embeddings")),
 }
-_EXPERTS = {"gpt_oss": "experts", "llama4": "experts", "llama4_text": "experts"}
-# transformers stores these experts as [experts, in, out]; in gpt-oss gate and up rows are interleaved.
-_EXPERTS_IN_OUT = ("gpt_oss", "llama4", "llama4_text")
+# PEFT knows that transformers stores these experts as [experts, in, out]. In gpt-oss gate and up are interleaved.
+_EXPERTS_IN_OUT = ("gpt_oss",)
 
 
 class BaseModel:
@@ -123,7 +149,7 @@ class BaseModel:
 
     @property
     def heads(self) -> int:
-        return self.size("num_attention_heads", "n_head")
+        return self.size("num_attention_heads", "n_head", "n_heads")
 
     @property
     def kv_heads(self) -> int:
@@ -131,7 +157,7 @@ class BaseModel:
 
     @property
     def hidden_size(self) -> int:
-        return self.size("hidden_size", "n_embd")
+        return self.size("hidden_size", "n_embd", "d_model")
 
     @property
     def head_dim(self) -> int:
@@ -185,11 +211,13 @@ class BaseModel:
             return thread.submit(self._build).result()
 
     def _build(self):
-        from mlx_lm import utils
+        from .classes import model_classes
 
         try:
-            model_class, arguments = utils._get_classes(self.config)
+            model_class, arguments = model_classes(self.config)
             return model_class(arguments.from_dict(self.config))
+        except ModelError:
+            raise
         except Exception as error:  # mlx-lm raises many kinds of errors on unknown configs
             raise ModelError(
                 f"{self.name}: mlx-lm cannot build it ({type(error).__name__}: {error})",
@@ -215,17 +243,26 @@ class BaseModel:
     @property
     def moe_block(self) -> tuple[str, str]:
         """The name of a mixture-of-experts block in transformers and in mlx-lm."""
-        return _MOE_BLOCKS.get(self.model_type, ("mlp", "mlp"))
+        return next((pair for pair in self._parts if pair[0] == "mlp"), ("mlp", "mlp"))
+
+    @property
+    def _parts(self) -> tuple[tuple[str, str], ...]:
+        return _PARTS.get(self.model_type, ())
 
     @property
     def experts_name(self) -> str:
-        """mlx-lm's name for the experts of a block."""
-        return _EXPERTS.get(self.model_type, "switch_mlp")
+        """mlx-lm's name for the experts of a block: ``switch_mlp`` in most models, ``experts`` in some."""
+        return next((path.split(".")[-2] for path, found in self.modules.items() if found[0] == "switch"), "switch_mlp")
 
     @property
     def experts_in_out(self) -> bool:
-        """Whether transformers stores experts as [experts, in, out]."""
+        """Whether transformers stores experts as [experts, in, out], and PEFT knows it."""
         return self.model_type in _EXPERTS_IN_OUT
+
+    @property
+    def experts_exchanged(self) -> bool:
+        """Whether PEFT takes the inputs of experts for outputs, as it does for Llama 4's [experts, in, out]."""
+        return self.model_type in ("llama4", "llama4_text")
 
     def to_mlx(self, path: str) -> str:
         """mlx-lm's path of the module that transformers calls ``path``; ``path`` itself if there is none."""
@@ -235,11 +272,15 @@ class BaseModel:
 
     def to_hf(self, path: str) -> str:
         """transformers' path (version 5) of the module that mlx-lm calls ``path``."""
-        theirs, ours = self.moe_block
-        path = f"{path}.".replace(f".{ours}.", f".{theirs}.")[:-1]
+        for theirs, ours in self._parts:
+            path = _replaced(path, ours, theirs)
         if path.startswith("language_model."):
             rest = path.removeprefix("language_model.")
+            if "text_config" not in self.config:  # the text part alone, which mlx-lm has only within the whole model
+                return rest
             return "model.language_model." + rest.removeprefix("model.") if rest.startswith("model.") else rest
+        if "text_config" in self.config and path.startswith("model.layers."):
+            return "model.language_model." + path.removeprefix("model.")
         if self.model_type in ("gpt2", "gptj"):
             return "transformer." + path.removeprefix("model.") if path.startswith("model.") else path
         if self.model_type == "gpt_neox" and path.startswith("model."):
@@ -255,7 +296,11 @@ class BaseModel:
         for theirs, ours in _PREFIXES:
             if path.startswith(theirs):
                 found.append(ours + path[len(theirs) :])
-        theirs, ours = self.moe_block
-        if theirs != ours:
-            found += [f"{p}.".replace(f".{theirs}.", f".{ours}.")[:-1] for p in found]
+        for theirs, ours in self._parts:
+            found += [new for p in found if (new := _replaced(p, theirs, ours)) != p]
         return found
+
+
+def _replaced(path: str, old: str, new: str) -> str:
+    """``path`` with ``new`` for ``old``, which are one or more whole parts of it."""
+    return f".{path}.".replace(f".{old}.", f".{new}.")[1:-1]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 
 import click
 
 from .. import __version__
 from ..errors import ConfigError, MLXLoRAError
+from . import console
 
 # Command -> (module, line in `mlx-lora --help`). A module is imported when its command is used.
 COMMANDS = {
@@ -81,6 +83,7 @@ def main(args: list[str] | None = None) -> None:
     # Without PyTorch transformers warns that it is missing; it is not needed here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.showwarning = lambda message, *_: console.warn(str(message))
     try:
         code = cli.main(args, prog_name="mlx-lora", standalone_mode=False)
     except MLXLoRAError as error:

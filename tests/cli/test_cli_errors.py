@@ -185,7 +185,7 @@ CASES = {
             "other_shape": "cannot be loaded",
             "own_code": "own code",
             "no_weights": "safetensors",
-            "cut_weights": "cannot be loaded",
+            "cut_weights": "cut off or damaged",
             "no_tokenizer": "cannot be loaded",
         }.items()
     },

@@ -240,7 +240,8 @@ class _Writer:
             found["down_proj"] = (a, b, adapter.config.scale_of(path))
         for kind, (a, b, scale) in found.items():
             inner = ".base_layer" if kind == "gate_up_proj" and len(found) == 2 else ""
-            packed = experts.pack(a, b)
+            exchanged = self.base is not None and self.base.experts_exchanged
+            packed = experts.pack(*(x.swapaxes(1, 2) for x in (b, a))) if exchanged else experts.pack(a, b)
             for leaf, array in zip(("lora_A", "lora_B"), packed, strict=True):
                 self.tensors[f"{PREFIX}{name}.experts{inner}.{leaf}.weight"] = array
             self.parameters.append(f"{name}.experts.{kind}")

@@ -46,6 +46,11 @@ _EXPERTS = {"gpt_oss": "experts", "llama4": "experts", "llama4_text": "experts"}
 _EXPERTS_IN_OUT = ("gpt_oss", "llama4", "llama4_text")
 
 
+def _spellings(name: str) -> tuple[str, ...]:
+    """A tensor's name with the prefixes that checkpoints of one model have or lack."""
+    return name, name.removeprefix("transformer."), name.removeprefix("model."), f"model.{name}"
+
+
 class BaseModel:
     """A base model's config and what it implies.
 
@@ -145,7 +150,9 @@ class BaseModel:
     def tied(self) -> bool:
         """Whether the output head shares the embedding's weight."""
         stated = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
-        return bool(stated) if stated is not None else "lm_head" not in " ".join(self.modules)
+        if stated is not None:
+            return bool(stated)
+        return not any("lm_head" in name for name in self.tensor_names or self.modules)
 
     @functools.cached_property
     def _files(self) -> dict[str, Path]:
@@ -170,10 +177,13 @@ class BaseModel:
         """The checkpoint's tensor ``name``, or None."""
         import mlx.core as mx
 
-        for key in (name, name.removeprefix("transformer."), f"model.{name}"):
-            if key in self._files:
-                return mx.load(str(self._files[key]))[key]
-        return None
+        key = next((key for key in _spellings(name) if key in self._files), None)
+        return None if key is None else mx.load(str(self._files[key]))[key]
+
+    def weight_name(self, path: str) -> str | None:
+        """The checkpoint's name of the weight of the module at ``path``, mlx-lm's or transformers'; None if it has none."""
+        names = [spelling for p in (self.to_hf(path), path) for spelling in _spellings(f"{p}.weight")]
+        return next((name for name in names if name in self._files), None)
 
     @functools.cached_property
     def model(self):

@@ -17,8 +17,8 @@ from .difference import DifferenceLinear, DifferenceSwitchLinear
 from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
 from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from .multi_lora import MultiLoRALinear, Rows
-from .tokens import TokenRows, UntiedEmbedding
-from .variants import ON_INPUT, WITH_BIAS
+from .tokens import SplitEmbedding, TokenRows, as_head
+from .variants import WITH_BIAS
 from .vera import Projections, VeRALinear, VeRASwitchLinear
 
 METHODS = {
@@ -56,8 +56,6 @@ def make_layers(
         layer = (DIFFERENCES if difference else METHODS[config.method]).get(kind(base))
         if config.lora_bias:
             layer = WITH_BIAS.get(layer)
-        elif config.embedding_side == "input":
-            layer = ON_INPUT.get(layer, layer)
         if layer is None:
             what = "lora_bias" if config.lora_bias else f"init {config.init}" if difference else config.method
             faults.append(f"{path}: {what} does not adapt {kind(base)} layers")
@@ -83,8 +81,9 @@ __all__ = [
     "AdapterLayer",
     "MultiLoRALinear",
     "Rows",
+    "SplitEmbedding",
     "TokenRows",
-    "UntiedEmbedding",
+    "as_head",
     "check_rank",
     "make_layers",
 ]

@@ -1,4 +1,4 @@
-"""Embeddings with trained rows: a few tokens (PEFT's TrainableTokens), or the whole input side alone.
+"""Embeddings with a few trained rows (PEFT's TrainableTokens), and embeddings split from the head tied to them.
 
 The trained rows replace the base's rather than adding to them: the embedding of a token t in ``ids`` is
 ``trainable_tokens[i]`` with ids[i] = t. A head that is tied to the embedding sees the same rows.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..base.modules import base_dtype, dense_weight, dims
+from ..base.modules import base_dtype, dense_weight, dims, is_quantized
 from ..errors import AdapterError
 
 
@@ -63,18 +63,35 @@ class TokenRows(nn.Module):
         return f"tokens={len(self.ids)}"
 
 
-class UntiedEmbedding(nn.Module):
-    """A separate weight for input tokens; a head tied to ``base`` stays as it was (PEFT's modules_to_save)."""
+class SplitEmbedding(nn.Module):
+    """An embedding that is tied to the output head, with a module of its own for each of its two uses.
 
-    def __init__(self, base: nn.Module, weight: mx.array):
+    ``embedding`` looks tokens up; ``lm_head`` is a linear layer that computes the logits. Both share the base's arrays
+    until one of them is trained or gets an adapter: PEFT adapts and trains them separately, too.
+    """
+
+    def __init__(self, base: nn.Module):
         super().__init__()
-        self.weight = weight
-        self.head = base
+        self.embedding = base
+        self.lm_head = as_head(base)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: [...] tokens -> [..., dim]."""
-        return self.weight[x]
+        return self.embedding(x)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x: [..., dim] -> logits [..., vocabulary]."""
-        return self.head.as_linear(x)
+        return self.lm_head(x)
+
+
+def as_head(embedding: nn.Module) -> nn.Module:
+    """A frozen linear layer dim -> vocabulary that shares the arrays of ``embedding``, dense or quantized."""
+    layer = nn.QuantizedLinear if is_quantized(embedding) else nn.Linear
+    made = layer.__new__(layer)  # without __init__, which would draw from mx.random
+    nn.Module.__init__(made)
+    for name in ("weight", "scales", "biases"):
+        if name in embedding:
+            made[name] = embedding[name]
+    for name in ("group_size", "bits", "mode") if is_quantized(embedding) else ():
+        setattr(made, name, getattr(embedding, name))
+    return made.freeze()

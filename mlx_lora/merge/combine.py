@@ -148,8 +148,8 @@ def as_lora(model: nn.Module, adapter: Adapter) -> Adapter:
         raise AdapterError(
             f"the method of the adapter is {adapter.config.method}, not vera", "Only VeRA is converted to LoRA."
         )
+    raise_faults(*incompatibilities(model, adapter.check()))
     modules = bare_modules(model)
-    raise_faults(incompatibilities(modules, adapter.check()), "Give the model that the adapter was trained on.")
     return adapter_as_lora(adapter, {path: dims(modules[path]) for path in adapter.modules})
 
 

@@ -11,7 +11,7 @@ from ..errors import AdapterError
 from ..fast import accelerate, undo
 from ..layers import MultiLoRALinear, Rows
 from .attach import adapters_on
-from .state import bare_modules, mark_changed, place, set_mode, state_of
+from .state import HEAD, bare_modules, join_head, mark_changed, place, set_mode, split_head, state_of
 
 
 class MultiLoRA:
@@ -26,9 +26,15 @@ class MultiLoRA:
             raise AdapterError("the model has an adapter already", "Remove it with unmount(model).")
         if not adapters:
             raise AdapterError("no adapters are given", "Give at least one, by name.")
-        modules = bare_modules(model)
         self._names, self._rows, self._model = list(adapters), Rows(), model
-        raise_faults(_incompatibilities(modules, adapters), "Mount this adapter by itself, or fuse it.")
+        if any(HEAD in adapter.modules for adapter in adapters.values()):
+            split_head(model)
+        modules = bare_modules(model)
+        try:
+            raise_faults(_incompatibilities(modules, adapters), "Mount this adapter by itself, or fuse it.")
+        except AdapterError:
+            join_head(model)
+            raise
         paths = list(dict.fromkeys(path for adapter in adapters.values() for path in adapter.modules))
         self._bases = {path: modules[path] for path in paths}
         self._frozen = frozen_parameters(model)
@@ -63,6 +69,7 @@ class MultiLoRA:
         if not any(id(layer) in present for layer in self._layers.values()):
             return
         place(self._model, self._bases)
+        join_head(self._model)
         mark_changed(self._model)
         undo(self._accelerated)
         restore_frozen(self._frozen)

@@ -12,7 +12,7 @@ from ..adapter import raise_faults, split_layer
 from ..base.modules import dims, kind, layer_paths
 from ..config import AdapterConfig
 from ..errors import AdapterError
-from .state import bare_modules
+from .state import HEAD, bare_modules
 
 ALL_LINEAR = "all-linear"
 
@@ -81,6 +81,11 @@ def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
             faults.append(_no_match(key, matches, modules, where))
     raise_faults(faults, f"The model has: {', '.join(_names(modules))}.")
     return {path: module for path, module in modules.items() if path in found}
+
+
+def names_head(config: AdapterConfig) -> bool:
+    """Whether ``config`` may mean the output head: only then does a head that is tied become a module."""
+    return any(HEAD in name for name in (*(config.keys or ()), *(config.modules_to_save or ())))
 
 
 def select_named(model: nn.Module, names: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ loaded in ``loading.py``.
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ _EXPERTS_IN_OUT = ("gpt_oss", "llama4", "llama4_text")
 def _spellings(name: str) -> tuple[str, ...]:
     """A tensor's name with the prefixes that checkpoints of one model have or lack."""
     return name, name.removeprefix("transformer."), name.removeprefix("model."), f"model.{name}"
+
+
+_INPUT_EMBEDDING = re.compile(r"(^|\.)(wte|embed_tokens|embed_in|(word|tok)_embeddings|embeddings?)\.weight$")
 
 
 class BaseModel:
@@ -179,6 +183,11 @@ class BaseModel:
 
         key = next((key for key in _spellings(name) if key in self._files), None)
         return None if key is None else mx.load(str(self._files[key]))[key]
+
+    def embedding_weight(self):
+        """The checkpoint's weight of the input embedding, or None."""
+        name = next((name for name in sorted(self._files) if _INPUT_EMBEDDING.search(name)), None)
+        return None if name is None else self.tensor(name)
 
     def weight_name(self, path: str) -> str | None:
         """The checkpoint's name of the weight of the module at ``path``, mlx-lm's or transformers'; None if it has none."""

@@ -15,6 +15,7 @@ from ..errors import AdapterError
 from .base import AdapterLayer, check_rank
 from .difference import DifferenceLinear, DifferenceSwitchLinear
 from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
+from .ia3 import IA3Linear
 from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from .multi_lora import MultiLoRALinear, Rows
 from .tokens import SplitEmbedding, TokenRows, as_head
@@ -25,6 +26,7 @@ METHODS = {
     "lora": {"linear": LoRALinear, "embedding": LoRAEmbedding, "switch": LoRASwitchLinear},
     "dora": {"linear": DoRALinear, "embedding": DoRAEmbedding, "switch": DoRASwitchLinear},
     "vera": {"linear": VeRALinear, "switch": VeRASwitchLinear},
+    "ia3": {"linear": IA3Linear},
 }
 # LoRA layers that subtract their initial pair in the forward pass.
 DIFFERENCES = {"linear": DifferenceLinear, "switch": DifferenceSwitchLinear}
@@ -64,7 +66,7 @@ def make_layers(
         raise AdapterError("\n".join(faults), "Name the modules to adapt with --keys, without these.")
     layers, projections = {}, {}
     for path, base in bases.items():
-        extra = {}
+        extra = {"feedforward": config.is_feedforward(path)} if config.method == "ia3" else {}
         if shared is not None:
             own = base_dtype(base) or dtype
             if own not in projections:  # one object for all layers of a dtype

@@ -9,22 +9,25 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..base.modules import base_dtype, dense_weight, dims, is_quantized
+from ..base.modules import base_dtype, dense_weight, dims, is_quantized, kind
 from ..errors import AdapterError
 
 
 class TokenRows(nn.Module):
     """An embedding [vocabulary, dim] with n trained rows; ``trainable_tokens``: [n, dim], the base's rows at the start.
 
+    An output head, a linear layer dim -> vocabulary without bias, can have trained rows as well.
+
     Args:
-        base: the embedding, frozen here.
+        base: the embedding or the head, frozen here.
         ids: the tokens, all different.
         dtype: of the rows where the base's storage does not tell.
     """
 
     def __init__(self, base: nn.Module, ids: tuple[int, ...], dtype: mx.Dtype = mx.float32):
         super().__init__()
-        vocabulary = dims(base)[0]
+        self._is_head = kind(base) == "linear"
+        vocabulary = dims(base)[1 if self._is_head else 0]
         if beyond := [i for i in ids if i >= vocabulary]:
             raise AdapterError(
                 f"token ids {', '.join(map(str, beyond))} are beyond the vocabulary of {vocabulary}",
@@ -43,13 +46,18 @@ class TokenRows(nn.Module):
         return self.embedding
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x: [...] tokens -> [..., dim]."""
+        """x: [...] tokens -> [..., dim]; of a head, [..., dim] -> logits [..., vocabulary]."""
+        if self._is_head:
+            return self._replace_logits(self.embedding(x), x)
         y, position = self.embedding(x), self._position[x]
         return mx.where((position >= 0)[..., None], self.trainable_tokens[mx.maximum(position, 0)], y)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x: [..., dim] -> logits [..., vocabulary]."""
-        logits, own = self.embedding.as_linear(x), x @ self.trainable_tokens.T
+        return self._replace_logits(self.embedding.as_linear(x), x)
+
+    def _replace_logits(self, logits: mx.array, x: mx.array) -> mx.array:
+        own = x @ self.trainable_tokens.T
         spread = own[..., mx.maximum(self._position, 0)]
         return mx.where(self._position >= 0, spread, logits)
 

@@ -28,12 +28,13 @@ from ..base.modules import (
 )
 from ..base.origin import base_of
 from ..base.vera import draw_projections, shared_dims
-from ..config import AdapterConfig
+from ..config import UNSCALED, AdapterConfig
 from ..errors import AdapterError
 from ..fast import accelerate, undo
+from ..formats.options import EMBEDDINGS
 from ..init import Request, init_of, initial_pairs, set_initial_pair, with_ranks
 from ..layers import AdapterLayer, TokenRows, check_rank, make_layers
-from .compatibility import incompatibilities, own_parameters
+from .compatibility import incompatibilities, own_parameters, takes_token_rows
 from .full_parameters import modules_to_save, train_full_parameters, trained_biases, unfreeze_layers
 from .state import HEAD, State, bare_modules, named_modules, place, put_back, set_mode, set_state, split_head, split_of
 from .state import state_of, take_off, tied_embedding
@@ -81,11 +82,11 @@ def _attach_layers(
     elif both:
         raise AdapterError(f"{', '.join(both)}: both adapted and trained in full", "Choose one of the two.")
     raise_faults(
-        [f"{path}: is no embedding, so it has no rows of tokens" for path in tokens if kind(bare[path]) != "embedding"],
+        [f"{p}: is no embedding or head, so it has no rows of tokens" for p in tokens if not takes_token_rows(bare[p])],
         "Name an embedding in trainable_token_indices, such as embed_tokens.",
     )
     ranks = {path: config.rank_of(path) for path in chosen}
-    for path, module in chosen.items() if config.method != "vera" else ():
+    for path, module in chosen.items() if config.method not in UNSCALED else ():
         try:
             check_rank(module, ranks[path])
         except AdapterError as error:
@@ -149,7 +150,8 @@ def extract(model: nn.Module) -> Adapter:
         modules_to_save=tuple(sorted(saved)) or None,
         trainable_token_indices={path: module.ids for path, module in tokens.items()},
     )
-    return Adapter(explicit_config(plain, ranks, scales), weights, base=name)
+    embeddings = [path for path in layers if kind(bare[path]) == "embedding"]
+    return Adapter(explicit_config(plain, ranks, scales), weights, base=name, metadata={EMBEDDINGS: embeddings})
 
 
 def mount(model: nn.Module, adapter: Adapter, *, difference: bool = False) -> None:
@@ -176,7 +178,7 @@ def mount(model: nn.Module, adapter: Adapter, *, difference: bool = False) -> No
 def _layers_of(model: nn.Module, adapter: Adapter, state: State, difference: bool) -> dict[str, nn.Module]:
     """New layers for ``model``, which has no adapter, with the arrays of ``adapter``."""
     trained = {name.rpartition(".")[0] for name in adapter.full_parameters}
-    if HEAD in (*adapter.modules, *trained):
+    if HEAD in (*adapter.modules, *trained, *adapter.tokens):
         split_head(model)
     _set_sides(model, state, {*adapter.modules, *trained}, set(adapter.tokens))
     config, bare, dtype = adapter.config, bare_modules(model), model_dtype(model)
@@ -314,7 +316,7 @@ def _set_sides(model: nn.Module, state: State, trained: set[str], tokens: set[st
         if not one_sided or not (tied_embedding(model) in trained and split_head(model)):
             return
     path = split_of(model)[0]
-    if path in tokens:
+    if path in tokens and HEAD not in tokens:
         message = f"{path}: trained rows of tokens act on the tied output head, too, which here is trained by itself"
         raise AdapterError(message, "Leave out trainable_token_indices, or what is trained of the head or the embedding.")
     if HEAD in trained and path in trained and state.config.embedding_side == "both":

@@ -84,13 +84,18 @@ def _in_full_parameters(bare: dict[str, nn.Module], adapter: Adapter) -> list[st
     return found
 
 
+def takes_token_rows(module: nn.Module) -> bool:
+    """Whether single rows of ``module`` can be trained: those of an embedding, or of a linear layer without bias."""
+    return kind(module) == "embedding" or (kind(module) == "linear" and "bias" not in module)
+
+
 def _in_tokens(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
     found = []
     for path, (ids, rows) in adapter.tokens.items():
-        if path not in bare or kind(bare[path]) != "embedding":
-            found.append(f"{path}: the model has no such embedding")
+        if path not in bare or not takes_token_rows(bare[path]):
+            found.append(f"{path}: the model has no such embedding or output head")
             continue
-        vocabulary, width = dims(bare[path])
+        vocabulary, width = dims(bare[path]) if kind(bare[path]) == "embedding" else dims(bare[path])[::-1]
         if rows.shape[1] != width or max(ids) >= vocabulary:
             size = f"{vocabulary} x {width}"
             found.append(f"{path}: rows {list(rows.shape)} up to token {max(ids)} do not fit this embedding ({size})")

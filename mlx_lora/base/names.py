@@ -190,7 +190,7 @@ class BaseModel:
         return None if name is None else self.tensor(name)
 
     def weight_name(self, path: str) -> str | None:
-        """The checkpoint's name of the weight of the module at ``path``, mlx-lm's or transformers'; None if it has none."""
+        """The checkpoint's name of the weight of the module that mlx-lm or transformers calls ``path``, or None."""
         names = [spelling for p in (self.to_hf(path), path) for spelling in _spellings(f"{p}.weight")]
         return next((name for name in names if name in self._files), None)
 

@@ -171,7 +171,9 @@ def _for_peft(adapter: Adapter) -> dict[str, Any]:
     """What a PEFT folder made of this one needs: the config's other fields, and embeddings that names do not tell."""
     found = {k: v for k, v in adapter.metadata.get(PEFT, {}).items() if k != "saved"}  # arrays, equal to the base's
     said = adapter.metadata.get(EMBEDDINGS)
-    if said is not None and any((path in said) != is_embedding(path, replace(adapter, metadata={})) for path in adapter.modules):
+    if said is not None and any(
+        (path in said) != is_embedding(path, replace(adapter, metadata={})) for path in adapter.modules
+    ):
         found[EMBEDDINGS] = sorted(said)
     return found
 

@@ -1,4 +1,4 @@
-"""Merging updates of modules that exist in the checkpoint only: mlx-lm splits or joins their weights when it loads them.
+"""Merging updates of modules that only the checkpoint has, because mlx-lm splits or joins their weights.
 
 DeepSeek's ``kv_b_proj``, for instance, becomes ``embed_q`` and ``unembed_out``. Such an update cannot be mounted, but
 its weight can be merged under the name that the checkpoint and PEFT give it.

@@ -6,6 +6,7 @@ no head of their own at all. Whether the class uses the new head is tried, not l
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import mlx.core as mx
@@ -22,14 +23,14 @@ def untie(model: nn.Module, head: nn.Module) -> bool:
     owner = model
     while isinstance(owner.get("language_model"), nn.Module):
         owner = owner["language_model"]
-    flags = [holder for holder in (getattr(owner, "args", None), owner) if isinstance(getattr(holder, FLAG, None), bool)]
+    flags = [
+        holder for holder in (getattr(owner, "args", None), owner) if isinstance(getattr(holder, FLAG, None), bool)
+    ]
     for holder in flags:
         setattr(holder, FLAG, False)
     owner[HEAD] = probe = _Probe(head)
-    try:
+    with contextlib.suppress(Exception):  # of a model that wants further inputs
         model(mx.zeros((1, 1), mx.int32))  # nothing of it is computed
-    except Exception:  # a model that wants further inputs
-        pass
     if not probe.called:
         del owner[HEAD]
         for holder in flags:

@@ -36,8 +36,21 @@ from ..init import Request, init_of, initial_pairs, set_initial_pair, with_ranks
 from ..layers import AdapterLayer, TokenRows, check_rank, make_layers
 from .compatibility import incompatibilities, own_parameters, takes_token_rows
 from .full_parameters import modules_to_save, train_full_parameters, trained_biases, unfreeze_layers
-from .state import HEAD, State, bare_modules, named_modules, place, put_back, set_mode, set_state, split_head, split_of
-from .state import state_of, take_off, tied_embedding
+from .state import (
+    HEAD,
+    State,
+    bare_modules,
+    named_modules,
+    place,
+    put_back,
+    set_mode,
+    set_state,
+    split_head,
+    split_of,
+    state_of,
+    take_off,
+    tied_embedding,
+)
 from .targets import names_head, select, select_named
 
 
@@ -166,11 +179,11 @@ def mount(model: nn.Module, adapter: Adapter, *, difference: bool = False) -> No
     adapter.check()
     state = State(adapter.config, frozen_parameters(model))
     with _replacing(model, state) as previous:
-        layers = _layers_of(model, adapter, state, difference)
         if previous is not None:  # base layers keep their class, and with it their dequantized weights
             state.frozen = previous.frozen
             state.accelerated = [module for module in previous.accelerated if kind(module)]
             undo([module for module in previous.accelerated if not kind(module)])
+        layers = _layers_of(model, adapter, state, difference)
         values = {tuple(name.rpartition(".")[::2]): array for name, array in adapter.full_parameters.items()}
         _place(model, state, layers, list(values), values)
 
@@ -312,13 +325,17 @@ def _set_sides(model: nn.Module, state: State, trained: set[str], tokens: set[st
     """
     bare = bare_modules(model)
     if split_of(model) is None:
-        one_sided = state.config.embedding_side == "input" and any(kind(bare.get(p, {})) == "embedding" for p in trained)
+        one_sided = state.config.embedding_side == "input" and any(
+            kind(bare.get(p, {})) == "embedding" for p in trained
+        )
         if not one_sided or not (tied_embedding(model) in trained and split_head(model)):
             return
     path = split_of(model)[0]
     if path in tokens and HEAD not in tokens:
         message = f"{path}: trained rows of tokens act on the tied output head, too, which here is trained by itself"
-        raise AdapterError(message, "Leave out trainable_token_indices, or what is trained of the head or the embedding.")
+        raise AdapterError(
+            message, "Leave out trainable_token_indices, or what is trained of the head or the embedding."
+        )
     if HEAD in trained and path in trained and state.config.embedding_side == "both":
         message = f"{HEAD} and {path} are one matrix, and embedding_side both trains the two alike"
         raise AdapterError(message, f"Set embedding_side to input to train them separately, or leave {HEAD} out.")

@@ -85,7 +85,10 @@ def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
 
 def names_head(config: AdapterConfig) -> bool:
     """Whether ``config`` may mean the output head: only then does a head that is tied become a module."""
-    return any(HEAD in name for name in (*(config.keys or ()), *(config.modules_to_save or ()), *config.trainable_token_indices))
+    return any(
+        HEAD in name
+        for name in (*(config.keys or ()), *(config.modules_to_save or ()), *config.trainable_token_indices)
+    )
 
 
 def select_named(model: nn.Module, names: dict[str, Any]) -> dict[str, Any]:

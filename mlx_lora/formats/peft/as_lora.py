@@ -78,6 +78,7 @@ _METHODS: dict[str, tuple[Callable, Callable, str]] = {
     "LOKR": (_lokr, _lycoris_scale, r"lokr_\w+"),
 }
 TYPES = tuple(_METHODS)
+_OF_A_METHOD = re.compile(r"\.(lora|vera|hada|lokr|ia3)_\w+(\.weight)?$")
 
 
 def as_lora(
@@ -96,7 +97,10 @@ def as_lora(
             modules.setdefault(match["path"], {})[match["leaf"]] = array
         elif not name.endswith(".ranknum"):  # a count of AdaLoRA's, which older versions saved
             found[name] = array
-    ranks, alphas, faults = {}, {}, []
+    ranks, alphas = {}, {}
+    faults = [f"{source}: {name}: not an array of {kind}" for name in found if _OF_A_METHOD.search(name)]
+    if not modules:
+        faults = [f"{source}: peft_type {kind}, but it has no arrays of this method"]
     for path, arrays in modules.items():
         if any(array.ndim != 2 for array in arrays.values()):
             faults.append(f"{source}: {path}: a {kind} of a convolution")
@@ -115,5 +119,10 @@ def as_lora(
         found[f"{PREFIX}{path}.lora_A.weight"], found[f"{PREFIX}{path}.lora_B.weight"] = a, b
         ranks[f"^{re.escape(path)}"], alphas[f"^{re.escape(path)}"] = a.shape[0], scale * a.shape[0]
     raise_faults(faults, "Save or download the adapter again, or merge it in PEFT.", FormatError)
-    settings = {"peft_type": "LORA", "r": max(ranks.values(), default=1), "rank_pattern": ranks, "alpha_pattern": alphas}
+    settings = {
+        "peft_type": "LORA",
+        "r": max(ranks.values(), default=1),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }
     return found, {**raw, **settings, "use_rslora": False, "init_lora_weights": True}

@@ -21,7 +21,15 @@ from .names import CONFIG
 
 _TYPES = ("LORA", "DORA", "VERA", "IA3", "TRAINABLE_TOKENS", "LN_TUNING", *as_lora.TYPES)
 # Methods that are no update of weights: PEFT cannot merge them either.
-_PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE")
+_PROMPTS = (
+    "PROMPT_TUNING",
+    "PREFIX_TUNING",
+    "P_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "ADAPTION_PROMPT",
+    "CPT",
+    "CARTRIDGE",
+)
 _ROUTED = ("XLORA", "POLY", "MIXED")  # several adapters, chosen anew for every input
 _MERGE = "Merge it in PEFT (model.merge_and_unload(), then model.save_pretrained) and use the merged model."
 _NOT_MERGED = "It depends on the input, so it cannot be merged either: use it in PEFT."

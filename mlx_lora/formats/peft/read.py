@@ -262,11 +262,15 @@ class _Reader:
         for head in heads if self.raw.get("ensure_weight_tying") else ():
             own = {n.rpartition(".")[2]: array for n, array in weights.items() if n.rpartition(".")[0] == head}
             exchanged = {"lora_a": own.get("lora_b"), "lora_b": own.get("lora_a")}
-            same = {f"lora_{k}": v.T for k, v in (("a", exchanged["lora_a"]), ("b", exchanged["lora_b"])) if v is not None}
+            same = {
+                f"lora_{k}": v.T for k, v in (("a", exchanged["lora_a"]), ("b", exchanged["lora_b"])) if v is not None
+            }
             if "weight" in own:
                 same["weight"] = own["weight"]
             others = {n.rpartition(".")[0] for n in weights} - heads
-            if any(all(_equal(weights.get(f"{path}.{leaf}"), array) for leaf, array in same.items()) for path in others):
+            if any(
+                all(_equal(weights.get(f"{path}.{leaf}"), array) for leaf, array in same.items()) for path in others
+            ):
                 self.ranks.pop(head, None), self.scales.pop(head, None)
                 copies |= {f"{head}.{leaf}" for leaf in own}
         self.weights = {n: w for n, w in weights.items() if n not in copies}

@@ -298,7 +298,9 @@ class _Writer:
         router = [t for t in self.targets if self._is_router(t)] if self.parameters else []
         modules = [t for t in self.targets if "{}" not in t and t not in router]
         per_expert = sorted({t.rpartition(".")[2] for t in self.targets if "{}" in t})
-        short = modules and not per_expert and not self.parameters and method != "ia3"  # which has no layers_to_transform
+        short = (
+            modules and not per_expert and not self.parameters and method != "ia3"
+        )  # which has no layers_to_transform
         targets, layers = _targets(modules) if short else (modules, None)
         raw["target_modules"] = sorted(targets) + per_expert
         if layers is not None:

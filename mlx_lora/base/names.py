@@ -189,6 +189,14 @@ class BaseModel:
         name = next((name for name in sorted(self._files) if _INPUT_EMBEDDING.search(name)), None)
         return None if name is None else self.tensor(name)
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of the checkpoint's tensor ``name``, from its file's header; None where it is not of floats."""
+        from safetensors import safe_open
+
+        with safe_open(self._files[name], framework="numpy") as opened:
+            part = opened.get_slice(name)
+            return tuple(part.get_shape()) if part.get_dtype() in ("F32", "F16", "BF16") else None
+
     def weight_name(self, path: str) -> str | None:
         """The checkpoint's name of the weight of the module that mlx-lm or transformers calls ``path``, or None."""
         names = [spelling for p in (self.to_hf(path), path) for spelling in _spellings(f"{p}.weight")]

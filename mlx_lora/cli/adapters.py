@@ -129,7 +129,7 @@ def convert(src, dst, to, source, model, force, as_json, **options):
         legacy_scale=options["legacy_scale"],
         enabled=options["enable_lora"],
     )
-    if model:
+    if model and to != "merged":  # which mounts the adapter: an error then names the base it was trained on
         adapter = replace(adapter, base=model)
     if to == "merged":
         lost = _write_merged(adapter, dst, force, options)

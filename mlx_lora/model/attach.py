@@ -34,7 +34,7 @@ from ..fast import accelerate, undo
 from ..formats.options import EMBEDDINGS
 from ..init import Request, init_of, initial_pairs, set_initial_pair, with_ranks
 from ..layers import AdapterLayer, TokenRows, check_rank, make_layers
-from .compatibility import incompatibilities, own_parameters, takes_token_rows
+from .compatibility import has_token_rows, incompatibilities, own_parameters
 from .full_parameters import modules_to_save, train_full_parameters, trained_biases, unfreeze_layers
 from .state import (
     HEAD,
@@ -95,7 +95,11 @@ def _attach_layers(
     elif both:
         raise AdapterError(f"{', '.join(both)}: both adapted and trained in full", "Choose one of the two.")
     raise_faults(
-        [f"{p}: is no embedding or head, so it has no rows of tokens" for p in tokens if not takes_token_rows(bare[p])],
+        [
+            f"{p}: is no embedding or head, so it has no rows of tokens"
+            for p in tokens
+            if not has_token_rows(p, bare[p])
+        ],
         "Name an embedding in trainable_token_indices, such as embed_tokens.",
     )
     ranks = {path: config.rank_of(path) for path in chosen}

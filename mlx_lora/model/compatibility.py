@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapter import Adapter
+from ..adapter import Adapter, split_layer
 from ..base.modules import dense_weight, dims, is_quantized, kind
 from ..base.names import BaseModel
 from ..base.origin import Base, base_of
@@ -40,7 +40,9 @@ def incompatibilities(model: nn.Module, adapter: Adapter) -> tuple[list[str], st
 
 def _why(base: Base | None, adapter: Adapter) -> str:
     """What to do about an adapter that is not for this model, by what is known of the two."""
-    trained = adapter.base
+    trained, task = adapter.base, adapter.metadata.get("peft", {}).get("fields", {}).get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        return f"The adapter's task_type is {task}: only adapters of language models (CAUSAL_LM) can be used here."
     if not trained:
         return "Give the model that the adapter was trained on: the adapter does not name it."
     if base is None or not same_model(base.name, trained):
@@ -84,15 +86,17 @@ def _in_full_parameters(bare: dict[str, nn.Module], adapter: Adapter) -> list[st
     return found
 
 
-def takes_token_rows(module: nn.Module) -> bool:
-    """Whether single rows of ``module`` can be trained: those of an embedding, or of a linear layer without bias."""
-    return kind(module) == "embedding" or (kind(module) == "linear" and "bias" not in module)
+def has_token_rows(path: str, module: nn.Module | None) -> bool:
+    """Whether ``module`` has one row per token: an embedding, or an output head, which must have no bias."""
+    if module is None or kind(module) == "embedding":
+        return module is not None
+    return kind(module) == "linear" and split_layer(path)[0] is None and "bias" not in module
 
 
 def _in_tokens(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
     found = []
     for path, (ids, rows) in adapter.tokens.items():
-        if path not in bare or not takes_token_rows(bare[path]):
+        if not has_token_rows(path, bare.get(path)):
             found.append(f"{path}: the model has no such embedding or output head")
             continue
         vocabulary, width = dims(bare[path]) if kind(bare[path]) == "embedding" else dims(bare[path])[::-1]

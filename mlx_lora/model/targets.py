@@ -105,7 +105,8 @@ def select_named(model: nn.Module, names: dict[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, [*modules, *leaves], n=1)
             faults.append(f"the model has no module {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         found |= dict.fromkeys(paths, value)
-    raise_faults(faults, "An output head that shares the embedding's weight is not a module: name the embedding.")
+    inside = dict.fromkeys(split_layer(path)[1] for path in modules if path)
+    raise_faults(faults, f"The model has: {', '.join(inside)}.")
     return found
 
 

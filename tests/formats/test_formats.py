@@ -35,7 +35,7 @@ def is_plain(folder: Path) -> bool:
     config = json.loads((folder / "adapter_config.json").read_text())
     extras = ("modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias", "fan_in_fan_out")
     plain = config["peft_type"] == "LORA" and config["bias"] == "none" and not any(config.get(e) for e in extras)
-    return plain and not {"embed_tokens", "lm_head"} & set(config["target_modules"])
+    return plain and not {"embed_tokens", "lm_head", "kv_b_proj"} & set(config["target_modules"])
 
 
 ADAPTERS = [

@@ -14,7 +14,7 @@ from ...adapter import Adapter
 _OWN = {
     *("peft_type", "peft_version", "base_model_name_or_path", "inference_mode", "bias", "fan_in_fan_out"),
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("modules_to_save", "trainable_token_indices", "token_indices", "feedforward_modules", "ensure_weight_tying"),
+    *("modules_to_save", "trainable_token_indices", "token_indices", "feedforward_modules"),
     *("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias"),
     *("lora_dropout", "vera_dropout", "projection_prng_key", "save_projection", "d_initial"),
     *("init_lora_weights", "init_weights", "init_ia3_weights", "velora_config"),
@@ -33,4 +33,7 @@ def kept_fields(adapter: Adapter, peft_type: str) -> dict[str, Any]:
     fields = peft.get("fields", {})
     if peft.get("type") != peft_type:
         fields = {name: value for name, value in fields.items() if name in _OF_ALL_METHODS}
-    return {"task_type": "CAUSAL_LM", **fields}
+    fields = {"task_type": "CAUSAL_LM", **fields}
+    if adapter.config.embedding_side == "input":
+        fields.pop("ensure_weight_tying", None)
+    return fields

@@ -33,7 +33,8 @@ def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
         )
         raise FormatError(fault, "Save it as mlx-lm, or merge it into a model: convert --to merged.")
     if not adapter.modules:
-        return _write_tokens(adapter, folder, options)
+        write_alone = _write_tokens if adapter.tokens else _write_modules
+        return write_alone(adapter, folder, options)
     if options.profile == "serving":
         adapter = _for_serving(adapter, options)
     layout = options.moe or ("per_expert" if options.profile else adapter.metadata.get("peft", {}).get("moe"))
@@ -81,7 +82,7 @@ def _expert_stacks(adapter: Adapter) -> list[str]:
 def _write_tokens(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     """Write an adapter that is trained rows of one embedding and nothing else."""
     if len(adapter.tokens) != 1 or adapter.full_parameters or options.profile or options.moe:
-        fault = "PEFT has no adapters of full modules alone, nor of rows of several embeddings"
+        fault = "PEFT has no adapters of the rows of several embeddings without LoRA, nor of rows and full modules"
         raise FormatError(fault, MERGE)
     (path, (ids, rows)) = next(iter(adapter.tokens.items()))
     base = options.known_base
@@ -98,6 +99,32 @@ def _write_tokens(adapter: Adapter, folder: Path, options: WriteOptions) -> None
     tensors = {f"{PREFIX}{name}.trainable_tokens_delta": rows}
     if base is not None and base.tied:
         tensors[f"{PREFIX}lm_head.trainable_tokens_delta"] = rows
+    _write_files(folder, tensors, raw)
+
+
+def _write_modules(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
+    """Write an adapter of full modules alone as LN_TUNING (arXiv:2312.11420), which holds copies of any modules."""
+    base = options.known_base
+    paths = sorted({name.rpartition(".")[0] for name in adapter.full_parameters})
+    faults = [
+        f"{path}: PEFT trains an embedding in full only besides LoRA"
+        for path in paths
+        if is_embedding(path, adapter, base)
+    ]
+    faults += ["PEFT has no adapters of biases alone"] if adapter.config.bias != "none" else []
+    faults += ["servers such as vLLM take LoRA only"] if options.profile or options.moe else []
+    raise_faults(faults, MERGE, FormatError)
+    raw = {
+        **kept_fields(adapter, "LN_TUNING"),
+        "peft_type": "LN_TUNING",
+        "base_model_name_or_path": adapter.base,
+        "target_modules": [_to_hf(path, base) for path in paths],
+        "inference_mode": True,
+    }
+    tensors = {}
+    for name, array in adapter.full_parameters.items():
+        path, _, leaf = name.rpartition(".")
+        tensors[f"{PREFIX}{_to_hf(path, base)}.ln_tuning_layers.{leaf}"] = array
     _write_files(folder, tensors, raw)
 
 

@@ -28,7 +28,10 @@ def incompatibilities(model: nn.Module, adapter: Adapter) -> tuple[list[str], st
     if not faults:
         return [], ""
     base = base_of(model)
-    missing = only_in_checkpoint(bare, adapter, BaseModel(base.folder)) if base else []
+    facts = BaseModel(base.folder) if base else None
+    if facts and any(path not in bare and facts.to_mlx(path) in bare for path in adapter.modules):
+        return faults, f"These are transformers' names: read the adapter with load_adapter(path, base={base.name!r})."
+    missing = only_in_checkpoint(bare, adapter, facts) if facts else []
     if missing:
         kind = base.config["model_type"]
         what = f"mlx-lm splits or joins the weights of these {len(missing)} modules when it loads a {kind} checkpoint"

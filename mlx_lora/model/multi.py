@@ -11,6 +11,7 @@ from ..errors import AdapterError
 from ..fast import accelerate, undo
 from ..layers import MultiLoRALinear, Rows
 from .attach import adapters_on
+from .compatibility import incompatibilities
 from .state import HEAD, bare_modules, join_head, mark_changed, place, set_mode, split_head, state_of
 
 
@@ -31,7 +32,7 @@ class MultiLoRA:
             split_head(model)
         modules = bare_modules(model)
         try:
-            raise_faults(_incompatibilities(modules, adapters), "Mount this adapter by itself, or fuse it.")
+            _check(model, adapters)
         except AdapterError:
             join_head(model)
             raise
@@ -93,26 +94,22 @@ class MultiLoRA:
         return adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"]
 
 
-def _incompatibilities(modules: dict[str, nn.Module], adapters: dict[str, Adapter]) -> list[str]:
-    found = []
+def _check(model: nn.Module, adapters: dict[str, Adapter]) -> None:
+    """Refuse adapters that are not for ``model``, or that contain more than LoRA of linear layers."""
+    modules, more = bare_modules(model), []
     for name, adapter in adapters.items():
         if adapter.config.method != "lora":
-            found.append(f"{name}: its method is {adapter.config.method}, not lora")
+            more.append(f"{name}: its method is {adapter.config.method}, not lora")
             continue
-        more = {
+        faults, hint = incompatibilities(model, adapter)
+        raise_faults([f"{name}: {fault}" for fault in faults], hint)
+        besides = {
             "lora_bias": adapter.config.lora_bias,
             "trained tokens": adapter.tokens,
             "full parameters": adapter.full_parameters,
         }
-        if more := [what for what, present in more.items() if present]:
-            found.append(f"{name}: has {' and '.join(more)} besides its low-rank matrices")
-        for path in adapter.modules:
-            module = modules.get(path)
-            if module is None or kind(module) != "linear":
-                found.append(f"{name}: {path} is not a linear layer of this model")
-                continue
-            a, b = adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"]
-            rows, columns = dims(module)
-            if (a.shape[0], b.shape[-1]) != (rows, columns):
-                found.append(f"{name}: {path} is {a.shape[0]} x {b.shape[-1]}, the model's is {rows} x {columns}")
-    return found
+        if besides := [what for what, present in besides.items() if present]:
+            more.append(f"{name}: has {' and '.join(besides)} besides its low-rank matrices")
+        others = [path for path in adapter.modules if kind(modules[path]) != "linear"]
+        more += [f"{name}: {path} is not a linear layer" for path in others]
+    raise_faults(more, "Mount this adapter by itself, or fuse it.")

@@ -13,6 +13,7 @@ counterpart in LoRA.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,10 +120,8 @@ def as_lora(
         found[f"{PREFIX}{path}.lora_A.weight"], found[f"{PREFIX}{path}.lora_B.weight"] = a, b
         ranks[f"^{re.escape(path)}"], alphas[f"^{re.escape(path)}"] = a.shape[0], scale * a.shape[0]
     raise_faults(faults, "Save or download the adapter again, or merge it in PEFT.", FormatError)
-    settings = {
-        "peft_type": "LORA",
-        "r": max(ranks.values(), default=1),
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-    }
+    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    alpha = next((alphas[path] for path, own in ranks.items() if own == rank), 1)
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha}
+    settings |= {"rank_pattern": ranks, "alpha_pattern": alphas}
     return found, {**raw, **settings, "use_rslora": False, "init_lora_weights": True}

@@ -160,10 +160,8 @@ def _check_sizes(adapter: Adapter, base: BaseModel | None) -> None:
         shape = base.shape(name) if name else None
         # As a set: embeddings and GPT-2's layers are stored the other way round.
         if shape is not None and sorted(shape) != sorted((a.shape[0], b.shape[1])):
-            sizes = f"{a.shape[0]} x {b.shape[1]}"
-            faults.append(
-                f"{path}: the adapter is for a layer {sizes}, {base.name} has {' x '.join(map(str, shape[::-1]))}"
-            )
+            sizes, own = f"lora_a {list(a.shape)} and lora_b {list(b.shape)}", " x ".join(map(str, shape[::-1]))
+            faults.append(f"{path}: {sizes} do not fit this layer of {base.name} ({own})")
     if not faults:
         return
     trained = f" It was trained on {adapter.base}." if adapter.base and adapter.base != base.name else ""

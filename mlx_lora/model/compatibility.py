@@ -116,7 +116,7 @@ def _in_layers(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
         which = kind(module) if module is not None else None
         if METHODS[method].get(which) is None:
             what = (
-                "the model has no such module" if module is None else f"{method} does not adapt {type(module).__name__}"
+                "the model has no such layer" if module is None else f"{method} does not adapt {type(module).__name__}"
             )
             found.append(f"{path}: {what}")
             continue

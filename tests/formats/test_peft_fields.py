@@ -209,6 +209,17 @@ def test_a_base_of_other_sizes_is_refused_by_conversions(what, tmp_path):
     assert "trained on tiny-llama" in error.value.hint
 
 
+@pytest.mark.parametrize("format", ["gguf", "loralib"])
+def test_systems_without_adapters_of_a_tied_head(format, tmp_path):
+    base, path = PEFT / "qwen2/base", tmp_path / f"a.{'gguf' if format == 'gguf' else 'pt'}"
+    adapter, lost = load_adapter(PEFT / "qwen2/head", base=base), []
+    with pytest.raises(FormatError, match="lm_head: .* no head apart from the embedding"):
+        save_adapter(adapter, path, format, base=base)
+    save_adapter(adapter, path, format, base=base, allow_lossy=True, lost=lost)
+    kept = load_adapter(path, base=base, **({} if format == "gguf" else {"alpha": 6})).modules
+    assert len(lost) == 1 and kept == [p for p in adapter.modules if p != "lm_head"]
+
+
 # -- modules that mlx-lm splits ----------------------------------------------------------------------------------------
 
 

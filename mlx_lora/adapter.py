@@ -8,6 +8,7 @@ Formats, models, training and serving all exchange this value. Array names are m
     ``<module>.vera_lambda_d`` [r], ``.vera_lambda_b`` [out] (for experts [experts, r], [experts, out]), with the shared
         projections ``vera_a`` [r, max in] and ``vera_b`` [max out, r]; an adapter without them draws both from
         ``projection_prng_key``
+    ``<module>.ia3_l`` [out, 1], or [1, in] where the input is scaled ((IA)^3)
     ``<module>.trainable_tokens`` [n, dim]: replaces the embedding's rows of ``trainable_token_indices``
     ``<module>.weight``, ``<module>.bias``, ...: full parameters, trained because of ``modules_to_save`` or ``bias``.
         They replace the base's parameters. With ``method="full"`` the adapter holds nothing else.
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
-from .config import LEAVES, AdapterConfig
+from .config import LEAVES, UNSCALED, AdapterConfig
 from .errors import AdapterError
 
 _LAYER = re.compile(r"^(.*?\.(\d+))\.(.+)$")
@@ -210,7 +211,7 @@ def explicit_config(
     rank or scale gets a pattern that matches this module only. ``alpha`` and ``rslora`` are resolved into scales.
     """
     config = replace(config, init="default", init_batches=None, eva_rho=None, eva_tau=None)
-    if not ranks or config.method == "vera":  # no low-rank update, or one rank and no scale
+    if not ranks or config.method in UNSCALED:  # no low-rank update, or none with a rank and scale of its own
         return replace(config, target_parameters=None, layers_to_transform=None)
     rank = rank or Counter(ranks.values()).most_common(1)[0][0]
     scale = Counter(scales.values()).most_common(1)[0][0]

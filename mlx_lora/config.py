@@ -19,7 +19,15 @@ from .errors import ConfigError
 DEFAULT_RANK, DEFAULT_SCALE = 8, 20.0
 VERA_RANK = 256  # PEFT's default
 # The arrays of each method for each module. With "full" an adapter holds parameters of the model itself.
-LEAVES = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m"), "vera": ("vera_lambda_d", "vera_lambda_b")}
+LEAVES = {
+    "lora": ("lora_a", "lora_b"),
+    "dora": ("lora_a", "lora_b", "m"),
+    "vera": ("vera_lambda_d", "vera_lambda_b"),
+    "ia3": ("ia3_l",),
+}
+UNSCALED = ("vera", "ia3")  # methods without ranks and scales of single modules
+# The layers whose inputs (IA)^3 scales by default, as in PEFT.
+FEEDFORWARD = ("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj")
 METHODS = (*LEAVES, "full")
 BIASES = ("none", "all", "lora_only")
 INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga")
@@ -61,7 +69,10 @@ class AdapterConfig:
     Besides the low-rank matrices, an adapter may train modules in full (``modules_to_save``), biases (``bias``) and
     rows of an embedding (``trainable_token_indices``); ``Adapter`` lists the names of their arrays. VeRA
     (arXiv:2310.11454) has one rank and no scale; its shared projections are drawn from ``projection_prng_key`` as in
-    PEFT.
+    PEFT. (IA)^3 (arXiv:2205.05638) has neither.
+
+    An output head that is tied to the embedding is ``lm_head`` here, too: as in PEFT it can be adapted or trained apart
+    from the embedding, whose ``embedding_side`` is then "input".
     """
 
     help_section = "Adapter"
@@ -106,22 +117,24 @@ class AdapterConfig:
         "For an embedding tied to the output head, what the update acts on: both (mlx-lm) or input (PEFT).",
         choices=("both", "input"),
     )
+    feedforward_modules: tuple[str, ...] | None = more(
+        None, f"ia3: modules whose input is scaled, not the output (default: {', '.join(FEEDFORWARD)})."
+    )
     projection_prng_key: int = more(0, "vera: seed of the shared projections.")
     save_projection: bool = more(True, "vera: save the shared projections, not only their seed.")
     d_initial: float = more(0.1, "vera: initial value of lambda_d.")
 
     def __post_init__(self):
         check_types(self)
-        for name in ("keys", "target_parameters", "modules_to_save", "layers_to_transform"):
+        for name in ("keys", "target_parameters", "modules_to_save", "layers_to_transform", "feedforward_modules"):
             value = getattr(self, name)
             if isinstance(value, int if name == "layers_to_transform" else str):
                 value = (value,)
             self._set(name, None if value is None else tuple(value))
-        vera = self.method == "vera"
         if self.rank is None:
-            self._set("rank", VERA_RANK if vera else DEFAULT_RANK)
+            self._set("rank", {"vera": VERA_RANK, "ia3": 1}.get(self.method, DEFAULT_RANK))
         if self.scale is None:
-            self._set("scale", 1.0 if vera else DEFAULT_SCALE)
+            self._set("scale", 1.0 if self.method in UNSCALED else DEFAULT_SCALE)
         faults = []
         if self.method not in METHODS:
             faults.append(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
@@ -166,7 +179,7 @@ class AdapterConfig:
     def _contradictions(self) -> list[str]:
         """Faults of settings that are wrong by themselves, for the method, or together with another one."""
         faults = []
-        for name in ("keys", "target_parameters", "modules_to_save"):
+        for name in ("keys", "target_parameters", "modules_to_save", "feedforward_modules"):
             if any(not isinstance(item, str) for item in getattr(self, name) or ()):
                 faults.append(f"{name} must be names of modules, not {list(getattr(self, name))!r}")
         if self.init not in INITS and not re.fullmatch(r"pissa_niter_[1-9]\d*", self.init or ""):
@@ -198,12 +211,16 @@ class AdapterConfig:
                 faults.append(f"{name} is for init {' and '.join(inits)}, not for {self.init!r}")
         if self.lora_bias and self.init not in ("default", "gaussian"):
             faults.append(f"lora_bias cannot be combined with init {self.init!r}")
-        if self.method == "vera":
+        if self.method in UNSCALED:
             given = [
                 n for n in ("alpha", "rslora", "rank_pattern", "scale_pattern", "alpha_pattern") if getattr(self, n)
             ]
-            given += ["scale"] if self.scale != 1 else []
-            faults += [f"{name} cannot be used with vera, which has one rank and no scale" for name in given]
+            plain = {"scale": 1} if self.method == "vera" else {"scale": 1, "rank": 1, "dropout": 0}
+            given += [name for name, value in plain.items() if getattr(self, name) != value]
+            ranks = "one rank" if self.method == "vera" else "no rank"
+            faults += [f"{name} cannot be used with {self.method}, which has {ranks} and no scale" for name in given]
+        if self.feedforward_modules is not None and self.method != "ia3":
+            faults.append(f"feedforward_modules is for ia3, not for {self.method}")
         if not isinstance(self.d_initial, (int, float)) or not math.isfinite(self.d_initial) or self.d_initial == 0:
             faults.append(f"d_initial must be a number other than 0, not {self.d_initial!r}")
         key = self.projection_prng_key
@@ -219,6 +236,11 @@ class AdapterConfig:
     def rank_of(self, path: str) -> int:
         """The rank of the module at ``path``."""
         return match_pattern(self.rank_pattern, path, self.rank)
+
+    def is_feedforward(self, path: str) -> bool:
+        """ia3: whether the input of the module at ``path`` is scaled, and not its output."""
+        names = FEEDFORWARD if self.feedforward_modules is None else self.feedforward_modules
+        return f".{path}".endswith(tuple(f".{name}" for name in names))
 
     def scale_of(self, path: str) -> float:
         """The multiplier of the low-rank update of the module at ``path``."""

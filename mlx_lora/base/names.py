@@ -9,6 +9,7 @@ loaded in ``loading.py``.
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ _PARTS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 # PEFT knows that transformers stores these experts as [experts, in, out]. In gpt-oss gate and up are interleaved.
 _EXPERTS_IN_OUT = ("gpt_oss",)
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """A tensor's name with the prefixes that checkpoints of one model have or lack."""
+    return name, name.removeprefix("transformer."), name.removeprefix("model."), f"model.{name}"
+
+
+_INPUT_EMBEDDING = re.compile(r"(^|\.)(wte|embed_tokens|embed_in|(word|tok)_embeddings|embeddings?)\.weight$")
 
 
 class BaseModel:
@@ -171,7 +180,9 @@ class BaseModel:
     def tied(self) -> bool:
         """Whether the output head shares the embedding's weight."""
         stated = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
-        return bool(stated) if stated is not None else "lm_head" not in " ".join(self.modules)
+        if stated is not None:
+            return bool(stated)
+        return not any("lm_head" in name for name in self.tensor_names or self.modules)
 
     @functools.cached_property
     def _files(self) -> dict[str, Path]:
@@ -196,10 +207,26 @@ class BaseModel:
         """The checkpoint's tensor ``name``, or None."""
         import mlx.core as mx
 
-        for key in (name, name.removeprefix("transformer."), f"model.{name}"):
-            if key in self._files:
-                return mx.load(str(self._files[key]))[key]
-        return None
+        key = next((key for key in _spellings(name) if key in self._files), None)
+        return None if key is None else mx.load(str(self._files[key]))[key]
+
+    def embedding_weight(self):
+        """The checkpoint's weight of the input embedding, or None."""
+        name = next((name for name in sorted(self._files) if _INPUT_EMBEDDING.search(name)), None)
+        return None if name is None else self.tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of the checkpoint's tensor ``name``, from its file's header; None where it is not of floats."""
+        from safetensors import safe_open
+
+        with safe_open(self._files[name], framework="numpy") as opened:
+            part = opened.get_slice(name)
+            return tuple(part.get_shape()) if part.get_dtype() in ("F32", "F16", "BF16") else None
+
+    def weight_name(self, path: str) -> str | None:
+        """The checkpoint's name of the weight of the module that mlx-lm or transformers calls ``path``, or None."""
+        names = [spelling for p in (self.to_hf(path), path) for spelling in _spellings(f"{p}.weight")]
+        return next((name for name in names if name in self._files), None)
 
     @functools.cached_property
     def model(self):

@@ -133,10 +133,10 @@ def convert(src, dst, to, source, model, force, as_json, **options):
         legacy_scale=options["legacy_scale"],
         enabled=options["enable_lora"],
     )
-    if model:
+    if model and to != "merged":  # which mounts the adapter: an error then names the base it was trained on
         adapter = replace(adapter, base=model)
     if to == "merged":
-        lost = _write_merged(adapter, dst, force, options)
+        lost = _write_merged(adapter, model, dst, force, options)
     else:
         lost = _write(adapter, dst, to, model, force, options)
     took = time.perf_counter() - tic
@@ -207,13 +207,13 @@ def _write(adapter: Adapter, dst: str, to: str, base: str | None, force: bool, o
     return [*(f"left out: {fault}" for fault in lost), *notes]
 
 
-def _write_merged(adapter: Adapter, dst: str, force: bool, options: dict[str, Any]) -> list[str]:
+def _write_merged(adapter: Adapter, model: str, dst: str, force: bool, options: dict[str, Any]) -> list[str]:
     """Write a merged model; return what was lost in rounding, and what llama.cpp does differently."""
     from ..merge.export import export_merged
 
     notes: list[str] = []
     reports = export_merged(
-        adapter.base,
+        model,
         adapter,
         dst,
         dtype=options["dtype"],

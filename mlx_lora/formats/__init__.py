@@ -21,9 +21,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..adapter import Adapter, split_layer
+from ..adapter import Adapter, raise_faults, split_layer
 from ..base.names import BaseModel
-from ..errors import ConfigError, FormatError
+from ..errors import AdapterError, ConfigError, FormatError
 from . import deepspeed, gguf, lightning, litgpt, loralib, mlx_lm, nemo, peft, torchtune
 from .files import write_file, write_folder
 from .options import ReadOptions, WriteOptions, refuse_unused
@@ -91,7 +91,9 @@ def load_adapter(
     name, form = _format(path, format)
     options = ReadOptions(_base(base), alpha, adapter, legacy_scale, tuple(enabled) if enabled else None)
     refuse_unused(options, form.READS, name)
-    return form.read(Path(path), options).check()
+    adapter = form.read(Path(path), options).check()
+    _check_sizes(adapter, options.known_base)
+    return adapter
 
 
 def save_adapter(
@@ -128,6 +130,7 @@ def save_adapter(
     adapter.check()
     options = WriteOptions(_base(base), moe, profile, allow_lossy, alpha, lost if lost is not None else [])
     refuse_unused(options, form.WRITES, format)
+    _check_sizes(adapter, options.known_base)
     if suffixes := getattr(form, "SUFFIXES", None):
         if path.is_dir() or path.suffix not in suffixes:
             raise FormatError(f"{path}: {format} is one file", f"Name a file that ends in {' or '.join(suffixes)}.")
@@ -146,6 +149,23 @@ def save_adapter(
         raise FormatError(f"{path}: already holds {' and '.join(present)}", "Choose another folder, or add --force.")
     write_folder(path, lambda temporary: form.write(adapter, temporary, options))
     return path
+
+
+def _check_sizes(adapter: Adapter, base: BaseModel | None) -> None:
+    """Refuse a base whose weights, where its folder holds them as floats, have other sizes than the adapter."""
+    faults = []
+    for path in adapter.modules if base is not None and base.folder is not None else ():
+        a, b = (adapter.weights.get(f"{path}.{leaf}") for leaf in ("lora_a", "lora_b"))
+        name = base.weight_name(path) if a is not None and b is not None and a.ndim == b.ndim == 2 else None
+        shape = base.shape(name) if name else None
+        # As a set: embeddings and GPT-2's layers are stored the other way round.
+        if shape is not None and sorted(shape) != sorted((a.shape[0], b.shape[1])):
+            sizes, own = f"lora_a {list(a.shape)} and lora_b {list(b.shape)}", " x ".join(map(str, shape[::-1]))
+            faults.append(f"{path}: {sizes} do not fit this layer of {base.name} ({own})")
+    if not faults:
+        return
+    trained = f" It was trained on {adapter.base}." if adapter.base and adapter.base != base.name else ""
+    raise_faults(faults, f"Name the model that the adapter was trained on.{trained}", AdapterError)
 
 
 def _row(format: str) -> ModuleType:

@@ -11,17 +11,17 @@ version of mlx-lm then stops with an error, where it would otherwise silently co
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..adapter import Adapter, raise_faults, split_layer
-from ..config import AdapterConfig
+from ..config import LEAVES, AdapterConfig
 from ..errors import ConfigError, FormatError
 from .files import read_json, read_npz, read_safetensors, write_json, write_safetensors, wrong_settings
-from .options import ReadOptions, WriteOptions
+from .options import EMBEDDINGS, ReadOptions, WriteOptions, is_embedding
 from .state_dicts import low_rank_adapter
 from .uniform import fold, unfold
 
@@ -33,7 +33,8 @@ _NO_CONFIG = (
     "(mlx-lm's scale was 20: --alpha 160 at rank 8)."
 )
 _AS_TRAINED = 'Write there how it was trained, such as "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0}.'
-_WRITTEN = {"fine_tune_type", "num_layers", "lora_parameters", "model", OWN}
+PEFT = "peft"  # the entry for what only a PEFT folder needs: fields of its config that have no meaning here
+_WRITTEN = {"fine_tune_type", "num_layers", "lora_parameters", "model", OWN, PEFT}
 
 
 def detect(path: Path) -> bool:
@@ -47,12 +48,23 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
     raw = read_json(folder / CONFIG)
     if options.alpha is not None:
         raise ConfigError(f"--alpha: {folder / CONFIG} already stores the scale", "Leave --alpha out.")
+    if OWN not in raw and not isinstance(raw.get("lora_parameters"), dict) and not _has_updates(weights):
+        raw = {**raw, "fine_tune_type": "full"}  # mlx-lm-lora's config of a full fine-tune does not say so
     config = parse_config(raw, folder / CONFIG, options)
     weights = {name: _unflatten(name, array, weights) for name, array in weights.items()}
     metadata = {"mlx-lm": {k: v for k, v in raw.items() if k not in _WRITTEN and not k.startswith("unsloth_")}}
+    if isinstance(peft := raw.get(PEFT), dict):
+        metadata |= {PEFT: {k: v for k, v in peft.items() if k != EMBEDDINGS}}
+        metadata |= {EMBEDDINGS: peft[EMBEDDINGS]} if isinstance(peft.get(EMBEDDINGS), list) else {}
     adapter = Adapter(config, weights, base=raw.get("model") or raw.get("base_model_name_or_path"), metadata=metadata)
     folded = (config.rank_pattern or config.scale_pattern) and OWN not in raw
     return unfold(adapter) if folded else adapter
+
+
+def _has_updates(weights: dict[str, mx.array]) -> bool:
+    """Whether an array belongs to an update, and not only to parameters of the model itself."""
+    leaves = {leaf for method in LEAVES.values() for leaf in method}
+    return any(name.rpartition(".")[2] in leaves for name in weights)
 
 
 def _unflatten(name: str, a: mx.array, weights: dict[str, mx.array]) -> mx.array:
@@ -143,7 +155,7 @@ def expressible(adapter: Adapter) -> bool:
         return True
     plain = config.method in ("lora", "dora") and not config.lora_bias and adapter.modules
     both_sides = config.embedding_side == "both" or not any(
-        "embed" in path or "wte" in path for path in adapter.modules
+        path.rpartition(".")[2] == "lm_head" or is_embedding(path, adapter) for path in adapter.modules
     )
     return bool(plain) and both_sides and not adapter.full_parameters and not adapter.tokens
 
@@ -155,6 +167,17 @@ def stored_weights(adapter: Adapter) -> dict[str, mx.array]:
     return fold(adapter, _stored_config(adapter))
 
 
+def _for_peft(adapter: Adapter) -> dict[str, Any]:
+    """What a PEFT folder made of this one needs: the config's other fields, and embeddings that names do not tell."""
+    found = {k: v for k, v in adapter.metadata.get(PEFT, {}).items() if k != "saved"}  # arrays, equal to the base's
+    said = adapter.metadata.get(EMBEDDINGS)
+    if said is not None and any(
+        (path in said) != is_embedding(path, replace(adapter, metadata={})) for path in adapter.modules
+    ):
+        found[EMBEDDINGS] = sorted(said)
+    return found
+
+
 def _stored_config(adapter: Adapter) -> AdapterConfig:
     return adapter.exact_config(rank=max(adapter.rank_of(path) for path in adapter.modules))
 
@@ -164,6 +187,8 @@ def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     raw = {**adapter.metadata.get("mlx-lm", {}), "fine_tune_type": config.method, "num_layers": config.num_layers}
     if adapter.base:
         raw["model"] = adapter.base
+    if peft := _for_peft(adapter):
+        raw[PEFT] = peft
     if config.method == "full":
         raw["lora_parameters"] = None
     elif not expressible(adapter):

@@ -5,6 +5,7 @@ A format names the options it takes (``READS``, ``WRITES``). Any other option th
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,6 +17,7 @@ MOE_LAYOUTS = ("per_expert", "target_parameters")
 PROFILES = ("serving",)
 LEGACY_SCALES = ("scale", "alpha")
 MERGE = "Merge it into the model instead: convert --to merged."
+EMBEDDINGS = "embeddings"  # in an adapter's metadata: the adapted modules that are embeddings
 NAME_BASE = "Name the base model: --model, or base=."
 
 
@@ -118,6 +120,22 @@ class WriteOptions(_Options):
             raise FormatError(f"{what}: writing this needs the base model's config", NAME_BASE)
         self.base.config  # noqa: B018  (raises where it cannot be read)
         return self.base
+
+
+# Names of embeddings. Two others look alike: GPT-NeoX's head, and a part of DeepSeek's attention.
+_EMBEDDING = re.compile(r"(^|\.)(?!embed_(out|q)$)(wte|wpe|\w*emb\w*)$")
+
+
+def is_embedding(path: str, adapter: Adapter, base: BaseModel | None = None) -> bool:
+    """Whether the module at ``path`` is an embedding.
+
+    The adapter says so where its files did, or the model that it was taken from; else ``base`` does, else the name.
+    """
+    if (said := adapter.metadata.get(EMBEDDINGS)) is not None and f"{path}.lora_a" in adapter.weights:
+        return path in said
+    if base is not None and base.known and not base.same_names and path in base.modules:
+        return base.modules[path][0] == "embedding"
+    return bool(_EMBEDDING.search(path))
 
 
 def locate_modules(adapter: Adapter, names: dict[str, str], system: str) -> dict[str, tuple[int | None, str]]:

@@ -78,8 +78,8 @@ def low_rank_only(
 ) -> Adapter:
     """``adapter`` for a system that stores low-rank matrices alone.
 
-    VeRA becomes the LoRA that it is. Other methods than ``methods`` are refused. Full parameters, trained tokens and
-    lora_bias are refused too, or left out where ``options`` allows losses.
+    VeRA becomes the LoRA that it is. Other methods than ``methods`` are refused. Full parameters, trained tokens,
+    lora_bias and a tied head by itself are refused too, or left out where ``options`` allows losses.
     """
     adapter = vera_as_lora(adapter, options.base)
     if adapter.config.method not in methods:
@@ -88,7 +88,13 @@ def low_rank_only(
     faults = [f"{name}: {system} adapters have no full parameters" for name in full]
     faults += [f"{path}: {system} adapters have no trained tokens" for path in adapter.tokens]
     faults += [f"{path}: {system} adapters have no lora_bias" for path in adapter.modules if adapter.config.lora_bias]
+    tied = options.known_base is not None and options.known_base.tied
+    heads = [path for path in adapter.modules if tied and path.rpartition(".")[2] == "lm_head"]
+    faults += [f"{path}: {system} adapters have no head apart from the embedding it is tied to" for path in heads]
     options.leave_out(faults, hint)
+    if heads:
+        kept = {name: w for name, w in adapter.weights.items() if name.rpartition(".")[0] not in heads}
+        adapter = replace(adapter, weights=kept)
     if not adapter.modules:
         raise FormatError(f"the adapter has no LoRA, and {system} adapters hold nothing else", hint)
     return adapter

@@ -15,16 +15,18 @@ from ..errors import AdapterError
 from .base import AdapterLayer, check_rank
 from .difference import DifferenceLinear, DifferenceSwitchLinear
 from .dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
+from .ia3 import IA3Linear
 from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from .multi_lora import MultiLoRALinear, Rows
-from .tokens import TokenRows, UntiedEmbedding
-from .variants import ON_INPUT, WITH_BIAS
+from .tokens import SplitEmbedding, TokenRows, as_head
+from .variants import WITH_BIAS
 from .vera import Projections, VeRALinear, VeRASwitchLinear
 
 METHODS = {
     "lora": {"linear": LoRALinear, "embedding": LoRAEmbedding, "switch": LoRASwitchLinear},
     "dora": {"linear": DoRALinear, "embedding": DoRAEmbedding, "switch": DoRASwitchLinear},
     "vera": {"linear": VeRALinear, "switch": VeRASwitchLinear},
+    "ia3": {"linear": IA3Linear},
 }
 # LoRA layers that subtract their initial pair in the forward pass.
 DIFFERENCES = {"linear": DifferenceLinear, "switch": DifferenceSwitchLinear}
@@ -56,8 +58,6 @@ def make_layers(
         layer = (DIFFERENCES if difference else METHODS[config.method]).get(kind(base))
         if config.lora_bias:
             layer = WITH_BIAS.get(layer)
-        elif config.embedding_side == "input":
-            layer = ON_INPUT.get(layer, layer)
         if layer is None:
             what = "lora_bias" if config.lora_bias else f"init {config.init}" if difference else config.method
             faults.append(f"{path}: {what} does not adapt {kind(base)} layers")
@@ -66,7 +66,7 @@ def make_layers(
         raise AdapterError("\n".join(faults), "Name the modules to adapt with --keys, without these.")
     layers, projections = {}, {}
     for path, base in bases.items():
-        extra = {}
+        extra = {"feedforward": config.is_feedforward(path)} if config.method == "ia3" else {}
         if shared is not None:
             own = base_dtype(base) or dtype
             if own not in projections:  # one object for all layers of a dtype
@@ -83,8 +83,9 @@ __all__ = [
     "AdapterLayer",
     "MultiLoRALinear",
     "Rows",
+    "SplitEmbedding",
     "TokenRows",
-    "UntiedEmbedding",
+    "as_head",
     "check_rank",
     "make_layers",
 ]

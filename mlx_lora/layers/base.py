@@ -29,7 +29,6 @@ class AdapterLayer(nn.Module):
     method = ""
     slot = "linear"
     leaves: tuple[str, ...] = ()
-    input_only = False  # an embedding whose update a tied head does not see
 
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Variants of a method's layer: an update with its own bias, an embedding adapted on its input side alone."""
+"""Variants of a method's layer: an update with its own bias."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..base.modules import dims
-from .dora import DoRAEmbedding
-from .lora import LoRAEmbedding, LoRALinear
+from .lora import LoRALinear
 
 
 class LoRABiasLinear(LoRALinear):
@@ -28,23 +27,5 @@ class LoRABiasLinear(LoRALinear):
         return added if bias is None else bias.astype(mx.float32) + added
 
 
-class _InputOnly:
-    """The update acts where tokens come in; a head tied to the embedding stays the base's, as in PEFT."""
-
-    input_only = True
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        return self.embedding.as_linear(x)
-
-
-class InputLoRAEmbedding(_InputOnly, LoRAEmbedding):
-    pass
-
-
-class InputDoRAEmbedding(_InputOnly, DoRAEmbedding):
-    pass
-
-
 # Layer class -> the class that takes its place under the setting.
 WITH_BIAS = {LoRALinear: LoRABiasLinear}
-ON_INPUT = {LoRAEmbedding: InputLoRAEmbedding, DoRAEmbedding: InputDoRAEmbedding}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,8 +28,9 @@ from ..adapter import Adapter, explicit_config, raise_faults
 from ..base.modules import dims
 from ..base.vera import adapter_as_lora
 from ..errors import AdapterError, ConfigError
+from ..formats.options import is_embedding
 from ..model.compatibility import incompatibilities
-from ..model.state import bare_modules
+from ..model.state import HEAD, bare_modules
 
 ELEMENTWISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MERGES = (*ELEMENTWISE, "cat", "svd", *(f"{name}_svd" for name in ELEMENTWISE if name != "linear"))
@@ -131,7 +132,8 @@ def merge_adapters(
         a, b = _merge(pairs, scales, [w for _, w in have], method, rule, rank, clamp)
         ranks[path] = a.shape[-2]
         new |= _as_stored(path, a, b, have[0][0].weights[f"{path}.lora_a"].dtype)
-    config = explicit_config(adapters[0].config, ranks, dict.fromkeys(ranks, 1.0))
+    side = next(iter(_sides(adapters)), "both")
+    config = explicit_config(replace(adapters[0].config, embedding_side=side), ranks, dict.fromkeys(ranks, 1.0))
     bases = {adapter.base for adapter in adapters}
     return Adapter(config, new, base=bases.pop() if len(bases) == 1 else None)
 
@@ -148,8 +150,8 @@ def as_lora(model: nn.Module, adapter: Adapter) -> Adapter:
         raise AdapterError(
             f"the method of the adapter is {adapter.config.method}, not vera", "Only VeRA is converted to LoRA."
         )
+    raise_faults(*incompatibilities(model, adapter.check()))
     modules = bare_modules(model)
-    raise_faults(incompatibilities(modules, adapter.check()), "Give the model that the adapter was trained on.")
     return adapter_as_lora(adapter, {path: dims(modules[path]) for path in adapter.modules})
 
 
@@ -237,6 +239,12 @@ def _check_settings(count: int, weights: list, method: str, density, sign: str, 
         )
 
 
+def _sides(adapters: Sequence[Adapter]) -> set[str]:
+    """``embedding_side`` of the adapters that it matters to: those of an embedding or an output head."""
+    heads = [a for a in adapters if any(p.endswith(HEAD) or is_embedding(p, a) for p in a.modules)]
+    return {adapter.config.embedding_side for adapter in heads}
+
+
 def _check_adapters(adapters: Sequence[Adapter]) -> None:
     faults = []
     for i, adapter in enumerate(adapters, 1):
@@ -248,6 +256,6 @@ def _check_adapters(adapters: Sequence[Adapter]) -> None:
             faults.append(f"adapter {i} contains more than low-rank updates (biases, full modules or tokens)")
         elif not adapter.modules:
             faults.append(f"adapter {i} contains no low-rank update")
-    if len({adapter.config.embedding_side for adapter in adapters}) > 1:
-        faults.append("the adapters differ in embedding_side")
+    if len(_sides(adapters)) > 1:
+        faults.append("the adapters differ in embedding_side, which says what the update of a tied embedding acts on")
     raise_faults(faults, "Merge plain LoRA adapters of one base.")

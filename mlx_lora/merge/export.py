@@ -7,6 +7,7 @@ model instead, in floats and under transformers' names.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..adapter import Adapter, raise_faults
+from ..adapter import SHARED, Adapter, raise_faults
 from ..base.loading import DTYPES, check_dtype, resolve
 from ..base.modules import kind
 from ..base.names import BaseModel
@@ -25,10 +26,14 @@ from ..base.origin import base_of
 from ..base.saving import saved_config, write_model_folder
 from ..errors import ConfigError, FormatError, ModelError
 from ..model.attach import mount
+from ..model.compatibility import only_in_checkpoint
 from ..model.loading import load
+from ..model.state import HEAD, bare_modules
+from .checkpoint import merge_into_checkpoint, split_adapter
 from .fuse import FusedLayer, fuse
 from .gguf import BLOCK, GGUFModel, rounded
 from .gguf.modelfile import check_modelfile, write_modelfile
+from .untie import FLAG
 
 _SHARD = 5 << 30  # bytes of weights per file
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -75,11 +80,15 @@ def export_merged(
     check_dtype(dtype)
     model, _ = load(base, dtype="stored", trust_remote_code=trust_remote_code)
     facts = BaseModel(base_of(model).folder)
-    tied = facts.tied
-    mount(model, adapter)
-    reports = fuse(model, dtype=dtype, dequantize=True)
-    tensors = _tensors(model, facts, adapter, DTYPES.get(dtype))
-    config = _config(model, dtype, tied)
+    stored = only_in_checkpoint(bare_modules(model), adapter, facts)
+    adapter, apart = split_adapter(adapter.check(), stored)
+    merged, reports = merge_into_checkpoint(apart, facts) if stored else ({}, [])
+    if adapter.weights.keys() - set(SHARED):
+        mount(model, adapter)
+        reports += fuse(model, dtype=dtype, dequantize=True)
+    untied = facts.tied and base_of(model).config.get(FLAG) is False
+    tensors = _tensors(model, facts, adapter, merged, DTYPES.get(dtype))
+    config = _config(model, dtype, facts.tied and not untied)
     write_model_folder(target, facts.folder, lambda folder: _write(folder, tensors, config), overwrite)
     return reports
 
@@ -118,7 +127,7 @@ def _export_gguf(
 def _config(model: nn.Module, dtype: str | None, tied: bool) -> dict[str, Any]:
     config = saved_config(model, base_of(model).config)
     stored = dtype or str(_most_common_dtype(model)).rpartition(".")[2]
-    return {**config, "dtype": stored, "torch_dtype": stored, "tie_word_embeddings": tied}
+    return {**config, "dtype": stored, "torch_dtype": stored, FLAG: tied}
 
 
 def _most_common_dtype(model: nn.Module) -> mx.Dtype:
@@ -130,7 +139,7 @@ def _most_common_dtype(model: nn.Module) -> mx.Dtype:
 
 
 def _tensors(
-    model: nn.Module, facts: BaseModel, adapter: Adapter, dtype: mx.Dtype | None
+    model: nn.Module, facts: BaseModel, adapter: Adapter, merged: dict[str, mx.array], dtype: mx.Dtype | None
 ) -> Iterator[tuple[str, mx.array]]:
     """(transformers' name, array) of all weights of the merged model, in the checkpoint's order."""
     files = sorted(facts.folder.glob("*.safetensors"))
@@ -139,8 +148,9 @@ def _tensors(
     if quantized or any(".switch_mlp." in name for name in names):
         source = _from_model(model, facts)
     else:
-        changed = _changed(model, facts, adapter, names)
-        source = ((n, changed.get(n, array)) for file in files for n, array in mx.load(str(file)).items())
+        changed = {**_changed(model, facts, adapter, names), **merged}
+        stored = ((n, changed.get(n, array)) for file in files for n, array in mx.load(str(file)).items())
+        source = itertools.chain(stored, ((n, array) for n, array in changed.items() if n not in names))
     for name, array in source:
         floats = mx.issubdtype(array.dtype, mx.floating)
         yield name, array.astype(dtype) if dtype is not None and floats else array
@@ -150,6 +160,10 @@ def _changed(model: nn.Module, facts: BaseModel, adapter: Adapter, names: set[st
     """The weights that the adapter changed, by the checkpoint's name."""
     paths = {*adapter.modules, *adapter.tokens, *(name.rpartition(".")[0] for name in adapter.full_parameters)}
     modules, found, faults = dict(model.named_modules()), {}, []
+    if facts.tied and base_of(model).config.get(FLAG) is False:  # fuse gave the model a head
+        head = next(path for path in modules if f".{path}".endswith(f".{HEAD}"))
+        found[f"{HEAD}.weight"] = modules[head].weight
+        paths.discard(HEAD)
     for path in paths:
         module = modules[path]
         for leaf in (leaf for leaf in ("weight", "bias") if leaf in module):

@@ -17,9 +17,10 @@ from ..base.modules import base_dtype, dense_weight, is_quantized, kind, model_d
 from ..base.nf4_linear import NF4Linear
 from ..errors import ConfigError
 from ..fast import accelerate, undo
-from ..layers import AdapterLayer, TokenRows, UntiedEmbedding
+from ..layers import AdapterLayer, TokenRows
 from ..model.full_parameters import dense_module
-from ..model.state import bare_modules, discard_state, mark_changed, place, wrappers
+from ..model.state import HEAD, bare_modules, discard_state, join_head, mark_changed, place, split_of, wrappers
+from .untie import untie
 
 # Bounds within which the update counts as kept; otherwise the layer is stored with more bits.
 SURVIVES_COSINE, SURVIVES_ERROR = 0.99, 0.1
@@ -77,26 +78,18 @@ def fuse(
     floats = DTYPES[dtype] if dtype else None
     default = model_dtype(model)
     adapted = wrappers(model)
-    one_sided = [path for path, layer in adapted.items() if getattr(layer, "input_only", False)]
-    one_sided += [path for path, module in model.named_modules() if isinstance(module, UntiedEmbedding)]
-    if one_sided and tied(model):
-        raise ConfigError(
-            f"{', '.join(one_sided)}: the update acts on the input only, but the output head is tied to this embedding",
-            "Keep the adapter separate: one matrix cannot have both values.",
-        )
     if bits is not None and adapted and not any(is_quantized(layer.base) for layer in adapted.values()):
         raise ConfigError("bits applies to quantized bases; this one is not", "Fuse first, then quantize the model.")
-    reports, new = [], {}
+    _untie(model)
+    adapted, reports, new = wrappers(model), [], {}
     for path, layer in adapted.items():
         target = floats or base_dtype(layer.base) or default
-        new[path], report = _fuse_layer(path, layer, target, bits, dequantize or floats is not None)
+        new[path], report = fuse_layer(path, layer, target, bits, dequantize or floats is not None)
         reports.append(report)
     for path, module in bare_modules(model).items():
         if path in adapted:
             continue
-        if isinstance(module, UntiedEmbedding):  # the model is not tied, so nothing else uses module.head
-            new[path] = dense_module(module.head, module.weight, module.weight.dtype)
-        elif dequantize and is_quantized(module) and kind(module):
+        if dequantize and is_quantized(module) and kind(module):
             new[path] = dense_module(module, dense_weight(module), floats or base_dtype(module) or default)
     place(model, new)
     if (state := discard_state(model)) is not None:
@@ -108,9 +101,10 @@ def fuse(
     return reports
 
 
-def _fuse_layer(
+def fuse_layer(
     path: str, layer: AdapterLayer | TokenRows, dtype: mx.Dtype, bits: int | None, as_floats: bool
 ) -> tuple[nn.Module, FusedLayer]:
+    """The base layer of ``layer`` with the update merged, and how well it was stored. Arguments as for ``fuse``."""
     base = layer.base
     before = dense_weight(base)
     merged = layer.merged_weight(before)
@@ -171,8 +165,20 @@ def _quantized_module(
     return made
 
 
-def tied(model: nn.Module) -> bool:
-    """Whether the output head shares the embedding's weight."""
-    args = getattr(model, "args", None)
-    known = getattr(args, "tie_word_embeddings", None)
-    return bool(known) if known is not None else not any(p.endswith("lm_head") for p, _ in model.named_modules())
+def _untie(model: nn.Module) -> None:
+    """Join a split embedding again or, where it and the head are trained apart, give the model a head of its own.
+
+    Raises: ConfigError: the model's class has no head of its own.
+    """
+    split = split_of(model)
+    if split is None:
+        return
+    (path, module), bare = split, bare_modules(model)
+    apart = {path, HEAD} & wrappers(model).keys() or bare[path].weight is not bare[HEAD].weight
+    if apart and not untie(model, module.lm_head):
+        raise ConfigError(
+            f"{path}, {HEAD}: the adapter changes the embedding and the output head differently, and "
+            f"{type(model).__module__.rpartition('.')[2]} models have one matrix for both in mlx-lm",
+            "Keep the adapter separate: generate, chat and serve take it as it is.",
+        )
+    join_head(model)

@@ -28,15 +28,30 @@ from ..base.modules import (
 )
 from ..base.origin import base_of
 from ..base.vera import draw_projections, shared_dims
-from ..config import AdapterConfig
+from ..config import UNSCALED, AdapterConfig
 from ..errors import AdapterError
 from ..fast import accelerate, undo
+from ..formats.options import EMBEDDINGS
 from ..init import Request, init_of, initial_pairs, set_initial_pair, with_ranks
 from ..layers import AdapterLayer, TokenRows, check_rank, make_layers
-from .compatibility import incompatibilities, own_parameters
+from .compatibility import has_token_rows, incompatibilities, own_parameters
 from .full_parameters import modules_to_save, train_full_parameters, trained_biases, unfreeze_layers
-from .state import State, bare_modules, place, put_back, set_mode, set_state, state_of, take_off
-from .targets import select, select_named
+from .state import (
+    HEAD,
+    State,
+    bare_modules,
+    named_modules,
+    place,
+    put_back,
+    set_mode,
+    set_state,
+    split_head,
+    split_of,
+    state_of,
+    take_off,
+    tied_embedding,
+)
+from .targets import names_head, select, select_named
 
 
 def attach(
@@ -68,20 +83,27 @@ def attach(
 def _attach_layers(
     model: nn.Module, config: AdapterConfig, state: State, batches: Iterable | None, reference: nn.Module | None
 ) -> list[str]:
-    bare = bare_modules(model)
+    if names_head(config):
+        split_head(model)
     saved, tokens = modules_to_save(model, config), select_named(model, config.trainable_token_indices)
     chosen = select(model, config)
+    _set_sides(model, state, {*chosen, *saved}, set(tokens))
+    config, bare = state.config, bare_modules(model)
     both = [path for path in chosen if path in saved or path in tokens]
     if config.keys is None:
         chosen = {path: module for path, module in chosen.items() if path not in both}
     elif both:
         raise AdapterError(f"{', '.join(both)}: both adapted and trained in full", "Choose one of the two.")
     raise_faults(
-        [f"{path}: is no embedding, so it has no rows of tokens" for path in tokens if kind(bare[path]) != "embedding"],
+        [
+            f"{p}: is no embedding or head, so it has no rows of tokens"
+            for p in tokens
+            if not has_token_rows(p, bare[p])
+        ],
         "Name an embedding in trainable_token_indices, such as embed_tokens.",
     )
     ranks = {path: config.rank_of(path) for path in chosen}
-    for path, module in chosen.items() if config.method != "vera" else ():
+    for path, module in chosen.items() if config.method not in UNSCALED else ():
         try:
             check_rank(module, ranks[path])
         except AdapterError as error:
@@ -129,7 +151,7 @@ def extract(model: nn.Module) -> Adapter:
     for path, layer in layers.items():
         ranks[path], scales[path] = layer.rank, layer.scale
         weights.update({f"{path}.{leaf}": array for leaf, array in layer.adapter_weights().items()})
-    tokens = {path: m for path, m in model.named_modules() if isinstance(m, TokenRows)}
+    tokens = {path: m for path, m in named_modules(model) if isinstance(m, TokenRows)}
     weights |= {f"{path}.trainable_tokens": module.trainable_tokens for path, module in tokens.items()}
     bare = bare_modules(model)
     weights |= {f"{path}.{leaf}": bare[path][leaf] for path, leaf in state.full_parameters}
@@ -145,7 +167,8 @@ def extract(model: nn.Module) -> Adapter:
         modules_to_save=tuple(sorted(saved)) or None,
         trainable_token_indices={path: module.ids for path, module in tokens.items()},
     )
-    return Adapter(explicit_config(plain, ranks, scales), weights, base=name)
+    embeddings = [path for path in layers if kind(bare[path]) == "embedding"]
+    return Adapter(explicit_config(plain, ranks, scales), weights, base=name, metadata={EMBEDDINGS: embeddings})
 
 
 def mount(model: nn.Module, adapter: Adapter, *, difference: bool = False) -> None:
@@ -160,21 +183,23 @@ def mount(model: nn.Module, adapter: Adapter, *, difference: bool = False) -> No
     adapter.check()
     state = State(adapter.config, frozen_parameters(model))
     with _replacing(model, state) as previous:
-        layers = _layers_of(model, adapter, state, difference)
         if previous is not None:  # base layers keep their class, and with it their dequantized weights
             state.frozen = previous.frozen
             state.accelerated = [module for module in previous.accelerated if kind(module)]
             undo([module for module in previous.accelerated if not kind(module)])
+        layers = _layers_of(model, adapter, state, difference)
         values = {tuple(name.rpartition(".")[::2]): array for name, array in adapter.full_parameters.items()}
         _place(model, state, layers, list(values), values)
 
 
 def _layers_of(model: nn.Module, adapter: Adapter, state: State, difference: bool) -> dict[str, nn.Module]:
     """New layers for ``model``, which has no adapter, with the arrays of ``adapter``."""
+    trained = {name.rpartition(".")[0] for name in adapter.full_parameters}
+    if HEAD in (*adapter.modules, *trained, *adapter.tokens):
+        split_head(model)
+    _set_sides(model, state, {*adapter.modules, *trained}, set(adapter.tokens))
     config, bare, dtype = adapter.config, bare_modules(model), model_dtype(model)
-    origin = adapter.base or "another model"
-    hint = f"This adapter was trained on {origin}: mount it on that model."
-    raise_faults(incompatibilities(bare, adapter), hint)
+    raise_faults(*incompatibilities(model, adapter))
     layers: dict[str, nn.Module] = {}
     if config.method != "full":
         bases = {path: bare[path] for path in adapter.modules}
@@ -194,7 +219,8 @@ def _layers_of(model: nn.Module, adapter: Adapter, state: State, difference: boo
             for leaf, initial in layer.adapter_weights().items():
                 array = adapter.weights[f"{path}.{leaf}"]
                 if array.shape != initial.shape:
-                    raise AdapterError(f"{path}: {leaf} {list(array.shape)}, expected {list(initial.shape)}", hint)
+                    message = f"{path}: {leaf} {list(array.shape)}, expected {list(initial.shape)}"
+                    raise AdapterError(message, "Give the model that the adapter was trained on.")
                 setattr(layer, leaf, array.astype(initial.dtype))
     for path, (ids, rows) in adapter.tokens.items():
         layers[path] = TokenRows(bare[path], ids, dtype)
@@ -241,7 +267,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 def adapters_on(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapter layers of ``model`` by path, in the model's order."""
-    return {path: m for path, m in reversed(model.named_modules()) if isinstance(m, AdapterLayer)}
+    return {path: m for path, m in named_modules(model) if isinstance(m, AdapterLayer)}
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -291,6 +317,33 @@ def _place(
     place(model, layers)
     train_full_parameters(model, state, names, values)
     state.accelerated += accelerate(model)
+
+
+def _set_sides(model: nn.Module, state: State, trained: set[str], tokens: set[str]) -> None:
+    """Split an embedding tied to the head where the two are not trained alike, and refuse settings that disagree.
+
+    ``embedding_side`` of ``state`` becomes "input" where the head has an adapter or weights of its own.
+
+    Args:
+        trained: paths of the modules that are adapted or saved. tokens: paths of the embeddings with trained rows.
+    """
+    bare = bare_modules(model)
+    if split_of(model) is None:
+        one_sided = state.config.embedding_side == "input" and any(
+            kind(bare.get(p, {})) == "embedding" for p in trained
+        )
+        if not one_sided or not (tied_embedding(model) in trained and split_head(model)):
+            return
+    path = split_of(model)[0]
+    if path in tokens and HEAD not in tokens:
+        message = f"{path}: trained rows of tokens act on the tied output head, too, which here is trained by itself"
+        raise AdapterError(
+            message, "Leave out trainable_token_indices, or what is trained of the head or the embedding."
+        )
+    if HEAD in trained and path in trained and state.config.embedding_side == "both":
+        message = f"{HEAD} and {path} are one matrix, and embedding_side both trains the two alike"
+        raise AdapterError(message, f"Set embedding_side to input to train them separately, or leave {HEAD} out.")
+    state.config = replace(state.config, embedding_side="input")
 
 
 def _projections(config: AdapterConfig, bases: dict[str, nn.Module]) -> tuple[mx.array, mx.array]:

@@ -1,23 +1,71 @@
-"""Whether an adapter can be mounted on a model: every incompatibility, one sentence each. Changes nothing.
+"""Whether an adapter can be mounted on a model: every incompatibility, one sentence each, and what to do about it.
 
-``bare`` maps paths to the model's modules as they are without adapters.
+Changes nothing. ``bare`` maps paths to the model's modules as they are without adapters.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapter import Adapter
+from ..adapter import Adapter, split_layer
 from ..base.modules import dense_weight, dims, is_quantized, kind
+from ..base.names import BaseModel
+from ..base.origin import Base, base_of
 from ..config import LEAVES
+from ..formats.options import MERGE
 from ..layers import METHODS
+from .state import HEAD, bare_modules
 
 
-def incompatibilities(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
-    """Everything in ``adapter``, which must be valid itself, that these modules cannot take."""
+def incompatibilities(model: nn.Module, adapter: Adapter) -> tuple[list[str], str]:
+    """(everything in ``adapter``, which must be valid itself, that ``model`` cannot take; what to do about it)."""
+    bare = bare_modules(model)
     layers = [] if adapter.config.method == "full" else _in_layers(bare, adapter)
-    return [*layers, *_in_tokens(bare, adapter), *_in_full_parameters(bare, adapter)]
+    faults = [*layers, *_in_tokens(bare, adapter), *_in_full_parameters(bare, adapter)]
+    if not faults:
+        return [], ""
+    base = base_of(model)
+    facts = BaseModel(base.folder) if base else None
+    if facts and any(path not in bare and facts.to_mlx(path) in bare for path in adapter.modules):
+        return faults, f"These are transformers' names: read the adapter with load_adapter(path, base={base.name!r})."
+    missing = only_in_checkpoint(bare, adapter, facts) if facts else []
+    if missing:
+        kind = base.config["model_type"]
+        what = f"mlx-lm splits or joins the weights of these {len(missing)} modules when it loads a {kind} checkpoint"
+        gone = tuple(f"{path}{end}" for path in missing for end in (":", "."))
+        rest = [fault for fault in faults if not fault.startswith(gone)]
+        return [*rest, f"{', '.join(missing[:2])}{', ...' * (len(missing) > 2)}: {what}"], MERGE
+    return faults, _why(base, adapter)
+
+
+def _why(base: Base | None, adapter: Adapter) -> str:
+    """What to do about an adapter that is not for this model, by what is known of the two."""
+    trained, task = adapter.base, adapter.metadata.get("peft", {}).get("fields", {}).get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        return f"The adapter's task_type is {task}: only adapters of language models (CAUSAL_LM) can be used here."
+    if not trained:
+        return "Give the model that the adapter was trained on: the adapter does not name it."
+    if base is None or not same_model(base.name, trained):
+        here = f", and this model is {base.name}" if base else ""
+        return f"The adapter was trained on {trained}{here}: give that model."
+    return (
+        f"The adapter names this very model ({trained}), so it was trained on another version of it: one with tokens "
+        "added or layers changed, for instance. Save the model as it was trained, with its tokenizer, and give that."
+    )
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names of models, folders or repositories, are alike: equal, or of the same last part."""
+    return one == other or Path(one).name.lower() == Path(other).name.lower()
+
+
+def only_in_checkpoint(bare: dict[str, nn.Module], adapter: Adapter, base: BaseModel) -> list[str]:
+    """Modules of the adapter that the model lacks, but whose weight the model's checkpoint has."""
+    paths = dict.fromkeys([*adapter.modules, *(name.rpartition(".")[0] for name in adapter.full_parameters)])
+    return [path for path in paths if path not in bare and path != HEAD and base.weight_name(path) is not None]
 
 
 def own_parameters(module: nn.Module) -> list[str]:
@@ -41,13 +89,20 @@ def _in_full_parameters(bare: dict[str, nn.Module], adapter: Adapter) -> list[st
     return found
 
 
+def has_token_rows(path: str, module: nn.Module | None) -> bool:
+    """Whether ``module`` has one row per token: an embedding, or an output head, which must have no bias."""
+    if module is None or kind(module) == "embedding":
+        return module is not None
+    return kind(module) == "linear" and split_layer(path)[0] is None and "bias" not in module
+
+
 def _in_tokens(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
     found = []
     for path, (ids, rows) in adapter.tokens.items():
-        if path not in bare or kind(bare[path]) != "embedding":
-            found.append(f"{path}: the model has no such embedding")
+        if not has_token_rows(path, bare.get(path)):
+            found.append(f"{path}: the model has no such embedding or output head")
             continue
-        vocabulary, width = dims(bare[path])
+        vocabulary, width = dims(bare[path]) if kind(bare[path]) == "embedding" else dims(bare[path])[::-1]
         if rows.shape[1] != width or max(ids) >= vocabulary:
             size = f"{vocabulary} x {width}"
             found.append(f"{path}: rows {list(rows.shape)} up to token {max(ids)} do not fit this embedding ({size})")
@@ -60,7 +115,10 @@ def _in_layers(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]:
         module = bare.get(path)
         which = kind(module) if module is not None else None
         if METHODS[method].get(which) is None:
-            found.append(f"{path}: the model has no such layer to adapt")
+            what = (
+                "the model has no such layer" if module is None else f"{method} does not adapt {type(module).__name__}"
+            )
+            found.append(f"{path}: {what}")
             continue
         rows, columns = dims(module)
         experts = (module.num_experts,) if which == "switch" else ()

@@ -14,7 +14,6 @@ from mlx.utils import tree_flatten
 from ..base.modules import base_dtype, dense_weight, is_quantized, kind, layer_paths, model_dtype
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError
-from ..layers import UntiedEmbedding
 from .compatibility import own_parameters
 from .state import State, bare_modules, place, wrappers
 from .targets import select_named
@@ -51,10 +50,9 @@ def train_full_parameters(
     bare, layers = bare_modules(model), wrappers(model)
     for path in dict.fromkeys(path for path, leaf in names if leaf == "weight"):
         base = bare[path]
-        input_only = state.config.embedding_side == "input" and kind(base) == "embedding"
-        if input_only or is_quantized(base):
+        if is_quantized(base):
             weight = dense_weight(base, base_dtype(base) or model_dtype(model))
-            made = UntiedEmbedding(base, weight) if input_only else dense_module(base, weight, weight.dtype)
+            made = dense_module(base, weight, weight.dtype)
             made.train(model.training)
             state.original_modules[path], bare[path] = base, made.freeze()
             if path in layers:  # the module has an adapter as well: the replacement becomes its base

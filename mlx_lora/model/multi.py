@@ -11,7 +11,8 @@ from ..errors import AdapterError
 from ..fast import accelerate, undo
 from ..layers import MultiLoRALinear, Rows
 from .attach import adapters_on
-from .state import bare_modules, mark_changed, place, set_mode, state_of
+from .compatibility import incompatibilities
+from .state import HEAD, bare_modules, join_head, mark_changed, place, set_mode, split_head, state_of
 
 
 class MultiLoRA:
@@ -26,9 +27,15 @@ class MultiLoRA:
             raise AdapterError("the model has an adapter already", "Remove it with unmount(model).")
         if not adapters:
             raise AdapterError("no adapters are given", "Give at least one, by name.")
-        modules = bare_modules(model)
         self._names, self._rows, self._model = list(adapters), Rows(), model
-        raise_faults(_incompatibilities(modules, adapters), "Mount this adapter by itself, or fuse it.")
+        if any(HEAD in adapter.modules for adapter in adapters.values()):
+            split_head(model)
+        modules = bare_modules(model)
+        try:
+            _check(model, adapters)
+        except AdapterError:
+            join_head(model)
+            raise
         paths = list(dict.fromkeys(path for adapter in adapters.values() for path in adapter.modules))
         self._bases = {path: modules[path] for path in paths}
         self._frozen = frozen_parameters(model)
@@ -63,6 +70,7 @@ class MultiLoRA:
         if not any(id(layer) in present for layer in self._layers.values()):
             return
         place(self._model, self._bases)
+        join_head(self._model)
         mark_changed(self._model)
         undo(self._accelerated)
         restore_frozen(self._frozen)
@@ -86,26 +94,22 @@ class MultiLoRA:
         return adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"]
 
 
-def _incompatibilities(modules: dict[str, nn.Module], adapters: dict[str, Adapter]) -> list[str]:
-    found = []
+def _check(model: nn.Module, adapters: dict[str, Adapter]) -> None:
+    """Refuse adapters that are not for ``model``, or that contain more than LoRA of linear layers."""
+    modules, more = bare_modules(model), []
     for name, adapter in adapters.items():
         if adapter.config.method != "lora":
-            found.append(f"{name}: its method is {adapter.config.method}, not lora")
+            more.append(f"{name}: its method is {adapter.config.method}, not lora")
             continue
-        more = {
+        faults, hint = incompatibilities(model, adapter)
+        raise_faults([f"{name}: {fault}" for fault in faults], hint)
+        besides = {
             "lora_bias": adapter.config.lora_bias,
             "trained tokens": adapter.tokens,
             "full parameters": adapter.full_parameters,
         }
-        if more := [what for what, present in more.items() if present]:
-            found.append(f"{name}: has {' and '.join(more)} besides its low-rank matrices")
-        for path in adapter.modules:
-            module = modules.get(path)
-            if module is None or kind(module) != "linear":
-                found.append(f"{name}: {path} is not a linear layer of this model")
-                continue
-            a, b = adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"]
-            rows, columns = dims(module)
-            if (a.shape[0], b.shape[-1]) != (rows, columns):
-                found.append(f"{name}: {path} is {a.shape[0]} x {b.shape[-1]}, the model's is {rows} x {columns}")
-    return found
+        if besides := [what for what, present in besides.items() if present]:
+            more.append(f"{name}: has {' and '.join(besides)} besides its low-rank matrices")
+        others = [path for path in adapter.modules if kind(modules[path]) != "linear"]
+        more += [f"{name}: {path} is not a linear layer" for path in others]
+    raise_faults(more, "Mount this adapter by itself, or fuse it.")

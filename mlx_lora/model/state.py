@@ -8,13 +8,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..base.modules import Frozen, base_dtype
+from ..base.modules import Frozen, base_dtype, kind
 from ..config import AdapterConfig
 from ..errors import AdapterError
-from ..layers import AdapterLayer, MultiLoRALinear, TokenRows, UntiedEmbedding
+from ..layers import AdapterLayer, MultiLoRALinear, SplitEmbedding, TokenRows
 
 _STATE, _CHANGED = "_mlx_lora_state", "_mlx_lora_changed"
 _WRAPPERS = (AdapterLayer, TokenRows)
+HEAD = "lm_head"  # the path of an output head that is tied to the embedding, while the embedding is split
 
 
 @dataclass(eq=False)
@@ -38,6 +39,7 @@ class Removed:
     modules: dict[str, nn.Module]  # by path
     arrays: list[tuple[nn.Module, str, mx.array]]
     training: bool
+    split: tuple[str, SplitEmbedding] | None = None
 
 
 def set_state(model: nn.Module, state: State) -> None:
@@ -67,7 +69,7 @@ def identity(model: nn.Module) -> tuple:
 
 def wrappers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers around modules of the base, by path: adapter layers, and embeddings with trained rows."""
-    return {path: m for path, m in reversed(model.named_modules()) if isinstance(m, _WRAPPERS)}
+    return {path: m for path, m in named_modules(model) if isinstance(m, _WRAPPERS)}
 
 
 def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -75,10 +77,10 @@ def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     Raises: AdapterError: the model has several adapters (MultiLoRA).
     """
-    modules = list(reversed(model.named_modules()))
+    modules = named_modules(model)
     if any(isinstance(module, MultiLoRALinear) for _, module in modules):
         raise AdapterError("the model has several adapters (MultiLoRA)", "Remove them with MultiLoRA.unmount().")
-    inner = tuple(f"{path}." for path, m in modules if isinstance(m, (*_WRAPPERS, UntiedEmbedding)))
+    inner = tuple(f"{path}." for path, m in modules if isinstance(m, _WRAPPERS))
     return {
         path: module.base if isinstance(module, _WRAPPERS) else module
         for path, module in modules
@@ -86,10 +88,86 @@ def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) in the order of definition. The parts of a split embedding have the paths that PEFT gives them."""
+    modules = list(reversed(model.named_modules()))
+    split = next((path for path, m in modules if isinstance(m, SplitEmbedding)), None)
+    if split is None:
+        return modules
+    own, found = ((f"{split}.embedding", split), (f"{split}.{HEAD}", HEAD)), []
+    for path, module in modules:
+        for inside, name in own:
+            if path == inside or path.startswith(inside + "."):
+                path = name + path[len(inside) :]
+                break
+        else:
+            if path == split:
+                continue
+        found.append((path, module))
+    return found
+
+
 def place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Put ``modules`` into the model at their paths."""
+    """Put ``modules`` into the model at their paths, which are those of ``named_modules``."""
+    split = split_of(model)
+    own = {split[0]: f"{split[0]}.embedding", HEAD: f"{split[0]}.{HEAD}"} if split else {}
+    _update(model, {own.get(path, path): module for path, module in modules.items()})
+
+
+def _update(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     if modules:
         model.update_modules(tree_unflatten(list(modules.items())))
+
+
+def split_of(model: nn.Module) -> tuple[str, SplitEmbedding] | None:
+    """The path and module of the embedding that ``split_head`` split; None where there is none."""
+    return next(((p, m) for p, m in model.named_modules() if isinstance(m, SplitEmbedding)), None)
+
+
+def split_head(model: nn.Module) -> bool:
+    """Split the embedding that is tied to the output head, so that the head is a module at ``lm_head``.
+
+    The model computes the same as before. Returns False, and changes nothing, where the head is not tied.
+    """
+    if split_of(model) is not None:
+        return True
+    bare = bare_modules(model)
+    path = None if any(f".{name}".endswith(f".{HEAD}") for name in bare) else tied_embedding(model)
+    if path is not None:
+        _update(model, {path: SplitEmbedding(bare[path])})
+    return path is not None
+
+
+def join_head(model: nn.Module) -> None:
+    """Undo ``split_head``: the embedding, with what is on it, takes the place of both parts."""
+    if (split := split_of(model)) is not None:
+        _update(model, {split[0]: split[1].embedding})
+
+
+def tied_embedding(model: nn.Module) -> str | None:
+    """The path of the embedding that also computes the model's logits; None where the head has its own weight."""
+    for path, module in bare_modules(model).items():
+        if kind(module) == "embedding" and _is_called(model, module):
+            return path
+    return None
+
+
+def _is_called(model: nn.Module, embedding: nn.Module) -> bool:
+    """Whether the model calls ``embedding.as_linear``. Runs the model on one token without computing anything."""
+    called = []
+
+    def as_linear(x: mx.array) -> mx.array:
+        called.append(True)
+        return type(embedding).as_linear(embedding, x)
+
+    embedding.__dict__["as_linear"] = as_linear
+    try:
+        model(mx.zeros((1, 1), mx.int32))
+    except Exception:  # a model that wants further inputs
+        return bool(called)
+    finally:
+        del embedding.__dict__["as_linear"]
+    return bool(called)
 
 
 def set_mode(layer: nn.Module, training: bool) -> None:
@@ -107,10 +185,12 @@ def take_off(model: nn.Module) -> Removed:
     """
     layers, state = wrappers(model), discard_state(model)
     base = {path: layer.base for path, layer in layers.items()}
+    split = split_of(model)
     if state is None:
         place(model, base)
-        return Removed(None, layers, [], model.training)
-    present = dict(model.named_modules())
+        join_head(model)
+        return Removed(None, layers, [], model.training, split)
+    present = dict(named_modules(model))
     for path, original in state.original_modules.items():
         # The trained replacement may have been cast by set_dtype since; the original was not in the model then.
         dtype, before = base.get(path, present[path]).weight.dtype, base_dtype(original)
@@ -119,15 +199,18 @@ def take_off(model: nn.Module) -> Removed:
     replaced = {path: present[path] for path in (*layers, *state.original_modules)}
     arrays = [(module, leaf, module[leaf]) for module, leaf, _ in state.original_arrays]
     place(model, base | state.original_modules)
+    join_head(model)
     for (module, leaf, original), (_, _, trained) in zip(state.original_arrays, arrays, strict=True):
         module[leaf] = original if original.dtype == trained.dtype else original.astype(trained.dtype)
-    return Removed(state, replaced, arrays, model.training)
+    return Removed(state, replaced, arrays, model.training, split)
 
 
 def put_back(model: nn.Module, removed: Removed) -> None:
     """Undo ``take_off``."""
     for module, leaf, array in removed.arrays:
         module[leaf] = array
+    if removed.split is not None:
+        _update(model, dict([removed.split]))
     place(model, removed.modules)
     for module in removed.modules.values() if model.training != removed.training else ():
         module.train(model.training)

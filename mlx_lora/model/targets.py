@@ -12,7 +12,7 @@ from ..adapter import raise_faults, split_layer
 from ..base.modules import dims, kind, layer_paths
 from ..config import AdapterConfig
 from ..errors import AdapterError
-from .state import bare_modules
+from .state import HEAD, bare_modules
 
 ALL_LINEAR = "all-linear"
 
@@ -83,6 +83,14 @@ def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     return {path: module for path, module in modules.items() if path in found}
 
 
+def names_head(config: AdapterConfig) -> bool:
+    """Whether ``config`` may mean the output head: only then does a head that is tied become a module."""
+    return any(
+        HEAD in name
+        for name in (*(config.keys or ()), *(config.modules_to_save or ()), *config.trainable_token_indices)
+    )
+
+
 def select_named(model: nn.Module, names: dict[str, Any]) -> dict[str, Any]:
     """``names`` with complete paths as keys; a key may be the end of one or several paths.
 
@@ -97,7 +105,8 @@ def select_named(model: nn.Module, names: dict[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, [*modules, *leaves], n=1)
             faults.append(f"the model has no module {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         found |= dict.fromkeys(paths, value)
-    raise_faults(faults, "An output head that shares the embedding's weight is not a module: name the embedding.")
+    inside = dict.fromkeys(split_layer(path)[1] for path in modules if path)
+    raise_faults(faults, f"The model has: {', '.join(inside)}.")
     return found
 
 

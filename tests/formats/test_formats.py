@@ -35,7 +35,7 @@ def is_plain(folder: Path) -> bool:
     config = json.loads((folder / "adapter_config.json").read_text())
     extras = ("modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias", "fan_in_fan_out")
     plain = config["peft_type"] == "LORA" and config["bias"] == "none" and not any(config.get(e) for e in extras)
-    return plain and "embed_tokens" not in config["target_modules"]
+    return plain and not {"embed_tokens", "lm_head", "kv_b_proj"} & set(config["target_modules"])
 
 
 ADAPTERS = [
@@ -538,7 +538,9 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
     [
         ({"peft_type": "LOHA"}, "peft_type LOHA"),
         ({"peft_type": "ADALORA"}, "peft_type ADALORA"),
-        ({"peft_type": "IA3"}, "peft_type IA3"),
+        ({"peft_type": "IA3"}, "ia3 has no such array"),
+        ({"peft_type": "OFT"}, "peft_type OFT"),
+        ({"peft_type": "PREFIX_TUNING"}, "adds vectors to the prompt"),
         ({"peft_type": "VERA"}, "vera"),
         ({"peft_type": None}, "no peft_type"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
@@ -586,7 +588,7 @@ def replaced(name: str, array: mx.array):
         (added("base_model.model.lm_head.lora_E", 4, 4), "lora_E: not an array of"),
         (added("base_model.model.model.embed_tokens.lora_embedding_A", 8, 64), "embed_tokens: lora_b missing"),
         (added(f"{Q}.lora_B.bias", 64), "lora_bias: lora has no such array"),
-        (added(f"{Q}.ia3_l", 64), "ia3_l: not an array of"),
+        (added(f"{Q}.ia3_l", 64), "ia3_l: lora has no such array"),
         (added(f"{Q}.lora_magnitude_vector", 64), "magnitudes are there"),
         (added(f"{Q}.lora_A.default.weight", 8, 32), "a second array"),
         (added("base_model.model.model.layers.0.mlp.experts.lora_A.weight", 8, 32), "target_parameters does not say"),

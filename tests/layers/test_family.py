@@ -55,6 +55,17 @@ SETTINGS = {
     "tokens alone": dict(trainable_token_indices={"embed_tokens": [5]}, keys=()),
     "modules alone": dict(modules_to_save=["up_proj"], keys=()),
     "embedding": dict(keys=["model.embed_tokens", "lm_head"]),
+    "tied: head": dict(keys=["lm_head", "q_proj"]),
+    "tied: head, dora": dict(method="dora", keys=["lm_head"]),
+    "tied: head, vera": dict(method="vera", rank=16, keys=["lm_head", "q_proj"]),
+    "tied: head and embedding": dict(keys=["lm_head", "embed_tokens"], embedding_side="input"),
+    "tied: head saved": dict(keys=["q_proj"], modules_to_save=["lm_head"]),
+    "tied: both saved": dict(keys=(), modules_to_save=["lm_head", "embed_tokens"], embedding_side="input"),
+    "tied: tokens of both": dict(keys=(), trainable_token_indices={"embed_tokens": [5], "lm_head": [7, 90]}),
+    "tied: embedding": dict(keys=["embed_tokens"], embedding_side="input"),
+    "tokens of a head": dict(keys=["q_proj"], trainable_token_indices={"lm_head": [7, 90]}),
+    "ia3": dict(method="ia3", rank=None, keys=["k_proj", "down_proj", "lm_head"]),
+    "ia3, inputs": dict(method="ia3", rank=None, keys=["q_proj", "up_proj"], feedforward_modules=["up_proj"]),
     "embedding, input": dict(keys=["model.embed_tokens"], embedding_side="input"),
     "embedding saved, input": dict(keys=["v_proj"], modules_to_save=["embed_tokens"], embedding_side="input"),
 }  # fmt: skip
@@ -83,7 +94,7 @@ def move(model, size=0.05) -> None:
 @pytest.mark.parametrize("base", list(BASES))
 @pytest.mark.parametrize("name", list(SETTINGS))
 def test_attach_save_mount_and_fuse(name, base, tokens, tmp_path):
-    model = make(base, TIED if name.startswith("tokens") else BIASED)
+    model = make(base, TIED if name.startswith(("tokens alone", "tied")) else BIASED)
     before = model(tokens)
     attach(model, AdapterConfig(**{"rank": 4, "num_layers": -1, **SETTINGS[name]}))
     assert_close(model(tokens), before, 2e-6, "attach is not the identity")
@@ -123,12 +134,13 @@ def test_mlx_lm_refuses_folders_with_settings_it_does_not_have(tmp_path, tokens)
     from mlx_lm.tuner.utils import load_adapters
 
     for name, settings in SETTINGS.items():
-        model = make("dense")
+        config = TIED if name.startswith("tied") else BIASED
+        model = make("dense", config)
         attach(model, AdapterConfig(**{"rank": 4, "num_layers": -1, **settings}))
         move(model)
         live = model(tokens)
-        folder = save_adapter(extract(model), tmp_path / name.replace(",", ""))
-        theirs = make("dense")
+        folder = save_adapter(extract(model), tmp_path / name.replace(",", "").replace(":", ""))
+        theirs = make("dense", config)
         own = "mlx_lora" in json.loads((folder / "adapter_config.json").read_text())
         assert own == (name not in ("lora", "rslora", "dora", "patterns", "some layers", "embedding")), name
         if own:
@@ -157,9 +169,8 @@ def test_input_only_leaves_a_tied_head_alone(settings, tokens):
     attach(model, AdapterConfig(**{"rank": 4, **settings}))
     move(model)
     assert mx.array_equal(model.model.embed_tokens.as_linear(x), head).item()
-    with pytest.raises(ConfigError, match="input only"):
-        fuse(model)
     unmount(model)
+    assert mx.array_equal(model.model.embed_tokens.as_linear(x), head).item()
     both = AdapterConfig(**{"rank": 4, **settings, "embedding_side": "both"})
     attach(model, both)
     move(model)
@@ -181,8 +192,8 @@ def test_trained_tokens_are_rows_on_both_sides(tokens):
 @pytest.mark.parametrize(("config", "said"), [
     (dict(trainable_token_indices={"embed_tokens": [96]}), "beyond the vocabulary"),
     (dict(trainable_token_indices={"embed": [1]}), "no module 'embed'"),
-    (dict(modules_to_save=["lm_head"]), "no module 'lm_head'"),
-    (dict(keys=["lm_head"], modules_to_save=["embed_tokens"]), "matches no module"),
+    (dict(keys=["lm_head"], modules_to_save=["embed_tokens"]), "are one matrix"),
+    (dict(keys=["lm_head"], trainable_token_indices={"embed_tokens": [5]}), "act on the tied output head"),
     (dict(keys=["embed_tokens"], modules_to_save=["embed_tokens"]), "adapted and trained in full"),
     (dict(method="vera", keys=["embed_tokens"]), "vera does not adapt embedding"),
     (dict(lora_bias=True, keys=["embed_tokens"]), "lora_bias does not adapt embedding"),

@@ -32,6 +32,8 @@ SETTINGS = {
     "tokens": dict(trainable_token_indices={"embed_tokens": [1, 60, 90]}, keys=["q_proj"]),
     "input side": dict(keys=["v_proj"], modules_to_save=["embed_tokens"], embedding_side="input"),
     "full": dict(method="full", num_layers=2),
+    "tied head": dict(keys=["lm_head", "v_proj"]),
+    "tied head and embedding": dict(keys=["embed_tokens"], modules_to_save=["lm_head"], embedding_side="input"),
 }
 BASES = {"dense": None, "4-bit": Q4}
 CASES = [(name, base) for name in SETTINGS for base in BASES if (name, base) != ("full", "4-bit")]
@@ -176,7 +178,7 @@ def test_an_error_while_mounting_keeps_the_adapter(late, base, acceleration, mon
 @pytest.mark.parametrize("accelerated", [False, True], ids=["plain", "accelerated"])
 @pytest.mark.parametrize(("name", "base"), CASES)
 def test_unmount_restores_the_model(name, base, accelerated, acceleration, tokens):
-    model = make(base)
+    model = make(base, TIED if name.startswith("tied") else BIASED)
     if accelerated:
         accelerate(model)
     before, logits = contents(model), model(tokens)
@@ -301,7 +303,7 @@ def test_set_dtype_reaches_everything(name, tokens, monkeypatch):
 
 @pytest.mark.parametrize(("name", "base"), CASES)
 def test_disabled_is_the_base_and_then_the_adapter_again(name, base, acceleration, tokens):
-    model = make(base)
+    model = make(base, TIED if name.startswith("tied") else BIASED)
     accelerate(model)
     logits = model(tokens)
     attach(model, settings(name))
@@ -350,7 +352,7 @@ def test_several_adapters_cannot_be_disabled():
 @pytest.mark.parametrize("compiled", [False, True], ids=["traced", "compiled"])
 @pytest.mark.parametrize(("name", "base"), CASES)
 def test_disabled_inside_a_loss(name, base, compiled, tokens):
-    model = make(base)
+    model = make(base, TIED if name.startswith("tied") else BIASED)
     reference = model(tokens)
     mx.eval(reference)
     attach(model, settings(name))
@@ -449,13 +451,15 @@ def test_a_layer_that_a_model_uses_twice_is_counted_once():
     assert counts[0] == counts[1] and counts[0][0] > counts[0][1]
 
 
-def test_tied_embeddings_keep_the_head(tokens):
-    """The head's embedding inside UntiedEmbedding is found by set_dtype, and is no module of the base."""
+def test_a_split_embedding_is_two_modules_and_one_again(tokens):
+    """The head is found by set_dtype; the paths are those of a model with a head of its own."""
     model = make("4-bit", TIED)
-    head = model.model.embed_tokens
+    embedding, before = model.model.embed_tokens, set(adaptable(model))
     attach(model, settings("input side"))
-    assert model.model.embed_tokens.head is head
-    assert not any(".head" in path for path in adaptable(model))
+    assert model.model.embed_tokens.lm_head.weight is embedding.weight
+    assert set(adaptable(model)) == before | {"lm_head"}
+    unmount(model)
+    assert model.model.embed_tokens is embedding and set(adaptable(model)) == before
 
 
 def test_an_untied_embedding_is_fused_over_a_quantized_one(tokens):

@@ -14,21 +14,35 @@ import mlx.core as mx
 from ...adapter import raise_faults
 from ...config import AdapterConfig, match_pattern
 from ...errors import ConfigError, FormatError
-from ..files import wrong_settings
+from ..files import AGAIN, wrong_settings
 from ..options import ReadOptions
-from .names import CONFIG, EMBEDDING_NAME
+from . import as_lora
+from .names import CONFIG
 
-_TYPES = ("LORA", "DORA", "VERA", "TRAINABLE_TOKENS")
-# Settings that change what the tensors mean, and are not converted, unless their value switches them off.
+_TYPES = ("LORA", "DORA", "VERA", "IA3", "TRAINABLE_TOKENS", "LN_TUNING", *as_lora.TYPES)
+# Methods that are no update of weights: PEFT cannot merge them either.
+_PROMPTS = (
+    "PROMPT_TUNING",
+    "PREFIX_TUNING",
+    "P_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "ADAPTION_PROMPT",
+    "CPT",
+    "CARTRIDGE",
+)
+_ROUTED = ("XLORA", "POLY", "MIXED")  # several adapters, chosen anew for every input
+_MERGE = "Merge it in PEFT (model.merge_and_unload(), then model.save_pretrained) and use the merged model."
+_NOT_MERGED = "It depends on the input, so it cannot be merged either: use it in PEFT."
+# Settings that change what the tensors mean, and are not converted, unless their value switches them off: their names,
+# and what to do. (VeLoRA changes the backward pass alone.)
 _VARIANTS = {
-    "layer_replication": "layer replication",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "BD-LoRA",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow",
-    "velora_config": "VeLoRA",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
+    "layer_replication": ("layer replication, which makes a model of more layers", _MERGE),
+    "use_qalora": ("QA-LoRA, which averages the inputs of groups", _MERGE),
+    "use_bdlora": ("BD-LoRA, whose matrices are block-diagonal", _MERGE),
+    "kasa_config": ("KaSA, which truncates the base's weights", _MERGE),
+    "monteclora_config": ("MonteCLoRA, which samples the update", _MERGE),
+    "alora_invocation_tokens": ("activated LoRA, which acts only after its invocation tokens", _NOT_MERGED),
+    "arrow_config": ("Arrow, which chooses among several adapters", _NOT_MERGED),
 }
 _TYPES_OF = {
     **dict.fromkeys(("target_parameters", "token_indices", "modules_to_save"), list),
@@ -48,8 +62,15 @@ def check_config(raw: dict[str, Any], source: Path) -> None:
             f'If PEFT made it, write "peft_type": "LORA" into {CONFIG}.',
         )
     if kind not in _TYPES:
-        raise FormatError(f"{source}: peft_type {kind} is not converted ({', '.join(_TYPES)} are)", "Merge it in PEFT.")
-    faults = [f"{source}: {variant} ({name}) is not converted" for name, variant in _VARIANTS.items() if raw.get(name)]
+        hint, why = _MERGE, f"({', '.join(_TYPES)} are)"
+        if kind in (*_PROMPTS, *_ROUTED):
+            hint = _NOT_MERGED
+            why = "(it adds vectors to the prompt)" if kind in _PROMPTS else "(it chooses among several adapters)"
+        raise FormatError(f"{source}: peft_type {kind} is not converted {why}", hint)
+    given = {name: variant for name, variant in _VARIANTS.items() if raw.get(name)}
+    faults = [f"{source}: {what} ({name}), is not converted" for name, (what, _) in given.items()]
+    hints = [hint for _, hint in given.values()]
+    hint = _NOT_MERGED if _NOT_MERGED in hints else _MERGE if hints else AGAIN
     if raw.get("bias", "none") not in ("none", "all", "lora_only", "vera_only"):
         faults.append(f"{source}: unknown bias {raw['bias']!r}")
     faults += [
@@ -60,12 +81,12 @@ def check_config(raw: dict[str, Any], source: Path) -> None:
     names = raw.get("target_parameters") or []
     if isinstance(names, list) and not all(isinstance(name, str) for name in names):
         faults.append(f"{source}: target_parameters must be names")
-    raise_faults(faults, "Merge it into the model in PEFT.", FormatError)
+    raise_faults(faults, hint, FormatError)
 
 
 def method_of(raw: dict[str, Any]) -> str:
-    if raw["peft_type"] == "VERA":
-        return "vera"
+    if raw["peft_type"] in ("VERA", "IA3"):
+        return raw["peft_type"].lower()
     return "dora" if raw.get("use_dora") or raw["peft_type"] == "DORA" else "lora"
 
 
@@ -104,31 +125,32 @@ def adapter_config(
     peft_paths: dict[str, str],
     source: Path,
     options: ReadOptions,
+    sides: str,
 ) -> AdapterConfig:
     """``raw`` as an ``AdapterConfig`` for the arrays ``weights``.
 
     Args:
         ranks, scales: by our module path.
-        peft_paths: PEFT's module path by ours.
+        peft_paths: PEFT's module path by ours; also of tensors that repeat others.
         source: the folder, for errors.
+        sides: the ``embedding_side``.
     """
     method = method_of(raw)
-    settings: dict[str, Any] = {"method": method, "num_layers": -1}
+    settings: dict[str, Any] = {"method": method, "num_layers": -1, "embedding_side": sides}
     with config_errors(source):
         if method == "vera":
             settings |= {"rank": raw["r"], "dropout": raw.get("vera_dropout", 0.0)}
             settings |= {k: raw[k] for k in ("projection_prng_key", "save_projection", "d_initial") if k in raw}
-        elif raw["peft_type"] != "TRAINABLE_TOKENS":
+        elif method == "ia3":
+            vectors = {n.removesuffix(".ia3_l"): w for n, w in weights.items() if n.endswith(".ia3_l")}
+            settings["feedforward_modules"] = sorted(path for path, w in vectors.items() if w.shape[0] == 1)
+        elif raw["peft_type"] not in ("TRAINABLE_TOKENS", "LN_TUNING"):  # which have no rank
             rank, alpha = raw["r"], raw.get("lora_alpha", 8)
             scale = alpha / (math.sqrt(rank) if raw.get("use_rslora") else float(rank))
             settings |= {"rank": rank, "scale": scale, "dropout": raw.get("lora_dropout", 0.0)}
             settings["rank_pattern"] = {f"^{re.escape(p)}": r for p, r in sorted(ranks.items()) if r != rank}
             settings["scale_pattern"] = {f"^{re.escape(p)}": s for p, s in sorted(scales.items()) if s != scale}
             settings["lora_bias"] = bool(raw.get("lora_bias"))
-        if any(n.endswith((".lora_a", ".weight")) and EMBEDDING_NAME.search(n[:-7]) for n in weights):
-            tied = raw.get("ensure_weight_tying") and not any(n.endswith("lm_head.lora_a") for n in weights)
-            untied = options.known_base is not None and not options.known_base.tied
-            settings["embedding_side"] = "both" if tied or untied else "input"
         bias = raw.get("bias", "none")
         settings["bias"] = "lora_only" if bias == "vera_only" else bias
         full = _full_modules(raw, weights, peft_paths, source)
@@ -142,7 +164,7 @@ def adapter_config(
 def _full_modules(raw, weights, peft_paths, source: Path) -> tuple[str, ...]:
     """The modules whose own parameters are saved: ``modules_to_save``, and those with a bias where ``bias`` is none."""
     paths = {n.rpartition(".")[0] for n in weights if n.endswith((".weight", ".bias"))}
-    theirs = {peft_paths.get(path, path) for path in paths}
+    theirs = set(peft_paths.values())
     absent = [n for n in raw.get("modules_to_save") or [] if not any(f".{n}." in f".{path}." for path in theirs)]
     if absent:
         raise FormatError(

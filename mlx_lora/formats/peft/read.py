@@ -8,15 +8,19 @@ from typing import Any
 import mlx.core as mx
 
 from ...adapter import Adapter, raise_faults
+from ...config import AdapterConfig
 from ...errors import FormatError
 from ..files import read_json, read_safetensors
-from ..options import ReadOptions
+from ..options import EMBEDDINGS, ReadOptions, is_embedding
 from ..torch.read import read_torch
 from . import experts
+from .as_lora import as_lora
 from .config import adapter_config, check_config, method_of, rank_and_scale_rules
+from .fields import unused_fields
 from .init import changes_base, for_published_base
-from .names import CONFIG, EMBEDDING_NAME, PICKLE, SHARED_KEYS, WEIGHTS, split_name
+from .names import CONFIG, PICKLE, SHARED_KEYS, WEIGHTS, split_name
 
+_OTHER_TENSORS = "Convert adapters of linear layers and embeddings; merge others in PEFT (model.merge_and_unload())."
 _TENSORS_ONLY = "Save only the adapter's state dict, a dict of names and tensors."
 _VECTORS = ("m", "vera_lambda_d", "vera_lambda_b")
 
@@ -65,22 +69,28 @@ def _read_pickle(path: Path) -> dict[str, mx.array]:
 
 def from_tensors(tensors: dict[str, mx.array], raw: dict[str, Any], source: Path, options: ReadOptions) -> Adapter:
     """An adapter from PEFT's tensors and config; ``source`` names them in errors."""
+    original = raw
+    tensors, raw = as_lora(tensors, raw, source)
     reader = _Reader(raw, source, options)
     for name, array in tensors.items():
         reader.add(name, array)
-    raise_faults([f"{source}: {fault}" for fault in reader.faults], "Convert adapters of linear layers.", FormatError)
+    raise_faults([f"{source}: {fault}" for fault in reader.faults], _OTHER_TENSORS, FormatError)
     reader.stack_experts()
     reader.unpack_experts()
     reader.set_ranks_and_scales()
     reader.check_magnitudes()
     reader.drop_tied_copies()
-    peft = {"saved": reader.pop_base_weights()}  # kept by ``write`` for the way back
+    # Kept by ``write`` for the way back.
+    peft = {"saved": reader.pop_base_weights(), "type": original["peft_type"], "fields": unused_fields(original)}
     if raw.get("fan_in_fan_out"):
         peft["fan_in_fan_out"] = raw["fan_in_fan_out"]
     if reader.moe:
         peft["moe"] = reader.moe
-    config = adapter_config(raw, reader.weights, reader.ranks, reader.scales, reader.peft_paths, source, options)
-    adapter = Adapter(config, reader.weights, base=raw.get("base_model_name_or_path"), metadata={"peft": peft})
+    metadata = {"peft": peft, EMBEDDINGS: sorted(reader.embeddings)}
+    sides = reader.embedding_side(metadata)
+    paths = reader.peft_paths
+    config = adapter_config(raw, reader.weights, reader.ranks, reader.scales, paths, source, options, sides)
+    adapter = Adapter(config, reader.weights, base=raw.get("base_model_name_or_path"), metadata=metadata)
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and changes_base(init):
         adapter = for_published_base(adapter, init, source, options)
@@ -97,6 +107,7 @@ class _Reader:
         self.ranks: dict[str, int] = {}
         self.scales: dict[str, float] = {}
         self.peft_paths: dict[str, str] = {}  # PEFT's module path by ours
+        self.embeddings: set[str] = set()  # our paths of the adapted embeddings
         self.moe: str | None = None  # the layout of the experts
         self.faults: list[str] = []
         self._single: dict[tuple[str, str, str], dict[int, mx.array]] = {}  # (block, name, leaf): {expert: array}
@@ -106,9 +117,11 @@ class _Reader:
         """Take in one tensor of PEFT's, or note why it cannot be converted."""
         if name in SHARED_KEYS:
             return self._put(SHARED_KEYS[name], array, name)
+        if ".lora_velora_" in name:  # VeLoRA's, for the backward pass
+            return
         parts = split_name(name)
         if parts is None:
-            self.faults.append(f"{name}: not an array of LoRA, DoRA or VeRA")
+            self.faults.append(f"{name}: not an array of LoRA, DoRA, VeRA or (IA)^3")
             return
         path, leaf, transposed = parts
         if transposed and array.ndim != 2:
@@ -123,6 +136,8 @@ class _Reader:
         else:
             ours = self.options.to_mlx(path)
             self.peft_paths[ours] = path
+            if ".lora_embedding_" in name:
+                self.embeddings.add(ours)
             array = array.reshape(-1) if leaf in _VECTORS else array
             self._put(f"{ours}.{leaf}", array.T if transposed else array, name)
 
@@ -202,6 +217,21 @@ class _Reader:
                 path += ".weight" * _covers(targets, f"{path}.weight")
                 self.ranks[ours], self.scales[ours] = self.rank_of(path), self.scale_of(path)
 
+    def embedding_side(self, metadata: dict[str, Any]) -> str:
+        """What the update of an embedding that is tied to the output head acts on.
+
+        PEFT adapts and trains the embedding and the head separately, except with ``ensure_weight_tying``.
+        """
+        base, weights = self.options.known_base, self.weights
+        if base is not None and not base.tied:
+            return "both"
+        probe = Adapter(AdapterConfig(), weights, metadata=metadata)
+        paths = {name.rpartition(".")[0] for name in weights if name.endswith((".lora_a", ".weight", *_VECTORS))}
+        if any(_is_head(path) for path in paths):
+            return "input"
+        tied = self.raw.get("ensure_weight_tying")
+        return "input" if not tied and any(is_embedding(path, probe, base) for path in paths) else "both"
+
     def check_magnitudes(self) -> None:
         method, present = method_of(self.raw), any(key.endswith(".m") for key in self.weights)
         if (method == "lora" and present) or (method == "dora" and self.weights and not present):
@@ -210,25 +240,39 @@ class _Reader:
                 f"Write use_dora as it was trained into {CONFIG}, or save or download the adapter again.",
             )
 
+        if both := sorted(path for path in self.embeddings if f"{path}.m" in self.weights):
+            raise FormatError(
+                f"{self.source}: {', '.join(both)}: PEFT's DoRA of an embedding has one magnitude per dimension, ours "
+                "one per token",
+                "Merge it in PEFT (model.merge_and_unload()), or train the embedding with LoRA.",
+            )
+
     def drop_tied_copies(self) -> None:
         """Drop what PEFT repeats on an output that is tied to the embedding.
 
         These are the trained rows of tokens and, with ``ensure_weight_tying``, the matrices of the embedding, exchanged
-        and transposed.
+        and transposed, and its weight.
         """
         weights, copies = self.weights, set()
         rows = [n for n in weights if n.endswith(".trainable_tokens")]
         for head in [n for n in rows if "lm_head" in n]:
             if any(n != head and mx.array_equal(weights[n], weights[head]).item() for n in rows):
                 copies.add(head)
-        adapted = [n[:-7] for n in weights if n.endswith(".lora_a")]
-        heads = [path for path in adapted if path.endswith("lm_head")] if self.raw.get("ensure_weight_tying") else []
-        for path in [path for path in adapted if EMBEDDING_NAME.search(path)]:
-            for head in heads:
-                a, b = weights[f"{path}.lora_a"], weights[f"{path}.lora_b"]
-                if mx.array_equal(weights[f"{head}.lora_a"], b.T) and mx.array_equal(weights[f"{head}.lora_b"], a.T):
-                    self.ranks.pop(head, None), self.scales.pop(head, None)
-                    copies |= {n for n in weights if n.startswith(head + ".")}
+        heads = {n.rpartition(".")[0] for n in weights if _is_head(n.rpartition(".")[0])}
+        for head in heads if self.raw.get("ensure_weight_tying") else ():
+            own = {n.rpartition(".")[2]: array for n, array in weights.items() if n.rpartition(".")[0] == head}
+            exchanged = {"lora_a": own.get("lora_b"), "lora_b": own.get("lora_a")}
+            same = {
+                f"lora_{k}": v.T for k, v in (("a", exchanged["lora_a"]), ("b", exchanged["lora_b"])) if v is not None
+            }
+            if "weight" in own:
+                same["weight"] = own["weight"]
+            others = {n.rpartition(".")[0] for n in weights} - heads
+            if any(
+                all(_equal(weights.get(f"{path}.{leaf}"), array) for leaf, array in same.items()) for path in others
+            ):
+                self.ranks.pop(head, None), self.scales.pop(head, None)
+                copies |= {f"{head}.{leaf}" for leaf in own}
         self.weights = {n: w for n, w in weights.items() if n not in copies}
 
     def pop_base_weights(self) -> dict[str, mx.array]:
@@ -239,10 +283,21 @@ class _Reader:
         base, found = self.options.base, {}
         if base is not None and base.folder is not None:
             for name in [n for n in self.weights if n.endswith(".weight") and f"{n[:-7]}.lora_a" in self.weights]:
-                own = base.tensor(f"{self.peft_paths[name[:-7]]}.weight")
-                if own is not None and mx.array_equal(own, self.weights[name].astype(own.dtype)).item():
+                path = self.peft_paths[name[:-7]]
+                own = base.tensor(f"{path}.weight")
+                if own is None and _is_head(path) and base.tied:
+                    own = base.embedding_weight()
+                if own is not None and _equal(own, self.weights[name].astype(own.dtype)):
                     found[name] = self.weights.pop(name)
         return found
+
+
+def _is_head(path: str) -> bool:
+    return path.rpartition(".")[2] == "lm_head"
+
+
+def _equal(one: mx.array | None, other: mx.array) -> bool:
+    return one is not None and one.shape == other.shape and mx.array_equal(one, other).item()
 
 
 def _covers(targets: list[str], path: str) -> bool:

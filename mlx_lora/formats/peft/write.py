@@ -16,23 +16,25 @@ import mlx.core as mx
 
 from ...adapter import Adapter, raise_faults, split_layer
 from ...base.names import BaseModel
-from ...config import AdapterConfig
+from ...config import UNSCALED, AdapterConfig
 from ...errors import FormatError
 from ..files import write_json, write_safetensors
-from ..options import MERGE, NAME_BASE, WriteOptions
+from ..options import MERGE, NAME_BASE, WriteOptions, is_embedding
 from ..uniform import integral, uniform, vera_as_lora
 from . import experts
-from .names import CONFIG, EMBEDDING, EMBEDDING_NAME, LINEAR, PREFIX, SHARED_KEYS, WEIGHTS
+from .fields import kept_fields
+from .names import CONFIG, EMBEDDING, LINEAR, PREFIX, SHARED_KEYS, WEIGHTS
 
 
 def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
-    if (method := adapter.config.method) not in ("lora", "dora", "vera"):
+    if (method := adapter.config.method) not in _PEFT_TYPES:
         fault = (
             "PEFT has no adapters of fully trained weights" if method == "full" else f"PEFT has no {method} adapters"
         )
         raise FormatError(fault, "Save it as mlx-lm, or merge it into a model: convert --to merged.")
     if not adapter.modules:
-        return _write_tokens(adapter, folder, options)
+        write_alone = _write_tokens if adapter.tokens else _write_modules
+        return write_alone(adapter, folder, options)
     if options.profile == "serving":
         adapter = _for_serving(adapter, options)
     layout = options.moe or ("per_expert" if options.profile else adapter.metadata.get("peft", {}).get("moe"))
@@ -53,6 +55,9 @@ def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     writer.experts(stacks, layout or "target_parameters")
     writer.extras()
     _write_files(folder, writer.tensors, writer.config(exact))
+
+
+_PEFT_TYPES = {"lora": "LORA", "dora": "LORA", "vera": "VERA", "ia3": "IA3"}  # by our method
 
 
 def _write_files(folder: Path, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
@@ -77,14 +82,14 @@ def _expert_stacks(adapter: Adapter) -> list[str]:
 def _write_tokens(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     """Write an adapter that is trained rows of one embedding and nothing else."""
     if len(adapter.tokens) != 1 or adapter.full_parameters or options.profile or options.moe:
-        fault = "PEFT has no adapters of full modules alone, nor of rows of several embeddings"
+        fault = "PEFT has no adapters of the rows of several embeddings without LoRA, nor of rows and full modules"
         raise FormatError(fault, MERGE)
     (path, (ids, rows)) = next(iter(adapter.tokens.items()))
     base = options.known_base
     name = _to_hf(path, base)
     raw = {
+        **kept_fields(adapter, "TRAINABLE_TOKENS"),
         "peft_type": "TRAINABLE_TOKENS",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base,
         "target_modules": [name],
         "token_indices": list(ids),
@@ -97,11 +102,37 @@ def _write_tokens(adapter: Adapter, folder: Path, options: WriteOptions) -> None
     _write_files(folder, tensors, raw)
 
 
+def _write_modules(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
+    """Write an adapter of full modules alone as LN_TUNING (arXiv:2312.11420), which holds copies of any modules."""
+    base = options.known_base
+    paths = sorted({name.rpartition(".")[0] for name in adapter.full_parameters})
+    faults = [
+        f"{path}: PEFT trains an embedding in full only besides LoRA"
+        for path in paths
+        if is_embedding(path, adapter, base)
+    ]
+    faults += ["PEFT has no adapters of biases alone"] if adapter.config.bias != "none" else []
+    faults += ["servers such as vLLM take LoRA only"] if options.profile or options.moe else []
+    raise_faults(faults, MERGE, FormatError)
+    raw = {
+        **kept_fields(adapter, "LN_TUNING"),
+        "peft_type": "LN_TUNING",
+        "base_model_name_or_path": adapter.base,
+        "target_modules": [_to_hf(path, base) for path in paths],
+        "inference_mode": True,
+    }
+    tensors = {}
+    for name, array in adapter.full_parameters.items():
+        path, _, leaf = name.rpartition(".")
+        tensors[f"{PREFIX}{_to_hf(path, base)}.ln_tuning_layers.{leaf}"] = array
+    _write_files(folder, tensors, raw)
+
+
 def _for_serving(adapter: Adapter, options: WriteOptions) -> Adapter:
     """``adapter`` as vLLM and similar servers take it: LoRA only, one rank, one integer alpha."""
     config, faults = adapter.config, []
-    if config.method == "dora":
-        faults.append("DoRA: vLLM and similar servers take LoRA only")
+    if config.method in ("dora", "ia3"):
+        faults.append(f"{config.method}: vLLM and similar servers take LoRA only")
     if adapter.full_parameters:
         faults.append(f"{len(adapter.full_parameters)} fully trained parameters (modules_to_save or bias)")
     if adapter.tokens:
@@ -168,7 +199,7 @@ class _Writer:
     def module(self, path: str) -> None:
         """Add one linear layer or embedding."""
         adapter, name = self.adapter, _to_hf(path, self.base)
-        embedding = bool(EMBEDDING_NAME.search(path))
+        embedding = is_embedding(path, adapter, self.base)
         if embedding and adapter.config.method != "lora":
             raise FormatError(
                 f"{path}: {adapter.config.method} of an embedding has magnitudes by token, which PEFT does not support",
@@ -179,17 +210,21 @@ class _Writer:
             if array is not None:
                 self.tensors[f"{PREFIX}{name}.{theirs}"] = array.T if leaf in ("lora_a", "lora_b") else array
         self.targets.append(name)
-        if adapter.config.method == "vera":
+        if adapter.config.method in UNSCALED:
             return
         rank, scale = adapter.rank_of(path), adapter.config.scale_of(path)
         self._size(name, rank, scale)
-        if embedding and adapter.config.embedding_side == "both" and self._tied(path):
+        if embedding and self._trained_on_both_sides(path):
             head = "lm_head"
             self.tensors[f"{PREFIX}{head}.lora_A.weight"] = adapter.weights[f"{path}.lora_b"]
             self.tensors[f"{PREFIX}{head}.lora_B.weight"] = adapter.weights[f"{path}.lora_a"]
             self.targets.append(head)
             self._size(head, rank, scale)
             self.extra["ensure_weight_tying"] = True
+
+    def _trained_on_both_sides(self, path: str) -> bool:
+        """Whether PEFT needs ``ensure_weight_tying`` for the embedding at ``path`` and the head to stay one matrix."""
+        return self.adapter.config.embedding_side == "both" and self._tied(path)
 
     def _tied(self, path: str) -> bool:
         if self.base is None:
@@ -256,8 +291,9 @@ class _Writer:
             theirs = _to_hf(path, self.base)
             inside = ".base_layer" if path in adapted else ""
             self.tensors[f"{PREFIX}{theirs}{inside}.{leaf}"] = array
-            if inside and "ensure_weight_tying" in self.extra and EMBEDDING_NAME.search(path):
-                self.tensors[f"{PREFIX}lm_head.base_layer.{leaf}"] = array
+            if leaf == "weight" and is_embedding(path, adapter, self.base) and self._trained_on_both_sides(path):
+                self.tensors[f"{PREFIX}lm_head{inside}.{leaf}"] = array
+                self.extra["ensure_weight_tying"] = True
             if leaf != "bias" or adapter.config.bias == "none":
                 saved.update([theirs] if not inside else [])
         if saved:
@@ -278,8 +314,8 @@ class _Writer:
         adapter = self.adapter
         method = adapter.config.method
         raw: dict[str, Any] = {
-            "peft_type": "VERA" if method == "vera" else "LORA",
-            "task_type": "CAUSAL_LM",
+            **kept_fields(adapter, _PEFT_TYPES[method]),
+            "peft_type": _PEFT_TYPES[method],
             "base_model_name_or_path": adapter.base,
             "r": exact.rank,
             "bias": "none",
@@ -290,7 +326,10 @@ class _Writer:
         router = [t for t in self.targets if self._is_router(t)] if self.parameters else []
         modules = [t for t in self.targets if "{}" not in t and t not in router]
         per_expert = sorted({t.rpartition(".")[2] for t in self.targets if "{}" in t})
-        targets, layers = _targets(modules) if modules and not per_expert and not self.parameters else (modules, None)
+        short = (
+            modules and not per_expert and not self.parameters and method != "ia3"
+        )  # which has no layers_to_transform
+        targets, layers = _targets(modules) if short else (modules, None)
         raw["target_modules"] = sorted(targets) + per_expert
         if layers is not None:
             raw["layers_to_transform"] = layers
@@ -308,6 +347,10 @@ class _Writer:
                 "init_weights": True,
             }
             return {**raw, **self.extra}
+        if method == "ia3":
+            inputs = [p for p in adapter.modules if adapter.weights[f"{p}.ia3_l"].shape[0] == 1]
+            raw = {name: value for name, value in raw.items() if name not in ("r", "bias")}
+            return {**raw, "feedforward_modules": [_to_hf(p, self.base) for p in inputs], **self.extra}
         alpha = integral(exact.scale * exact.rank)
         raw |= {"lora_alpha": alpha, "lora_dropout": exact.dropout, "use_dora": method == "dora"}
         raw["init_lora_weights"] = True

@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
+from pathlib import Path
+from typing import Any
 
 import click
 
 from .. import __version__
-from ..errors import ConfigError, MLXLoRAError
+from ..errors import ConfigError, MLXLoRAError, MLXLoRAWarning
 
 # Command -> (module, line in `mlx-lora --help`). A module is imported when its command is used.
 COMMANDS = {
@@ -81,6 +84,7 @@ def main(args: list[str] | None = None) -> None:
     # Without PyTorch transformers warns that it is missing; it is not needed here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.showwarning = _show_warning
     try:
         code = cli.main(args, prog_name="mlx-lora", standalone_mode=False)
     except MLXLoRAError as error:
@@ -96,6 +100,7 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("MLX_LORA_DEBUG"):
             raise
+        _failed_write(error)
         text = str(error).strip().splitlines()
         fail(
             f"{type(error).__name__}: {text[0] if text else 'no message'}",
@@ -103,6 +108,23 @@ def main(args: list[str] | None = None) -> None:
             1,
         )
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(message: Warning, category: type[Warning], *where: Any, **_: Any) -> None:
+    """Print a warning of ours as ``Warning:``, and others as Python does."""
+    if issubclass(category, MLXLoRAWarning):
+        return click.echo(click.style("Warning: ", fg="yellow") + str(message), err=True)
+    click.echo(warnings.formatwarning(message, category, *where[:2]), err=True, nl=False)
+
+
+def _failed_write(error: Exception) -> None:
+    """Exit with a message where the system refused a write that no other code expected; return where it is not one."""
+    if isinstance(error, OSError):
+        from ..base.writing import WRITE_ERRORS, failed_write
+
+        if error.errno in WRITE_ERRORS:
+            known = failed_write(Path(error.filename or "the output"), error)
+            fail(known.message, known.hint, 1)
 
 
 def _misused(error: click.ClickException, args: list[str]) -> None:

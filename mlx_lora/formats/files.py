@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..adapter import FINGERPRINT, Adapter
 from ..base.writing import sync, writing
 from ..errors import FormatError, MLXLoRAError
 
@@ -104,6 +105,14 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
         raise FormatError(f"{path}: is not a complete safetensors file ({error})", AGAIN) from None
 
 
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The text metadata of a safetensors file that ``read_safetensors`` has checked."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
+
+
 def read_npz(path: Path) -> dict[str, mx.array]:
     """The arrays of a NumPy archive. Arrays of Python objects, which are pickles, are refused."""
     import zipfile
@@ -173,12 +182,35 @@ def array_bytes(array: mx.array) -> memoryview:
     return memoryview(np.array(flat, copy=False)).cast("B")
 
 
-def write_folder(folder: Path, write: Callable[[Path], None], *, needed: int | None = None, kept: str = "") -> None:
+def fingerprint_text(adapter: Adapter) -> dict[str, str]:
+    """The fingerprint of an adapter's base as an entry of a file's text metadata; none where it is not known."""
+    found = adapter.metadata.get(FINGERPRINT)
+    return {FINGERPRINT: json.dumps(found)} if found else {}
+
+
+def stored_fingerprint(text: Any) -> dict[str, Any]:
+    """The entry of ``Adapter.metadata`` for what ``fingerprint_text`` made; none for anything else."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return {FINGERPRINT: found}
+
+
+def write_folder(
+    folder: Path,
+    write: Callable[[Path], None],
+    *,
+    before: Callable[[], Any] = lambda: None,
+    needed: int | None = None,
+    kept: str = "",
+) -> None:
     """Call ``write`` with a temporary folder, then move its files into ``folder``, each by an atomic rename.
 
     If ``write`` raises, ``folder`` stays as it was. The files are renamed in the order of their names.
 
     Args:
+        before: called after all files are written, before the first rename.
         needed, kept: for the error, see ``writing``.
 
     Raises: FormatError.
@@ -194,6 +226,7 @@ def write_folder(folder: Path, write: Callable[[Path], None], *, needed: int | N
                 if (folder / file.name).is_dir():
                     raise IsADirectoryError(f"{file.name} is a folder")
                 sync(file)
+            before()
             for file in files:
                 os.replace(file, folder / file.name)
             with suppress(OSError):  # some file systems cannot sync a folder
@@ -206,10 +239,12 @@ def write_folder(folder: Path, write: Callable[[Path], None], *, needed: int | N
 
 
 def file_digest(path: Path, whole: int = 1 << 26, pieces: int = 1024) -> str:
-    """A hash of a file: of all its bytes, or above ``whole`` bytes of its size and ``pieces`` pieces over its length."""
+    """A hash of a file: of all its bytes or, above ``whole`` bytes, of its size and of ``pieces`` pieces."""
     length, piece = path.stat().st_size, whole // pieces
+    starts = range(0, length, piece)
+    if length > whole:
+        starts = [i * (length - piece) // (pieces - 1) for i in range(pieces)]
     digest = hashlib.sha256(str(length).encode())
-    starts = range(0, length, piece) if length <= whole else [i * (length - piece) // (pieces - 1) for i in range(pieces)]
     with path.open("rb") as file:
         for start in starts:
             file.seek(start)

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..adapter import Adapter, raise_faults, split_layer
+from ..adapter import FINGERPRINT, Adapter, raise_faults, split_layer
 from ..config import AdapterConfig
 from ..errors import ConfigError, FormatError
 from .files import read_json, read_npz, read_safetensors, write_json, write_safetensors, wrong_settings
@@ -33,7 +33,7 @@ _NO_CONFIG = (
     "(mlx-lm's scale was 20: --alpha 160 at rank 8)."
 )
 _AS_TRAINED = 'Write there how it was trained, such as "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0}.'
-_WRITTEN = {"fine_tune_type", "num_layers", "lora_parameters", "model", OWN}
+_WRITTEN = {"fine_tune_type", "num_layers", "lora_parameters", "model", OWN, FINGERPRINT}
 
 
 def detect(path: Path) -> bool:
@@ -50,6 +50,7 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
     config = parse_config(raw, folder / CONFIG, options)
     weights = {name: _unflatten(name, array, weights) for name, array in weights.items()}
     metadata = {"mlx-lm": {k: v for k, v in raw.items() if k not in _WRITTEN and not k.startswith("unsloth_")}}
+    metadata |= {FINGERPRINT: raw[FINGERPRINT]} if FINGERPRINT in raw else {}
     adapter = Adapter(config, weights, base=raw.get("model") or raw.get("base_model_name_or_path"), metadata=metadata)
     folded = (config.rank_pattern or config.scale_pattern) and OWN not in raw
     return unfold(adapter) if folded else adapter
@@ -164,6 +165,8 @@ def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     raw = {**adapter.metadata.get("mlx-lm", {}), "fine_tune_type": config.method, "num_layers": config.num_layers}
     if adapter.base:
         raw["model"] = adapter.base
+    if fingerprint := adapter.metadata.get(FINGERPRINT):
+        raw[FINGERPRINT] = fingerprint
     if config.method == "full":
         raw["lora_parameters"] = None
     elif not expressible(adapter):

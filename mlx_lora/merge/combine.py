@@ -24,7 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..adapter import Adapter, explicit_config, raise_faults
+from ..adapter import FINGERPRINT, Adapter, explicit_config, raise_faults
 from ..base.modules import dims
 from ..base.vera import adapter_as_lora
 from ..errors import AdapterError, ConfigError
@@ -133,7 +133,9 @@ def merge_adapters(
         new |= _as_stored(path, a, b, have[0][0].weights[f"{path}.lora_a"].dtype)
     config = explicit_config(adapters[0].config, ranks, dict.fromkeys(ranks, 1.0))
     bases = {adapter.base for adapter in adapters}
-    return Adapter(config, new, base=bases.pop() if len(bases) == 1 else None)
+    prints = [adapter.metadata.get(FINGERPRINT) for adapter in adapters]
+    metadata = {FINGERPRINT: prints[0]} if prints[0] and all(one == prints[0] for one in prints) else {}
+    return Adapter(config, new, base=bases.pop() if len(bases) == 1 else None, metadata=metadata)
 
 
 def as_lora(model: nn.Module, adapter: Adapter) -> Adapter:

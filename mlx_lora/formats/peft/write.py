@@ -18,7 +18,7 @@ from ...adapter import Adapter, raise_faults, split_layer
 from ...base.names import BaseModel
 from ...config import AdapterConfig
 from ...errors import FormatError
-from ..files import write_json, write_safetensors
+from ..files import fingerprint_text, write_json, write_safetensors
 from ..options import MERGE, NAME_BASE, WriteOptions
 from ..uniform import integral, uniform, vera_as_lora
 from . import experts
@@ -52,11 +52,12 @@ def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
             writer.module(path)
     writer.experts(stacks, layout or "target_parameters")
     writer.extras()
-    _write_files(folder, writer.tensors, writer.config(exact))
+    _write_files(adapter, folder, writer.tensors, writer.config(exact))
 
 
-def _write_files(folder: Path, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
-    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+def _write_files(adapter: Adapter, folder: Path, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
+    # The fingerprint is among the metadata of the weights: PEFT warns of unknown entries in its config.
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt", **fingerprint_text(adapter)})
     write_json(folder / CONFIG, config)
 
 
@@ -94,7 +95,7 @@ def _write_tokens(adapter: Adapter, folder: Path, options: WriteOptions) -> None
     tensors = {f"{PREFIX}{name}.trainable_tokens_delta": rows}
     if base is not None and base.tied:
         tensors[f"{PREFIX}lm_head.trainable_tokens_delta"] = rows
-    _write_files(folder, tensors, raw)
+    _write_files(adapter, folder, tensors, raw)
 
 
 def _for_serving(adapter: Adapter, options: WriteOptions) -> Adapter:

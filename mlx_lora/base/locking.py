@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ConfigError, MLXLoRAError, MLXLoRAWarning
+from .writing import writing
 
 LOCK = ".mlx-lora.lock"
 
@@ -25,7 +26,8 @@ def locked(folder: Path, error: type[MLXLoRAError] = ConfigError) -> Iterator[No
     from filelock import FileLock, Timeout
 
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, error):
+        folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     lock = FileLock(str(path), timeout=0, thread_local=False)
     try:

@@ -34,7 +34,8 @@ _REASONS = {
         (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN), _GONE
     ),
 }
-WRITE_ERRORS = frozenset(_REASONS) - {errno.ENOENT}  # those that mean a failed write wherever they occur
+# Those that mean a failed write wherever they occur: a read, or the network, does not raise them.
+WRITE_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG))
 _PROBE = 1 << 16  # bytes
 
 

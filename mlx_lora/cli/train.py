@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def train(ctx: click.Context, **params: Any):
         console.note(f"Stopped and saved. Run the same command with --resume to continue. The adapter is in {folder}.")
         ctx.exit(130)
     if not params["test"] and not params["as_json"]:
-        _next_steps(params["model"], folder)
+        _next_steps(folder)
 
 
 def _test_only(data: DataConfig, config: TrainConfig, params: dict[str, Any]) -> None:
@@ -122,7 +123,8 @@ def _test_only(data: DataConfig, config: TrainConfig, params: dict[str, Any]) ->
     show_reports(reports, as_json=params["as_json"])
 
 
-def _next_steps(model: str, folder: Path) -> None:
+def _next_steps(folder: Path) -> None:
+    model = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("model")
     console.note()
     console.title("Next")
     for command in ("chat", "generate", "fuse"):

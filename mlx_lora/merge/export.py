@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from ..adapter import Adapter, raise_faults
 from ..base.loading import DTYPES, check_dtype
-from ..base.modules import kind
+from ..base.modules import kind, total_bytes
 from ..base.names import BaseModel
 from ..base.origin import base_of
 from ..base.saving import saved_config, write_model_folder
@@ -74,7 +74,10 @@ def export_merged(
     if as_gguf:
         write_gguf(target, tensors, config, facts.folder)
     else:
-        write_model_folder(target, facts.folder, lambda folder: _write(folder, tensors, config), overwrite)
+        needed = total_bytes(model)
+        write_model_folder(
+            target, facts.folder, lambda folder: _write(folder, tensors, config), overwrite, needed=needed
+        )
     return reports
 
 

@@ -8,6 +8,8 @@ earlier-1/                                  the files of a run that was in this 
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +52,7 @@ class RunFolder:
         self.settings: dict[str, Any] = {}
         self.identity: dict[str, Any] = {}
         self._saved: int | None = None  # iteration of the last checkpoint
+        self._device: int | None = None  # number of the file system
 
     def check(self, resume: bool) -> None:
         """Raise a ConfigError where a run cannot be written here, or where there is none to resume."""
@@ -74,6 +77,7 @@ class RunFolder:
             yield
             return
         with locked(self.path):
+            self._device = os.stat(self.path).st_dev
             for left in self.path.glob(f"{TEMPORARY}*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             yield
@@ -131,6 +135,8 @@ class RunFolder:
             replace(state, run=run).write(folder / STATE)
 
         def before() -> None:
+            if self._device not in (None, os.stat(self.path).st_dev):  # an empty mount point is left of the drive
+                raise OSError(errno.ENODEV, "the drive was removed")
             moved[0] = self.move_earlier_run() if move_earlier else None
 
         # The state is renamed last: whatever is interrupted, it is complete and not newer than the adapter.

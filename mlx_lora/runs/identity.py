@@ -30,6 +30,7 @@ _INSTEAD = {"scale": ("alpha", "rslora"), "alpha": ("scale",), "data": ("hf_data
 SHAPING = ("mask_prompt", "mask_turns", "max_seq_length")
 _OTHER_WEIGHTS = "base model: other weights, or weights that are quantized in another way"
 _FORCE = "Leave these options out to keep them, or add --force (in Python force=True) to change them."
+_SPLITS = {"train": "training", "valid": "validation"}
 _CONFIGS = {"data": DataConfig, "adapter": AdapterConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
 
 
@@ -40,7 +41,7 @@ def identify(settings: Settings, model: nn.Module, sets: Splits) -> dict[str, An
     facts = {
         "settings": settings_of(settings),
         "base": {"weights": digest(model), **_flat(config)},
-        "data": {split: getattr(getattr(sets, split), "digest", None) for split in ("train", "valid")},
+        "data": {split: _data_facts(getattr(sets, split)) for split in _SPLITS},
     }
     return json.loads(json.dumps(facts, default=str))
 
@@ -84,8 +85,11 @@ def check(saved: dict[str, Any], here: dict[str, Any], force: bool, folder: Any)
         return
     changed = _differences(saved["settings"], here["settings"])
     faults = [difference(name, *values) for name, values in changed.items() if name not in (*FREE, *FORCED)]
-    for split, word in (("train", "training"), ("valid", "validation")):
-        if saved["data"][split] != here["data"][split]:
+    for split, word in _SPLITS.items():
+        (rows, tokens), (rows_here, tokens_here) = saved["data"][split], here["data"][split]
+        if rows != rows_here:
+            faults.append(difference(f"rows of {word} data", rows, rows_here))
+        elif tokens != tokens_here:
             faults.append(OTHER_DATA.format(word))
     both = saved["base"].keys() & here["base"].keys()  # mlx-lm adds fields from version to version
     for name in sorted(key for key in both if saved["base"][key] != here["base"][key]):
@@ -101,6 +105,11 @@ def check(saved: dict[str, Any], here: dict[str, Any], force: bool, folder: Any)
         )
     for text in (*forced, *_stretched(saved["settings"], here["settings"])):
         warnings.warn(f"The run continues with another setting: {text}", MLXLoRAWarning, stacklevel=2)
+
+
+def _data_facts(rows: Any) -> tuple[int, str | None]:
+    """(number of rows, hash of their tokens and masks); a data set of a class of the caller's has no hash."""
+    return (0, None) if rows is None else (len(rows), getattr(rows, "digest", None))
 
 
 def _differences(saved: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

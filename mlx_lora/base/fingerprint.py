@@ -115,7 +115,9 @@ def _chosen(modules: dict[str, nn.Module]) -> list[nn.Module]:
 def _row(module: nn.Module, index: int) -> mx.array:
     rows = dims(module)[1]
     start = (2 * index + 1) * rows // (2 * _MODULES)
-    return _columns(some_rows(module, start, start + 1)[0])
+    values = _columns(some_rows(module, start, start + 1)[0])
+    mx.eval(values)  # one module at a time: a row of NF4 needs the whole weight
+    return values
 
 
 def _columns(vector: mx.array) -> mx.array:

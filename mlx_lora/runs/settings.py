@@ -124,7 +124,7 @@ def as_model(model: Any, needs_tokenizer: bool) -> Any:
         if model[1] is None and needs_tokenizer:
             raise ConfigError("model is a loaded model without its tokenizer, which reading the data needs", pair)
         return model
-    if not isinstance(model, (str, Path)) or not str(model).strip():
+    if not isinstance(model, (str, Path)):
         raise ConfigError(
             f"model must be a folder, a repository or a pair (model, tokenizer), not {model!r}",
             'Give model="Qwen/Qwen3-0.6B", a folder, or the pair that load returns.',

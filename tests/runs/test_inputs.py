@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mlx_lora
-from mlx_lora import AdapterConfig, DataConfig, TrainConfig
+from mlx_lora import AdapterConfig, DataConfig, TrainConfig, runs
 from mlx_lora.errors import AdapterError, ConfigError
 from mlx_lora.model.attach import adapters_on
 from mlx_lora.tiny_base import PATH, skill
@@ -49,7 +49,6 @@ def rows(loaded):
         ({"model": ("the tokenizer", "the model")}, "pair"),
         ({"model": ("the model", "the tokenizer", 3)}, "pair"),
         ({"model": None}, "model must be"),
-        ({"model": ""}, "model must be"),
         ({"model": 3}, "model must be"),
         ({"data": None}, "data must be"),
         ({"data": [{"text": "raw"}]}, "not a list"),
@@ -114,6 +113,13 @@ def test_reporters_may_be_one_name(data, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="wandb: the package is not installed"):
         monkeypatch.setitem(__import__("sys").modules, "wandb", None)
         list(mlx_lora.run(tmp_path / "a", model=PATH, data=data, report_to="wandb"))
+
+
+def test_measure_explains_the_same_mistakes(data, loaded):
+    with pytest.raises(ConfigError, match="without its tokenizer"):
+        runs.measure(loaded[0], data)
+    with pytest.raises(ConfigError, match="data must be"):
+        runs.measure(PATH, [{"text": "raw"}])
 
 
 def test_attach_takes_a_dict_and_mount_a_path(model, tmp_path):

@@ -428,7 +428,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(FormatError, match="disk full"):
         states[0].save(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 

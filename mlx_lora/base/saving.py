@@ -40,8 +40,8 @@ def check_target(
         raise error(f"{path}: already exists", "Choose another folder, or add --force to replace a folder.")
     if model and path.is_dir() and any([*path.glob("adapter*"), *path.glob("*/adapter*")]):
         raise error(f"{path}: holds an adapter, which the model would replace", "Choose another folder.")
-    check_unlocked(path, error)
     check_writable(path, error)
+    check_unlocked(path, error)
 
 
 def check_writable(path: Path, error: type[MLXLoRAError] = ModelError) -> None:

@@ -4,6 +4,7 @@ adapters.safetensors, adapter_config.json   the adapter of the last checkpoint, 
 0000100_adapters.safetensors                the weights of each checkpoint, by iteration
 training_state.safetensors                  the state that ``resume`` continues from
 earlier-1/                                  the files of a run that was in this folder before
+.mlx-lora.lock                              while a run or command writes here, see base/locking.py
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ class RunFolder:
         """Raise a ConfigError where a run cannot be written here, or where there is none to resume."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path}: is a file", "Choose another folder for the adapter.")
-        if is_main_process():
-            check_unlocked(self.path)
         if resume and not (self.path / STATE).exists():
             raise ConfigError(f"{self.path}: holds no {STATE} to resume", "Name the run's folder, or start a new run.")
         check_writable(self.path, ConfigError)
+        if is_main_process():
+            check_unlocked(self.path)
         # Formats share file names: a checkpoint written over another format's adapter would damage it.
         others = [name for name, form in FORMATS.items() if form is not mlx_lm and form.detect(self.path)]
         if others:

@@ -17,7 +17,7 @@ from ..errors import FormatError, TrainingError
 _KEY, _VERSION = "mlx_lora_training_state", 1
 _GROUPS = ("parameters", "optimizer", "pending")
 _DATA = "training data"
-OTHER_DATA = "{} data: other rows, another order, or other tokens to learn"
+OTHER_DATA = "{} data: other rows or another order, or the rows are tokenized or masked differently"
 
 
 @dataclass

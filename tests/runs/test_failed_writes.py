@@ -157,6 +157,19 @@ def test_the_command_line_says_it_and_exits_with_1(adapter, small_disk, tmp_path
     assert ended.value.code == 1 and "the disk is full" in err and "Hint: Free some space" in err and "bug" not in err
 
 
+def test_a_full_disk_that_no_code_expects_is_no_bug(monkeypatch, capsys):
+    from mlx_lora.cli import main
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "some/file")
+
+    monkeypatch.setattr(main.cli, "main", full)
+    with pytest.raises(SystemExit):
+        main.main(["doctor"])
+    err = capsys.readouterr().err
+    assert "some/file: cannot be written (the disk is full)" in err and "bug" not in err
+
+
 LIMITED = """
 import resource, sys
 import mlx_lora

@@ -76,7 +76,7 @@ def test_other_rows_or_another_order_are_refused(folder, tmp_path):
     swapped = [rows[1], rows[0], *rows[2:]]
     for number, other in enumerate((list(skill.rows("train", 17))[1:], swapped)):
         text = refused(
-            folder, write_rows(tmp_path / f"data{number}", other), "training data: other rows, another order"
+            folder, write_rows(tmp_path / f"data{number}", other), "training data: other rows or another order"
         )
         assert "validation data" not in text
     refused(folder, write_rows(tmp_path / "fewer", rows[:-1]), "rows of training data: 16 in the checkpoint, 15 here")

@@ -7,7 +7,6 @@ prints.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,12 +31,12 @@ from ..base.modules import (
 from ..base.origin import base_of
 from ..base.vera import draw_projections, shared_dims
 from ..config import AdapterConfig, as_config
-from ..errors import AdapterError, MLXLoRAWarning
+from ..errors import AdapterError
 from ..fast import accelerate, undo
 from ..formats import load_adapter
 from ..init import Request, init_of, initial_pairs, set_initial_pair, with_ranks
 from ..layers import AdapterLayer, TokenRows, check_rank, make_layers
-from .compatibility import incompatibilities, own_parameters
+from .compatibility import incompatibilities, own_parameters, warn_of_another_base
 from .full_parameters import modules_to_save, train_full_parameters, trained_biases, unfreeze_layers
 from .state import State, bare_modules, place, put_back, set_mode, set_state, state_of, take_off
 from .targets import select, select_named
@@ -187,15 +186,7 @@ def mount(model: nn.Module, adapter: Adapter | str | Path, *, difference: bool =
             undo([module for module in previous.accelerated if not kind(module)])
         values = {tuple(name.rpartition(".")[::2]): array for name, array in adapter.full_parameters.items()}
         _place(model, state, layers, list(values), values)
-    trained_on = Fingerprint.from_stored(adapter.metadata.get(FINGERPRINT))
-    if trained_on and state.fingerprint and not trained_on.matches(state.fingerprint):
-        here = base.name if base else "this model"
-        warnings.warn(
-            f"The adapter was trained on {adapter.base or 'another model'}, whose weights are not those of {here}. It "
-            "fits, but may answer worse than on its own base model.",
-            MLXLoRAWarning,
-            stacklevel=2,
-        )
+    warn_of_another_base(adapter, state.fingerprint, base)
 
 
 def _layers_of(model: nn.Module, adapter: Adapter, state: State, difference: bool) -> dict[str, nn.Module]:

@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapter import Adapter
+from ..adapter import FINGERPRINT, Adapter
+from ..base.fingerprint import Fingerprint
 from ..base.modules import dense_weight, dims, is_quantized, kind
+from ..base.origin import Base
 from ..config import LEAVES
+from ..errors import MLXLoRAWarning
 from ..layers import METHODS
 
 
@@ -18,6 +23,19 @@ def incompatibilities(bare: dict[str, nn.Module], adapter: Adapter) -> list[str]
     """Everything in ``adapter``, which must be valid itself, that these modules cannot take."""
     layers = [] if adapter.config.method == "full" else _in_layers(bare, adapter)
     return [*layers, *_in_tokens(bare, adapter), *_in_full_parameters(bare, adapter)]
+
+
+def warn_of_another_base(adapter: Adapter, here: Fingerprint | None, base: Base | None) -> None:
+    """Warn where ``adapter`` was trained on another base than the model with the fingerprint ``here``."""
+    trained_on = Fingerprint.from_stored(adapter.metadata.get(FINGERPRINT))
+    if trained_on is None or here is None or trained_on.matches(here):
+        return
+    warnings.warn(
+        f"The adapter was trained on {adapter.base or 'another model'}, whose weights are not those of "
+        f"{base.name if base else 'this model'}. It fits, but may answer worse than on its own base model.",
+        MLXLoRAWarning,
+        stacklevel=3,
+    )
 
 
 def own_parameters(module: nn.Module) -> list[str]:

@@ -85,14 +85,8 @@ def run(
         )
     kept = RunFolder(folder)
     kept.check(resume)
-    given = {
-        "model": model,
-        "data": data,
-        "adapter": adapter,
-        "optimizer": optimizer,
-        "train": train,
-        "init_reference": init_reference,
-    }
+    given = dict(model=model, data=data, adapter=adapter, optimizer=optimizer, train=train)
+    given["init_reference"] = init_reference
     settings = Settings(
         **continued(given, kept.recorded() if resume else {}),
         resume=resume,

@@ -93,16 +93,11 @@ def check(saved: dict[str, Any], here: dict[str, Any], force: bool, folder: Any)
             faults.append(OTHER_DATA.format(word))
     both = saved["base"].keys() & here["base"].keys()  # mlx-lm adds fields from version to version
     for name in sorted(key for key in both if saved["base"][key] != here["base"][key]):
-        weights = "base model: other weights, or weights that are quantized in another way"
-        faults.append(
-            weights if name == "weights" else difference(f"base model: {name}", saved["base"][name], here["base"][name])
-        )
+        line = difference(f"base model: {name}", saved["base"][name], here["base"][name])
+        faults.append(_OTHER_WEIGHTS if name == "weights" else line)
     forced = [difference(name, *values) for name, values in changed.items() if name in FORCED]
     if faults or (forced and not force):
-        raise another_run(
-            faults + forced,
-            hint=None if faults else "Leave these options out, or add --force (force=True) to change them.",
-        )
+        raise another_run(faults + forced, hint=None if faults else _FORCE)
     for text in (*forced, *_stretched(saved["settings"], here["settings"])):
         warnings.warn(f"The run continues with another setting: {text}", MLXLoRAWarning, stacklevel=2)
 

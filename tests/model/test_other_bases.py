@@ -15,6 +15,7 @@ from mlx_lora import AdapterConfig
 from mlx_lora.adapter import FINGERPRINT
 from mlx_lora.base.fingerprint import Fingerprint
 from mlx_lora.errors import MLXLoRAWarning
+from mlx_lora.model.multi import MultiLoRA
 from mlx_lora.tiny_base import PATH
 
 CONFIG = AdapterConfig(rank=4, num_layers=2)
@@ -92,6 +93,12 @@ def test_trained_parameters_of_the_base_do_not_change_its_fingerprint(config):
     assert Fingerprint.from_stored(adapter.metadata[FINGERPRINT]).matches(same)
     mlx_lora.mount(model, adapter)
     assert mlx_lora.extract(model).metadata == adapter.metadata
+
+
+def test_several_adapters_on_another_base(adapter, other_base):
+    model, _ = mlx_lora.load(other_base)
+    with pytest.warns(MLXLoRAWarning, match="not those of"):
+        MultiLoRA(model, {"a": adapter}).unmount()
 
 
 def test_conversion_and_merging_keep_it(adapter, tmp_path):

@@ -22,7 +22,8 @@ from mlx_lora.runs.identity import FORCED, FREE
 from mlx_lora.tiny_base import PATH, skill
 from mlx_lora.training import TrainingState
 
-ADAPTER = AdapterConfig(rank=4, num_layers=2, keys=("self_attn.q_proj",))
+SETTINGS = {"rank": 4, "num_layers": 2, "keys": ("self_attn.q_proj",)}
+ADAPTER = AdapterConfig(**SETTINGS)
 TRAIN = TrainConfig(iters=2, batch_size=2, val_batches=1)
 
 
@@ -174,11 +175,11 @@ def test_every_difference_is_named_at_once(folder, data):
 )
 def test_another_adapter_is_refused(change, folder, data):
     name = next(iter(change))
-    refused(folder, data, "scale" if name == "alpha" else name, adapter=dataclasses.replace(ADAPTER, **change))
+    refused(folder, data, "scale" if name == "alpha" else name, adapter=AdapterConfig(**{**SETTINGS, **change}))
 
 
 def test_an_alpha_of_the_same_scale_is_the_same_adapter(folder, data):
-    adapter = dataclasses.replace(ADAPTER, alpha=80.0)
+    adapter = AdapterConfig(**SETTINGS, alpha=80.0)
     run(folder, data=data, adapter=adapter, resume=True, train=dataclasses.replace(TRAIN, iters=3))
 
 

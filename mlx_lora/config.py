@@ -442,6 +442,24 @@ def check_types(config: Any) -> None:
     raise_all(faults, config)
 
 
+def as_config(kind: type, value: Any, name: str) -> Any:
+    """``value`` as a ``kind`` of config: a mapping of its fields becomes one, and None the default.
+
+    Raises: ConfigError: it is something else, or names fields that ``kind`` does not have.
+    """
+    if isinstance(value, kind):
+        return value
+    known = [field.name for field in dataclasses.fields(kind)]
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(
+            f"{name} must be {kind.__name__} or a dict of its fields, not {type(value).__name__}",
+            f"Write {name}={kind.__name__}(...).",
+        )
+    if unknown := [str(key) for key in value or {} if key not in known]:
+        raise ConfigError(f"{name}: {kind.__name__} has no {', '.join(unknown)}", f"It has: {', '.join(known)}.")
+    return kind(**(value or {}))
+
+
 def raise_all(faults: list[str], config: Any) -> None:
     """Raise one ``ConfigError`` that lists ``faults``, or return where there are none.
 

@@ -1,4 +1,7 @@
-"""The expected errors: what is wrong, and the fix. The command line prints them as ``Error:`` and ``Hint:``."""
+"""The expected errors: what is wrong, and the fix. The command line prints them as ``Error:`` and ``Hint:``.
+
+Warnings of ours have a category of their own; the command line prints them as ``Warning:``.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,10 @@ class MLXLoRAError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\nHint: {self.hint}"
+
+
+class MLXLoRAWarning(UserWarning):
+    """Something goes on that the caller may not have meant. Issued with ``warnings.warn``."""
 
 
 class ConfigError(MLXLoRAError):

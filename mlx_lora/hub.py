@@ -14,7 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .base.loading import folder_of_downloads
+from .base.locking import locked
 from .base.saving import check_target
+from .base.writing import WRITE_ERRORS, failed_write
 from .errors import ConfigError, FormatError, HubError
 from .formats import FORMATS, describe, detect_format
 from .formats.files import write_folder
@@ -106,7 +109,9 @@ def pull(repo: str, folder: str | Path, *, revision: str | None = None, overwrit
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
 
-    write_folder(folder, copy)
+    size = sum(file.stat().st_size for file in snapshot.rglob("*") if file.is_file())
+    with locked(folder):
+        write_folder(folder, copy, needed=size)
     return format
 
 
@@ -227,6 +232,8 @@ def _hub_errors(repo: str) -> Iterator[None]:
     except (HubError, FormatError):
         raise
     except Exception as error:
+        if getattr(error, "errno", None) in WRITE_ERRORS:
+            raise failed_write(Path(error.filename or folder_of_downloads()), error, HubError) from error
         name, lines = type(error).__name__, str(error).strip().splitlines() or [type(error).__name__]
         if "Offline" in name or "offline" in str(error):
             hint = "HF_HUB_OFFLINE=1 is set; unset it to use the network."

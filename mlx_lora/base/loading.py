@@ -19,6 +19,7 @@ from .files import check_weight_files
 from .nf4_checkpoint import check_bitsandbytes
 from .origin import Base, set_base
 from .saving import SMALL_FILES
+from .writing import WRITE_ERRORS, failed_write
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -107,10 +108,19 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises its own errors, httpx's and OSError
+        if getattr(error, "errno", None) in WRITE_ERRORS:
+            raise failed_write(Path(error.filename or folder_of_downloads()), error, ModelError) from error
         raise ModelError(
             f"{name}: no such folder, and the repository cannot be downloaded ({_first_line(error)})",
             "Check the name and the network. A model that was downloaded before loads with HF_HUB_OFFLINE=1.",
         ) from error
+
+
+def folder_of_downloads() -> Path:
+    """Where huggingface-hub keeps what it downloads."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
 
 
 def _first_line(error: BaseException) -> str:

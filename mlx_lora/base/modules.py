@@ -85,6 +85,17 @@ def dense_weight(base: nn.Module, dtype: mx.Dtype = mx.float32) -> mx.array:
     return dequantize(base.weight, base.scales, base.get("biases"))
 
 
+def some_rows(base: nn.Module, start: int, stop: int) -> mx.array:
+    """Rows ``start`` to ``stop`` of the weight in float32, of experts those of the first: [stop - start, columns]."""
+    if hasattr(base, "unpacked"):
+        return dense_weight(base)[start:stop]
+    arrays = {name: base[name] for name in ("weight", "scales", "biases", "global_scale") if base.get(name) is not None}
+    if kind(base) == "switch":
+        arrays = {name: array[:1] for name, array in arrays.items()}
+        return dense_weight(_Rows(base, {n: a[:, start:stop] if a.ndim == 3 else a for n, a in arrays.items()}))[0]
+    return dense_weight(_Rows(base, {n: a[start:stop] if a.ndim == 2 else a for n, a in arrays.items()}))
+
+
 def project(base: nn.Module, x: mx.array) -> mx.array:
     """``x W^T`` without the bias, for linears and embeddings. x: [..., columns] -> [..., rows]."""
     if hasattr(base, "project"):  # the layer defines its own product: NF4, or a class from fast/

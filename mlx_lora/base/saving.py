@@ -14,10 +14,12 @@ from typing import Any
 import mlx.nn as nn
 
 from ..errors import MLXLoRAError, ModelError
-from .modules import is_quantized
+from .locking import check_unlocked
+from .modules import is_quantized, total_bytes
 from .nf4_checkpoint import CheckpointView, nf4_config
 from .nf4_linear import NF4Linear
 from .origin import base_of
+from .writing import existing, failed_write, writing
 
 # Files of a model folder besides its weights; copied unchanged when a model is saved.
 SMALL_FILES = ("*.json", "*.jsonl", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
@@ -39,15 +41,15 @@ def check_target(
     if model and path.is_dir() and any([*path.glob("adapter*"), *path.glob("*/adapter*")]):
         raise error(f"{path}: holds an adapter, which the model would replace", "Choose another folder.")
     check_writable(path, error)
+    check_unlocked(path, error)
 
 
 def check_writable(path: Path, error: type[MLXLoRAError] = ModelError) -> None:
     """Refuse a folder in which, or in whose first existing parent, nothing can be created. Raises: ``error``."""
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     try:
-        tempfile.TemporaryDirectory(prefix=".mlx-lora-", dir=there).cleanup()
+        tempfile.TemporaryDirectory(prefix=".mlx-lora-", dir=existing(path)).cleanup()
     except OSError as problem:
-        raise error(f"{path}: cannot be written ({problem.strerror})", "Choose another folder.") from None
+        raise failed_write(path, problem, error) from None
 
 
 def write_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> Path:
@@ -64,17 +66,31 @@ def write_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> 
         save_model(temporary, CheckpointView(model))
         save_config(saved_config(model, base.config), temporary / "config.json")
 
-    return write_model_folder(folder, base.folder, fill, overwrite)
+    return write_model_folder(folder, base.folder, fill, overwrite, needed=total_bytes(model))
 
 
-def write_model_folder(folder: Path, base: Path, fill: Callable[[Path], None], overwrite: bool = False) -> Path:
+def write_model_folder(
+    folder: Path, base: Path, fill: Callable[[Path], None], overwrite: bool = False, *, needed: int | None = None
+) -> Path:
     """Make ``folder`` from what ``fill`` writes and the small files (tokenizer, license) of the folder ``base``.
 
-    A failure leaves ``folder`` as it was. Raises: ModelError.
+    A failure leaves ``folder`` as it was.
+
+    Args:
+        needed: bytes that ``fill`` writes, about.
+
+    Raises: ModelError.
     """
     check_target(folder, overwrite, model=True)
     if folder.exists() and base.resolve().is_relative_to(folder.resolve()):
         raise ModelError(f"{folder}: contains the base model itself", "Choose another folder.")
+    kept = f"{folder} is as it was before." if folder.exists() else ""
+    with writing(folder, ModelError, needed=needed, kept=kept):
+        _replace_folder(folder, base, fill)
+    return folder
+
+
+def _replace_folder(folder: Path, base: Path, fill: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -95,13 +111,8 @@ def write_model_folder(folder: Path, base: Path, fill: Callable[[Path], None], o
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, folder)
-    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError on a full disk
-        raise ModelError(
-            f"{folder}: cannot be written ({error})", "Free some space, or choose another folder."
-        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def saved_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:

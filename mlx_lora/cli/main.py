@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import click
 
@@ -99,6 +100,7 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("MLX_LORA_DEBUG"):
             raise
+        _failed_write(error)
         text = str(error).strip().splitlines()
         fail(
             f"{type(error).__name__}: {text[0] if text else 'no message'}",
@@ -106,6 +108,16 @@ def main(args: list[str] | None = None) -> None:
             1,
         )
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _failed_write(error: Exception) -> None:
+    """Exit with a message where the system refused a write that no other code expected; return where it is not one."""
+    if isinstance(error, OSError):
+        from ..base.writing import WRITE_ERRORS, failed_write
+
+        if error.errno in WRITE_ERRORS:
+            known = failed_write(Path(error.filename or "the output"), error)
+            fail(known.message, known.hint, 1)
 
 
 def _misused(error: click.ClickException, args: list[str]) -> None:

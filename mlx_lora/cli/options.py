@@ -173,6 +173,22 @@ def build(config: type, params: dict[str, Any], **changes: Any) -> Any:
         ) from None
 
 
+def given_only(ctx: click.Context, name: str, value: Any) -> Any:
+    """``value`` of the option ``name``, or the fields of a config, as far as a flag or the YAML file gave them.
+
+    Returns: None for an option that was not given; a dict of fields for a config.
+    """
+
+    def given(option: str) -> bool:
+        source = ctx.get_parameter_source(option)
+        return option in (ctx.default_map or {}) or source not in (None, click.core.ParameterSource.DEFAULT)
+
+    if not dataclasses.is_dataclass(value):
+        return value if given(name) else None
+    names = [field.name for field in dataclasses.fields(value)]
+    return {n: getattr(value, n) for n in names if given(_FLAGS.get(n, n))}
+
+
 def model_option(**extra: Any) -> Callable:
     return click.option(
         "--model",

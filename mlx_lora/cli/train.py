@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,16 @@ import click
 from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..errors import ConfigError
 from . import console
-from .options import adapter_option, build, config_options, json_option, model_option, trust_option, yaml_option
+from .options import (
+    adapter_option,
+    build,
+    config_options,
+    given_only,
+    json_option,
+    model_option,
+    trust_option,
+    yaml_option,
+)
 from .reports import Stop, show_reports
 from .sections import SectionedCommand
 
@@ -29,7 +39,18 @@ data_options = config_options(
 @click.option("--init-reference", metavar="PATH_OR_REPO", help="loftq: the model before it was quantized.")
 @config_options(OptimizerConfig)
 @config_options(TrainConfig)
-@click.option("--resume", is_flag=True, help="Continue the run in --adapter-path exactly where it stopped.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue the run in --adapter-path exactly where it stopped, with its model, data and options; those given "
+    "must be equal. These may change: --iters, --val-batches, --steps-per-report, --steps-per-eval, --save-every, "
+    "--grad-checkpoint, --clear-cache-threshold, --max-skipped-steps.",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="With --resume: change the learning rate, its schedule, --optimizer-config, --max-grad-norm or LoRA+.",
+)
 @click.option("--resume-adapter-file", metavar="FILE", help="Start from the weights in this adapters.safetensors.")
 @click.option("--train/--no-train", default=True, help="Train (the default).")
 @click.option("--test/--no-test", default=False, help="Measure the loss on the test set afterwards.")
@@ -60,14 +81,14 @@ def train(ctx: click.Context, **params: Any):
     from ..runs import run
 
     stop, folder = Stop(), Path(params["adapter_path"])
+    settings = {"model": params["model"], "data": data, "adapter": adapter, "optimizer": optimizer, "train": config}
+    if params["resume"]:  # what is not given is taken from the run
+        settings = {name: given_only(ctx, name, value) for name, value in settings.items()}
     reports = run(
         folder,
-        model=params["model"],
-        data=data,
-        adapter=adapter,
-        optimizer=optimizer,
-        train=config,
+        **settings,
         resume=params["resume"],
+        force=params["force"],
         resume_adapter_file=params["resume_adapter_file"],
         init_reference=params["init_reference"],
         test_batches=params["test_batches"] if params["test"] else None,
@@ -80,7 +101,7 @@ def train(ctx: click.Context, **params: Any):
         console.note(f"Stopped and saved. Run the same command with --resume to continue. The adapter is in {folder}.")
         ctx.exit(130)
     if not params["test"] and not params["as_json"]:
-        _next_steps(params["model"], folder)
+        _next_steps(folder)
 
 
 def _test_only(data: DataConfig, config: TrainConfig, params: dict[str, Any]) -> None:
@@ -102,7 +123,8 @@ def _test_only(data: DataConfig, config: TrainConfig, params: dict[str, Any]) ->
     show_reports(reports, as_json=params["as_json"])
 
 
-def _next_steps(model: str, folder: Path) -> None:
+def _next_steps(folder: Path) -> None:
+    model = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("model")
     console.note()
     console.title("Next")
     for command in ("chat", "generate", "fuse"):

@@ -12,6 +12,7 @@ There is no MLX here, and no global random state.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,6 +83,16 @@ class Dataset(Sequence):
     @cached_property
     def widths(self) -> np.ndarray:
         return plan_widths(self.lengths)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the tokens and masks of all rows, in their order."""
+        found = hashlib.sha256(self.lengths.tobytes())
+        for start in range(0, len(self), 1024):
+            rows = self._examples[start : start + 1024]
+            found.update(np.concatenate([row.tokens for row in rows]).astype(np.int32, copy=False).tobytes())
+            found.update(np.packbits(np.concatenate([row.mask for row in rows]).astype(bool, copy=False)).tobytes())
+        return found.hexdigest()
 
 
 class Batch(NamedTuple):

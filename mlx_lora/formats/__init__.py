@@ -22,7 +22,9 @@ from types import ModuleType
 from typing import Any
 
 from ..adapter import Adapter, raise_faults, split_layer
+from ..base.locking import locked
 from ..base.names import BaseModel
+from ..base.writing import writing
 from ..errors import AdapterError, ConfigError, FormatError
 from . import deepspeed, gguf, lightning, litgpt, loralib, mlx_lm, nemo, peft, torchtune
 from .files import write_file, write_folder
@@ -120,8 +122,8 @@ def save_adapter(
         alpha: the alpha to write; the adapter's scale is folded into its arrays accordingly.
         allow_lossy: leave out what the format cannot hold, and list it in ``lost``.
 
-    Raises: FormatError: there already is an adapter, or the format cannot hold this one. ConfigError: an option that
-        this format does not use.
+    Raises: FormatError: there already is an adapter, the format cannot hold this one, or it cannot be written.
+        ConfigError: an option that this format does not use; a run or another command is writing in the folder.
     """
     form, path = _row(format), Path(path)
     if not hasattr(form, "write"):
@@ -136,7 +138,7 @@ def save_adapter(
             raise FormatError(f"{path}: {format} is one file", f"Name a file that ends in {' or '.join(suffixes)}.")
         if path.exists() and not overwrite:
             raise FormatError(f"{path}: already exists", "Choose another name, or add --force.")
-        write_file(path, lambda temporary: form.write(adapter, temporary, options))
+        write_file(path, lambda temporary: form.write(adapter, temporary, options), needed=adapter.nbytes)
         return path
     if path.exists() and not path.is_dir():
         raise FormatError(f"{path}: is a file", "Name a folder.")
@@ -147,7 +149,8 @@ def save_adapter(
     present = [file.name for pattern in form.FILES for file in path.glob(pattern)]
     if present and not overwrite:
         raise FormatError(f"{path}: already holds {' and '.join(present)}", "Choose another folder, or add --force.")
-    write_folder(path, lambda temporary: form.write(adapter, temporary, options))
+    with writing(path), locked(path):
+        write_folder(path, lambda temporary: form.write(adapter, temporary, options), needed=adapter.nbytes)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -9,15 +10,19 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ..adapter import FINGERPRINT, Adapter
+from ..base.writing import sync, writing
 from ..errors import FormatError, MLXLoRAError
 
 _UNPACKED = 1 << 30  # bytes that a small archive may unpack to
 _YAML_DEPTH = 32
+TEMPORARY = ".writing-"  # how the names of temporary folders begin
 AGAIN = "Save or download the file again."
 
 
@@ -100,6 +105,14 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
         raise FormatError(f"{path}: is not a complete safetensors file ({error})", AGAIN) from None
 
 
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The text metadata of a safetensors file that ``read_safetensors`` has checked."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
+
+
 def read_npz(path: Path) -> dict[str, mx.array]:
     """The arrays of a NumPy archive. Arrays of Python objects, which are pickles, are refused."""
     import zipfile
@@ -169,38 +182,79 @@ def array_bytes(array: mx.array) -> memoryview:
     return memoryview(np.array(flat, copy=False)).cast("B")
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def fingerprint_text(adapter: Adapter) -> dict[str, str]:
+    """The fingerprint of an adapter's base as an entry of a file's text metadata; none where it is not known."""
+    found = adapter.metadata.get(FINGERPRINT)
+    return {FINGERPRINT: json.dumps(found)} if found else {}
+
+
+def stored_fingerprint(text: Any) -> dict[str, Any]:
+    """The entry of ``Adapter.metadata`` for what ``fingerprint_text`` made; none for anything else."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return {FINGERPRINT: found}
+
+
+def write_folder(
+    folder: Path,
+    write: Callable[[Path], None],
+    *,
+    before: Callable[[], Any] = lambda: None,
+    needed: int | None = None,
+    kept: str = "",
+) -> None:
     """Call ``write`` with a temporary folder, then move its files into ``folder``, each by an atomic rename.
 
-    If ``write`` raises, ``folder`` stays as it was.
+    If ``write`` raises, ``folder`` stays as it was. The files are renamed in the order of their names.
+
+    Args:
+        before: called after all files are written, before the first rename.
+        needed, kept: for the error, see ``writing``.
+
+    Raises: FormatError.
     """
-    try:
+    with writing(folder, FormatError, needed=needed, kept=kept):
         new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-    except OSError as error:
-        raise FormatError(f"{folder}: cannot be written ({error})", "Choose another folder.") from None
-    try:
-        write(temporary)
-        files = sorted(temporary.iterdir())
-        for file in files:  # before the first rename: all of them or none
-            if (folder / file.name).is_dir():
-                raise IsADirectoryError(f"{file.name} is a folder")
-        for file in files:
-            os.replace(file, folder / file.name)
-    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError where the disk is full
-        raise FormatError(
-            f"{folder}: cannot be written ({error})", "Free some space, or choose another folder."
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if new and not any(folder.iterdir()):
-            folder.rmdir()
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
+        try:
+            write(temporary)
+            files = sorted(temporary.iterdir())
+            for file in files:  # before the first rename: all of them or none
+                if (folder / file.name).is_dir():
+                    raise IsADirectoryError(f"{file.name} is a folder")
+                sync(file)
+            before()
+            for file in files:
+                os.replace(file, folder / file.name)
+            with suppress(OSError):  # some file systems cannot sync a folder
+                sync(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                if new and not any(folder.iterdir()):
+                    folder.rmdir()
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def file_digest(path: Path, whole: int = 1 << 26, pieces: int = 1024) -> str:
+    """A hash of a file: of all its bytes or, above ``whole`` bytes, of its size and of ``pieces`` pieces."""
+    length, piece = path.stat().st_size, whole // pieces
+    starts = range(0, length, piece)
+    if length > whole:
+        starts = [i * (length - piece) // (pieces - 1) for i in range(pieces)]
+    digest = hashlib.sha256(str(length).encode())
+    with path.open("rb") as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(piece))
+    return digest.hexdigest()
+
+
+def write_file(path: Path, write: Callable[[Path], None], *, needed: int | None = None) -> None:
     """Call ``write`` with a temporary path, then move that file to ``path`` by an atomic rename. Makes the folder.
 
     If ``write`` raises, a file that was at ``path`` stays as it was.
     """
-    write_folder(path.parent, lambda temporary: write(temporary / path.name))
+    write_folder(path.parent, lambda temporary: write(temporary / path.name), needed=needed)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..adapter import Adapter, raise_faults
+from ..adapter import FINGERPRINT, Adapter, raise_faults
 from ..base.names import BaseModel
 from ..errors import FormatError
+from .files import fingerprint_text, stored_fingerprint
 from .fused_projections import from_interleaved, reorder_q_and_k, to_interleaved
 from .gguf_file import MAGIC, read_gguf, write_gguf
 from .options import ReadOptions, WriteOptions
@@ -131,7 +132,9 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         scale = {"alpha": alpha}
     side = "input" if any("embed" in path or "wte" in path for path in paths) else "both"
     name = name if isinstance(name, str) else None
-    return low_rank_adapter(weights, path, options, base=name, embedding_side=side, **scale)
+    adapter = low_rank_adapter(weights, path, options, base=name, embedding_side=side, **scale)
+    adapter.metadata.update(stored_fingerprint(pairs.get(f"mlx_lora.{FINGERPRINT}")))
+    return adapter
 
 
 def _module(found: re.Match, architecture: str | None, base: BaseModel | None) -> str | None:
@@ -184,6 +187,7 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> None:
         "adapter.lora.alpha": float(adapter.config.scale * adapter.config.rank),
         "general.base_model.count": 1,
         "general.base_model.0.name": str(adapter.base or base.name),
+        **{f"mlx_lora.{name}": text for name, text in fingerprint_text(adapter).items()},
     }
     write_gguf(path, pairs, tensors)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..adapter import Adapter, raise_faults, split_layer
+from ..adapter import FINGERPRINT, Adapter, raise_faults, split_layer
 from ..config import LEAVES, AdapterConfig
 from ..errors import ConfigError, FormatError
 from .files import read_json, read_npz, read_safetensors, write_json, write_safetensors, wrong_settings
@@ -34,7 +34,7 @@ _NO_CONFIG = (
 )
 _AS_TRAINED = 'Write there how it was trained, such as "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0}.'
 PEFT = "peft"  # the entry for what only a PEFT folder needs: fields of its config that have no meaning here
-_WRITTEN = {"fine_tune_type", "num_layers", "lora_parameters", "model", OWN, PEFT}
+_WRITTEN = {"fine_tune_type", "num_layers", "lora_parameters", "model", OWN, PEFT, FINGERPRINT}
 
 
 def detect(path: Path) -> bool:
@@ -56,6 +56,7 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
     if isinstance(peft := raw.get(PEFT), dict):
         metadata |= {PEFT: {k: v for k, v in peft.items() if k != EMBEDDINGS}}
         metadata |= {EMBEDDINGS: peft[EMBEDDINGS]} if isinstance(peft.get(EMBEDDINGS), list) else {}
+    metadata |= {FINGERPRINT: raw[FINGERPRINT]} if FINGERPRINT in raw else {}
     adapter = Adapter(config, weights, base=raw.get("model") or raw.get("base_model_name_or_path"), metadata=metadata)
     folded = (config.rank_pattern or config.scale_pattern) and OWN not in raw
     return unfold(adapter) if folded else adapter
@@ -189,6 +190,8 @@ def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
         raw["model"] = adapter.base
     if peft := _for_peft(adapter):
         raw[PEFT] = peft
+    if fingerprint := adapter.metadata.get(FINGERPRINT):
+        raw[FINGERPRINT] = fingerprint
     if config.method == "full":
         raw["lora_parameters"] = None
     elif not expressible(adapter):

@@ -24,7 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..adapter import Adapter, explicit_config, raise_faults
+from ..adapter import FINGERPRINT, Adapter, explicit_config, raise_faults
 from ..base.modules import dims
 from ..base.vera import adapter_as_lora
 from ..errors import AdapterError, ConfigError
@@ -135,7 +135,9 @@ def merge_adapters(
     side = next(iter(_sides(adapters)), "both")
     config = explicit_config(replace(adapters[0].config, embedding_side=side), ranks, dict.fromkeys(ranks, 1.0))
     bases = {adapter.base for adapter in adapters}
-    return Adapter(config, new, base=bases.pop() if len(bases) == 1 else None)
+    prints = [adapter.metadata.get(FINGERPRINT) for adapter in adapters]
+    metadata = {FINGERPRINT: prints[0]} if prints[0] and all(one == prints[0] for one in prints) else {}
+    return Adapter(config, new, base=bases.pop() if len(bases) == 1 else None, metadata=metadata)
 
 
 def as_lora(model: nn.Module, adapter: Adapter) -> Adapter:

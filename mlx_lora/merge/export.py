@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from ..adapter import SHARED, Adapter, raise_faults
 from ..base.loading import DTYPES, check_dtype, resolve
-from ..base.modules import kind
+from ..base.modules import kind, total_bytes
 from ..base.names import BaseModel
 from ..base.origin import base_of
 from ..base.saving import saved_config, write_model_folder
@@ -89,7 +89,8 @@ def export_merged(
     untied = facts.tied and base_of(model).config.get(FLAG) is False
     tensors = _tensors(model, facts, adapter, merged, DTYPES.get(dtype))
     config = _config(model, dtype, facts.tied and not untied)
-    write_model_folder(target, facts.folder, lambda folder: _write(folder, tensors, config), overwrite)
+    needed = total_bytes(model)
+    write_model_folder(target, facts.folder, lambda folder: _write(folder, tensors, config), overwrite, needed=needed)
     return reports
 
 

@@ -10,12 +10,14 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..adapter import SHARED, Adapter, explicit_config, in_modules_to_save, raise_faults, split_layer
+from ..adapter import FINGERPRINT, SHARED, Adapter, explicit_config, in_modules_to_save, raise_faults, split_layer
+from ..base.fingerprint import Fingerprint
 from ..base.modules import (
     dims,
     frozen_parameters,
@@ -28,13 +30,14 @@ from ..base.modules import (
 )
 from ..base.origin import base_of
 from ..base.vera import draw_projections, shared_dims
-from ..config import UNSCALED, AdapterConfig
+from ..config import UNSCALED, AdapterConfig, as_config
 from ..errors import AdapterError
 from ..fast import accelerate, undo
+from ..formats import load_adapter
 from ..formats.options import EMBEDDINGS
 from ..init import Request, init_of, initial_pairs, set_initial_pair, with_ranks
 from ..layers import AdapterLayer, TokenRows, check_rank, make_layers
-from .compatibility import has_token_rows, incompatibilities, own_parameters
+from .compatibility import has_token_rows, incompatibilities, own_parameters, warn_of_another_base
 from .full_parameters import modules_to_save, train_full_parameters, trained_biases, unfreeze_layers
 from .state import (
     HEAD,
@@ -55,7 +58,10 @@ from .targets import names_head, select, select_named
 
 
 def attach(
-    model: nn.Module, config: AdapterConfig, batches: Iterable | None = None, reference: nn.Module | None = None
+    model: nn.Module,
+    config: AdapterConfig | dict | None = None,
+    batches: Iterable | None = None,
+    reference: nn.Module | None = None,
 ) -> list[str]:
     """Freeze the base and add new, trainable adapters to the modules that ``config`` selects.
 
@@ -65,12 +71,14 @@ def attach(
     ``mx.random``: seed it for reproducible runs.
 
     Args:
+        config: or a dict of its fields.
         batches: training data for ``init`` "eva" and "lora_ga": objects with ``tokens`` [B, T] and ``mask`` [B, T-1],
             such as ``mlx_lora.data.train_batches`` yields.
         reference: the model before quantization, for ``init`` "loftq".
 
     Returns: the adapted paths. Raises: AdapterError, ConfigError, DataError; the model is then unchanged.
     """
+    config = as_config(AdapterConfig, config, "config")
     if adapters_on(model) or state_of(model) is not None:
         raise AdapterError("the model has an adapter already", "Call unmount(model) or fuse(model) first.")
     state = State(config, frozen_parameters(model))
@@ -167,19 +175,30 @@ def extract(model: nn.Module) -> Adapter:
         modules_to_save=tuple(sorted(saved)) or None,
         trainable_token_indices={path: module.ids for path, module in tokens.items()},
     )
-    embeddings = [path for path in layers if kind(bare[path]) == "embedding"]
-    return Adapter(explicit_config(plain, ranks, scales), weights, base=name, metadata={EMBEDDINGS: embeddings})
+    metadata = {EMBEDDINGS: [path for path in layers if kind(bare[path]) == "embedding"]}
+    metadata |= {FINGERPRINT: state.fingerprint.stored()} if state.fingerprint else {}
+    return Adapter(explicit_config(plain, ranks, scales), weights, base=name, metadata=metadata)
 
 
-def mount(model: nn.Module, adapter: Adapter, *, difference: bool = False) -> None:
+def mount(model: nn.Module, adapter: Adapter | str | Path, *, difference: bool = False) -> None:
     """Put ``adapter`` on ``model`` in place of the one that is there. The base is frozen and otherwise unchanged.
 
+    Warns where the adapter was trained on a base with other weights.
+
     Args:
+        adapter: or the path of one, which is read.
         difference: the adapter was extracted from a run with ``init`` "pissa", "olora" or "lora_ga". The second half of
             its rank is the subtracted initial pair, which stays frozen. Only needed to continue such a run.
 
     Raises: AdapterError: the adapter cannot be mounted on this model; the model is then unchanged.
     """
+    base = base_of(model)
+    if isinstance(adapter, (str, Path)):
+        adapter = load_adapter(adapter, base=base.folder if base else None)
+    if not isinstance(adapter, Adapter):
+        raise AdapterError(
+            f"mount takes an Adapter or a path, not {type(adapter).__name__}", "Read one with load_adapter(path)."
+        )
     adapter.check()
     state = State(adapter.config, frozen_parameters(model))
     with _replacing(model, state) as previous:
@@ -190,6 +209,7 @@ def mount(model: nn.Module, adapter: Adapter, *, difference: bool = False) -> No
         layers = _layers_of(model, adapter, state, difference)
         values = {tuple(name.rpartition(".")[::2]): array for name, array in adapter.full_parameters.items()}
         _place(model, state, layers, list(values), values)
+    warn_of_another_base(adapter, state.fingerprint, base)
 
 
 def _layers_of(model: nn.Module, adapter: Adapter, state: State, difference: bool) -> dict[str, nn.Module]:
@@ -289,6 +309,8 @@ def _replacing(model: nn.Module, state: State) -> Iterator[State | None]:
     bare_modules(model)  # raises for MultiLoRA
     frozen, classes = frozen_parameters(model), [(module, type(module)) for module in model.modules()]
     removed = take_off(model)
+    known = removed.state.fingerprint if removed.state is not None else None
+    state.fingerprint = known or Fingerprint.of(bare_modules(model))
     set_state(model, state)
     try:
         yield removed.state

@@ -5,16 +5,19 @@ Changes nothing. ``bare`` maps paths to the model's modules as they are without 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapter import Adapter, split_layer
+from ..adapter import FINGERPRINT, Adapter, split_layer
+from ..base.fingerprint import Fingerprint
 from ..base.modules import dense_weight, dims, is_quantized, kind
 from ..base.names import BaseModel
 from ..base.origin import Base, base_of
 from ..config import LEAVES
+from ..errors import MLXLoRAWarning
 from ..formats.options import MERGE
 from ..layers import METHODS
 from .state import HEAD, bare_modules
@@ -66,6 +69,19 @@ def only_in_checkpoint(bare: dict[str, nn.Module], adapter: Adapter, base: BaseM
     """Modules of the adapter that the model lacks, but whose weight the model's checkpoint has."""
     paths = dict.fromkeys([*adapter.modules, *(name.rpartition(".")[0] for name in adapter.full_parameters)])
     return [path for path in paths if path not in bare and path != HEAD and base.weight_name(path) is not None]
+
+
+def warn_of_another_base(adapter: Adapter, here: Fingerprint | None, base: Base | None) -> None:
+    """Warn where ``adapter`` was trained on another base than the model with the fingerprint ``here``."""
+    trained_on = Fingerprint.from_stored(adapter.metadata.get(FINGERPRINT))
+    if trained_on is None or here is None or trained_on.matches(here):
+        return
+    warnings.warn(
+        f"The adapter was trained on {adapter.base or 'another model'}, whose weights are not those of "
+        f"{base.name if base else 'this model'}. It fits, but may answer worse than on its own base model.",
+        MLXLoRAWarning,
+        stacklevel=3,
+    )
 
 
 def own_parameters(module: nn.Module) -> list[str]:

@@ -6,12 +6,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..adapter import Adapter, raise_faults
+from ..base.fingerprint import Fingerprint
 from ..base.modules import base_dtype, dims, frozen_parameters, kind, model_dtype, restore_frozen
+from ..base.origin import base_of
 from ..errors import AdapterError
 from ..fast import accelerate, undo
 from ..layers import MultiLoRALinear, Rows
 from .attach import adapters_on
-from .compatibility import incompatibilities
+from .compatibility import incompatibilities, warn_of_another_base
 from .state import HEAD, bare_modules, join_head, mark_changed, place, set_mode, split_head, state_of
 
 
@@ -50,6 +52,9 @@ class MultiLoRA:
             self.unmount()
             raise
         mark_changed(model)
+        here, base = Fingerprint.of(modules), base_of(model)
+        for adapter in adapters.values():
+            warn_of_another_base(adapter, here, base)
 
     def choose(self, names: list[str | None]) -> None:
         """Set the adapter of each row of the next batches, None for the base. A single name applies to all rows.

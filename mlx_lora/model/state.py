@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from ..base.fingerprint import Fingerprint
 from ..base.modules import Frozen, base_dtype, kind
 from ..config import AdapterConfig
 from ..errors import AdapterError
@@ -29,6 +30,7 @@ class State:
     original_arrays: list[tuple[nn.Module, str, mx.array]] = field(default_factory=list)  # their values before
     original_modules: dict[str, nn.Module] = field(default_factory=dict)  # modules that others replace, by path
     accelerated: list[nn.Module] = field(default_factory=list)  # modules whose class fast.accelerate changed
+    fingerprint: Fingerprint | None = None  # of the base
 
 
 @dataclass

@@ -16,12 +16,12 @@ from ..model.loading import load
 from ..training import evaluate
 from ..training.losses import loss_named
 from .reports import Answer, DataLoaded, Loading, TestReport
-from .settings import check_test_batches
+from .settings import as_data, as_model, check_test_batches
 
 
 def measure(
     model: str | Path | tuple[nn.Module, Any],
-    data: DataConfig,
+    data: str | Path | DataConfig,
     adapter_path: str | Path | None = None,
     *,
     batch_size: int = 4,
@@ -35,6 +35,7 @@ def measure(
 
     Args:
         model: a folder or repository, or a pair (model, tokenizer).
+        data: a DataConfig, or its ``data``.
         adapter_path: an adapter of any format to load with the model; not with a pair.
         test_batches: batches to measure at most; -1 for the whole set.
         loss: a name in ``LOSSES``.
@@ -53,6 +54,8 @@ def measure(
     if adapter_path is not None and isinstance(model, tuple):
         raise ConfigError("adapter_path cannot be used with a loaded model", "Load the model with its adapter.")
     loss_named(loss)
+    data = as_data(data)
+    model = as_model(model, needs_tokenizer=isinstance(data, DataConfig) or exact_match > 0)
     measured = (batch_size, test_batches, loss)
     return _measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code)
 

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
-from ..data import Splits, train_batches
+from ..data import Dataset, Splits, train_batches
 from ..errors import ConfigError, MLXLoRAError
 from ..init import FROM_DATA
 from ..model.attach import extract, parameter_counts, unmount
@@ -21,6 +21,7 @@ from ..training import train as train_model
 from .adapters import attach_for_run
 from .evaluation import load_model, load_sets
 from .folder import RunFolder, is_main_process
+from .identity import check, continued, identify
 from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport
 from .settings import Settings
 from .tracking import trackers
@@ -31,16 +32,17 @@ RunReport = Report | Loading | DataLoaded | Started | EarlierRunMoved | TestRepo
 def run(
     folder: str | Path,
     *,
-    model: str | Path | tuple[nn.Module, Any],
-    data: DataConfig | Splits | tuple,
-    adapter: AdapterConfig | None = None,
-    optimizer: OptimizerConfig | None = None,
-    train: TrainConfig | None = None,
+    model: str | Path | nn.Module | tuple[nn.Module, Any] | None = None,
+    data: str | Path | DataConfig | Splits | Dataset | tuple | None = None,
+    adapter: AdapterConfig | dict | None = None,
+    optimizer: OptimizerConfig | dict | None = None,
+    train: TrainConfig | dict | None = None,
     resume: bool = False,
+    force: bool = False,
     resume_adapter_file: str | Path | None = None,
     init_reference: str | None = None,
     test_batches: int | None = None,
-    report_to: Sequence[str] = (),
+    report_to: str | Sequence[str] = (),
     project_name: str | None = None,
     trust_remote_code: bool = False,
     stop: Callable[[], bool] = lambda: False,
@@ -52,12 +54,14 @@ def run(
 
     Args:
         model: a folder or repository, or a pair (model, tokenizer) from ``load`` without an adapter; the model then
-            has the trained adapter on it afterwards.
-        data: a DataConfig, ``Splits`` from ``load_dataset``, or a tuple of data sets: training,
-            validation (may be None), test.
-        adapter, optimizer, train: the settings; their defaults if left out.
-        resume: continue the run in ``folder`` exactly where it stopped. Give the settings of that run; only
-            ``iters`` may grow.
+            has the trained adapter on it afterwards. With data sets that are loaded, the model alone is enough.
+        data: a DataConfig or its ``data``, ``Splits`` from ``load_dataset``, a data set, or a tuple of data sets:
+            training, validation (may be None), test.
+        adapter, optimizer, train: the settings, or a dict of them; their defaults if left out.
+        resume: continue the run in ``folder`` exactly where it stopped. Whatever of the arguments above is left out is
+            taken from that run, and so are the fields that a dict leaves out. Fields in ``identity.FREE``, such as
+            ``iters``, may differ from it; those in ``identity.FORCED``, such as ``learning_rate``, with ``force``.
+        force: with ``resume``: continue with other settings of the optimizer, and warn of each.
         resume_adapter_file: start from the weights in this ``adapters.safetensors``.
         init_reference: the model before it was quantized, for ``init`` "loftq".
         test_batches: measure on the test set afterwards, this many batches at most; -1 for the whole set.
@@ -69,33 +73,47 @@ def run(
         first checkpoint where it applies; ``TestReport`` after ``Done`` if ``test_batches`` is given and the run was
         not stopped.
 
-    Raises: ConfigError at once where settings contradict each other or the folder cannot be used; ModelError,
-        DataError, AdapterError, FormatError, TrainingError while running.
+    Raises: ConfigError at once where settings contradict each other or the folder cannot be used, also because another
+        run or command writes in it; ModelError, DataError, AdapterError, FormatError while running, and TrainingError,
+        where the run to resume is another one, too.
     """
-    settings = Settings(
-        model,
-        data,
-        adapter or AdapterConfig(),
-        optimizer or OptimizerConfig(),
-        train or TrainConfig(),
-        resume,
-        resume_adapter_file,
-        init_reference,
-        test_batches,
-        tuple(report_to),
-        project_name,
-        trust_remote_code,
-    )
-    kept = RunFolder(folder, settings.record())
+    if resume and resume_adapter_file:
+        raise ConfigError("resume and resume_adapter_file contradict each other", "Choose one.")
+    if not callable(stop):
+        raise ConfigError(
+            f"stop must be a function that says whether to stop, not {stop!r}", "Give one, such as event.is_set."
+        )
+    kept = RunFolder(folder)
     kept.check(resume)
+    given = dict(model=model, data=data, adapter=adapter, optimizer=optimizer, train=train)
+    given["init_reference"] = init_reference
+    settings = Settings(
+        **continued(given, kept.recorded() if resume else {}),
+        resume=resume,
+        resume_adapter_file=resume_adapter_file,
+        test_batches=test_batches,
+        report_to=report_to,
+        project_name=project_name,
+        trust_remote_code=trust_remote_code,
+        force=force,
+    )
+    kept.settings = settings.record()
     return _run(kept, settings, stop)
 
 
 def _run(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Iterator[RunReport]:
+    with folder.lock():
+        yield from _fine_tune(folder, settings, stop)
+
+
+def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Iterator[RunReport]:
     state = _state(folder, settings)
     logs = trackers(settings.report_to, settings.project_name, settings.tracked()) if is_main_process() else []
     model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
     sets = yield from load_sets(settings.data, tokenizer, settings.splits)
+    folder.identity = identify(settings, model, sets)
+    if state is not None:
+        check(state.run, folder.identity, settings.force, folder.path)
     yield from _attach(model, sets, folder, settings)
     yield _started(model, state, settings.train.iters)
     done = yield from _train(model, sets, folder, settings, state, stop, logs)
@@ -147,9 +165,9 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs
 
     def save(state: TrainingState) -> Path:
         nonlocal moved, first
-        if first:
-            moved, first = folder.move_earlier_run(), False
-        return folder.save(extract(model), state)
+        moved = folder.save(extract(model), state, move_earlier=first) or moved
+        first = False
+        return folder.numbered(state)
 
     steps = -(-settings.train.iters // settings.train.grad_accumulation_steps)
     try:

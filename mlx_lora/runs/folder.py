@@ -4,10 +4,16 @@ adapters.safetensors, adapter_config.json   the adapter of the last checkpoint, 
 0000100_adapters.safetensors                the weights of each checkpoint, by iteration
 training_state.safetensors                  the state that ``resume`` continues from
 earlier-1/                                  the files of a run that was in this folder before
+.mlx-lora.lock                              while a run or command writes here, see base/locking.py
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +21,17 @@ from typing import Any
 import mlx.core as mx
 
 from ..adapter import Adapter
+from ..base.locking import check_unlocked, locked
 from ..base.saving import check_writable
-from ..errors import ConfigError, FormatError
-from ..formats import FORMATS, mlx_lm, save_adapter
-from ..formats.files import write_folder, write_safetensors
+from ..errors import ConfigError
+from ..formats import FORMATS, mlx_lm
+from ..formats.files import TEMPORARY, file_digest, write_folder
+from ..formats.options import WriteOptions
 from ..training import TrainingState
+from ..training.checkpoints import read_run
 
 STATE = "training_state.safetensors"
+_ADAPTER = "adapter file"  # entry of a state's ``run``: a hash of the adapter that was written with it
 
 
 def is_main_process() -> bool:
@@ -32,12 +42,18 @@ def is_main_process() -> bool:
 class RunFolder:
     """A folder that a run reads and writes.
 
-    Args:
-        settings: recorded in ``adapter_config.json`` under ``training``.
+    settings: recorded in ``adapter_config.json`` under ``training``. identity: kept with the training state, see
+    ``identity.py``.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any] | None = None):
-        self.path, self.settings = Path(path), settings or {}
+    def __init__(self, path: str | Path):
+        if not isinstance(path, (str, Path)) or not str(path).strip():
+            raise ConfigError(f"the folder of a run must be a path, not {path!r}", 'Give a path, such as "adapters".')
+        self.path = Path(path)
+        self.settings: dict[str, Any] = {}
+        self.identity: dict[str, Any] = {}
+        self._saved: int | None = None  # iteration of the last checkpoint
+        self._device: int | None = None  # number of the file system
 
     def check(self, resume: bool) -> None:
         """Raise a ConfigError where a run cannot be written here, or where there is none to resume."""
@@ -46,6 +62,8 @@ class RunFolder:
         if resume and not (self.path / STATE).exists():
             raise ConfigError(f"{self.path}: holds no {STATE} to resume", "Name the run's folder, or start a new run.")
         check_writable(self.path, ConfigError)
+        if is_main_process():
+            check_unlocked(self.path)
         # Formats share file names: a checkpoint written over another format's adapter would damage it.
         others = [name for name, form in FORMATS.items() if form is not mlx_lm and form.detect(self.path)]
         if others:
@@ -53,29 +71,94 @@ class RunFolder:
                 f"{self.path}: holds an adapter of format {others[0]}", "Choose another folder for the adapter."
             )
 
-    def load_state(self) -> TrainingState:
-        """The training state of the last checkpoint."""
-        return TrainingState.load(self.path / STATE)
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """A context in which no other run or command writes here. Raises: ConfigError: one does."""
+        if not is_main_process():
+            yield
+            return
+        with locked(self.path):
+            self._device = os.stat(self.path).st_dev
+            for left in self.path.glob(f"{TEMPORARY}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            yield
 
-    def save(self, adapter: Adapter, state: TrainingState) -> Path:
-        """Write a checkpoint and return its numbered file. Each file appears complete or not at all."""
-        adapter = replace(adapter, metadata={"mlx-lm": {"training": self.settings}})
-        numbered = f"{state.iteration:07d}_{mlx_lm.WEIGHTS}"
-        if is_main_process():
-            weights = mlx_lm.stored_weights(adapter)
-            write_folder(self.path, lambda folder: write_safetensors(folder / numbered, weights))
-            save_adapter(adapter, self.path, overwrite=True)
-            try:
-                state.save(self.path / STATE)
-            except (OSError, RuntimeError) as error:  # MLX raises RuntimeError where the disk is full
-                raise FormatError(f"{self.path / STATE}: cannot be written ({error})", "Free some space.") from None
-        return self.path / numbered
+    def recorded(self) -> dict[str, Any]:
+        """The settings that the run in this folder was started with; empty where they were not kept."""
+        return read_run(self.path / STATE).get("settings", {})
+
+    def load_state(self) -> TrainingState:
+        """The training state of the last checkpoint. Raises: ConfigError: the adapter beside it is not its own."""
+        state = TrainingState.load(self.path / STATE)
+        self._check_adapter(state)
+        self._saved = state.iteration
+        return state
+
+    def _check_adapter(self, state: TrainingState) -> None:
+        """Refuse a state whose adapter was replaced, by ``merge --force`` or by hand: resuming would overwrite it.
+
+        A process that was killed while it saved may have left the adapter of the next checkpoint.
+        """
+        file, own = self.path / mlx_lm.WEIGHTS, state.run.get(_ADAPTER)
+        if own is None or not file.exists() or (found := file_digest(file)) == own:
+            return
+        numbered = [path for path in self._numbered() if int(path.name.partition("_")[0]) > state.iteration]
+        if found in map(file_digest, numbered):
+            return
+        kept = self.path / f"{state.iteration:07d}_{mlx_lm.WEIGHTS}"
+        back = f"copy {kept.name} over it" if kept.exists() else "move it to another folder"
+        raise ConfigError(
+            f"{file}: is not the adapter that the run saved at iteration {state.iteration}, and resuming would "
+            "replace it",
+            f"To continue the run, {back}. To train on from this adapter, start a new run with resume_adapter_file.",
+        )
+
+    def _numbered(self) -> list[Path]:
+        return sorted(self.path.glob(f"[0-9]*_{mlx_lm.WEIGHTS}"))
+
+    def save(self, adapter: Adapter, state: TrainingState, move_earlier: bool = False) -> Path | None:
+        """Write a checkpoint: all of its files, or none where that fails.
+
+        Args:
+            move_earlier: see ``move_earlier_run``; done when the new files are complete.
+
+        Returns: the folder that the earlier run is in now, or None. Raises: FormatError.
+        """
+        if not is_main_process():
+            return None
+        adapter = replace(adapter.check(), metadata={**adapter.metadata, "mlx-lm": {"training": self.settings}})
+        moved: list[Path | None] = [None]
+
+        def write(folder: Path) -> None:
+            mlx_lm.write(adapter, folder, WriteOptions())
+            shutil.copyfile(folder / mlx_lm.WEIGHTS, folder / self.numbered(state).name)
+            run = {**self.identity, _ADAPTER: file_digest(folder / mlx_lm.WEIGHTS)}
+            replace(state, run=run).write(folder / STATE)
+
+        def before() -> None:
+            if self._device not in (None, os.stat(self.path).st_dev):  # an empty mount point is left of the drive
+                raise OSError(errno.ENODEV, "the drive was removed")
+            moved[0] = self.move_earlier_run() if move_earlier else None
+
+        # The state is renamed last: whatever is interrupted, it is complete and not newer than the adapter.
+        needed = 2 * adapter.nbytes + state.nbytes
+        write_folder(self.path, write, before=before, needed=needed, kept=self._kept())
+        self._saved = state.iteration
+        return moved[0]
+
+    def numbered(self, state: TrainingState) -> Path:
+        """The file that keeps the weights of this checkpoint."""
+        return self.path / f"{state.iteration:07d}_{mlx_lm.WEIGHTS}"
+
+    def _kept(self) -> str:
+        if self._saved is None:
+            return "No checkpoint of this run was written before."
+        return f"The checkpoint of iteration {self._saved} is kept: resume continues from it."
 
     def move_earlier_run(self) -> Path | None:
         """Move the files of an earlier run to ``earlier-N`` and return that folder; None where there are none."""
         names = [mlx_lm.CONFIG, mlx_lm.WEIGHTS, STATE]
-        files = [self.path / name for name in names if (self.path / name).exists()]
-        files += sorted(self.path.glob(f"[0-9]*_{mlx_lm.WEIGHTS}"))
+        files = [*self._numbered(), *(self.path / name for name in names if (self.path / name).exists())]
         if not files or not is_main_process():
             return None
         number = 1

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
-from ..data import Splits
+import mlx.nn as nn
+
+from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
+from ..data import Dataset, Splits
 from ..errors import ConfigError
 from ..training.losses import loss_named
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of ``run``."""
+    """The arguments of ``run``, each in one form: a dict becomes a config, a path or name the data's."""
 
     model: Any
-    data: Any  # a DataConfig or Splits; a tuple of data sets becomes Splits
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    data: Any  # a DataConfig or Splits afterwards
+    adapter: AdapterConfig | dict | None = None
+    optimizer: OptimizerConfig | dict | None = None
+    train: TrainConfig | dict | None = None
     resume: bool = False
     resume_adapter_file: str | Path | None = None
     init_reference: str | None = None
@@ -28,21 +30,24 @@ class Settings:
     report_to: tuple[str, ...] = ()
     project_name: str | None = None
     trust_remote_code: bool = False
+    force: bool = False
 
     def __post_init__(self):
-        if isinstance(self.data, tuple):
-            object.__setattr__(self, "data", Splits(*self.data))
-        if not isinstance(self.data, (DataConfig, Splits)):
-            raise ConfigError(
-                f"data must be a DataConfig, Splits or a tuple of data sets, not a {type(self.data).__name__}",
-                "Give DataConfig(data=folder), or the result of load_dataset.",
-            )
+        for name, kind in (("adapter", AdapterConfig), ("optimizer", OptimizerConfig), ("train", TrainConfig)):
+            object.__setattr__(self, name, as_config(kind, getattr(self, name), name))
+        object.__setattr__(self, "data", as_data(self.data))
+        object.__setattr__(self, "model", as_model(self.model, needs_tokenizer=isinstance(self.data, DataConfig)))
+        names = self.report_to.split(",") if isinstance(self.report_to, str) else self.report_to or ()
+        object.__setattr__(self, "report_to", tuple(str(name).strip() for name in names))
+        for name in ("resume", "force", "trust_remote_code"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}", "Write True or False.")
         check_test_batches(self.test_batches)
         loss_named(self.train.loss)  # raises for an unknown name, before a model is loaded
         if self.test_batches is not None and isinstance(self.data, Splits) and self.data.test is None:
             raise ConfigError("test_batches needs a test set, and data has none", "Load it too, or leave it out.")
-        if self.resume and self.resume_adapter_file:
-            raise ConfigError("resume and resume_adapter_file contradict each other", "Choose one.")
+        if self.force and not self.resume:
+            raise ConfigError("force is for resume", "Leave force out: a new run takes any settings.")
         file = self.resume_adapter_file
         init = self.adapter.init
         if file and init != "default":
@@ -73,9 +78,64 @@ class Settings:
         return {**model, **asdict(self.adapter), **self.record()}
 
 
+def as_data(data: Any) -> DataConfig | Splits:
+    """``data`` as a DataConfig or ``Splits``. Raises: ConfigError."""
+    if isinstance(data, (str, Path)):
+        return DataConfig(data=str(data))
+    if isinstance(data, dict):
+        return as_config(DataConfig, data, "data")
+    if isinstance(data, Dataset):
+        data = Splits(data)
+    if isinstance(data, tuple) and 1 <= len(data) <= 3:
+        data = Splits(*data)
+    if isinstance(data, Splits):
+        return replace(data, **{name: _as_set(getattr(data, name), name) for name in ("train", "valid", "test")})
+    if isinstance(data, DataConfig):
+        return data
+    raise ConfigError(
+        f"data must be a DataConfig, Splits or a tuple of data sets, not a {type(data).__name__}",
+        "Give DataConfig(data=folder), the result of load_dataset, or (tokenize(rows, tokenizer, DataConfig()), None).",
+    )
+
+
+def _as_set(rows: Any, name: str) -> Any:
+    """A data set; a list of examples becomes one. Raises: ConfigError for rows that are not tokenized."""
+    first = next(iter(rows), None) if isinstance(rows, (list, tuple)) else None
+    if isinstance(rows, (str, Path)) or (first is not None and not hasattr(first, "mask")):
+        kind = type(rows if first is None else first).__name__
+        raise ConfigError(
+            f"data: the {name} set holds a {kind}, not tokenized rows",
+            "Give (tokenize(rows, tokenizer, DataConfig()), None), or DataConfig(data=folder).",
+        )
+    return Dataset(rows) if isinstance(rows, (list, tuple)) else rows
+
+
+def as_model(model: Any, needs_tokenizer: bool) -> Any:
+    """A path or name, or a pair (model, tokenizer); the tokenizer is None where none is needed. Raises: ConfigError."""
+    pair = "Give the pair that load returns: model=mlx_lora.load(name)."
+    if isinstance(model, list):
+        model = tuple(model)
+    if isinstance(model, nn.Module) or (isinstance(model, tuple) and len(model) == 1):
+        model = (model[0] if isinstance(model, tuple) else model, None)
+    if isinstance(model, tuple):
+        if len(model) != 2 or not isinstance(model[0], nn.Module):
+            kinds = ", ".join(type(part).__name__ for part in model)
+            raise ConfigError(f"model must be a pair (model, tokenizer), not ({kinds})", pair)
+        if model[1] is None and needs_tokenizer:
+            raise ConfigError("model is a loaded model without its tokenizer, which reading the data needs", pair)
+        return model
+    if not isinstance(model, (str, Path)):
+        raise ConfigError(
+            f"model must be a folder, a repository or a pair (model, tokenizer), not {model!r}",
+            'Give model="Qwen/Qwen3-0.6B", a folder, or the pair that load returns.',
+        )
+    return model
+
+
 def check_test_batches(value: int | None) -> None:
     """Refuse a number of test batches that is neither -1 (all) nor above 0."""
-    if value is not None and value != -1 and value < 1:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and value != -1 and (not whole or value < 1):
         raise ConfigError(
             f"test_batches must be -1 (all) or at least 1, not {value!r}", "Leave it out for the default."
         )

@@ -11,10 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..base.writing import sync, writing
 from ..errors import FormatError, TrainingError
 
 _KEY, _VERSION = "mlx_lora_training_state", 1
 _GROUPS = ("parameters", "optimizer", "pending")
+_DATA = "training data"
+OTHER_DATA = "{} data: other rows or another order, or the rows are tokenized or masked differently"
 
 
 @dataclass
@@ -47,62 +50,93 @@ class TrainingState:
     pending: dict[str, mx.array] = field(default_factory=dict)  # sums of gradients, loss and token count
     tally: Tally = field(default_factory=Tally)
     fingerprint: dict[str, Any] = field(default_factory=dict)  # what must be equal in the resumed run
+    run: dict[str, Any] = field(default_factory=dict)  # JSON values that the caller of `train` keeps with the state
 
     @property
     def iteration(self) -> int:
         return self.tally.iteration
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for group in _GROUPS for array in getattr(self, group).values())
+
     def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file. It appears complete or not at all, even after a power failure."""
+        """Write one safetensors file. It appears complete or not at all, even after a power failure.
+
+        Raises: FormatError: it cannot be written; a file that was at `path` is as it was.
+        """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {f"{group}/{name}": array for group in _GROUPS for name, array in getattr(self, group).items()}
-        about = {"version": _VERSION, "tally": asdict(self.tally), "fingerprint": self.fingerprint}
         # MLX requires this suffix; the leading dot hides the file while it is written.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
-        try:
-            mx.save_safetensors(str(temporary), arrays, metadata={_KEY: json.dumps(about)})
-            _sync(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-            _sync(path.parent)
+        with writing(path, needed=self.nbytes):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.write(temporary)
+                sync(temporary)
+                os.replace(temporary, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+                sync(path.parent)
+
+    def write(self, path: Path) -> None:
+        """Write the file without these precautions, into a folder that the caller takes care of."""
+        arrays = {f"{group}/{name}": array for group in _GROUPS for name, array in getattr(self, group).items()}
+        about = {
+            "version": _VERSION,
+            "tally": asdict(self.tally),
+            "fingerprint": self.fingerprint,
+            "run": self.run,
+        }
+        mx.save_safetensors(str(path), arrays, metadata={_KEY: json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TrainingState:
         """Read what `save` wrote. The arrays are read into memory, so the file may be replaced afterwards."""
+        arrays, about = _open(path)
         try:
-            arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
             mx.eval(arrays)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise FormatError(f"{path} cannot be read: {error}", "Resume from another checkpoint.") from error
-        if _KEY not in metadata:
-            raise FormatError(f"{path} is not a training state.", "Name the training state that a run saved.")
-        about = json.loads(metadata[_KEY])
-        if about.get("version") != _VERSION:
-            raise FormatError(
-                f"{path} has version {about.get('version')} of the training state, not {_VERSION}.",
-                "Resume with the mlx-lora that wrote it, or start from its adapter (--resume-adapter-file).",
-            )
+        except RuntimeError as error:
+            raise _unreadable(path, error) from error
         groups: dict[str, dict[str, mx.array]] = {group: {} for group in _GROUPS}
         for name, array in arrays.items():
             group, _, name = name.partition("/")
             groups[group][name] = array
-        return cls(**groups, tally=Tally(**about["tally"]), fingerprint=about["fingerprint"])
+        return cls(
+            **groups, tally=Tally(**about["tally"]), fingerprint=about["fingerprint"], run=about.get("run") or {}
+        )
 
 
-def _sync(path: Path) -> None:
-    """Flush the file or folder from the system's buffers to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+def read_run(path: str | os.PathLike) -> dict[str, Any]:
+    """The `run` of the state in a file, without its arrays. Empty in a file of an older version."""
+    return _open(path)[1].get("run") or {}
+
+
+def _open(path: str | os.PathLike) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """The arrays in a file, which are not read yet, and the facts about them."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if _KEY not in metadata:
+        raise FormatError(f"{path} is not a training state.", "Name the training state that a run saved.")
+    about = json.loads(metadata[_KEY])
+    if about.get("version") != _VERSION:
+        raise FormatError(
+            f"{path} has version {about.get('version')} of the training state, not {_VERSION}.",
+            "Resume with the mlx-lora that wrote it, or start from its adapter (--resume-adapter-file).",
+        )
+    return arrays, about
+
+
+def _unreadable(path: str | os.PathLike, error: Exception) -> FormatError:
+    return FormatError(f"{path} cannot be read: {error}", "Resume from another checkpoint.")
 
 
 def fingerprint(
-    config: Any, loss: str, optimizer: str, rows: int, world: int, parameters: dict[str, mx.array]
+    config: Any, loss: str, optimizer: str, train_set: Any, world: int, parameters: dict[str, mx.array]
 ) -> dict[str, Any]:
     """The settings that must be equal for a run to continue from another's state. JSON values only."""
     return {
@@ -111,7 +145,8 @@ def fingerprint(
         "grad_accumulation_steps": config.grad_accumulation_steps,
         "seed": config.seed,
         "optimizer": optimizer,
-        "rows of training data": rows,
+        "rows of training data": len(train_set),
+        _DATA: getattr(train_set, "digest", None),  # a list of examples has none
         "processes": world,
         "parameters": {path: f"{p.dtype} {list(p.shape)}" for path, p in parameters.items()},
     }
@@ -120,17 +155,29 @@ def fingerprint(
 def check_fingerprint(saved: dict[str, Any], here: dict[str, Any], most: int = 10) -> None:
     """Raise a `TrainingError` that lists how `here` differs from the run that `saved` the state."""
     before, now = _flat(saved), _flat(here)
+    before.setdefault(_DATA, now[_DATA])  # an older version did not record it
     differences = [
-        f"{name}: {before.get(name, 'absent')} in the checkpoint, {now.get(name, 'absent')} here"
+        OTHER_DATA.format("training") if name == _DATA else difference(name, before.get(name), now.get(name))
         for name in {**before, **now}
         if before.get(name) != now.get(name)
     ]
     if differences:
-        rest = [f"and {len(differences) - most} more"] if len(differences) > most else []
-        raise TrainingError(
-            "\n".join(["The checkpoint belongs to another run:", *differences[:most], *rest]),
-            "Resume with the settings of that run, or start a new one. Only iters may be larger.",
-        )
+        raise another_run(differences, most)
+
+
+def difference(name: str, before: Any, now: Any) -> str:
+    """A line about a setting of the run that is resumed, and its value here."""
+    before, now = ("absent" if value is None else value for value in (before, now))
+    return f"{name}: {before} in the checkpoint, {now} here"
+
+
+def another_run(differences: list[str], most: int = 20, hint: str | None = None) -> TrainingError:
+    """The error for resuming a run that differs in this way."""
+    rest = [f"and {len(differences) - most} more"] if len(differences) > most else []
+    return TrainingError(
+        "\n".join(["The checkpoint belongs to another run:", *differences[:most], *rest]),
+        hint or "Resume with the model, data and settings of that run, or start a new one.",
+    )
 
 
 def _flat(about: dict[str, Any]) -> dict[str, Any]:

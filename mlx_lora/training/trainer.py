@@ -78,9 +78,7 @@ def train(
     if len(train_set) == 0:
         raise TrainingError("The training set is empty.", "Check that train.jsonl in the data folder has rows.")
     group = mx.distributed.init()
-    settings = fingerprint(
-        config, _loss_of(config), MasterWeights(optimizer).name, len(train_set), group.size(), parameters
-    )
+    settings = fingerprint(config, _loss_of(config), MasterWeights(optimizer).name, train_set, group.size(), parameters)
     if resume is not None:
         check_fingerprint(resume.fingerprint, settings)
         if resume.iteration > config.iters:

@@ -406,6 +406,22 @@ def stateless(state):
     return TrainingState(state.parameters, {}, {}, state.tally, state.fingerprint)
 
 
+@pytest.mark.parametrize("change", ["a token", "a mask", "the order"])
+def test_resume_is_refused_with_other_data_of_the_same_shape(change):
+    rows, states = examples(6, least=5, most=6), []
+    fit(Model(), opt.Adam(1e-2), rows, iters=2, checkpoint=states.append)
+    same_rows = Dataset([Example(r.tokens.copy(), r.mask.copy()) for r in rows])
+    fit(Model(), opt.Adam(1e-2), same_rows, iters=3, resume=states[0])
+    first = Example(rows[0].tokens.copy(), rows[0].mask.copy())
+    if change == "a token":
+        first.tokens[1] = (first.tokens[1] + 1) % VOCAB
+    elif change == "a mask":
+        first.mask[-1] = not first.mask[-1]
+    other = [first, *rows[1:]] if change != "the order" else rows[::-1]
+    with pytest.raises(TrainingError, match="training data: other rows"):
+        train(Model(), opt.Adam(1e-2), Dataset(other), config=config(), resume=states[0])
+
+
 def test_a_file_that_is_not_a_training_state_is_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(FormatError, match="cannot be read"):
@@ -428,7 +444,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(FormatError, match="disk full"):
         states[0].save(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 

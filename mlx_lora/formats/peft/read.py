@@ -7,10 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...adapter import Adapter, raise_faults
+from ...adapter import FINGERPRINT, Adapter, raise_faults
 from ...config import AdapterConfig
 from ...errors import FormatError
-from ..files import read_json, read_safetensors
+from ..files import read_json, read_safetensors, safetensors_metadata, stored_fingerprint
 from ..options import EMBEDDINGS, ReadOptions, is_embedding
 from ..torch.read import read_torch
 from . import experts
@@ -55,7 +55,10 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     check_config(raw, folder / CONFIG)
     pickled = not (folder / WEIGHTS).exists()
     tensors = _read_pickle(folder / PICKLE) if pickled else read_safetensors(folder / WEIGHTS)
-    return from_tensors(tensors, raw, folder, options)
+    adapter = from_tensors(tensors, raw, folder, options)
+    if not pickled:
+        adapter.metadata.update(stored_fingerprint(safetensors_metadata(folder / WEIGHTS).get(FINGERPRINT)))
+    return adapter
 
 
 def _read_pickle(path: Path) -> dict[str, mx.array]:

@@ -18,7 +18,7 @@ from ...adapter import Adapter, raise_faults, split_layer
 from ...base.names import BaseModel
 from ...config import UNSCALED, AdapterConfig
 from ...errors import FormatError
-from ..files import write_json, write_safetensors
+from ..files import fingerprint_text, write_json, write_safetensors
 from ..options import MERGE, NAME_BASE, WriteOptions, is_embedding
 from ..uniform import integral, uniform, vera_as_lora
 from . import experts
@@ -54,14 +54,15 @@ def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
             writer.module(path)
     writer.experts(stacks, layout or "target_parameters")
     writer.extras()
-    _write_files(folder, writer.tensors, writer.config(exact))
+    _write_files(adapter, folder, writer.tensors, writer.config(exact))
 
 
 _PEFT_TYPES = {"lora": "LORA", "dora": "LORA", "vera": "VERA", "ia3": "IA3"}  # by our method
 
 
-def _write_files(folder: Path, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
-    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+def _write_files(adapter: Adapter, folder: Path, tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
+    # The fingerprint is among the metadata of the weights: PEFT warns of unknown entries in its config.
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt", **fingerprint_text(adapter)})
     write_json(folder / CONFIG, config)
 
 
@@ -99,7 +100,7 @@ def _write_tokens(adapter: Adapter, folder: Path, options: WriteOptions) -> None
     tensors = {f"{PREFIX}{name}.trainable_tokens_delta": rows}
     if base is not None and base.tied:
         tensors[f"{PREFIX}lm_head.trainable_tokens_delta"] = rows
-    _write_files(folder, tensors, raw)
+    _write_files(adapter, folder, tensors, raw)
 
 
 def _write_modules(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
@@ -125,7 +126,7 @@ def _write_modules(adapter: Adapter, folder: Path, options: WriteOptions) -> Non
     for name, array in adapter.full_parameters.items():
         path, _, leaf = name.rpartition(".")
         tensors[f"{PREFIX}{_to_hf(path, base)}.ln_tuning_layers.{leaf}"] = array
-    _write_files(folder, tensors, raw)
+    _write_files(adapter, folder, tensors, raw)
 
 
 def _for_serving(adapter: Adapter, options: WriteOptions) -> Adapter:

@@ -1,0 +1,121 @@
+"""Failed writes: one place that says why, how much room was needed, and what is kept.
+
+MLX reports a failed write as a ``RuntimeError`` without a reason; the reason is then looked for on the file system.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import FormatError, MLXLoRAError
+
+_ELSEWHERE = "Choose another folder."
+_FULL = ("the disk is full", "Free some space, or choose a folder on another disk.")
+_GONE = ("the drive does not answer", "Connect the drive again, or choose a folder on another one.")
+_DENIED = ("permission denied", "Allow writing to that folder, or choose another one.")
+_REASONS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: ("the disk quota is used up", "Delete files of yours there, or choose a folder on another disk."),
+    errno.EROFS: ("the file system is read-only", "Mount it for writing, or choose another folder."),
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.EFBIG: (
+        "the file is larger than allowed there",
+        "Raise the limit (ulimit -f), or choose another disk: FAT32 holds no file above 4 GB.",
+    ),
+    errno.ENOENT: ("the folder was moved or deleted", "Do not move it while it is written to, or choose another one."),
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN), _GONE
+    ),
+}
+# Those that mean a failed write wherever they occur: a read, or the network, does not raise them.
+WRITE_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG))
+_PROBE = 1 << 16  # bytes
+
+
+@contextmanager
+def writing(
+    path: Path, error: type[MLXLoRAError] = FormatError, *, needed: int | None = None, kept: str = ""
+) -> Iterator[None]:
+    """A context for writing ``path``, a file or a folder. A failed write is raised as one ``error``.
+
+    Args:
+        needed: bytes that are written in all, if known.
+        kept: a sentence that says what is still there.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as problem:
+        raise failed_write(path, problem, error, needed=needed, kept=kept) from problem
+
+
+def failed_write(
+    path: Path,
+    problem: Exception,
+    error: type[MLXLoRAError] = FormatError,
+    *,
+    needed: int | None = None,
+    kept: str = "",
+) -> MLXLoRAError:
+    """The ``error`` for a write to ``path`` that failed with ``problem``. Arguments as in ``writing``."""
+    lost = str(problem).startswith(("[read]", "[load"))  # MLX reads weights when they are first used
+    if lost:
+        reason, hint = f"what it is made from cannot be read: {problem}", "Check the drive that holds the model."
+    else:
+        number = problem.errno if isinstance(problem, OSError) else _probe(path, needed)
+        reason, hint = _REASONS.get(number, (str(problem), f"Free some space, or c{_ELSEWHERE[1:]}"))
+    lines = [f"{path}: cannot be written ({reason})"]
+    if needed is not None and not lost:
+        room = _free(path)
+        lines[0] += f"; {size(needed)} needed" + (f", {size(room)} free" if room is not None else "")
+    return error("\n".join([*lines, *([kept] if kept else [])]), hint)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of files, from the system's buffers to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def size(count: int) -> str:
+    """``count`` bytes in words."""
+    for unit, digits in (("B", 0), ("kB", 0), ("MB", 1)):
+        if count < 1000:
+            return f"{count:.{digits}f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def existing(path: Path) -> Path:
+    """``path``, or the first of the folders above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
+def _free(path: Path) -> int | None:
+    try:
+        return shutil.disk_usage(existing(path)).free
+    except OSError:
+        return None
+
+
+def _probe(path: Path, needed: int | None) -> int | None:
+    """The number of the error that a small write beside ``path`` meets, or ENOSPC where ``needed`` does not fit."""
+    try:
+        there = existing(path)
+        with tempfile.TemporaryFile(dir=there if there.is_dir() else there.parent) as file:
+            file.write(bytes(_PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as problem:
+        return problem.errno
+    room = _free(path)
+    return errno.ENOSPC if needed is not None and room is not None and room < needed else None

@@ -1,0 +1,144 @@
+"""Which run a checkpoint belongs to: what the run was made of, and whether it may continue with what is given now."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import mlx.nn as nn
+
+from ..base.fingerprint import digest
+from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
+from ..data import Splits
+from ..errors import MLXLoRAWarning
+from ..training.checkpoints import OTHER_DATA, another_run, difference
+from .settings import Settings
+
+# The config of a resumed run may differ in FREE at will, and in FORCED with ``force``. Of the data's settings SHAPING
+# are compared by name; what the others do is seen in the tokens.
+FREE = (
+    *("iters", "val_batches", "steps_per_report", "steps_per_eval", "save_every"),
+    *("grad_checkpoint", "clear_cache_threshold", "max_skipped_steps"),
+)
+FORCED = (
+    *("learning_rate", "lr_schedule", "warmup", "optimizer_config", "max_grad_norm"),
+    *("loraplus_lr_ratio", "loraplus_lr_embedding", "loraplus_weight_decay"),
+)
+_INSTEAD = {"scale": ("alpha", "rslora"), "alpha": ("scale",), "data": ("hf_dataset",), "hf_dataset": ("data",)}
+SHAPING = ("mask_prompt", "mask_turns", "max_seq_length")
+_OTHER_WEIGHTS = "base model: other weights, or weights that are quantized in another way"
+_FORCE = "Leave these options out to keep them, or add --force (in Python force=True) to change them."
+_SPLITS = {"train": "training", "valid": "validation"}
+_CONFIGS = {"data": DataConfig, "adapter": AdapterConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
+
+
+def identify(settings: Settings, model: nn.Module, sets: Splits) -> dict[str, Any]:
+    """What a run is made of, as JSON values: its settings, and hashes of the data and of the base ``model``."""
+    arguments = getattr(model, "args", None)  # mlx-lm's parsed config: independent of how config.json is spelled
+    config = asdict(arguments) if is_dataclass(arguments) else {}
+    facts = {
+        "settings": settings_of(settings),
+        "base": {"weights": digest(model), **_flat(config)},
+        "data": {split: _data_facts(getattr(sets, split)) for split in _SPLITS},
+    }
+    return json.loads(json.dumps(facts, default=str))
+
+
+def settings_of(settings: Settings) -> dict[str, Any]:
+    """The settings from which the run can be started again."""
+    found = {name: asdict(getattr(settings, name)) for name in _CONFIGS if is_dataclass(getattr(settings, name))}
+    if not isinstance(settings.data, DataConfig):
+        found.pop("data", None)
+    # AdapterConfig fills in a scale where alpha is given.
+    found["adapter"].pop("scale" if settings.adapter.alpha is not None else "alpha")
+    names = {name: value for name in ("model", "init_reference") if (value := getattr(settings, name)) is not None}
+    return {**found, **{name: str(value) for name, value in names.items() if not isinstance(value, tuple)}}
+
+
+def continued(given: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``Settings`` for a run that is resumed: ``given``, and what is left out as it was ``recorded``.
+
+    A dict of settings is filled up from the record; an argument that is None is taken from there.
+    """
+    found = dict(given)
+    for name, past in recorded.items():
+        value = given.get(name)
+        if name in _CONFIGS and (value is None or isinstance(value, dict)):
+            replaced = {other for option in value or {} for other in _INSTEAD.get(option, ())}
+            kept = {option: setting for option, setting in past.items() if option not in replaced}
+            found[name] = as_config(_CONFIGS[name], {**kept, **(value or {})}, name)
+        elif value is None:
+            found[name] = past
+    return found
+
+
+def check(saved: dict[str, Any], here: dict[str, Any], force: bool, folder: Any) -> None:
+    """Compare the identity of the run in ``folder`` with that of the run which would continue it.
+
+    Raises: TrainingError: it is another run; lists every difference. Warns of what goes on all the same.
+    """
+    if not saved.get("settings"):
+        text = f"{folder}: its checkpoint was written by an older version. That it belongs to this model, these data "
+        warnings.warn(text + "and these settings cannot be checked.", MLXLoRAWarning, stacklevel=2)
+        return
+    changed = _differences(saved["settings"], here["settings"])
+    faults = [difference(name, *values) for name, values in changed.items() if name not in (*FREE, *FORCED)]
+    for split, word in _SPLITS.items():
+        (rows, tokens), (rows_here, tokens_here) = saved["data"][split], here["data"][split]
+        if rows != rows_here:
+            faults.append(difference(f"rows of {word} data", rows, rows_here))
+        elif tokens != tokens_here:
+            faults.append(OTHER_DATA.format(word))
+    both = saved["base"].keys() & here["base"].keys()  # mlx-lm adds fields from version to version
+    for name in sorted(key for key in both if saved["base"][key] != here["base"][key]):
+        line = difference(f"base model: {name}", saved["base"][name], here["base"][name])
+        faults.append(_OTHER_WEIGHTS if name == "weights" else line)
+    forced = [difference(name, *values) for name, values in changed.items() if name in FORCED]
+    if faults or (forced and not force):
+        raise another_run(faults + forced, hint=None if faults else _FORCE)
+    for text in (*forced, *_stretched(saved["settings"], here["settings"])):
+        warnings.warn(f"The run continues with another setting: {text}", MLXLoRAWarning, stacklevel=2)
+
+
+def _data_facts(rows: Any) -> tuple[int, str | None]:
+    """(number of rows, hash of their tokens and masks); a data set of a class of the caller's has no hash."""
+    return (0, None) if rows is None else (len(rows), getattr(rows, "digest", None))
+
+
+def _differences(saved: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(value in the checkpoint, value here) of the settings that differ."""
+    found = {}
+    for section in _CONFIGS:
+        before, now = _comparable(section, saved), _comparable(section, here)
+        names = SHAPING if section == "data" else dict.fromkeys((*before, *now))
+        if before and now:
+            found |= {n: (before.get(n), now.get(n)) for n in names if before.get(n) != now.get(n)}
+    return found
+
+
+def _comparable(section: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a section, the scale and alpha of an adapter as one scale."""
+    found = dict(settings.get(section) or {})
+    if section == "adapter":
+        scale = AdapterConfig(**found).scale_of("")
+        found = {**{n: v for n, v in found.items() if n not in ("alpha", "rslora")}, "scale": scale}
+    return found
+
+
+def _stretched(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What a new number of iterations does to a schedule whose length follows from it."""
+    before, now = saved["train"]["iters"], here["train"]["iters"]
+    schedule = here["optimizer"]["lr_schedule"]
+    mapping = schedule if isinstance(schedule, dict) else {"name": schedule}
+    if before == now or mapping.get("name") in (None, "constant") or mapping.get("arguments") is not None:
+        return []
+    return [f"{mapping['name']} now spans {now} iterations instead of {before}, so that the learning rate changes"]
+
+
+def _flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
+    return found

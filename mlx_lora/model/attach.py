@@ -56,6 +56,7 @@ def attach(
 
     Returns: the adapted paths. Raises: AdapterError, ConfigError, DataError; the model is then unchanged.
     """
+    config.check_used()
     if adapters_on(model) or state_of(model) is not None:
         raise AdapterError("the model has an adapter already", "Call unmount(model) or fuse(model) first.")
     state = State(config, frozen_parameters(model))
@@ -141,6 +142,7 @@ def extract(model: nn.Module) -> Adapter:
     plain = replace(
         config,
         num_layers=_last_layers(model, [split_layer(path)[0] for path in trained]),
+        layers_to_transform=None,
         keys=None if layers else config.keys,
         modules_to_save=tuple(sorted(saved)) or None,
         trainable_token_indices={path: module.ids for path, module in tokens.items()},

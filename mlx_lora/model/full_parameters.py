@@ -104,12 +104,10 @@ def _new_dense(which: str) -> nn.Module:
 def unfreeze_layers(model: nn.Module, config: AdapterConfig, state: State) -> list[str]:
     """Make the last ``num_layers`` layers trainable, and nothing else. Returns their paths.
 
-    Raises: ConfigError: settings that select modules within layers, or a layer that cannot be trained.
+    Raises: ConfigError: a layer that cannot be trained, or more layers than there are.
     """
-    if config.keys is not None or config.rank_pattern or config.scale_pattern or config.alpha_pattern:
-        raise ConfigError("full fine-tuning trains whole layers: keys and patterns do not apply", "Use --num-layers.")
     paths = layer_paths(model)
-    paths = paths[-config.num_layers :] if config.num_layers > 0 else paths
+    paths = paths[-config.last_layers(len(paths)) :]
     modules = dict(model.named_modules())
     if any(is_quantized(m) for path in paths for m in modules[path].modules()):
         raise ConfigError(

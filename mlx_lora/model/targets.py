@@ -49,7 +49,7 @@ def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     Raises: AdapterError: a key matches nothing; the hint lists the model's modules.
     """
     layers = layer_paths(model)
-    count = config.num_layers if config.num_layers > 0 else len(layers)
+    count = config.last_layers(len(layers))
     kept = layers[-count:]
     if config.layers_to_transform is not None:
         if beyond := [i for i in config.layers_to_transform if i >= len(layers)]:

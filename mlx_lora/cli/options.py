@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import ConfigError
 
@@ -93,23 +94,24 @@ class Structure(click.ParamType):
         return value
 
 
-def config_options(config: type, *names: str) -> Callable:
-    """Options for the fields ``names`` of a config class, or for all fields."""
+def config_options(config: type, *names: str, **defaults: Any) -> Callable:
+    """Options for the fields ``names`` of a config class, or for all fields; ``defaults`` replace the fields' own."""
 
     def decorate(command):
         hints = typing.get_type_hints(config)
         for field in reversed([f for f in dataclasses.fields(config) if not names or f.name in names]):
             section = field.metadata.get("section", config.help_section)
-            command = _option(field, hints[field.name], section)(command)
+            default = defaults.get(field.name, field.default)
+            command = _option(field, hints[field.name], section, default)(command)
         return command
 
     return decorate
 
 
-def _option(field: dataclasses.Field, hint: Any, section: str) -> Callable:
+def _option(field: dataclasses.Field, hint: Any, section: str, default: Any) -> Callable:
     name = _FLAGS.get(field.name, field.name)
     flag = "--" + name.replace("_", "-")
-    default = field.default if field.default is not dataclasses.MISSING else None
+    default = None if default is dataclasses.MISSING else default
     extra: dict[str, Any] = {"help": field.metadata["help"], "default": default, "show_default": default is not None}
     options = [t for t in typing.get_args(hint) if t is not type(None)] if _is_union(hint) else [hint]
     kind = options[0]
@@ -164,6 +166,16 @@ def build(config: type, params: dict[str, Any], **changes: Any) -> Any:
         raise ConfigError(
             str(error), "Correct the type of that value in the YAML file; --help shows what each option takes."
         ) from None
+
+
+def given_flags(ctx: click.Context) -> list[str]:
+    """The names of the parameters that stand on the command line itself, not in a YAML file."""
+    return [p.name for p in ctx.command.params if ctx.get_parameter_source(p.name) == ParameterSource.COMMANDLINE]
+
+
+def flag_of(ctx: click.Context, name: str) -> str:
+    """The flag of the parameter ``name``, such as ``--num-layers``."""
+    return next(p.opts[-1] for p in ctx.command.params if p.name == name)
 
 
 def model_option(**extra: Any) -> Callable:

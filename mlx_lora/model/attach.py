@@ -36,7 +36,7 @@ from ..layers import AdapterLayer, TokenRows, check_rank, make_layers
 from .compatibility import incompatibilities, own_parameters
 from .full_parameters import modules_to_save, train_full_parameters, trained_biases, unfreeze_layers
 from .state import State, bare_modules, place, put_back, set_mode, set_state, state_of, take_off
-from .targets import select, select_named
+from .targets import check_patterns, check_side, select, select_named
 
 
 def attach(
@@ -81,6 +81,8 @@ def _attach_layers(
         [f"{path}: is no embedding, so it has no rows of tokens" for path in tokens if kind(bare[path]) != "embedding"],
         "Name an embedding in trainable_token_indices, such as embed_tokens.",
     )
+    check_patterns(config, chosen)
+    check_side(config, [path for path in (*chosen, *saved, *tokens) if kind(bare[path]) == "embedding"])
     ranks = {path: config.rank_of(path) for path in chosen}
     for path, module in chosen.items() if config.method != "vera" else ():
         try:

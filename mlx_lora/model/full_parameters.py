@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..adapter import split_layer
 from ..base.modules import base_dtype, dense_weight, is_quantized, kind, layer_paths, model_dtype
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError
@@ -34,10 +35,9 @@ def trained_biases(bare: dict[str, nn.Module], config: AdapterConfig, adapted: l
     found = [path for path in paths if isinstance(bare[path].get("bias"), mx.array)]
     if config.bias != "none" and not found:
         where = "the model has" if config.bias == "all" else "the adapted layers have"
-        raise AdapterError(
-            f"bias {config.bias!r}: {where} no biases to train",
-            "Leave bias out. lora_bias gives the update a bias of its own.",
-        )
+        others = dict.fromkeys(split_layer(path)[1] for path, module in bare.items() if "bias" in module)
+        hint = f"Name modules that have one with keys: {', '.join(others)}." if others else "Leave bias out."
+        raise AdapterError(f"bias {config.bias!r}: {where} no biases to train", hint)
     return found
 
 

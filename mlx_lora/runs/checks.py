@@ -46,14 +46,13 @@ def check_settings(settings: Any) -> None:
     build_optimizer(optimizer, -(-train.iters // train.grad_accumulation_steps), nn.Module())
     if settings.resume_adapter_file:
         check_initial_weights(Path(settings.resume_adapter_file), adapter)
-    check_data(settings.data, settings.splits)
 
 
 def check_data(data: Any, splits: tuple[str, ...]) -> None:
     """Refuse data that is neither there nor can be a repository's name. Raises: DataError."""
-    if isinstance(data, DataConfig) and not data.hf_dataset:
-        if not Path(data.data).expanduser().exists() and data.data.count("/") != 1:
-            find(data, splits, [])
+    named = isinstance(data, DataConfig) and not data.hf_dataset
+    if named and not Path(data.data).expanduser().exists() and data.data.count("/") != 1:
+        find(data, splits, [])
 
 
 def check_initial_weights(file: Path, adapter: AdapterConfig) -> None:

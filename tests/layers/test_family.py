@@ -45,7 +45,7 @@ SETTINGS = {
     "dora": dict(method="dora"),
     "vera": dict(method="vera", rank=16),
     "vera, seed only": dict(method="vera", rank=16, save_projection=False, projection_prng_key=3, keys=["q_proj"]),
-    "patterns": dict(rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3, "mlp.*": 7}, keys=["q_proj", "up_proj"]),
+    "patterns": dict(rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 3, "mlp.*": 7}, keys=["q_proj", "up_proj"]),
     "some layers": dict(layers_to_transform=[0, 2], num_layers=None, keys=["q_proj"]),
     "modules_to_save": dict(modules_to_save=["norm", "lm_head", "layers.1.mlp"], keys=["q_proj"]),
     "bias all": dict(bias="all"),

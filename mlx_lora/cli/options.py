@@ -205,6 +205,15 @@ def check_free(folder: str, force: bool, *, model: bool = False) -> None:
     check_target(folder, force, ConfigError, model=model)
 
 
+def is_quantized_base(model: str) -> bool:
+    """Whether the config of ``model`` says that its weights are quantized. Downloads a repository, but loads nothing."""
+    from ..base.config import read_config
+    from ..base.loading import resolve
+
+    config = read_config(resolve(model))
+    return bool(config.get("quantization") or config.get("quantization_config"))
+
+
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Allow the model's repository to run its own Python code."
 )

@@ -206,7 +206,7 @@ def check_free(folder: str, force: bool, *, model: bool = False) -> None:
 
 
 def is_quantized_base(model: str) -> bool:
-    """Whether the config of ``model`` says that its weights are quantized. Downloads a repository, but loads nothing."""
+    """Whether the config of ``model`` says that its weights are quantized. No weights are loaded."""
     from ..base.config import read_config
     from ..base.loading import resolve
 

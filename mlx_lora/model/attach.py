@@ -35,7 +35,7 @@ from ..init import Request, init_of, initial_pairs, set_initial_pair, with_ranks
 from ..layers import AdapterLayer, TokenRows, check_rank, make_layers
 from .compatibility import incompatibilities, own_parameters
 from .full_parameters import modules_to_save, train_full_parameters, trained_biases, unfreeze_layers
-from .state import State, bare_modules, place, put_back, set_mode, set_state, state_of, take_off
+from .state import Removed, State, bare_modules, place, put_back, set_mode, set_state, state_of, take_off
 from .targets import check_patterns, check_side, select, select_named
 
 
@@ -228,7 +228,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Raises: AdapterError: the model has several adapters (MultiLoRA).
     """
     bare_modules(model)
-    removed = take_off(model)
+    removed, dtype = take_off(model), model_dtype(model)
     accelerated = removed.state.accelerated if removed.state is not None else []
     outside = {id(inner) for wrapper in removed.modules.values() for inner in wrapper.modules()}
     # Classes for modules with adapters (MLPs, attention), which have none now; base layers keep theirs.
@@ -238,9 +238,19 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         unmount(model)
+        if (now := model_dtype(model)) != dtype:  # model.set_dtype does not reach what is taken off
+            _cast(removed, now)
         put_back(model, removed)
         for module, changed in classes:
             module.__class__ = changed
+
+
+def _cast(removed: Removed, dtype: mx.Dtype) -> None:
+    """Cast the floats that ``take_off`` removed, as ``Module.set_dtype`` does."""
+    for wrapper in removed.modules.values():
+        wrapper.set_dtype(dtype)
+    floats = mx.floating
+    removed.arrays = [(m, n, a.astype(dtype) if mx.issubdtype(a.dtype, floats) else a) for m, n, a in removed.arrays]
 
 
 def adapters_on(model: nn.Module) -> dict[str, AdapterLayer]:

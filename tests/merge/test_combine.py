@@ -31,7 +31,7 @@ def test_cat_and_svd_are_the_weighted_sum(method, config, tokens):
     model = make_model(config)
     keys = ["q_proj", "down_proj", "model.embed_tokens"]
     one, first = make(model, 1, keys=keys)
-    two, second = make(model, 2, keys=keys[1:], rank=6, alpha=3, scale_pattern={"1.*down_proj": 0.3})
+    two, second = make(model, 2, keys=keys[1:], rank=6, alpha=3, scale=None, scale_pattern={"1.*down_proj": 0.3})
     merged = merge_adapters([one, two], [0.7, -1.3], method, **({"rank": 10} if method == "svd" else {}))
     mount(model, merged.check())
     for path, layer in adapters_on(model).items():

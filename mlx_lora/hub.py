@@ -20,7 +20,7 @@ from .errors import ConfigError, FormatError, HubError
 from .formats import FORMATS, describe, detect_format
 from .formats.files import write_folder
 from .formats.options import ReadOptions
-from .formats.sharing import hub_name, shareable
+from .formats.sharing import data_name, hub_name, shareable
 
 CARD = "README.md"
 # Files that ``pull`` downloads, and those among them that it leaves out.
@@ -182,7 +182,7 @@ def model_card(
     rows += [("Modules", f"{facts['modules']}: {', '.join(facts['targets'][:12])}"), ("Layers", facts["layers"])]
     rows += [("Parameters", f"{facts['parameters']:,}"), ("Data type", ", ".join(facts["dtype"]))]
     data = dict(training or {})
-    if "data" in data and hub_name(str(data["data"])) is None:
+    if "data" in data and data_name(str(data["data"])) is None:
         data.pop("data")
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",

@@ -36,6 +36,11 @@ def hub_name(name: str | None) -> str | None:
     return None if is_local(name) else name
 
 
+def data_name(name: str) -> str | None:
+    """The data set on the Hub that ``name`` is; None for a file or folder. A data set's name has an owner."""
+    return name if name.count("/") == 1 and not is_local(name) else None
+
+
 def is_local(name: str) -> bool:
     """Whether ``name``, which should be a repository's name, is a path of this or another machine."""
     return bool(_PATH.fullmatch(name)) or name.count("/") > 1 or "\\" in name or Path(name).expanduser().exists()
@@ -114,7 +119,7 @@ def _searched(file: Path, base: str | None, notes: list[str]) -> None:
     pattern = re.compile(b"|".join([_IN_BINARY, *(re.escape(path.encode()) for path in own)]))
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         zipped = mapped[:2] == b"\x1f\x8b"
-        found = pattern.search(gzip.open(file).read() if zipped else mapped)
+        found = pattern.search(gzip.decompress(mapped[:]) if zipped else mapped)
         name = found and found[0].decode(errors="replace")
     if name:
         raise FormatError(
@@ -150,24 +155,13 @@ def _entry(key: str, value: Any, base: str | None, notes: list[str], where: str)
         name = hub_name(value) or base
         notes.append(f"{where} {value!r} is a path of this machine: {f'replaced by {name}' if name else 'left out'}")
         return _LEFT_OUT if name is None else name
-    named = key in _FILE_KEYS and Path(value).expanduser().exists()
-    if value and (named or _PATH.fullmatch(value)):
+    if value and (_PATH.fullmatch(value) or (key in _FILE_KEYS and data_name(value) is None)):
         notes.append(f"{where} {value!r} is a path of this machine: left out")
         return _LEFT_OUT
     return _INSIDE.sub(lambda match: _last(match[0]), value)
 
 
-# Keys whose values name files or data sets. A name without a folder, such as "data", is a path if it exists here.
-_FILE_KEYS = {
-    "data",
-    "path",
-    "adapter_path",
-    "resume_adapter_file",
-    "init_reference",
-    "data_dir",
-    "out_dir",
-    "train_data",
-}
+_FILE_KEYS = {"data", "path", "adapter_path", "resume_adapter_file", "init_reference", "data_dir", "out_dir"}
 
 
 def _last(path: str) -> str:

@@ -76,9 +76,10 @@ def fuse(model, adapter_path, save_path, bits, dtype, dequantize, force, trust_r
         console.note(f"{replaced} parameters trained in full replace those of the model.")
     if lost:
         worst = min(lost, key=lambda r: r.cosine)
+        more = "float32" if worst.storage == "float16" else "float16 or float32"
         console.warn(
             f"{len(lost)} of {len(reports)} layers lost part of their update (worst: {worst.path}, cosine "
-            f"{worst.cosine:.3f}). Use the adapter without merging it, or store more bits: --dtype float16 or float32."
+            f"{worst.cosine:.3f}). Use the adapter without merging it, or store more bits: --dtype {more}."
         )
     save_model(loaded, save_path, overwrite=force)
     console.note(f"Saved {save_path}")
@@ -157,7 +158,8 @@ def convert(src, dst, to, source, model, force, as_json, **options):
         enabled=options["enable_lora"],
     )
     if model:
-        _check_base(adapter, model)
+        if to != "merged":  # which mounts the adapter on the model itself
+            _check_base(adapter, model)
         adapter = replace(adapter, base=model)
     if to == "merged":
         lost = _write_merged(adapter, dst, force, options)

@@ -120,7 +120,7 @@ def _misused(error: click.ClickException, args: list[str]) -> None:
 
         names = {opt for param in context.command.params for opt in param.opts} if context else ()
         new, error.possibilities = instead_of(error.option_name), None
-        error.message = f"No such option {error.option_name!r}{did_you_mean(error.option_name, names)}."
+        error.message = f"No such option {error.option_name!r}{did_you_mean(error.option_name, names) or '.'}"
         if new:
             what = f"Write {new} instead."
     there = "the commands" if command == "mlx-lora" else "its options and arguments"

@@ -83,9 +83,12 @@ _FLAGS = {
 }
 
 
-def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, Any], list[str], list[str]]:
-    """(options under today's names, faults, warnings). ``section`` stands before the keys in messages."""
-    options, faults, warnings = dict(options), [], []
+def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    """(options under today's names, faults, the names that warnings are about by warning).
+
+    ``section`` stands before the keys in messages.
+    """
+    options, faults, warnings = dict(options), [], {}
     options.pop("config", None)  # mlx-lm writes it into its adapter_config.json
     foreign = bool(options.keys() & {"train_mode", "train_type", "training_mode"})
 
@@ -96,7 +99,7 @@ def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, An
             faults.append(f"{section}{old} {value!r} contradicts {new} {options[new]!r}: both mean {new}")
             return
         options[new] = value
-        warnings.append(f"{section}{old} is read as {new}: {value!r}.")
+        warnings[f"{section}{old} is read as {new}: {value!r}."] = new
 
     for old in [key for key in options if key in RENAMED]:
         put(old, RENAMED[old], options.pop(old))
@@ -112,10 +115,10 @@ def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, An
         put("wandb", "report_to", "wandb")
         put("wandb", "project_name", project) if isinstance(project, str) else None
     if options.pop("fuse", None):
-        warnings.append(f"{section}fuse is not done by train: merge the adapter afterwards with mlx-lora fuse.")
+        warnings[f"{section}fuse is not done by train: merge the adapter afterwards with mlx-lora fuse."] = "train"
     unused = [key for key in options if key in _UNUSED or (foreign and key == "alpha")]  # alpha is XPO's there
     if found := [key for key in unused if options.pop(key) is not None]:
-        warnings.append(f"not used, as they are for other kinds of training: {', '.join(found)}.")
+        warnings[f"not used, as they are for other kinds of training: {', '.join(found)}."] = "train"
     return options, faults, warnings
 
 

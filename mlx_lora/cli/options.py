@@ -170,7 +170,8 @@ def build(config: type, params: dict[str, Any], **changes: Any) -> Any:
 
 def given_flags(ctx: click.Context) -> list[str]:
     """The names of the parameters that stand on the command line itself, not in a YAML file."""
-    return [p.name for p in ctx.command.params if ctx.get_parameter_source(p.name) == ParameterSource.COMMANDLINE]
+    own = [p.name for p in ctx.command.params if p.expose_value]  # --config itself is not exposed
+    return [name for name in own if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
 
 
 def flag_of(ctx: click.Context, name: str) -> str:

@@ -73,7 +73,7 @@ def read_yaml(path: Path, allowed: set[str], passed: set[str] = frozenset()) -> 
     nested, more, said = translated(nested, "lora_parameters.")
     nested, alpha = ignored_alpha(nested)
     if alpha is not None:
-        said += [_two_readings(nested, alpha, old)] * _differ(nested, alpha)
+        said |= {_two_readings(nested, alpha, old): "scale"} if _differ(nested, alpha) else {}
     known = (allowed | passed) - {"config"}
     for section, entries, names in (("", raw, known), ("lora_parameters.", nested, set(NESTED))):
         faults += [f"{section}{key} is not an option{did_you_mean(key, names)}" for key in entries if key not in names]
@@ -83,7 +83,8 @@ def read_yaml(path: Path, allowed: set[str], passed: set[str] = frozenset()) -> 
         text = "\n".join(f"{path}: {fault}" for fault in [*faults, *more])
         raise ConfigError(text, "--help lists the options; in YAML they have underscores.")
     options = {key: value for key, value in {**raw, **nested}.items() if key in allowed and value is not None}
-    return _as_click_takes(options), [f"{path}: {text}" for text in (*warnings, *said)]
+    told = [f"{path}: {text}" for text, name in {**warnings, **said}.items() if name in allowed]
+    return _as_click_takes(options), told
 
 
 def _mapping(path: Path) -> dict[str, Any]:

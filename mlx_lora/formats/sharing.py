@@ -21,7 +21,7 @@ _BASE_KEYS = {"model", "base_model", "base_model_name_or_path", "base_model_path
 # A string that is a path and nothing else. Regular expressions for module names do not begin like this.
 _PATH = re.compile(r"(?:file:|~(?:[/\\]|$)|/[^/\s]|\.{1,2}(?:[/\\]|$)|[A-Za-z]:[/\\]|\\\\)[^\n]*")
 # An absolute path within a text, but not the path of a URL.
-_INSIDE = re.compile(r"(?<![\w:/.\\])(?:file://)?(?:[A-Za-z]:(?:[/\\][\w.@+~-]+)+|~?(?:/[\w.@+~-]+){2,})[/\\]?")
+_INSIDE = re.compile(r"(?<![\w/.\\])(?:file://)?(?:[A-Za-z]:(?:[/\\][\w.@+~-]+)+|~?(?:/[\w.@+~-]+){2,})[/\\]?")
 _IN_BINARY = rb"(?:/Users/|/home/|/root/|[A-Za-z]:\\+Users\\+)[\w.@+-]+(?:[/\\]+[\w.@+-]+)*"
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]")
 _LEFT_OUT = object()
@@ -80,18 +80,18 @@ def _as_yaml(file: Path, base: str | None, notes: list[str]) -> bytes | None:
 
 
 def _as_text(file: Path, base: str | None, notes: list[str]) -> bytes | None:
-    """Markdown: lines ``key: path`` of the head, and paths in the text."""
+    """Markdown. A line of the head that names the base by a path, as PEFT's cards do, gets ``base`` or is left out."""
     lines, text = [], file.read_text(encoding="utf-8")
     for line in text.splitlines():
-        key, colon, value = line.partition(":")
-        names_model = colon and key.strip() in _BASE_KEYS and is_local(value.strip().strip("'\""))
-        if not names_model:
-            line = _INSIDE.sub(lambda match: base if base and match[0] in text else _last(match[0]), line)
-        elif base:
-            line = f"{key}: {base}"
+        key, _, value = line.partition(":")
+        value = value.strip().strip("'\"")
+        if key.strip() in _BASE_KEYS and value and hub_name(value) != value:
+            line = f"{key}: {base}" if base else None
+        elif _INSIDE.search(line) and "base_model" in line:
+            line = _INSIDE.sub(base, line) if base else None
         else:
-            continue
-        lines.append(line)
+            line = _INSIDE.sub(lambda match: _last(match[0]), line)
+        lines += [] if line is None else [line]
     clean = "\n".join(lines) + "\n" * text.endswith("\n")
     if clean == text:
         return None

@@ -7,11 +7,17 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..base.loading import resolve
+from ..base.modules import layer_paths
+from ..base.names import BaseModel
 from ..config import REPORTERS, AdapterConfig, DataConfig
 from ..data.sources import find
-from ..errors import ConfigError
+from ..errors import AdapterError, ConfigError, ModelError
 from ..formats.files import read_safetensors
 from ..init import init_of
+from ..layers import check_rank
+from ..model.full_parameters import modules_to_save
+from ..model.targets import check_patterns, select, select_named
 from ..training import build_optimizer
 from ..training.losses import loss_named
 
@@ -66,3 +72,30 @@ def check_initial_weights(file: Path, adapter: AdapterConfig) -> None:
             f"{file}: is PEFT's, and resume_adapter_file takes mlx-lm's adapters.safetensors",
             f"Convert it first: mlx-lora convert {file.parent} FOLDER --to mlx-lm. Then name its adapters.safetensors.",
         )
+
+
+def check_modules(model: Any, adapter: AdapterConfig) -> None:
+    """Refuse keys, patterns, ranks and layers that ``model`` does not have, from its config alone.
+
+    ``attach`` checks the same and more on the loaded model. Where mlx-lm's class cannot be built, or the output head
+    is named, which may be no module of the class, only ``attach`` does.
+    """
+    named = (*(adapter.keys or ()), *(adapter.modules_to_save or ()))
+    if isinstance(model, tuple) or any("lm_head" in name for name in named):
+        return
+    try:
+        bare = BaseModel(resolve(model)).model
+    except ModelError:  # loading says what is wrong with it
+        return
+    if adapter.method == "full":
+        adapter.last_layers(len(layer_paths(bare)))
+        return
+    modules_to_save(bare, adapter)
+    select_named(bare, adapter.trainable_token_indices)
+    chosen = select(bare, adapter)
+    check_patterns(adapter, chosen)
+    for path, module in chosen.items() if adapter.method != "vera" else ():
+        try:
+            check_rank(module, adapter.rank_of(path))
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error.message}", error.hint) from None

@@ -14,6 +14,8 @@ from dataclasses import replace
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
 import mlx.core as mx
@@ -213,7 +215,7 @@ def test_the_card_describes_the_adapter_and_names_no_local_path():
 class FakeApi:
     """Stands for ``HfApi``: keeps what would be uploaded, or raises ``error``."""
 
-    uploaded: dict[str, bytes] = {}
+    uploaded: ClassVar[dict[str, bytes]] = {}
     public, error = False, None
 
     def create_repo(self, repo, **_):
@@ -295,17 +297,16 @@ def test_damage_is_told_from_missing_facts(api, tmp_path):
     ],
 )
 def test_each_refusal_has_its_own_hint(kind, status, hint, api, monkeypatch):
-    import httpx
     from huggingface_hub import constants, errors
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    response = httpx.Response(status, request=httpx.Request("GET", "https://hub")) if status else None
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
     error = getattr(errors, kind)
     api.error = error("It says no", response=response) if status else error("It says no")
     with pytest.raises(HubError) as caught:
         push(ADAPTER, "me/tuned")
     assert (hint in caught.value.hint and "It says no" in caught.value.message) or kind == "OfflineModeIsEnabled"
-    api.error = httpx.ConnectError("no route")
+    api.error = ConnectionError("no route")
     with pytest.raises(HubError, match="no route") as caught:
         push(ADAPTER, "me/tuned")
     assert caught.value.hint == "Check the network, and try again."

@@ -424,12 +424,21 @@ class OptimizerConfig:
         for name in sorted(self.optimizer_config.keys() - known) if self.optimizer in OPTIMIZERS else ():
             if name in OPTIMIZERS and self.optimizer_config[name]:
                 faults.append(f"optimizer_config: {name} has no effect, the optimizer is {self.optimizer}")
+        own_rate = chooses_own_rate(self.optimizer, self.optimizer_config)
+        if self.learning_rate != OptimizerConfig.learning_rate and own_rate:
+            faults.append(f"learning_rate {rate} has no effect: adafactor with relative_step chooses its own")
         first = first_rate(self.lr_schedule)
         if self.learning_rate not in (OptimizerConfig.learning_rate, first) and first is not None:
             faults.append(
                 f"learning_rate {rate} has no effect: the arguments of lr_schedule begin with the rate {first}"
             )
         raise_all(faults, self)
+
+
+def chooses_own_rate(optimizer: str, arguments: dict[str, Any]) -> bool:
+    """Whether the optimizer takes no learning rate: adafactor with ``relative_step``."""
+    own = arguments.get(optimizer)
+    return optimizer == "adafactor" and isinstance(own, dict) and own.get("relative_step") is True
 
 
 def first_rate(lr_schedule: Any) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..config import OPTIMIZERS, first_rate, ignored_alpha
+from ..config import OPTIMIZERS, chooses_own_rate, first_rate, ignored_alpha
 from ..errors import ConfigError
 from .old_names import NESTED, did_you_mean, translated
 from .options import LISTS, PATTERNS
@@ -182,6 +182,8 @@ def settle(ctx: click.Context, params: dict[str, Any]) -> None:
         reset(NESTED, "full fine-tuning has no low-rank update")
     if (rate := first_rate(params.get("lr_schedule"))) is not None and params.get("learning_rate") != rate:
         reset(["learning_rate"], f"the arguments of lr_schedule begin with the rate {rate:g}")
+    if chooses_own_rate(params.get("optimizer"), params.get("optimizer_config") or {}):
+        reset(["learning_rate"], "adafactor with relative_step chooses its own")
     if params.get("val_batches") == 0:
         reset(["steps_per_eval"], "val_batches is 0")
     given, optimizer = params.get("optimizer_config"), params.get("optimizer")

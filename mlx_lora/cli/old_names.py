@@ -107,8 +107,10 @@ def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, An
         if options.get(old) is not None and options[old] not in harmless:
             faults.append(f"{section}{old}: {options[old]!r} is no option of mlx-lora: {instead}")
         options.pop(old, None)
-    if options.pop("use_dora", None):
+    if dora := options.pop("use_dora", None):
         put("use_dora", "fine_tune_type", "dora")
+    elif dora is False and options.get("fine_tune_type") == "dora":
+        faults.append(f"{section}use_dora false contradicts fine_tune_type 'dora'")
     if (file := options.pop("adapter_file", None)) is not None:
         put("adapter_file", "adapter_path", str(Path(file).parent if Path(file).suffix in _WEIGHTS else file))
     if (project := options.pop("wandb", None)) not in (None, False):

@@ -54,7 +54,7 @@ def _of_type(value: Any, param: click.Parameter) -> tuple[Any, str]:
     if isinstance(value, bool) and (whole or number):
         return value, f"must be a number, not {'true' if value else 'false'}"
     if isinstance(value, float) and whole:
-        return int(value), "" if value.is_integer() else f"must be a whole number, not {value!r}"
+        return (int(value), "") if value.is_integer() else (value, f"must be a whole number, not {value!r}")
     return value, ""
 
 

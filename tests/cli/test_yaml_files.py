@@ -105,7 +105,9 @@ def test_older_names_are_taken_for_what_they_mean(text, expected, tmp_path):
         ("wibble: 1", "wibble is not an option\n"),
         ("training: {iters: 5}", "train --resume"),
         ("iters: 10.5", "iters must be a whole number, not 10.5"),
+        ("iters: .inf", "iters must be a whole number, not inf"),
         ("iters: true", "iters must be a number, not true"),
+        ("use_dora: false\nfine_tune_type: dora", "use_dora false contradicts"),
     ],
 )
 def test_what_means_nothing_is_refused_with_what_to_write(text, said, tmp_path, capsys):

@@ -68,6 +68,9 @@ def push(
     _check_repo(repo)
     if base is not None and hub_name(base) != base:
         raise ConfigError(f"{base!r} is a path, which means nothing to others", "Give the model's name on the Hub.")
+    if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
+        hint = "Upload it with hf upload OWNER/NAME FOLDER."
+        raise FormatError(f"{path}: is a model, and push uploads adapters", hint)
     format = format or detect_format(path)
     facts = describe(path, format)
     if damage := FORMATS[format].read(path, ReadOptions(lenient=True)).problems():

@@ -312,6 +312,14 @@ def test_each_refusal_has_its_own_hint(kind, status, hint, api, monkeypatch):
     assert caught.value.hint == "Check the network, and try again."
 
 
+def test_a_model_is_not_pushed_as_an_adapter(api, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(FormatError, match="is a model") as error:
+        push(tmp_path, "me/tuned")
+    assert "hf upload" in error.value.hint
+
+
 def test_a_base_is_named_as_on_the_hub(api, tmp_path):
     with pytest.raises(ConfigError, match="is a path"):
         push(ADAPTER, "me/tuned", base=str(tmp_path))

@@ -187,15 +187,14 @@ def convert(src, dst, to, source, model, force, as_json, **options):
 
 def _check_convert(dst: str, to: str, model: str | None, force: bool, options: dict[str, Any]) -> None:
     """Refuse options that do not apply to ``to``, and a target that is taken, before anything is read."""
-    from ..formats import FORMATS
+    from ..formats import check_destination
     from ..formats.options import WriteOptions, refuse_unused
 
     if to != "merged":
         if options["dtype"] or options["trust_remote_code"]:
             raise ConfigError("--dtype and --trust-remote-code are for --to merged", "Leave them out.")
-        if to in FORMATS and hasattr(FORMATS[to], "write"):  # an unknown format is refused when it is written
-            written = WriteOptions(moe=options["moe"], profile=options["profile"], alpha=options["to_alpha"])
-            refuse_unused(written, FORMATS[to].WRITES, to)
+        written = WriteOptions(moe=options["moe"], profile=options["profile"], alpha=options["to_alpha"])
+        refuse_unused(written, check_destination(dst, to, force).WRITES, to)
         return
     unused = [name for name in ("moe", "profile", "to_alpha", "allow_lossy") if options[name]]
     if unused:

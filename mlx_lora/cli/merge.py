@@ -57,12 +57,13 @@ def merge(ctx, adapters, weights, method, density, sign, rank, clamp, seed, mode
     """
     from dataclasses import replace
 
-    from ..formats import load_adapter, save_adapter
+    from ..formats import check_destination, load_adapter, save_adapter
     from ..merge.combine import as_lora, check_settings, merge_adapters
 
     settings = dict(density=density, sign=sign, rank=rank, clamp=clamp, seed=seed)
     check_settings(len(adapters), weights, method, **settings)
     _check_method(ctx, len(adapters))
+    check_destination(save_path, to, force)
     tic = time.perf_counter()
     loaded, order = [load_adapter(folder) for folder in adapters], None
     if model:

@@ -182,11 +182,11 @@ def settle(ctx: click.Context, params: dict[str, Any]) -> None:
         reset(NESTED, "full fine-tuning has no low-rank update")
     if (rate := first_rate(params.get("lr_schedule"))) is not None and params.get("learning_rate") != rate:
         reset(["learning_rate"], f"the arguments of lr_schedule begin with the rate {rate:g}")
-    if chooses_own_rate(params.get("optimizer"), params.get("optimizer_config") or {}):
+    given, optimizer = params.get("optimizer_config"), params.get("optimizer")
+    if isinstance(given, dict) and chooses_own_rate(optimizer, given):
         reset(["learning_rate"], "adafactor with relative_step chooses its own")
     if params.get("val_batches") == 0:
         reset(["steps_per_eval"], "val_batches is 0")
-    given, optimizer = params.get("optimizer_config"), params.get("optimizer")
     if isinstance(given, dict) and "optimizer_config" in in_file:
         used = {optimizer, "adamw"} if optimizer == "muon" else {optimizer}
         others = sorted(name for name in given.keys() - used if name in OPTIMIZERS)

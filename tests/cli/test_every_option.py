@@ -147,12 +147,15 @@ RULES = {
     ("merge", "seed"): ["merge a a --seed 3"],
     ("merge", "weights"): ["merge a a --weights 1", "merge a a --weights 0,0"],
     ("convert", "adapter"): [f"{CONVERT} --to peft --adapter x"],
+    ("convert", "to"): [f"{CONVERT} --to zip", "convert a peft --to peft", f"{CONVERT} --to lightning"],
+    ("convert", "source"): ["convert a new --to peft --from peft", "convert nowhere new --to peft --from peft"],
+    ("merge", "to"): ["merge a a --to zip", "merge a a --to peft --save-path peft", "merge a a --to gguf"],
     ("convert", "alpha"): [f"{CONVERT} --to peft --alpha 8"],
     ("convert", "to_alpha"): [f"{CONVERT} --to peft --to-alpha 8", f"{CONVERT} --to merged --to-alpha 8"],
     ("convert", "legacy_scale"): [f"{CONVERT} --to peft --legacy-scale alpha"],
     ("convert", "enable_lora"): [f"{CONVERT} --to peft --enable-lora 1,0,1"],
     ("convert", "moe"): [f"{CONVERT} --to mlx-lm --moe per_expert", f"{CONVERT} --to merged --moe per_expert"],
-    ("convert", "profile"): [f"{CONVERT} --to nemo --profile serving"],
+    ("convert", "profile"): ["convert a new.nemo --model BASE --to nemo --profile serving"],
     ("convert", "dtype"): [f"{CONVERT} --to peft --dtype float16"],
     ("convert", "trust_remote_code"): [f"{CONVERT} --to peft --trust-remote-code"],
     ("convert", "allow_lossy"): [f"{CONVERT} --to merged --allow-lossy"],
@@ -229,6 +232,8 @@ def test_an_option_without_effect_is_refused_before_a_model_is_loaded(
     names |= {"adapter_path": ("nowhere", "adapter_path"), "save_path": (".: is the current",)}
     names |= {"loftq_rank": ("loftq_rank",), "enable_lora": ("enable_lora",), "double_quant": ("double quantization",)}
     names |= {"modules_to_save": ("modules_to_save", "no module"), "weights": ("weight",)}
+    names |= {"to": ("format", "already", "one file", "cannot be written", "not written")}
+    names |= {"source": ("has no", "does not exist")}
     names |= {"resume_adapter_file": ("resume_adapter_file", "no such file")}
     assert any(word in message for word in names.get(option, (option,))), err
     assert "Hint: " in err and "bug" not in err and sorted(folder.rglob("*")) == before

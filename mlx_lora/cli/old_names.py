@@ -133,8 +133,14 @@ def did_you_mean(key: str, names: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def instead_of(flag: str) -> str | None:
-    """What to write instead of a flag of mlx-lm or a fork, such as ``--lora-layers``; None for any other flag."""
+def instead_of(flag: str, flags: Iterable[str]) -> str | None:
+    """What to write instead of a flag of mlx-lm or a fork, such as ``--lora-layers``; None for any other flag.
+
+    Args:
+        flags: of the command; another command's are not suggested.
+    """
     name = flag.lstrip("-")
-    new = RENAMED.get(name.replace("-", "_"))
-    return f"--{new.replace('_', '-')}" if new else _FLAGS.get(name)
+    renamed = RENAMED.get(name.replace("-", "_"))
+    new = f"--{renamed.replace('_', '-')}" if renamed else _FLAGS.get(name)
+    own = new and (not new.startswith("--") or new.split()[0].rstrip(",") in flags)
+    return new if own else None

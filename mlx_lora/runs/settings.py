@@ -8,10 +8,10 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
+from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
 from ..data import Dataset, Splits
 from ..errors import ConfigError
-from ..training.losses import loss_named
+from .checks import check_settings
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,11 @@ class Settings:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}", "Write True or False.")
         check_test_batches(self.test_batches)
-        loss_named(self.train.loss)  # raises for an unknown name, before a model is loaded
         if self.test_batches is not None and isinstance(self.data, Splits) and self.data.test is None:
             raise ConfigError("test_batches needs a test set, and data has none", "Load it too, or leave it out.")
         if self.force and not self.resume:
             raise ConfigError("force is for resume", "Leave force out: a new run takes any settings.")
-        file = self.resume_adapter_file
-        init = self.adapter.init
-        if file and init != "default":
-            raise ConfigError(f"resume_adapter_file and init {init!r} contradict each other", "Choose one.")
-        if file and not Path(file).is_file():
-            raise ConfigError(f"{file}: no such file", "resume_adapter_file takes an adapters.safetensors.")
-        if unknown := [name for name in self.report_to if name not in REPORTERS]:
-            raise ConfigError(f"report_to {', '.join(unknown)} is not known", f"Known: {', '.join(REPORTERS)}.")
-        if self.project_name and not self.report_to:
-            raise ConfigError(
-                "project_name needs report_to", f"Set report_to ({', '.join(REPORTERS)}), or leave project_name out."
-            )
+        check_settings(self)
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ SETTINGS = {
     "bias": dict(bias="all", keys=["q_proj"]),
     "tokens": dict(trainable_token_indices={"embed_tokens": [1, 60, 90]}, keys=["q_proj"]),
     "input side": dict(keys=["v_proj"], modules_to_save=["embed_tokens"], embedding_side="input"),
-    "full": dict(method="full", num_layers=2),
+    "full": dict(method="full", num_layers=2, rank=None),
     "tied head": dict(keys=["lm_head", "v_proj"]),
     "tied head and embedding": dict(keys=["embed_tokens"], modules_to_save=["lm_head"], embedding_side="input"),
 }

@@ -1,7 +1,8 @@
 """Adapters on the Hugging Face Hub: ``push`` with a model card made from the adapter, and ``pull``.
 
 All requests go through huggingface-hub, so that its settings apply: HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. Only the
-adapter's own files and a model card are uploaded. Nothing prints.
+adapter's own files and a model card are uploaded, without paths of this machine (``formats/sharing.py``). Nothing
+prints.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from .base.saving import check_target
 from .errors import ConfigError, FormatError, HubError
 from .formats import FORMATS, describe, detect_format
 from .formats.files import write_folder
+from .formats.options import ReadOptions
+from .formats.sharing import data_name, hub_name, shareable
 
 CARD = "README.md"
 # Files that ``pull`` downloads, and those among them that it leaves out.
@@ -41,38 +44,59 @@ def push(
     base: str | None = None,
     metrics: dict[str, float] | None = None,
     format: str | None = None,
+    notes: list[str] | None = None,
 ) -> str:
     """Upload the adapter at ``path``, a folder or a file, to the repository ``repo``, with a model card.
 
-    A README.md in the folder is uploaded in place of the card.
+    A README.md in the folder is uploaded in place of the card. Paths of this machine are taken out of what is uploaded:
+    that of the base model is replaced by its name on the Hub.
 
     Args:
-        base: the model that the adapter is for, where its files do not name it.
+        private: make a new repository private.
+        base: the base model's name on the Hub, where the adapter's files do not say it.
         metrics: numbers for the card, such as {"val_loss": 1.23}.
+        notes: filled with what was replaced or left out.
 
     Returns: the URL of the commit.
 
-    Raises: HubError: the Hub refuses, or cannot be reached. FormatError: there is no adapter, or it is damaged.
+    Raises: HubError: the Hub refuses, or cannot be reached. FormatError: there is no adapter, it is damaged, or a file
+        that cannot be rewritten holds a path. ConfigError: ``base`` is a path, or an argument has no effect.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    path = Path(path)
+    path, notes = Path(path), [] if notes is None else notes
     _check_repo(repo)
+    if base is not None and hub_name(base) != base:
+        raise ConfigError(f"{base!r} is a path, which means nothing to others", "Give the model's name on the Hub.")
+    if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
+        hint = "Upload it with hf upload OWNER/NAME FOLDER."
+        raise FormatError(f"{path}: is a model, and push uploads adapters", hint)
     format = format or detect_format(path)
     facts = describe(path, format)
-    if facts["problems"] and any("NaN" in p or "missing" in p for p in facts["problems"]):
-        raise FormatError("\n".join(facts["problems"]), "Train or save the adapter again: it is damaged.")
+    if damage := FORMATS[format].read(path, ReadOptions(lenient=True)).problems():
+        raise FormatError("\n".join(damage), "Train or save the adapter again: it is damaged.")
     files = [path] if path.is_file() else _files(path, format)
-    text = model_card(facts, repo, base=base, metrics=metrics, training=_training_settings(path))
+    own_card = any(file.name == CARD for file in files)
+    if own_card and metrics:
+        raise ConfigError(f"{path / CARD} is uploaded as the card, without metrics", "Write them there, or remove it.")
+    base = base or hub_name(facts["base"])
+    if base is None:
+        notes.append("the upload does not name the base model: give its name on the Hub with --model")
+    text = model_card({**facts, "base": base or "unknown"}, repo, metrics=metrics, training=_training_settings(path))
     api = HfApi()
-    with tempfile.TemporaryDirectory() as folder, _hub_errors(repo):
-        operations = [CommitOperationAdd(file.name, file) for file in files]
-        if not any(file.name == CARD for file in files):
-            card = Path(folder) / CARD
-            card.write_text(text, encoding="utf-8")
-            operations.append(CommitOperationAdd(CARD, card))
-        api.create_repo(repo, private=private, exist_ok=True)
-        done = api.create_commit(repo, operations, commit_message=message, revision=revision)
+    with tempfile.TemporaryDirectory() as folder:
+        if not own_card:
+            (card := Path(folder) / CARD).write_text(text, encoding="utf-8")
+        clean = shareable(files, Path(folder), base, notes)
+        operations = [CommitOperationAdd(file.name, file) for file in [*clean, *([] if own_card else [card])]]
+        with _hub_errors(repo):
+            api.create_repo(repo, private=private, exist_ok=True)
+            if private and api.repo_info(repo).private is False:
+                raise HubError(
+                    f"{repo}: exists and is public, so --private has no effect",
+                    "Choose a new name, or make the repository private in its settings first.",
+                )
+            done = api.create_commit(repo, operations, commit_message=message, revision=revision)
     return str(done.commit_url)
 
 
@@ -145,8 +169,7 @@ def model_card(
     """
     import yaml
 
-    named = base or facts["base"]
-    base = named if named != "unknown" and _may_be_repo(named) else None
+    base = hub_name(base or facts["base"])
     library = {"peft": "peft", "gguf": "gguf"}.get(facts["format"], "mlx")
     head = {
         "library_name": library,
@@ -162,7 +185,7 @@ def model_card(
     rows += [("Modules", f"{facts['modules']}: {', '.join(facts['targets'][:12])}"), ("Layers", facts["layers"])]
     rows += [("Parameters", f"{facts['parameters']:,}"), ("Data type", ", ".join(facts["dtype"]))]
     data = dict(training or {})
-    if "data" in data and not _may_be_repo(str(data["data"])):
+    if "data" in data and data_name(str(data["data"])) is None:
         data.pop("data")
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
@@ -205,13 +228,6 @@ def _usage(format: str, repo: str, base: str) -> list[str]:
     ]
 
 
-def _may_be_repo(name: str) -> bool:
-    """Whether ``name`` can be a repository's, and is not a path on this machine."""
-    return (
-        name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists() and "\\" not in name
-    )
-
-
 def _check_repo(repo: str) -> None:
     if repo.count("/") != 1 or repo.startswith(("/", ".")) or repo.endswith("/"):
         raise ConfigError(
@@ -227,11 +243,33 @@ def _hub_errors(repo: str) -> Iterator[None]:
     except (HubError, FormatError):
         raise
     except Exception as error:
-        name, lines = type(error).__name__, str(error).strip().splitlines() or [type(error).__name__]
-        if "Offline" in name or "offline" in str(error):
-            hint = "HF_HUB_OFFLINE=1 is set; unset it to use the network."
-        elif "401" in str(error) or "403" in str(error) or "NotFound" in name:
-            hint = "Check the name, and log in with a token that may do this: hf auth login, or HF_TOKEN."
-        else:
-            hint = "Check the network, and try again."
-        raise HubError(f"{repo}: {lines[0][:300]}", hint) from error
+        message, hint = _explained(error)
+        raise HubError(f"{repo}: {message}", hint) from error
+
+
+def _explained(error: Exception) -> tuple[str, str]:
+    """What huggingface-hub's error means here, and what to do about it."""
+    from huggingface_hub import constants, errors
+
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    offline = isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE
+    if offline and isinstance(error, errors.LocalEntryNotFoundError):
+        return "was not downloaded before, and HF_HUB_OFFLINE=1 forbids to do it now", "Unset HF_HUB_OFFLINE."
+    if offline:
+        return "HF_HUB_OFFLINE=1 forbids to use the network", "Unset HF_HUB_OFFLINE."
+    if isinstance(error, errors.GatedRepoError):
+        return first, "Accept the repository's conditions on its page, and log in: hf auth login, or HF_TOKEN."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return first, "Leave --revision out for the main branch, or create the branch first."
+    if isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
+        return first, "Check the name, and log in with a valid token: hf auth login, or HF_TOKEN."
+    if status == 403:
+        return first, "Use a token that may do this, one with write access for push: hf auth login, or HF_TOKEN."
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+        return first, "Check the name. For a private repository, log in: hf auth login, or HF_TOKEN."
+    if isinstance(error, errors.HFValidationError):
+        return first, "Write it as owner/name, such as mlx-community/my-adapter."
+    if status is not None and status < 500:
+        return first, "The Hub refuses this request: correct what it names."
+    return first, "Check the network, and try again."

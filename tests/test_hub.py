@@ -10,17 +10,22 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
+import mlx.core as mx
 import pytest
 import yaml
 
 from mlx_lora import load_adapter, save_adapter
+from mlx_lora.errors import ConfigError, FormatError, HubError
 from mlx_lora.formats import describe
-from mlx_lora.hub import model_card
+from mlx_lora.hub import model_card, push
 
 ROOT = Path(__file__).resolve().parent
 ADAPTER = ROOT / "fixtures/peft/llama/dora"
@@ -205,3 +210,120 @@ def test_the_card_describes_the_adapter_and_names_no_local_path():
     assert str(ROOT) not in card and "| iters | 100 |" in card and "| test_loss | 0.5 |" in card
     for words in ("PeftModel.from_pretrained", "mlx_lm.generate", "llama-cli", "| Rank | 4 |", "| Alpha | 8 |"):
         assert words in card
+
+
+class FakeApi:
+    """Stands for ``HfApi``: keeps what would be uploaded, or raises ``error``."""
+
+    uploaded: ClassVar[dict[str, bytes]] = {}
+    public, error = False, None
+
+    def create_repo(self, repo, **_):
+        if self.error is not None:
+            raise self.error
+
+    def repo_info(self, repo):
+        return type("Info", (), {"private": not self.public})
+
+    def create_commit(self, repo, operations, **_):
+        type(self).uploaded = {
+            o.path_in_repo: Path(o.path_or_fileobj).read_bytes() for o in operations
+        }  # the files exist only now
+        return type("Commit", (), {"commit_url": f"https://hub/{repo}"})
+
+
+@pytest.fixture
+def api(monkeypatch):
+    import huggingface_hub
+
+    kind = type("Api", (FakeApi,), {})
+    monkeypatch.setattr(huggingface_hub, "HfApi", kind)
+    return kind
+
+
+@pytest.mark.parametrize("base", [None, "Qwen/Qwen3-0.6B"])
+@pytest.mark.parametrize("format", ["mlx-lm", "peft"])
+def test_what_is_uploaded_names_no_path(format, base, api, tmp_path):
+    adapter = replace(load_adapter(ADAPTER), base=str(ROOT / "fixtures/peft/llama/base"))
+    folder = save_adapter(adapter, tmp_path / "mine", format)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["training"] = {"data": str(tmp_path), "iters": 7}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    notes: list[str] = []
+    push(folder, "me/tuned", base=base, notes=notes)
+    assert len(api.uploaded) == 3
+    for data in api.uploaded.values():
+        assert str(ROOT).encode() not in data and str(tmp_path).encode() not in data
+    sent = json.loads(api.uploaded["adapter_config.json"])
+    key = "model" if format == "mlx-lm" else "base_model_name_or_path"
+    assert sent.get(key) == base and sent["training"] == {"iters": 7}
+    assert str(tmp_path) in (folder / "adapter_config.json").read_text(), "the user's own folder stays as it is"
+    assert any("--model" in note for note in notes) == (base is None)
+
+
+def test_a_private_push_is_not_made_public(api):
+    push(ADAPTER, "me/tuned", private=True)
+    api.public, api.uploaded = True, {}
+    with pytest.raises(HubError, match="is public, so --private has no effect"):
+        push(ADAPTER, "me/tuned", private=True)
+    assert not api.uploaded
+
+
+def test_damage_is_told_from_missing_facts(api, tmp_path):
+    """A file without alpha can be pushed; NaN cannot, whatever the message is called."""
+    save_adapter(load_adapter(ROOT / "fixtures/peft/llama/lora"), tmp_path / "a.pt", "loralib")
+    push(tmp_path / "a.pt", "me/loralib")
+    adapter = load_adapter(ROOT / "fixtures/peft/llama/lora")
+    name = next(iter(adapter.weights))
+    broken = replace(adapter, weights={**adapter.weights, name: adapter.weights[name].astype(mx.int32)})
+    folder = save_adapter(adapter, tmp_path / "broken")
+    mx.save_safetensors(str(folder / "adapters.safetensors"), broken.weights)
+    with pytest.raises(FormatError, match="int32"):
+        push(folder, "me/broken")
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "hint"),
+    [
+        ("RepositoryNotFoundError", 401, "log in with a valid token"),
+        ("RepositoryNotFoundError", 404, "Check the name"),
+        ("GatedRepoError", 403, "Accept the repository's conditions"),
+        ("RevisionNotFoundError", 404, "main branch"),
+        ("HfHubHTTPError", 403, "write access"),
+        ("HfHubHTTPError", 400, "correct what it names"),
+        ("HfHubHTTPError", 503, "try again"),
+        ("OfflineModeIsEnabled", None, "Unset HF_HUB_OFFLINE"),
+        ("LocalTokenNotFoundError", None, "log in"),
+    ],
+)
+def test_each_refusal_has_its_own_hint(kind, status, hint, api, monkeypatch):
+    from huggingface_hub import constants, errors
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    error = getattr(errors, kind)
+    api.error = error("It says no", response=response) if status else error("It says no")
+    with pytest.raises(HubError) as caught:
+        push(ADAPTER, "me/tuned")
+    assert (hint in caught.value.hint and "It says no" in caught.value.message) or kind == "OfflineModeIsEnabled"
+    api.error = ConnectionError("no route")
+    with pytest.raises(HubError, match="no route") as caught:
+        push(ADAPTER, "me/tuned")
+    assert caught.value.hint == "Check the network, and try again."
+
+
+def test_a_model_is_not_pushed_as_an_adapter(api, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(FormatError, match="is a model") as error:
+        push(tmp_path, "me/tuned")
+    assert "hf upload" in error.value.hint
+
+
+def test_a_base_is_named_as_on_the_hub(api, tmp_path):
+    with pytest.raises(ConfigError, match="is a path"):
+        push(ADAPTER, "me/tuned", base=str(tmp_path))
+    folder = shutil.copytree(ADAPTER, tmp_path / "mine")
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match="without metrics"):
+        push(folder, "me/tuned", metrics={"loss": 1.0})

@@ -34,6 +34,8 @@ def check_target(
     Raises: ``error``.
     """
     path = Path(path)
+    if model and Path.cwd().resolve().is_relative_to(path.resolve()):
+        raise error(f"{path}: is the current folder, or contains it", "Name a new folder, such as my_model.")
     if path.exists() and not (path.is_dir() and (overwrite or not any(path.iterdir()))):
         raise error(f"{path}: already exists", "Choose another folder, or add --force to replace a folder.")
     if model and path.is_dir() and any([*path.glob("adapter*"), *path.glob("*/adapter*")]):
@@ -106,7 +108,7 @@ def write_model_folder(folder: Path, base: Path, fill: Callable[[Path], None], o
 
 def saved_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with a quantization section that describes the present modules of ``model``."""
-    config = dict(config)
+    config = {name: value for name, value in config.items() if name != "_name_or_path"}  # often a path of this machine
     settings, nf4 = {}, {}
     for path, module in model.named_modules():
         if isinstance(module, NF4Linear):

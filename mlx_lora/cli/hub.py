@@ -38,14 +38,16 @@ class Metric(click.ParamType):
 def push(path, repo, model, private, revision, message, metrics, source, as_json):
     """Upload the adapter SRC to the Hugging Face Hub, with a generated model card.
 
-    If the folder has a README.md, that is the card. Training states are not uploaded. The card names the base model
-    (--model, or the one recorded in the adapter) if it is a Hugging Face repository.
+    If the folder has a README.md, that is the card. Training states are not uploaded. Paths of this machine are taken
+    out of what is uploaded. The base model's path is replaced by its name on the Hub: give it with --model unless the
+    adapter records it.
 
     \b
     mlx-lora push adapters me/my-adapter --model Qwen/Qwen3-0.6B --metric val_loss=1.21
     """
     from ..hub import push as upload
 
+    notes: list[str] = []
     where = upload(
         path,
         repo,
@@ -55,7 +57,10 @@ def push(path, repo, model, private, revision, message, metrics, source, as_json
         base=model,
         metrics=dict(metrics),
         format=source,
+        notes=notes,
     )
+    for text in notes:
+        console.warn(text)
     if as_json:
         return console.event("Pushed", {"path": path, "repository": repo, "commit": where})
     console.note(f"{path} -> {repo}: {where}")

@@ -16,8 +16,11 @@ from typing import Any
 
 from .errors import ConfigError
 
-DEFAULT_RANK, DEFAULT_SCALE = 8, 20.0
+DEFAULT_RANK, DEFAULT_SCALE, DEFAULT_LAYERS = 8, 20.0, 16
 VERA_RANK = 256  # PEFT's default
+# A scale above this is questioned. 20 is the largest default of any tool (mlx-lm's; it was 10 before 2024-10), and
+# users of PEFT choose alpha / rank between 0.5 and 4. Public files with a larger scale have written alpha into it.
+LARGEST_SCALE = 20.0
 # The arrays of each method for each module. With "full" an adapter holds parameters of the model itself.
 LEAVES = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m"), "vera": ("vera_lambda_d", "vera_lambda_b")}
 METHODS = (*LEAVES, "full")
@@ -51,7 +54,8 @@ class AdapterConfig:
     The low-rank update of a layer is ``y = W x + scale * B A x``. The scale of a module is, in this order: its entry
     in ``scale_pattern``; ``alpha / rank`` if ``alpha`` is given or ``alpha_pattern`` names the module (with ``rslora``
     ``alpha / sqrt(rank)``, arXiv:2312.03732); ``scale``. Pattern keys are regular expressions, matched as PEFT does:
-    against the whole module path or any dotted suffix of it; the first match counts.
+    against the whole module path or any dotted suffix of it; the first match counts. ``scale`` stays None beside
+    ``alpha``, and so do ``rank`` and ``scale`` with "full", which has neither.
 
     ``keys`` selects modules by path inside a layer (``self_attn.q_proj``), absolute path (``lm_head``,
     ``model.embed_tokens``), leaf name as in PEFT (``q_proj``), ``all-linear``, or a regular expression for absolute
@@ -76,7 +80,9 @@ class AdapterConfig:
     target_parameters: tuple[str, ...] | None = more(
         None, "Expert parameters to adapt, by PEFT's names, such as mlp.experts.gate_up_proj."
     )
-    num_layers: int = common(16, "Adapt the last N layers; -1 for all.")
+    num_layers: int | None = common(
+        None, f"Adapt the last N layers; -1 for all (default: {DEFAULT_LAYERS}, or all of a smaller model)."
+    )
     layers_to_transform: tuple[int, ...] | None = more(
         None, "Adapt the layers with these indices, counted from 0, instead of the last num_layers."
     )
@@ -117,11 +123,7 @@ class AdapterConfig:
             if isinstance(value, int if name == "layers_to_transform" else str):
                 value = (value,)
             self._set(name, None if value is None else tuple(value))
-        vera = self.method == "vera"
-        if self.rank is None:
-            self._set("rank", VERA_RANK if vera else DEFAULT_RANK)
-        if self.scale is None:
-            self._set("scale", 1.0 if vera else DEFAULT_SCALE)
+        self._set_defaults()
         faults = []
         if self.method not in METHODS:
             faults.append(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
@@ -130,20 +132,23 @@ class AdapterConfig:
         self._set("trainable_token_indices", several)
         ranks = {"rank": self.rank, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         for name, value in ranks.items():
+            if value is None and name == "rank":  # "full" has none
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 faults.append(f"{name} must be an integer of at least 1, not {value!r}")
         scales = {"scale": self.scale, **{f"scale_pattern[{k!r}]": v for k, v in self.scale_pattern.items()}}
-        scales |= {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
-        if self.alpha is not None:
-            scales["alpha"] = self.alpha
+        scales |= {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()} | {"alpha": self.alpha}
         for name, value in scales.items():
+            if value is None and name in ("scale", "alpha"):
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 faults.append(f"{name} must be a finite number, not {value!r}")
             elif value == 0:
                 faults.append(f"{name} is 0: the adapter would have no effect and could not learn")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             faults.append(f"dropout must be in [0, 1), not {self.dropout!r}")
-        if isinstance(self.num_layers, bool) or not isinstance(self.num_layers, int) or self.num_layers < -1:
+        layers = 0 if self.num_layers is None else self.num_layers
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < -1:
             faults.append(f"num_layers must be -1 (all), 0 or more, not {self.num_layers!r}")
         if self.rslora and self.alpha is None and not self.alpha_pattern:
             faults.append("rslora needs alpha: the scale is alpha / sqrt(rank)")
@@ -155,13 +160,20 @@ class AdapterConfig:
                     re.compile(pattern)
                 except re.error as error:
                     faults.append(f"{name}: {pattern!r} is not a regular expression ({error})")
-        raise_all(faults + self._contradictions(), self)
+        raise_all(faults + self._contradictions() + without_effect(self, _ADAPTER_RULES), self)
 
     def __hash__(self) -> int:
         return hash((self.method, self.rank, self.scale, self.keys))  # equal configs have equal hashes; dicts have none
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    def _set_defaults(self) -> None:
+        vera = self.method == "vera"
+        if self.rank is None and self.method != "full":
+            self._set("rank", VERA_RANK if vera else DEFAULT_RANK)
+        if self.scale is None and self.alpha is None and self.method != "full":
+            self._set("scale", 1.0 if vera else DEFAULT_SCALE)
 
     def _contradictions(self) -> list[str]:
         """Faults of settings that are wrong by themselves, for the method, or together with another one."""
@@ -181,40 +193,60 @@ class AdapterConfig:
                 faults.append(f"trainable_token_indices[{name!r}] names a token twice")
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.layers_to_transform or ()):
             faults.append(f"layers_to_transform must be indices of layers, not {list(self.layers_to_transform)!r}")
-        if self.lora_bias and self.method != "lora":
-            faults.append(f"lora_bias is for lora, not for {self.method}")
-        if self.init not in ("default", "gaussian", "orthogonal") and self.method != "lora":
+        if self.init not in ("default", "gaussian", "orthogonal") and self.method not in ("lora", "full"):
             faults.append(f"init {self.init!r} is for lora, not for {self.method}")
-        if self.init != "default" and self.method not in ("lora", "dora"):
+        elif self.init != "default" and self.method == "vera":
             faults.append(f"init {self.init!r} is for low-rank methods, not for {self.method}")
-        needs = {"init_batches": ("eva", "lora_ga"), "eva_rho": ("eva",), "eva_tau": ("eva",)}
-        for name, inits in needs.items():
-            value, least = getattr(self, name), 0 if name == "eva_tau" else 1
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+        for name, least in (("init_batches", 1), ("eva_rho", 1), ("eva_tau", 0)):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < math.inf
+            if value is not None and not number:
                 faults.append(f"{name} must be a number of at least {least}, not {value!r}")
-            elif self.init not in inits:
-                faults.append(f"{name} is for init {' and '.join(inits)}, not for {self.init!r}")
         if self.lora_bias and self.init not in ("default", "gaussian"):
             faults.append(f"lora_bias cannot be combined with init {self.init!r}")
-        if self.method == "vera":
-            given = [
-                n for n in ("alpha", "rslora", "rank_pattern", "scale_pattern", "alpha_pattern") if getattr(self, n)
-            ]
-            given += ["scale"] if self.scale != 1 else []
-            faults += [f"{name} cannot be used with vera, which has one rank and no scale" for name in given]
+        if self.alpha is not None and self.scale is not None:
+            faults.append(f"alpha {self.alpha:g} and scale {self.scale:g} contradict each other: scale is alpha / rank")
+        for pattern in self.scale_pattern.keys() & self.alpha_pattern.keys():
+            faults.append(f"scale_pattern and alpha_pattern both name {pattern!r}, and scale is alpha / rank")
         if not isinstance(self.d_initial, (int, float)) or not math.isfinite(self.d_initial) or self.d_initial == 0:
             faults.append(f"d_initial must be a number other than 0, not {self.d_initial!r}")
         key = self.projection_prng_key
         if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2**64:
             faults.append(f"projection_prng_key must be an integer from 0 to 2^64 - 1, not {key!r}")
-        if self.method == "full":
-            extra = ("bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layers_to_transform")
-            plain = {f.name: f.default for f in dataclasses.fields(self)}
-            given = [n for n in extra if getattr(self, n) not in (None, {}, plain[n])]
-            faults += [f"{name} cannot be used with full, which trains the layers themselves" for name in given]
         return list(dict.fromkeys(faults))
+
+    def check_used(self) -> None:
+        """Refuse settings of low-rank updates where no module gets one. An adapter that is read may hold them."""
+        adapts = (lambda c: c.keys != () or bool(c.target_parameters)), "has no effect where keys is empty"
+        raise_all(without_effect(self, ((_LOW_RANK, *adapts), (("num_layers",), *adapts))), self)
+
+    def last_layers(self, total: int) -> int:
+        """How many of a model's ``total`` layers ``num_layers`` selects. Raises: ConfigError: it has fewer."""
+        if (self.num_layers or 0) > total:
+            raise ConfigError(
+                f"num_layers is {self.num_layers}, but the model has {total} layers", "Use -1 for all of them."
+            )
+        wanted = DEFAULT_LAYERS if self.num_layers is None else self.num_layers
+        return min(wanted, total) if wanted > 0 else total
+
+    def doubts(self) -> list[str]:
+        """Warnings about settings that are valid, and hardly what was meant."""
+        stated = {"scale": self.scale, **{f"scale_pattern[{k!r}]": v for k, v in self.scale_pattern.items()}}
+        found = [
+            f"{name} {value:g} is a multiplier, alpha / rank: here alpha is {value * self.rank:g} at rank {self.rank}. "
+            f"You probably meant --alpha {abs(value):g} (scale {abs(value) / self.rank:g})."
+            for name, value in stated.items()
+            if value is not None and abs(value) > LARGEST_SCALE
+        ]
+        # rsLoRA's alpha of twice the rank is a scale of 2 sqrt(rank), 22.6 at rank 128.
+        most = max(LARGEST_SCALE, 2 * math.sqrt(self.rank)) if self.rslora else LARGEST_SCALE
+        scale = 0.0 if self.alpha is None else self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        if abs(scale) > most:
+            found.append(
+                f"alpha {self.alpha:g} at rank {self.rank} multiplies the update by {scale:g}. Alpha is usually "
+                f"between the rank and twice the rank ({self.rank} to {2 * self.rank})."
+            )
+        return found
 
     def rank_of(self, path: str) -> int:
         """The rank of the module at ``path``."""
@@ -226,6 +258,76 @@ class AdapterConfig:
         alpha = match_pattern(self.alpha_pattern, path, self.alpha)
         default = self.scale if alpha is None else alpha / (math.sqrt(rank) if self.rslora else rank)
         return float(match_pattern(self.scale_pattern, path, default))
+
+
+def without_effect(config: Any, rules: tuple) -> list[str]:
+    """A fault for each field that is set although, by ``rules``, it has no effect on ``config``.
+
+    A rule is (names of fields, a function that says whether they act, the reason if they do not). A reason may name
+    fields of the config in braces.
+    """
+    facts = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return [
+        f"{name} {reason.format(**facts)}"
+        for names, acts, reason in rules
+        if not acts(config)
+        for name in names
+        if is_set(config, name)
+    ]
+
+
+def is_set(config: Any, name: str) -> bool:
+    """Whether the field ``name`` has a value other than its default; an explicit default cannot be told apart."""
+    default = next(f.default for f in dataclasses.fields(config) if f.name == name)
+    value = getattr(config, name)
+    if name in ("rank", "scale") and config.method != "full":  # their defaults depend on the method
+        vera = config.method == "vera"
+        default = (VERA_RANK if vera else DEFAULT_RANK) if name == "rank" else (1.0 if vera else DEFAULT_SCALE)
+    return value not in (None, {}, default)
+
+
+_LOW_RANK = (
+    *("rank", "scale", "alpha", "rslora", "dropout", "rank_pattern", "scale_pattern", "alpha_pattern", "init"),
+    *("lora_bias", "target_parameters"),
+)
+_BESIDES = ("keys", "bias", "modules_to_save", "trainable_token_indices", "layers_to_transform", "embedding_side")
+_ADAPTER_RULES = (
+    (
+        (*_LOW_RANK, *_BESIDES),
+        lambda c: c.method != "full",
+        "cannot be used with full, which trains the layers themselves",
+    ),
+    (
+        ("scale", "alpha", "rslora", "rank_pattern", "scale_pattern", "alpha_pattern"),
+        lambda c: c.method != "vera",
+        "cannot be used with vera, which has one rank and no scale",
+    ),
+    (("lora_bias",), lambda c: c.method in ("lora", "full"), "is for lora, not for {method}"),
+    (
+        ("projection_prng_key", "save_projection", "d_initial"),
+        lambda c: c.method == "vera",
+        "is for vera, not for {method}",
+    ),
+    (("init_batches",), lambda c: c.init in ("eva", "lora_ga"), "is for init eva and lora_ga, not for {init!r}"),
+    (("eva_rho", "eva_tau"), lambda c: c.init == "eva", "is for init eva, not for {init!r}"),
+    (
+        ("num_layers",),
+        lambda c: c.layers_to_transform is None,
+        "has no effect beside layers_to_transform, which names the layers",
+    ),
+)
+
+
+def ignored_alpha(parameters: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """mlx-lm's ``lora_parameters`` without the ``alpha`` that mlx-lm passes over, and that alpha; None without one.
+
+    mlx-lm multiplies the update by ``scale``, whatever alpha is beside it. Only from 2024-01-24 to 2024-06-02 did it
+    multiply by scale * alpha / rank; a file with ``lora_layers`` and alpha may be from these months. Without a scale,
+    alpha is PEFT's and stays.
+    """
+    if parameters.get("scale") is None:
+        return parameters, None
+    return {k: v for k, v in parameters.items() if k != "alpha"}, parameters.get("alpha")
 
 
 def match_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
@@ -267,7 +369,13 @@ class DataConfig:
             faults.append(f"max_seq_length must be at least 2, not {self.max_seq_length!r}")
         if self.mask_turns not in ("all", "last"):
             faults.append(f"mask_turns must be 'all' or 'last', not {self.mask_turns!r}")
-        raise_all(faults, self)
+        raise_all(faults + without_effect(self, _DATA_RULES), self)
+
+
+_DATA_RULES = (
+    (("mask_turns",), lambda c: c.mask_prompt, "has no effect without mask_prompt"),
+    (("data",), lambda c: not c.hf_dataset, "has no effect beside hf_dataset, which names the data sets"),
+)
 
 
 @dataclass(frozen=True)
@@ -310,7 +418,36 @@ class OptimizerConfig:
                 faults.append(f"{name} must be a positive number, not {value!r}")
             elif self.loraplus_lr_ratio is None:
                 faults.append(f"{name} needs loraplus_lr_ratio (LoRA+)")
+        known = (
+            {self.optimizer, "adamw"} if self.optimizer == "muon" else {self.optimizer}
+        )  # muon leaves vectors to adamw
+        for name in sorted(self.optimizer_config.keys() - known) if self.optimizer in OPTIMIZERS else ():
+            if name in OPTIMIZERS and self.optimizer_config[name]:
+                faults.append(f"optimizer_config: {name} has no effect, the optimizer is {self.optimizer}")
+        own_rate = chooses_own_rate(self.optimizer, self.optimizer_config)
+        if self.learning_rate != OptimizerConfig.learning_rate and own_rate:
+            faults.append(f"learning_rate {rate} has no effect: adafactor with relative_step chooses its own")
+        first = first_rate(self.lr_schedule)
+        if self.learning_rate not in (OptimizerConfig.learning_rate, first) and first is not None:
+            faults.append(
+                f"learning_rate {rate} has no effect: the arguments of lr_schedule begin with the rate {first}"
+            )
         raise_all(faults, self)
+
+
+def chooses_own_rate(optimizer: str, arguments: dict[str, Any]) -> bool:
+    """Whether the optimizer takes no learning rate: adafactor with ``relative_step``."""
+    own = arguments.get(optimizer)
+    return optimizer == "adafactor" and isinstance(own, dict) and own.get("relative_step") is True
+
+
+def first_rate(lr_schedule: Any) -> float | None:
+    """The learning rate that the arguments of mlx-lm's schedule mapping begin with; None where they give none."""
+    arguments = lr_schedule.get("arguments") if isinstance(lr_schedule, dict) else None
+    try:
+        return float(arguments[0])
+    except (TypeError, ValueError, LookupError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -363,7 +500,10 @@ class TrainConfig:
             faults.append(f"max_skipped_steps must be at least 1, not {self.max_skipped_steps!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             faults.append(f"seed must be an integer from 0 to 2^32 - 1, not {self.seed!r}")
-        raise_all(faults, self)
+        raise_all(faults + without_effect(self, _TRAIN_RULES), self)
+
+
+_TRAIN_RULES = ((("steps_per_eval",), lambda c: c.val_batches != 0, "has no effect where val_batches is 0"),)
 
 
 @dataclass(frozen=True)

@@ -83,18 +83,16 @@ def check_mode(mode: str, bits: int | None, group_size: int | None, double_quant
             "Leave it out for affine, which mlx-lm loads. nf4 is QLoRA's type, which transformers loads.",
         )
     widths, groups, (default_bits, default_group) = MODES[mode]
-    faults = []
-    if bits is not None and bits not in widths:
-        faults.append(f"{mode} has {' or '.join(map(str, widths))} bits, not {bits}")
-    if group_size is not None and group_size not in groups:
-        faults.append(f"{mode} has groups of {' or '.join(map(str, groups))}, not of {group_size}")
+    faults = {}  # with their hints
+    for name, value, choices in (("bits", bits, widths), ("group_size", group_size, groups)):
+        if value is not None and value not in choices:
+            near = sorted(sorted(choices, key=lambda choice, value=value: abs(choice - value))[:2])
+            hint = f"Choose {name} {' or '.join(map(str, near))}." if len(choices) > 1 else f"Leave {name} out."
+            faults[f"{name} of {mode} can be {', '.join(map(str, choices))}, not {value}"] = hint
     if double_quant and mode != "nf4":
-        faults.append(f"double quantization is for nf4, not for {mode}")
+        faults[f"double quantization is for nf4, not for {mode}"] = "Leave it out, or choose the mode nf4."
     if faults:
-        raise ConfigError(
-            "\n".join(faults),
-            f"Leave them out: by default {mode} has {default_bits} bits in groups of {default_group}.",
-        )
+        raise ConfigError("\n".join(faults), "\n".join(faults.values()))
     return bits or default_bits, group_size or default_group
 
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import ConfigError
 from . import console
-from .options import adapter_option, check_free, force_option, json_option, model_option, save_path_option, trust_option
+from .options import (
+    adapter_option,
+    check_free,
+    force_option,
+    is_quantized_base,
+    json_option,
+    model_option,
+    save_path_option,
+    trust_option,
+)
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -40,31 +50,49 @@ def fuse(model, adapter_path, save_path, bits, dtype, dequantize, force, trust_r
     mlx-lora fuse --model Qwen/Qwen3-0.6B --adapter-path adapters --save-path my_model
     mlx-lora fuse --model mlx-community/Qwen3-0.6B-4bit --adapter-path adapters --dequantize
     """
+    from ..merge.fuse import check_options
     from ..merge.fuse import fuse as fuse_model
     from ..model.loading import load, save_model
+    from ..model.state import state_of
 
+    check_options(bits, dtype, dequantize, force)
     check_free(save_path, force, model=True)
+    _check_quantized(model, bits, dequantize)
     console.note(f"Loading {model} and {adapter_path}")
     loaded, _ = load(model, adapter_path, dtype="stored", trust_remote_code=trust_remote_code)
+    replaced = len(state_of(loaded).full_parameters)
     reports = fuse_model(loaded, bits=bits, dtype=dtype, dequantize=dequantize, force=force)
     lost = [r for r in reports if not r.survives]
     if as_json:
         for report in reports:
             console.event("FusedLayer", {**asdict(report), "survives": report.survives})
-    else:
+    elif reports:
         rows = [
             (r.path, r.storage, f"{r.cosine:.4f}", f"{100 * r.relative_error:.2f} %", f"{100 * r.update_norm:.3f} %")
             for r in reports
         ]
         console.data(console.table(rows, ("layer", "stored as", "cosine", "error", "update / weight")))
+    if replaced:
+        console.note(f"{replaced} parameters trained in full replace those of the model.")
     if lost:
         worst = min(lost, key=lambda r: r.cosine)
+        more = "float32" if worst.storage == "float16" else "float16 or float32"
         console.warn(
             f"{len(lost)} of {len(reports)} layers lost part of their update (worst: {worst.path}, cosine "
-            f"{worst.cosine:.3f}). Use the adapter without merging it, or store more bits: --dtype float16 or float32."
+            f"{worst.cosine:.3f}). Use the adapter without merging it, or store more bits: --dtype {more}."
         )
     save_model(loaded, save_path, overwrite=force)
     console.note(f"Saved {save_path}")
+
+
+def _check_quantized(model: str, bits: int | None, dequantize: bool) -> None:
+    """Refuse --bits, and warn of --dequantize, for a base that is not quantized. Reads its config alone."""
+    if (bits or dequantize) and not is_quantized_base(model):
+        if bits:
+            raise ConfigError(
+                "--bits applies to quantized bases; this one is not", "Fuse first, then quantize the model."
+            )
+        console.warn("--dequantize has no effect: the base is not quantized.")
 
 
 class Flags(click.ParamType):
@@ -117,7 +145,7 @@ def convert(src, dst, to, source, model, force, as_json, **options):
 
     from ..formats import detect_format, load_adapter
 
-    _check_convert(to, model, options)
+    _check_convert(dst, to, model, force, options)
     tic = time.perf_counter()
     source = source or detect_format(src)
     adapter = load_adapter(
@@ -130,6 +158,8 @@ def convert(src, dst, to, source, model, force, as_json, **options):
         enabled=options["enable_lora"],
     )
     if model:
+        if to != "merged":  # which mounts the adapter on the model itself
+            _check_base(adapter, model)
         adapter = replace(adapter, base=model)
     if to == "merged":
         lost = _write_merged(adapter, dst, force, options)
@@ -145,8 +175,9 @@ def convert(src, dst, to, source, model, force, as_json, **options):
         f"{src} ({source}) -> {dst} ({to}): {len(adapter.modules)} modules, {adapter.num_parameters:,} parameters, "
         f"{1000 * took:.0f} ms"
     )
-    if use := _USES.get("gguf model" if to == "merged" and str(dst).endswith(".gguf") else to):
-        console.note(f"Use it: {use.format(dst)}")
+    kind = "gguf model" if to == "merged" and Path(dst).suffix == ".gguf" else to
+    if kind in _USES:
+        console.note(f"Use it: {_USES[kind].format(dst, base=adapter.base or 'MODEL')}")
     if to == "loralib":
         scale = adapter.config.scale_of(adapter.modules[0]) * adapter.rank_of(adapter.modules[0])
         console.note(
@@ -154,11 +185,16 @@ def convert(src, dst, to, source, model, force, as_json, **options):
         )
 
 
-def _check_convert(to: str, model: str | None, options: dict[str, Any]) -> None:
-    """Refuse options that do not apply to ``to``."""
+def _check_convert(dst: str, to: str, model: str | None, force: bool, options: dict[str, Any]) -> None:
+    """Refuse options that do not apply to ``to``, and a target that is taken, before anything is read."""
+    from ..formats import check_destination
+    from ..formats.options import WriteOptions, refuse_unused
+
     if to != "merged":
         if options["dtype"] or options["trust_remote_code"]:
             raise ConfigError("--dtype and --trust-remote-code are for --to merged", "Leave them out.")
+        written = WriteOptions(moe=options["moe"], profile=options["profile"], alpha=options["to_alpha"])
+        refuse_unused(written, check_destination(dst, to, force).WRITES, to)
         return
     unused = [name for name in ("moe", "profile", "to_alpha", "allow_lossy") if options[name]]
     if unused:
@@ -166,6 +202,25 @@ def _check_convert(to: str, model: str | None, options: dict[str, Any]) -> None:
         raise ConfigError(f"{flags} cannot be used with --to merged", "Leave it out.")
     if model is None:
         raise ConfigError("--to merged needs a base model to merge into", "Name it with --model.")
+    if Path(dst).suffix != ".gguf":
+        check_free(dst, force, model=True)
+
+
+def _check_base(adapter: Adapter, model: str) -> None:
+    """Refuse an adapter that does not belong on ``model``, by the shapes and names that the model's config implies."""
+    from ..base.names import BaseModel
+    from ..errors import AdapterError
+    from ..model.attach import mount, unmount
+
+    base = BaseModel(model)
+    if not base.known:
+        console.warn(f"the config of {model} is not on this machine: the adapter was not checked against it.")
+        return
+    try:
+        mount(base.model, adapter)  # on mlx-lm's class without its weights
+    except AdapterError as error:
+        raise AdapterError(error.message, f"{model} is not the model of this adapter: name that one.") from None
+    unmount(base.model)
 
 
 def _write(adapter: Adapter, dst: str, to: str, base: str | None, force: bool, options: dict[str, Any]) -> list[str]:
@@ -204,6 +259,7 @@ def _write_merged(adapter: Adapter, dst: str, force: bool, options: dict[str, An
 
 
 _USES = {
+    "mlx-lm": "mlx-lora chat --model {base} --adapter-path {}",
     "peft": 'PeftModel.from_pretrained(base_model, "{}")',
     "gguf": "llama-cli -m base.gguf --lora {}",
     "gguf model": "llama-cli -m {}",

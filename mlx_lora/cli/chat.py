@@ -47,7 +47,7 @@ def chat(**params: Any):
     """
     config = build(GenerateConfig, params)
     paths = params.pop("adapter_path")
-    engine = load_engine(params)
+    engine = load_engine(params, paths)
     for path in paths:
         engine.bank.add(Path(path).name if Path(path).name not in engine.bank.names else path, path)
     if paths:
@@ -144,7 +144,7 @@ class Conversation:
         try:
             for name, label in ((None, "base"), (adapter, adapter)):
                 bank.use(name)
-                console.title(f"[{label}]")
+                console.data(f"[{label}]")  # beside the answers, also where these are piped
                 self.answer(messages)
         finally:
             bank.use(before)

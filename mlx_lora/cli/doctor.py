@@ -31,8 +31,9 @@ def doctor(model, adapter_path, trust_remote_code, as_json):
     from ..errors import ConfigError
     from ..kernels import enabled
 
-    if adapter_path and not model:
-        raise ConfigError("--adapter-path needs the model to mount the adapter on", "Name the model with --model.")
+    for flag, given in (("--adapter-path", adapter_path), ("--trust-remote-code", trust_remote_code)):
+        if given and not model:
+            raise ConfigError(f"{flag} has no effect without --model", "Name the model with --model.")
     found = device.describe()
     notes = device.advice(found)
     if enabled() and found.backend == "CPU":

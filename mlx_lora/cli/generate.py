@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,11 +15,14 @@ from . import console
 from .options import adapter_option, build, config_options, json_option, model_option, trust_option
 
 
-def load_engine(params: dict[str, Any]):
-    """An engine with the model that the options name, and no adapter."""
+def load_engine(params: dict[str, Any], adapters: Sequence[str] = ()):
+    """An engine with the model that the options name, and no adapter. ``adapters`` that are none are refused first."""
+    from ..formats import detect_format
     from ..model.loading import load
     from ..serving.engine import Engine
 
+    for path in adapters:
+        detect_format(path)
     console.note(f"Loading {params['model']}")
     return Engine(*load(params["model"], trust_remote_code=params["trust_remote_code"]))
 
@@ -29,7 +33,7 @@ def load_engine(params: dict[str, Any]):
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from standard input.")
 @click.option("--system-prompt", help="System message.")
 @click.option("--ignore-chat-template", is_flag=True, help="Continue the prompt as plain text.")
-@config_options(GenerateConfig)
+@config_options(GenerateConfig, max_tokens=100)
 @click.option("-m", "max_tokens_short", type=int, hidden=True)
 @trust_option
 @json_option
@@ -52,7 +56,7 @@ def generate(**params: Any):
             "--system-prompt needs a chat template, and --ignore-chat-template turns it off",
             "Leave --ignore-chat-template out, or write the system prompt into --prompt.",
         )
-    engine = load_engine(params)
+    engine = load_engine(params, [params["adapter_path"]] if params["adapter_path"] else [])
     if params["adapter_path"]:
         engine.bank.add(params["adapter_path"], params["adapter_path"])
         engine.bank.use(params["adapter_path"])

@@ -115,6 +115,14 @@ def _misused(error: click.ClickException, args: list[str]) -> None:
     if context:
         click.echo(context.get_usage(), err=True)
     what = getattr(getattr(error, "param", None), "help", None)  # help text of the wrong option
+    if isinstance(error, click.NoSuchOption):
+        from .old_names import did_you_mean, instead_of
+
+        names = {opt for param in context.command.params for opt in param.opts} if context else ()
+        new, error.possibilities = instead_of(error.option_name, names), None
+        near = "" if new else did_you_mean(error.option_name, names)
+        error.message = f"No such option {error.option_name!r}{near or '.'}"
+        what = f"Write {new} instead." if new else None
     there = "the commands" if command == "mlx-lora" else "its options and arguments"
     fail(error.format_message(), f"{what + ' ' if what else ''}See {command} --help for {there}.", error.exit_code)
 

@@ -8,7 +8,7 @@ import click
 
 from ..errors import ConfigError
 from . import console
-from .options import force_option, json_option, model_option, save_path_option
+from .options import force_option, given_flags, json_option, model_option, save_path_option
 
 # A copy of ``merge.combine.MERGES``, whose module imports NumPy; --help must not. A test compares the two.
 METHODS = (
@@ -39,7 +39,8 @@ def _numbers(_ctx, _param, value: str | None) -> list[float] | None:
 @click.option("--to", default="mlx-lm", show_default=True, metavar="FORMAT", help="Format to write.")
 @force_option
 @json_option
-def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, save_path, to, force, as_json):
+@click.pass_context
+def merge(ctx, adapters, weights, method, density, sign, rank, clamp, seed, model, save_path, to, force, as_json):
     """Merge several LoRA adapters of the same base model into one, as PEFT's add_weighted_adapter does.
 
     cat and svd compute the weighted sum of the updates: cat exactly, with the sum of the ranks as its rank; svd as its
@@ -56,14 +57,13 @@ def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, sa
     """
     from dataclasses import replace
 
-    from ..formats import load_adapter, save_adapter
-    from ..merge.combine import as_lora, merge_adapters
+    from ..formats import check_destination, load_adapter, save_adapter
+    from ..merge.combine import as_lora, check_settings, merge_adapters
 
-    if weights is not None and len(weights) != len(adapters):
-        raise ConfigError(
-            f"--weights gives {len(weights)} numbers for {len(adapters)} adapters",
-            "Give one number per folder, in the same order, or leave --weights out for 1 each.",
-        )
+    settings = dict(density=density, sign=sign, rank=rank, clamp=clamp, seed=seed)
+    check_settings(len(adapters), weights, method, **settings)
+    _check_method(ctx, len(adapters))
+    check_destination(save_path, to, force)
     tic = time.perf_counter()
     loaded, order = [load_adapter(folder) for folder in adapters], None
     if model:
@@ -73,9 +73,7 @@ def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, sa
         base, _ = load(model, lazy=True)
         order = [path for path, _ in reversed(base.named_modules())]
         loaded = [as_lora(base, one) if one.config.method == "vera" else one for one in loaded]
-    merged = merge_adapters(
-        loaded, weights, method, density=density, sign=sign, rank=rank, clamp=clamp, seed=seed, order=order
-    )
+    merged = merge_adapters(loaded, weights, method, order=order, **settings)
     if model:
         mount(base, merged)
         unmount(base)
@@ -89,3 +87,10 @@ def merge(adapters, weights, method, density, sign, rank, clamp, seed, model, sa
         f"{len(loaded)} adapters -> {save_path} ({method}): {len(merged.modules)} modules, rank "
         f"{', '.join(map(str, ranks))}, {merged.num_parameters:,} parameters, {time.perf_counter() - tic:.1f} s"
     )
+
+
+def _check_method(ctx: click.Context, count: int) -> None:
+    if count == 1 and "method" in given_flags(ctx):
+        raise ConfigError(
+            "--method has no effect on one adapter, which is only multiplied by its weight", "Leave --method out."
+        )

@@ -1,12 +1,8 @@
-"""Options shared by commands. Most are made from the fields in ``config.py``, the others are defined here.
-
-A YAML file sets click's ``default_map``: flags win over the file, and the file over the defaults.
-"""
+"""Options shared by commands. Most are made from the fields in ``config.py``, the others are defined here."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import types
@@ -16,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import ConfigError
 
 # Fields whose flag has another name, mlx-lm's.
 _FLAGS = {"method": "fine_tune_type"}
-# Fields of mlx-lm's nested lora_parameters section.
-_NESTED = ("rank", "scale", "alpha", "rslora", "dropout", "keys", "rank_pattern", "scale_pattern", "alpha_pattern")
-_PATTERNS = ("rank_pattern", "scale_pattern", "alpha_pattern")
-_LISTS = ("keys", "target_parameters", "modules_to_save", "layers_to_transform")
-_LINES = "Write one option per line, such as iters: 100. --help lists them; in YAML they have underscores."
+PATTERNS = ("rank_pattern", "scale_pattern", "alpha_pattern")
+LISTS = ("keys", "target_parameters", "modules_to_save", "layers_to_transform")
 
 
 class Pattern(click.ParamType):
@@ -100,23 +94,24 @@ class Structure(click.ParamType):
         return value
 
 
-def config_options(config: type, *names: str) -> Callable:
-    """Options for the fields ``names`` of a config class, or for all fields."""
+def config_options(config: type, *names: str, **defaults: Any) -> Callable:
+    """Options for the fields ``names`` of a config class, or for all fields; ``defaults`` replace the fields' own."""
 
     def decorate(command):
         hints = typing.get_type_hints(config)
         for field in reversed([f for f in dataclasses.fields(config) if not names or f.name in names]):
             section = field.metadata.get("section", config.help_section)
-            command = _option(field, hints[field.name], section)(command)
+            default = defaults.get(field.name, field.default)
+            command = _option(field, hints[field.name], section, default)(command)
         return command
 
     return decorate
 
 
-def _option(field: dataclasses.Field, hint: Any, section: str) -> Callable:
+def _option(field: dataclasses.Field, hint: Any, section: str, default: Any) -> Callable:
     name = _FLAGS.get(field.name, field.name)
     flag = "--" + name.replace("_", "-")
-    default = field.default if field.default is not dataclasses.MISSING else None
+    default = None if default is dataclasses.MISSING else default
     extra: dict[str, Any] = {"help": field.metadata["help"], "default": default, "show_default": default is not None}
     options = [t for t in typing.get_args(hint) if t is not type(None)] if _is_union(hint) else [hint]
     kind = options[0]
@@ -124,11 +119,11 @@ def _option(field: dataclasses.Field, hint: Any, section: str) -> Callable:
         extra["type"] = click.Choice(field.metadata["choices"])
     elif kind is bool:
         flag, extra["show_default"] = f"{flag}/--no-{flag[2:]}", default
-    elif field.name in _PATTERNS:
+    elif field.name in PATTERNS:
         extra |= {"type": Pattern(typing.get_args(kind)[1]), "multiple": True, "default": (), "show_default": False}
     elif field.name == "trainable_token_indices":
         extra |= {"type": Tokens(), "multiple": True, "default": (), "show_default": False}
-    elif field.name in _LISTS:
+    elif field.name in LISTS:
         metavar = "NUMBER" if field.name == "layers_to_transform" else "NAME"
         extra |= {"multiple": True, "default": (), "show_default": False, "metavar": metavar}
     elif field.name == "clear_cache_threshold":
@@ -152,9 +147,9 @@ def build(config: type, params: dict[str, Any], **changes: Any) -> Any:
         if name not in params:
             continue
         value = params[name]
-        if field.name in (*_PATTERNS, "trainable_token_indices"):
+        if field.name in (*PATTERNS, "trainable_token_indices"):
             value = dict(value)
-        elif field.name in _LISTS:
+        elif field.name in LISTS:
             # --keys a --keys b, or --keys a,b; a regular expression with a comma goes through YAML.
             parts = [part.strip() for key in value or () for part in re.split(r",(?![^{}\[\]()]*[}\])])", str(key))]
             value = tuple(part for part in parts if part) or None
@@ -171,6 +166,17 @@ def build(config: type, params: dict[str, Any], **changes: Any) -> Any:
         raise ConfigError(
             str(error), "Correct the type of that value in the YAML file; --help shows what each option takes."
         ) from None
+
+
+def given_flags(ctx: click.Context) -> list[str]:
+    """The names of the parameters that stand on the command line itself, not in a YAML file."""
+    own = [p.name for p in ctx.command.params if p.expose_value]  # --config itself is not exposed
+    return [name for name in own if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+
+
+def flag_of(ctx: click.Context, name: str) -> str:
+    """The flag of the parameter ``name``, such as ``--num-layers``."""
+    return next(p.opts[-1] for p in ctx.command.params if p.name == name)
 
 
 def model_option(**extra: Any) -> Callable:
@@ -200,6 +206,15 @@ def check_free(folder: str, force: bool, *, model: bool = False) -> None:
     check_target(folder, force, ConfigError, model=model)
 
 
+def is_quantized_base(model: str) -> bool:
+    """Whether the config of ``model`` says that its weights are quantized. No weights are loaded."""
+    from ..base.config import read_config
+    from ..base.loading import resolve
+
+    config = read_config(resolve(model))
+    return bool(config.get("quantization") or config.get("quantization_config"))
+
+
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Allow the model's repository to run its own Python code."
 )
@@ -207,86 +222,25 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 force_option = click.option("--force", is_flag=True, help="Overwrite existing files.")
 
 
-def yaml_option(*names: str) -> Callable:
-    """``-c/--config FILE.yaml``. A file may set the command's options and ``names``, which have no flag."""
+def yaml_option(*names: str, passes: Callable[[], set[str]] = set) -> Callable:
+    """``-c/--config FILE.yaml``. A file may set the command's options and ``names``, which have no flag.
+
+    Args:
+        passes: names of options of another command, which the file may hold and this command passes over.
+    """
+
+    def read(ctx: click.Context, _param: click.Parameter, file: str | None) -> None:
+        if file:
+            from .yaml_files import read_defaults
+
+            read_defaults(ctx, Path(file), set(names), passes())
+
     return click.option(
         "-c",
         "--config",
-        callback=lambda ctx, _param, value: _read_defaults(ctx, value, names),
+        callback=read,
         is_eager=True,
         expose_value=False,
         metavar="FILE",
         help="YAML file with options, as for mlx-lm. Flags override it.",
     )
-
-
-def _read_defaults(ctx: click.Context, file: str | None, names: tuple[str, ...]) -> None:
-    if not file:
-        return
-    params = {param.name: param for param in ctx.command.params}
-    options = read_yaml(Path(file), {*params, *names})
-    single = {n for n, p in params.items() if not isinstance(p.type, Structure) and not getattr(p, "multiple", False)}
-    faults = [
-        f"{file}: {name} must be one value, not {options[name]!r}"
-        for name in sorted(single & set(options))
-        if not isinstance(options[name], (str, int, float))
-    ]
-    if faults:
-        raise ConfigError("\n".join(faults), "Write a number or text, such as rank: 8.")
-    ctx.default_map = {**(ctx.default_map or {}), **options}
-
-
-def read_yaml(path: Path, allowed: set[str]) -> dict[str, Any]:
-    """Options from a YAML file by parameter name, with ``lora_parameters`` flattened. Unknown keys are an error."""
-    import yaml
-
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _yaml_loader())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})", "Name a readable YAML file with -c.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})", _LINES) from None
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds a {type(raw).__name__}, not a mapping of options", _LINES)
-    nested = raw.pop("lora_parameters", None) or {}
-    if not isinstance(nested, dict):
-        raise ConfigError(
-            f"{path}: lora_parameters must be a mapping", "Write lora_parameters: {rank: 8, scale: 20.0, dropout: 0.0}."
-        )
-    faults = []
-    for section, entries, names in (("", raw, allowed - {"config"}), ("lora_parameters.", nested, set(_NESTED))):
-        for key in entries:
-            if key not in names:
-                near = difflib.get_close_matches(str(key), sorted(names), n=1)
-                faults.append(
-                    f"{path}: {section}{key} is not an option" + (f"; did you mean {near[0]}?" if near else "")
-                )
-    if faults:
-        raise ConfigError("\n".join(faults), "--help lists the options; in YAML they have underscores.")
-    options = {**raw, **nested}
-    for key in _PATTERNS:
-        if isinstance(options.get(key), dict):
-            options[key] = list(options[key].items())
-    if isinstance(tokens := options.get("trainable_token_indices"), dict):
-        options["trainable_token_indices"] = [(k, v if isinstance(v, int) else tuple(v)) for k, v in tokens.items()]
-    for key in _LISTS:
-        if isinstance(options.get(key), (str, int)):
-            options[key] = [options[key]]
-    return {key: value for key, value in options.items() if value is not None}
-
-
-def _yaml_loader():
-    """YAML 1.1 reads 1e-5 as text; in mlx-lm's files it is a number."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
-    return Loader

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import dataclasses
+from pathlib import Path
+from typing import Any
 
 import click
 
+from ..errors import ConfigError, ModelError
 from . import console
-from .options import check_free, force_option, json_option, model_option, save_path_option, trust_option
+from .options import (
+    check_free,
+    flag_of,
+    force_option,
+    given_flags,
+    is_quantized_base,
+    json_option,
+    model_option,
+    save_path_option,
+    trust_option,
+)
 
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4", "nf4")
 
@@ -28,8 +41,9 @@ MODES = ("affine", "mxfp4", "mxfp8", "nvfp4", "nf4")
 @force_option
 @trust_option
 @json_option
+@click.pass_context
 def quantize(
-    model, mode, bits, group_size, double_quant, save_path, loftq_rank, loftq_iters, loftq_path, force,
+    ctx, model, mode, bits, group_size, double_quant, save_path, loftq_rank, loftq_iters, loftq_path, force,
     trust_remote_code, as_json,
 ):  # fmt: skip
     """Quantize a model, and report its size and the quantization error.
@@ -51,29 +65,25 @@ def quantize(
 
     check_mode(mode, bits, group_size, double_quant)
     check_free(save_path, force, model=True)
-    if loftq_rank:
-        check_free(loftq_path, force)
+    _check_loftq(ctx, loftq_rank, loftq_iters, loftq_path, save_path, force)
+    if is_quantized_base(model):
+        raise ModelError(
+            f"{model} is quantized already", "Quantize the original model: quantizing twice loses more precision."
+        )
     console.note(f"Loading {model}")
     loaded, _ = load(model, dtype="stored", trust_remote_code=trust_remote_code)
     settings = dict(mode=mode, bits=bits, group_size=group_size, double_quant=double_quant)
     if loftq_rank is None:
         report = quantize_model(loaded, **settings)
     else:
-        from dataclasses import replace
-
-        from ..config import AdapterConfig
-        from ..formats import save_adapter
-        from ..init.loftq import quantize_with_loftq
-        from ..model.targets import select
-
-        report, adapter = quantize_with_loftq(
-            loaded, select(loaded, AdapterConfig(num_layers=-1)), loftq_rank, loftq_iters, **settings
-        )
+        report, adapter = _with_loftq(loaded, loftq_rank, loftq_iters, settings)
     save_model(loaded, save_path, overwrite=force)
     if loftq_rank is not None:
-        save_adapter(replace(adapter, base=str(save_path)), loftq_path, overwrite=force)
+        from ..formats import save_adapter
+
+        save_adapter(dataclasses.replace(adapter, base=str(save_path)), loftq_path, overwrite=force)
     if as_json:
-        return console.event("Quantized", {**asdict(report), "path": save_path})
+        return console.event("Quantized", {**dataclasses.asdict(report), "path": save_path})
     console.note(
         f"{report.layers} layers in {mode}: {report.bits_per_weight:.3f} bits per weight, "
         f"relative error {report.error:.4f}; "
@@ -82,3 +92,33 @@ def quantize(
     if report.kept:
         console.note(f"Not quantized: {', '.join(report.kept)}")
     console.note(f"Saved {save_path}" + (f" and the adapter {loftq_path}" if loftq_rank is not None else ""))
+
+
+def _check_loftq(ctx: click.Context, rank: int | None, iters: int, path: str, save_path: str, force: bool) -> None:
+    """Refuse options of LoftQ that are invalid, or that have no effect without --loftq-rank."""
+    others = [flag_of(ctx, name) for name in given_flags(ctx) if name in ("loftq_iters", "loftq_path")]
+    if rank is None:
+        if others:
+            raise ConfigError(f"{' and '.join(others)}: no effect without --loftq-rank", "Add --loftq-rank N.")
+        return
+    if rank < 1 or iters < 1:
+        raise ConfigError(
+            f"--loftq-rank {rank} and --loftq-iters {iters} must be at least 1",
+            "Use a rank such as 16, and 1 to 5 iterations; without --loftq-rank no adapter is written.",
+        )
+    if Path(path).resolve() == Path(save_path).resolve():
+        raise ConfigError(f"--loftq-path and --save-path are both {path}", "Choose a folder for each.")
+    check_free(path, force)
+
+
+def _with_loftq(model: Any, rank: int, iterations: int, settings: dict[str, Any]):
+    """Quantize ``model``; return the report and the adapter. A rank that is too large is refused at once."""
+    from ..config import AdapterConfig
+    from ..init.loftq import quantize_with_loftq
+    from ..layers import check_rank
+    from ..model.targets import select
+
+    modules = select(model, AdapterConfig(num_layers=-1))
+    for module in modules.values():
+        check_rank(module, rank)
+    return quantize_with_loftq(model, modules, rank, iterations, **settings)

@@ -95,6 +95,9 @@ class Display:
     def Loading(self, r: Any) -> None:
         console.note(f"{_LOADING[r.what]} {r.name}")
 
+    def Warned(self, r: Any) -> None:
+        console.warn(r.text)
+
     def DataLoaded(self, r: Any) -> None:
         for text in r.warnings:
             console.warn(text)
@@ -142,6 +145,6 @@ class Display:
             console.data(f"Exact match {correct} of {r.answered} ({100 * r.exact_match:.0f} %)")
 
 
-_NOTES = ("Loading", "DataLoaded", "Started", "EarlierRunMoved")  # on stderr, also with --json
+_NOTES = ("Loading", "Warned", "DataLoaded", "Started", "EarlierRunMoved")  # on stderr, also with --json
 _LOADING = {"model": "Loading", "data": "Reading", "init": "Reading training data for the initialisation"}
 _SPLITS = {"train": "training", "valid": "validation", "test": "test"}

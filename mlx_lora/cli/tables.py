@@ -7,8 +7,9 @@ from dataclasses import asdict
 import click
 
 from ..config import AdapterConfig
+from ..errors import ConfigError
 from . import console
-from .options import build, config_options, json_option, model_option, trust_option
+from .options import build, config_options, flag_of, given_flags, json_option, model_option, trust_option
 
 
 @click.command()
@@ -17,7 +18,8 @@ from .options import build, config_options, json_option, model_option, trust_opt
                 "modules_to_save", "bias", "lora_bias")  # fmt: skip
 @trust_option
 @json_option
-def tables(model, trust_remote_code, as_json, **params):
+@click.pass_context
+def tables(ctx, model, trust_remote_code, as_json, **params):
     """Recompute the tables of the LoRA, QLoRA, DoRA and VeRA papers, next to the printed numbers.
 
     With --model: count the trained parameters, the adapter's size, and the memory for training it with Adam, compared
@@ -30,6 +32,8 @@ def tables(model, trust_remote_code, as_json, **params):
     """
     if model:
         return _local(model, build(AdapterConfig, params), trust_remote_code, as_json)
+    if unused := [flag_of(ctx, name) for name in given_flags(ctx) if name != "as_json"]:
+        raise ConfigError(f"{', '.join(unused)}: no effect without --model", "Name a model, or leave these out.")
     from ..planning.tables import rows
 
     for row in rows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,20 @@ import click
 from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..errors import ConfigError
 from . import console
-from .options import adapter_option, build, config_options, json_option, model_option, trust_option, yaml_option
+from .options import (
+    adapter_option,
+    build,
+    config_options,
+    flag_of,
+    given_flags,
+    json_option,
+    model_option,
+    trust_option,
+    yaml_option,
+)
 from .reports import Stop, show_reports
 from .sections import SectionedCommand
+from .yaml_files import settle
 
 data_options = config_options(
     DataConfig,
@@ -31,9 +43,11 @@ data_options = config_options(
 @config_options(TrainConfig)
 @click.option("--resume", is_flag=True, help="Continue the run in --adapter-path exactly where it stopped.")
 @click.option("--resume-adapter-file", metavar="FILE", help="Start from the weights in this adapters.safetensors.")
-@click.option("--train/--no-train", default=True, help="Train (the default).")
-@click.option("--test/--no-test", default=False, help="Measure the loss on the test set afterwards.")
-@click.option("--test-batches", default=500, show_default=True, help="Test batches; -1 for the whole set.")
+@click.option("--train/--no-train", default=None, help="Train (default: unless --test is given without it).")
+@click.option(
+    "--test/--no-test", default=False, help="Measure the loss on the test set; without --train, only measure."
+)
+@click.option("--test-batches", default=500, show_default=True, help="With --test: batches; -1 for the whole set.")
 @click.option("--report-to", metavar="NAME,..", help=f"Also log to {' or '.join(REPORTERS)}.")
 @click.option("--project-name", metavar="NAME", help="Project to log under (default: the current folder's name).")
 @yaml_option("hf_dataset")
@@ -44,7 +58,8 @@ def train(ctx: click.Context, **params: Any):
     """Fine-tune a model with LoRA, DoRA, VeRA, or in full.
 
     The adapter is saved in --adapter-path in mlx-lm's format, every --save-every iterations and at the end. Ctrl-C
-    saves and stops; --resume continues. mlx-lm's flags and YAML files work unchanged.
+    saves and stops; --resume continues. mlx-lm's flags and YAML files work unchanged; as there, --test without --train
+    only measures the adapter in --adapter-path.
 
     \b
     mlx-lora train --model Qwen/Qwen3-0.6B --data my_data --iters 600
@@ -53,10 +68,12 @@ def train(ctx: click.Context, **params: Any):
     mlx-lora train --fine-tune-type dora --keys q_proj,v_proj -c my_run.yaml
     mlx-lora train -c my_run.yaml --resume
     """
-    data = build(DataConfig, params, hf_dataset=(ctx.default_map or {}).get("hf_dataset"))
+    settle(ctx, params)
+    data = _data(ctx, params)
     adapter, optimizer, config = (build(kind, params) for kind in (AdapterConfig, OptimizerConfig, TrainConfig))
-    if not params["train"]:
-        return _test_only(data, config, params)
+    if not (params["train"] or (params["train"] is None and not params["test"])):
+        return _test_only(ctx, data, config, params)
+    _check_train(ctx, params)
     from ..runs import run
 
     stop, folder = Stop(), Path(params["adapter_path"])
@@ -80,20 +97,47 @@ def train(ctx: click.Context, **params: Any):
         console.note(f"Stopped and saved. Run the same command with --resume to continue. The adapter is in {folder}.")
         ctx.exit(130)
     if not params["test"] and not params["as_json"]:
-        _next_steps(params["model"], folder)
+        _next_steps(params["model"], folder, adapter.method)
 
 
-def _test_only(data: DataConfig, config: TrainConfig, params: dict[str, Any]) -> None:
+def _data(ctx: click.Context, params: dict[str, Any]) -> DataConfig:
+    return build(DataConfig, params, hf_dataset=(ctx.default_map or {}).get("hf_dataset"))
+
+
+def _check_train(ctx: click.Context, params: dict[str, Any]) -> None:
+    """Refuse what only the command line can get wrong; ``run`` checks the rest."""
+    faults = {}
+    if "test_batches" in given_flags(ctx) and not params["test"]:
+        faults["--test-batches has no effect without --test"] = "Add --test, or leave it out."
+    if not params["adapter_path"]:
+        faults["--adapter-path is empty"] = "Name the folder to save the adapter in."
+    if faults:
+        raise ConfigError("\n".join(faults), "\n".join(faults.values()))
+
+
+_MEASURING = {
+    *(field.name for field in dataclasses.fields(DataConfig)),
+    *("model", "adapter_path", "batch_size", "loss", "train", "test", "test_batches", "trust_remote_code", "as_json"),
+}
+
+
+def _test_only(ctx: click.Context, data: DataConfig, config: TrainConfig, params: dict[str, Any]) -> None:
+    """Measure the adapter in --adapter-path, as mlx-lm does for --test without --train; the base if that is empty."""
     if not params["test"]:
-        raise ConfigError("neither --train nor --test: nothing to do", "Leave --no-train out, or add --test.")
-    if params["resume"] or params["resume_adapter_file"]:
-        raise ConfigError("--resume and --resume-adapter-file contradict --no-train", "Leave --no-train out.")
+        raise ConfigError(
+            "neither --train nor --test: nothing to do", "Leave --no-train (train: false) out, or add --test."
+        )
+    if unused := [flag_of(ctx, name) for name in given_flags(ctx) if name not in _MEASURING]:
+        raise ConfigError(
+            f"{', '.join(unused)}: no effect, because --test without --train measures and does not train",
+            "Add --train to train first, or leave these options out.",
+        )
     from ..runs import measure
 
     reports = measure(
         params["model"],
         data,
-        params["adapter_path"],
+        params["adapter_path"] or None,
         batch_size=config.batch_size,
         loss=config.loss,
         test_batches=params["test_batches"],
@@ -102,13 +146,14 @@ def _test_only(data: DataConfig, config: TrainConfig, params: dict[str, Any]) ->
     show_reports(reports, as_json=params["as_json"])
 
 
-def _next_steps(model: str, folder: Path) -> None:
+def _next_steps(model: str, folder: Path, method: str) -> None:
     console.note()
     console.title("Next")
     for command in ("chat", "generate", "fuse"):
         rest = {"generate": ' --prompt "..."', "fuse": " --save-path fused_model"}.get(command, "")
         console.note(f"  mlx-lora {command} --model {model} --adapter-path {folder}{rest}")
-    console.note(f"  mlx-lora convert {folder} {folder}-peft --to peft")
+    if method != "full":  # PEFT's format holds adapters, not whole layers
+        console.note(f"  mlx-lora convert {folder} {folder}-peft --to peft")
 
 
 @click.command()
@@ -119,23 +164,29 @@ def _next_steps(model: str, folder: Path) -> None:
 @click.option("--test-batches", default=-1, show_default=True, help="Batches to measure; -1 for the whole set.")
 @click.option("--exact-match", default=0, metavar="N", help="Also answer N rows and count the exact matches.")
 @click.option("--max-tokens", default=128, show_default=True, help="With --exact-match: longest answer.")
-@yaml_option()
+@yaml_option("hf_dataset", passes=lambda: {param.name for param in train.params})
 @trust_option
 @json_option
-def test(**params: Any):
+@click.pass_context
+def test(ctx: click.Context, **params: Any):
     """Measure loss, perplexity and exact match on a test set.
+
+    A YAML file for train may be given with -c: its settings of the training are passed over.
 
     \b
     mlx-lora test --model Qwen/Qwen3-0.6B --adapter-path adapters --data my_data
     mlx-lora test --model Qwen/Qwen3-0.6B --data my_data --exact-match 100
     """
-    data, config = build(DataConfig, params), build(TrainConfig, params)
+    settle(ctx, params)
+    data, config = _data(ctx, params), build(TrainConfig, params)
+    if "max_tokens" in given_flags(ctx) and not params["exact_match"]:
+        raise ConfigError("--max-tokens has no effect without --exact-match", "Add --exact-match N, or leave it out.")
     from ..runs import measure
 
     reports = measure(
         params["model"],
         data,
-        params["adapter_path"],
+        params["adapter_path"] or None,
         batch_size=config.batch_size,
         loss=config.loss,
         test_batches=params["test_batches"],

@@ -121,20 +121,32 @@ def save_adapter(
     Raises: FormatError: there already is an adapter, or the format cannot hold this one. ConfigError: an option that
         this format does not use.
     """
+    form, path = check_destination(path, format, overwrite), Path(path)
+    adapter.check()
+    options = WriteOptions(_base(base), moe, profile, allow_lossy, alpha, lost if lost is not None else [])
+    refuse_unused(options, form.WRITES, format)
+    if hasattr(form, "SUFFIXES"):
+        write_file(path, lambda temporary: form.write(adapter, temporary, options))
+        return path
+    write_folder(path, lambda temporary: form.write(adapter, temporary, options))
+    return path
+
+
+def check_destination(path: str | Path, format: str, overwrite: bool = False) -> ModuleType:
+    """The row of ``format``, if an adapter of it can be written to ``path``; nothing is written.
+
+    Raises: ConfigError: an unknown format. FormatError: it can only be read, or ``path`` is taken or no place for it.
+    """
     form, path = _row(format), Path(path)
     if not hasattr(form, "write"):
         writable = [name for name, other in FORMATS.items() if hasattr(other, "write")]
         raise FormatError(f"{format} can be read, but not written", f"Formats to write: {', '.join(writable)}.")
-    adapter.check()
-    options = WriteOptions(_base(base), moe, profile, allow_lossy, alpha, lost if lost is not None else [])
-    refuse_unused(options, form.WRITES, format)
     if suffixes := getattr(form, "SUFFIXES", None):
         if path.is_dir() or path.suffix not in suffixes:
             raise FormatError(f"{path}: {format} is one file", f"Name a file that ends in {' or '.join(suffixes)}.")
         if path.exists() and not overwrite:
             raise FormatError(f"{path}: already exists", "Choose another name, or add --force.")
-        write_file(path, lambda temporary: form.write(adapter, temporary, options))
-        return path
+        return form
     if path.exists() and not path.is_dir():
         raise FormatError(f"{path}: is a file", "Name a folder.")
     # The configs of all formats have one name: two formats in a folder would make both unreadable.
@@ -144,8 +156,7 @@ def save_adapter(
     present = [file.name for pattern in form.FILES for file in path.glob(pattern)]
     if present and not overwrite:
         raise FormatError(f"{path}: already holds {' and '.join(present)}", "Choose another folder, or add --force.")
-    write_folder(path, lambda temporary: form.write(adapter, temporary, options))
-    return path
+    return form
 
 
 def _row(format: str) -> ModuleType:
@@ -156,8 +167,13 @@ def _row(format: str) -> ModuleType:
 
 def _format(path: str | Path, format: str | None) -> tuple[str, ModuleType]:
     """The format given, else the format detected: its name and its row."""
-    name = format or detect_format(path)
-    return name, _row(name)
+    name, path = format or detect_format(path), Path(path)
+    form = _row(name)
+    if format and not path.exists():
+        raise FormatError(f"{path}: does not exist", "Name the folder or file of the adapter.")
+    if format and path.is_dir() and form.FILES and not any(any(path.rglob(pattern)) for pattern in form.FILES):
+        raise FormatError(f"{path}: has no file of {name} ({', '.join(form.FILES)})", "Leave --from (format=) out.")
+    return name, form
 
 
 def _base(base: str | Path | BaseModel | None) -> BaseModel | None:

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..adapter import Adapter, raise_faults, split_layer
-from ..config import AdapterConfig
+from ..config import DEFAULT_LAYERS, AdapterConfig, ignored_alpha
 from ..errors import ConfigError, FormatError
 from .files import read_json, read_npz, read_safetensors, write_json, write_safetensors, wrong_settings
 from .options import ReadOptions, WriteOptions
@@ -86,10 +86,8 @@ def parse_config(raw: dict[str, Any], source: Path, options: ReadOptions | None 
     parameters = raw.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise FormatError(f"{source}: lora_parameters is missing", _AS_TRAINED)
-    parameters = {**parameters}
-    alpha = parameters.pop("alpha", None)  # where num_layers is present, mlx-lm wrote alpha but ignored it
+    parameters, alpha = ignored_alpha({**parameters})
     if alpha is not None and "lora_layers" in raw:
-        # From 2024-01-24 to 2024-06-02 mlx-lm multiplied by scale * alpha / rank, before and after by scale alone.
         if options.legacy_scale is None:
             options.need(
                 f"{source}: lora_layers with alpha: versions of mlx-lm that wrote this differ in what scale means",
@@ -161,7 +159,8 @@ def _stored_config(adapter: Adapter) -> AdapterConfig:
 
 def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
     config = adapter.config
-    raw = {**adapter.metadata.get("mlx-lm", {}), "fine_tune_type": config.method, "num_layers": config.num_layers}
+    raw = {**adapter.metadata.get("mlx-lm", {}), "fine_tune_type": config.method}
+    raw["num_layers"] = DEFAULT_LAYERS if config.num_layers is None else config.num_layers
     if adapter.base:
         raw["model"] = adapter.base
     if config.method == "full":

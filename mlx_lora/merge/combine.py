@@ -107,8 +107,9 @@ def merge_adapters(
         AdapterError: the adapters cannot be merged.
     """
     weights = list(weights) if weights is not None else [1.0] * len(adapters)
-    _check_settings(len(adapters), weights, method, density, sign, rank, clamp)
+    check_settings(len(adapters), weights, method, density=density, sign=sign, rank=rank, clamp=clamp, seed=seed)
     _check_adapters(adapters)
+    _check_rank(adapters, method, rank)
     if len(adapters) == 1:
         method = "linear"  # as in PEFT
     rule = _Rule(method.removesuffix("_svd"), 1.0 if density is None else density, sign, np.random.RandomState(seed))
@@ -203,37 +204,67 @@ def _as_stored(path: str, a: np.ndarray, b: np.ndarray, dtype: mx.Dtype) -> dict
             (("lora_a", a), ("lora_b", b))}  # fmt: skip
 
 
-def _check_settings(count: int, weights: list, method: str, density, sign: str, rank, clamp) -> None:
-    faults = []
+def check_settings(
+    count: int,
+    weights: Sequence[float] | None = None,
+    method: str = "svd",
+    *,
+    density: float | None = None,
+    sign: str = "total",
+    rank: int | None = None,
+    clamp: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Refuse settings of ``merge_adapters`` for ``count`` adapters. Raises: ConfigError, with a hint for each fault."""
+    weights = [1.0] * count if weights is None else list(weights)
+    faults: dict[str, str] = {}
     if method not in MERGES:
-        faults.append(f"method must be one of {', '.join(MERGES)}, not {method!r}")
+        faults[f"method must be one of {', '.join(MERGES)}, not {method!r}"] = "Leave method out for svd."
     if not count:
-        faults.append("there is nothing to merge: give at least one adapter")
+        faults["there is nothing to merge"] = "Give at least one adapter."
     if len(weights) != count:
-        faults.append(f"{len(weights)} weights for {count} adapters")
+        faults[f"{len(weights)} weights for {count} adapters"] = (
+            "Give one weight per adapter, in the same order, or leave weights out for 1 each."
+        )
     if any(isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w) for w in weights):
-        faults.append(f"weights must be numbers, not {weights!r}")
+        faults[f"weights must be numbers, not {weights!r}"] = "Write numbers such as 0.7,0.3."
     elif not any(weights) and weights:
-        faults.append("every weight is 0: the result would be empty")
+        faults["every weight is 0: the result would be empty"] = "Give at least one adapter a weight other than 0."
     prunes = method.startswith(("ties", "dare", "magnitude"))
-    if prunes and density is None:
-        faults.append(f"{method} keeps a share of the values: give density")
-    if density is not None and not prunes:
-        faults.append(f"density is for ties, dare and magnitude_prune, not for {method}")
-    elif density is not None and not 0 < density <= 1:
-        faults.append(f"density must be above 0 and at most 1, not {density!r}")
+    if prunes and density is None and count != 1:
+        faults[f"{method} keeps a share of the values: give density"] = "Write density 0.5 to keep half of them."
+    if density is not None and not 0 < density <= 1:
+        faults[f"density must be above 0 and at most 1, not {density!r}"] = "Write density 0.5 to keep half of them."
     if sign not in SIGNS:
-        faults.append(f"sign must be one of {', '.join(SIGNS)}, not {sign!r}")
-    elif sign != "total" and "ties" not in method:
-        faults.append(f"sign is for ties, not for {method}")
-    if rank is not None and (not method.endswith("svd") or rank < 1):
-        faults.append(f"rank {rank} is {'no rank' if rank < 1 else f'for svd methods, not for {method}'}")
-    if clamp is not None and not (method.endswith("svd") and 0 < clamp <= 1):
-        faults.append("clamp is a quantile from 0 to 1, for svd methods")
+        faults[f"sign must be one of {', '.join(SIGNS)}, not {sign!r}"] = "Leave sign out for total."
+    if rank is not None and rank < 1:
+        faults[f"rank must be at least 1, not {rank}"] = "Leave rank out for the largest rank of the adapters."
+    if clamp is not None and not 0 < clamp <= 1:
+        faults[f"clamp is a quantile above 0 and at most 1, not {clamp!r}"] = "Write clamp 0.99, or leave it out."
+    given = {"density": density, "sign": None if sign == "total" else sign, "rank": rank, "clamp": clamp}
+    given["seed"] = seed or None
+    svd = method.endswith("svd")
+    acts = {"density": prunes, "sign": "ties" in method, "rank": svd, "clamp": svd, "seed": method.startswith("dare")}
+    which = {"density": "ties, dare and magnitude_prune", "sign": "ties", "seed": "dare"}
+    for name, value in given.items():
+        if value is not None and count == 1:
+            fault = f"{name} has no effect on one adapter, which is only multiplied by its weight"
+            faults[fault] = f"Leave {name} out."
+        elif value is not None and not acts[name] and method in MERGES:
+            faults[f"{name} is for {which.get(name, 'svd methods')}, not for {method}"] = f"Leave {name} out."
     if faults:
+        raise ConfigError("\n".join(faults), "\n".join(dict.fromkeys(faults.values())))
+
+
+def _check_rank(adapters: Sequence[Adapter], method: str, rank: int | None) -> None:
+    """Refuse a rank that adds nothing: the sum of updates has at most the sum of their ranks. Raises: ConfigError."""
+    paths = dict.fromkeys(path for adapter in adapters for path in adapter.modules)
+    have = {path: [a for a in adapters if f"{path}.lora_a" in a.weights] for path in paths}
+    most = max(sum(a.rank_of(path) for a in some) for path, some in have.items())
+    if rank is not None and method == "svd" and rank > most:
         raise ConfigError(
-            "\n".join(faults),
-            "Use svd, the default, which needs only weights, or give ties, dare and magnitude_prune a density.",
+            f"rank {rank} is more than the adapters' ranks together ({most})",
+            f"Choose at most {most}, which is exact, as the method cat is.",
         )
 
 

@@ -15,11 +15,11 @@ import mlx.nn as nn
 from ..base.loading import DTYPES, check_dtype
 from ..base.modules import base_dtype, dense_weight, is_quantized, kind, model_dtype
 from ..base.nf4_linear import NF4Linear
-from ..errors import ConfigError
+from ..errors import AdapterError, ConfigError
 from ..fast import accelerate, undo
 from ..layers import AdapterLayer, TokenRows, UntiedEmbedding
 from ..model.full_parameters import dense_module
-from ..model.state import bare_modules, discard_state, mark_changed, place, wrappers
+from ..model.state import bare_modules, discard_state, mark_changed, place, state_of, wrappers
 
 # Bounds within which the update counts as kept; otherwise the layer is stored with more bits.
 SURVIVES_COSINE, SURVIVES_ERROR = 0.99, 0.1
@@ -61,22 +61,17 @@ def fuse(
 
     Raises: ConfigError: the arguments contradict each other or the model.
     """
-    if bits is not None and bits not in (2, 3, 4, 5, 6, 8):
-        raise ConfigError(
-            f"bits must be one of 2, 3, 4, 5, 6, 8, not {bits!r}",
-            "Leave bits out: each layer is then stored at 8 bits if its update survives that, otherwise as floats.",
-        )
-    if bits is not None and dequantize:
-        raise ConfigError("bits and dequantize contradict each other", "Choose one.")
-    if bits is not None and bits < 8 and not force:
-        raise ConfigError(
-            f"storing merged weights at {bits} bits loses most of the adapter",
-            "Leave --bits out, keep the adapter separate, or add --force and check the report.",
-        )
-    check_dtype(dtype)
+    check_options(bits, dtype, dequantize, force)
     floats = DTYPES[dtype] if dtype else None
     default = model_dtype(model)
     adapted = wrappers(model)
+    if not adapted and state_of(model) is None and not dequantize:
+        raise AdapterError(
+            "the model has no adapter to merge",
+            "Mount one first. Inside disable_adapter there is none: call fuse after it.",
+        )
+    if bits is not None and not adapted:
+        raise ConfigError("bits is for adapted layers, and this adapter has none", "Leave bits out.")
     one_sided = [path for path, layer in adapted.items() if getattr(layer, "input_only", False)]
     one_sided += [path for path, module in model.named_modules() if isinstance(module, UntiedEmbedding)]
     if one_sided and tied(model):
@@ -106,6 +101,24 @@ def fuse(
     model.eval()
     mx.eval(model.parameters())
     return reports
+
+
+def check_options(bits: int | None, dtype: str | None, dequantize: bool, force: bool = True) -> None:
+    """Refuse arguments of ``fuse`` that are invalid or contradict each other. Raises: ConfigError."""
+    if bits is not None and (isinstance(bits, bool) or bits not in (2, 3, 4, 5, 6, 8)):
+        raise ConfigError(
+            f"bits must be one of 2, 3, 4, 5, 6, 8, not {bits!r}",
+            "Leave bits out: each layer is then stored at 8 bits if its update survives that, otherwise as floats.",
+        )
+    for name, value in (("dequantize", dequantize), ("dtype", dtype)):
+        if bits is not None and value:
+            raise ConfigError(f"bits and {name} contradict each other: {name} stores floats", "Choose one.")
+    if bits is not None and bits < 8 and not force:
+        raise ConfigError(
+            f"storing merged weights at {bits} bits loses most of the adapter",
+            "Leave --bits out, keep the adapter separate, or add --force and check the report.",
+        )
+    check_dtype(dtype)
 
 
 def _fuse_layer(

@@ -35,8 +35,8 @@ from ..init import Request, init_of, initial_pairs, set_initial_pair, with_ranks
 from ..layers import AdapterLayer, TokenRows, check_rank, make_layers
 from .compatibility import incompatibilities, own_parameters
 from .full_parameters import modules_to_save, train_full_parameters, trained_biases, unfreeze_layers
-from .state import State, bare_modules, place, put_back, set_mode, set_state, state_of, take_off
-from .targets import select, select_named
+from .state import Removed, State, bare_modules, place, put_back, set_mode, set_state, state_of, take_off
+from .targets import check_patterns, check_side, select, select_named
 
 
 def attach(
@@ -56,6 +56,7 @@ def attach(
 
     Returns: the adapted paths. Raises: AdapterError, ConfigError, DataError; the model is then unchanged.
     """
+    config.check_used()
     if adapters_on(model) or state_of(model) is not None:
         raise AdapterError("the model has an adapter already", "Call unmount(model) or fuse(model) first.")
     state = State(config, frozen_parameters(model))
@@ -80,6 +81,8 @@ def _attach_layers(
         [f"{path}: is no embedding, so it has no rows of tokens" for path in tokens if kind(bare[path]) != "embedding"],
         "Name an embedding in trainable_token_indices, such as embed_tokens.",
     )
+    check_patterns(config, chosen)
+    check_side(config, [path for path in (*chosen, *saved, *tokens) if kind(bare[path]) == "embedding"])
     ranks = {path: config.rank_of(path) for path in chosen}
     for path, module in chosen.items() if config.method != "vera" else ():
         try:
@@ -141,6 +144,7 @@ def extract(model: nn.Module) -> Adapter:
     plain = replace(
         config,
         num_layers=_last_layers(model, [split_layer(path)[0] for path in trained]),
+        layers_to_transform=None,
         keys=None if layers else config.keys,
         modules_to_save=tuple(sorted(saved)) or None,
         trainable_token_indices={path: module.ids for path, module in tokens.items()},
@@ -224,7 +228,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     Raises: AdapterError: the model has several adapters (MultiLoRA).
     """
     bare_modules(model)
-    removed = take_off(model)
+    removed, dtype = take_off(model), model_dtype(model)
     accelerated = removed.state.accelerated if removed.state is not None else []
     outside = {id(inner) for wrapper in removed.modules.values() for inner in wrapper.modules()}
     # Classes for modules with adapters (MLPs, attention), which have none now; base layers keep theirs.
@@ -234,9 +238,19 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         unmount(model)
+        if (now := model_dtype(model)) != dtype:  # model.set_dtype does not reach what is taken off
+            _cast(removed, now)
         put_back(model, removed)
         for module, changed in classes:
             module.__class__ = changed
+
+
+def _cast(removed: Removed, dtype: mx.Dtype) -> None:
+    """Cast the floats that ``take_off`` removed, as ``Module.set_dtype`` does."""
+    for wrapper in removed.modules.values():
+        wrapper.set_dtype(dtype)
+    floats = mx.floating
+    removed.arrays = [(m, n, a.astype(dtype) if mx.issubdtype(a.dtype, floats) else a) for m, n, a in removed.arrays]
 
 
 def adapters_on(model: nn.Module) -> dict[str, AdapterLayer]:

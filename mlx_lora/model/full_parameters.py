@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..adapter import split_layer
 from ..base.modules import base_dtype, dense_weight, is_quantized, kind, layer_paths, model_dtype
 from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError
@@ -34,10 +35,9 @@ def trained_biases(bare: dict[str, nn.Module], config: AdapterConfig, adapted: l
     found = [path for path in paths if isinstance(bare[path].get("bias"), mx.array)]
     if config.bias != "none" and not found:
         where = "the model has" if config.bias == "all" else "the adapted layers have"
-        raise AdapterError(
-            f"bias {config.bias!r}: {where} no biases to train",
-            "Leave bias out. lora_bias gives the update a bias of its own.",
-        )
+        others = dict.fromkeys(split_layer(path)[1] for path, module in bare.items() if "bias" in module)
+        hint = f"Name modules that have one with keys: {', '.join(others)}." if others else "Leave bias out."
+        raise AdapterError(f"bias {config.bias!r}: {where} no biases to train", hint)
     return found
 
 
@@ -104,12 +104,10 @@ def _new_dense(which: str) -> nn.Module:
 def unfreeze_layers(model: nn.Module, config: AdapterConfig, state: State) -> list[str]:
     """Make the last ``num_layers`` layers trainable, and nothing else. Returns their paths.
 
-    Raises: ConfigError: settings that select modules within layers, or a layer that cannot be trained.
+    Raises: ConfigError: a layer that cannot be trained, or more layers than there are.
     """
-    if config.keys is not None or config.rank_pattern or config.scale_pattern or config.alpha_pattern:
-        raise ConfigError("full fine-tuning trains whole layers: keys and patterns do not apply", "Use --num-layers.")
     paths = layer_paths(model)
-    paths = paths[-config.num_layers :] if config.num_layers > 0 else paths
+    paths = paths[-config.last_layers(len(paths)) :]
     modules = dict(model.named_modules())
     if any(is_quantized(m) for path in paths for m in modules[path].modules()):
         raise ConfigError(

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from ..adapter import raise_faults, split_layer
 from ..base.modules import dims, kind, layer_paths
-from ..config import AdapterConfig
+from ..config import AdapterConfig, match_pattern
 from ..errors import AdapterError
 from .state import bare_modules
 
@@ -49,7 +49,7 @@ def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     Raises: AdapterError: a key matches nothing; the hint lists the model's modules.
     """
     layers = layer_paths(model)
-    count = config.num_layers if config.num_layers > 0 else len(layers)
+    count = config.last_layers(len(layers))
     kept = layers[-count:]
     if config.layers_to_transform is not None:
         if beyond := [i for i in config.layers_to_transform if i >= len(layers)]:
@@ -83,6 +83,46 @@ def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     return {path: module for path, module in modules.items() if path in found}
 
 
+def check_patterns(config: AdapterConfig, chosen: dict[str, nn.Module]) -> None:
+    """Refuse settings that act on none of the modules ``chosen``: patterns, and the side of an embedding.
+
+    Raises: AdapterError: naming each, with the modules that a pattern may have meant.
+    """
+    faults, decided = [], {}
+    for name in ("rank_pattern", "scale_pattern", "alpha_pattern"):
+        patterns = getattr(config, name)
+        keyed = {pattern: pattern for pattern in patterns}
+        decided[name] = {path: match_pattern(keyed, path, None) for path in chosen if patterns}
+        for pattern in patterns.keys() - set(decided[name].values()):
+            matches = [path for path in chosen if match_pattern({pattern: pattern}, path, None)]
+            if matches:
+                faults.append(f"{name} {pattern!r} has no effect: an earlier pattern matches {matches[0]} as well")
+            else:
+                meant = f"; did you mean {near!r}?" if (near := _near(pattern, chosen)) else ""
+                faults.append(f"{name} {pattern!r} matches no adapted module{meant}")
+    for path in chosen:
+        both = [decided[name].get(path) for name in ("scale_pattern", "alpha_pattern")]
+        if all(both):
+            faults.append(f"{path}: scale_pattern {both[0]!r} and alpha_pattern {both[1]!r} both set its scale")
+    raise_faults(sorted(faults), f"The adapter's modules: {', '.join(_names(chosen))}.")
+
+
+def check_side(config: AdapterConfig, embeddings: list[str]) -> None:
+    """Refuse ``embedding_side`` where none of a model's ``embeddings`` is trained. Raises: AdapterError."""
+    if config.embedding_side != "both" and not embeddings:
+        raise AdapterError(
+            f"embedding_side {config.embedding_side!r} has no effect: no embedding is adapted or trained",
+            "Leave it out, or name the embedding in keys or modules_to_save, such as embed_tokens.",
+        )
+
+
+def _near(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """The module's name or its last part that is spelled most like ``name``."""
+    names = _names(modules)
+    found = difflib.get_close_matches(name, [*names, *(n.rpartition(".")[2] for n in names)], n=1)
+    return found[0] if found else None
+
+
 def select_named(model: nn.Module, names: dict[str, Any]) -> dict[str, Any]:
     """``names`` with complete paths as keys; a key may be the end of one or several paths.
 
@@ -97,7 +137,10 @@ def select_named(model: nn.Module, names: dict[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, [*modules, *leaves], n=1)
             faults.append(f"the model has no module {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         found |= dict.fromkeys(paths, value)
-    raise_faults(faults, "An output head that shares the embedding's weight is not a module: name the embedding.")
+    hint = f"The model has: {', '.join(_names({p: m for p, m in modules.items() if p and not m.children()}))}."
+    if "lm_head" in names:
+        hint = "An output head that shares the embedding's weight is not a module: name the embedding. " + hint
+    raise_faults(faults, hint)
     return found
 
 
@@ -156,8 +199,8 @@ def _matches(key: str, modules: dict[str, nn.Module], model: nn.Module) -> set[s
 def _no_match(key: str, matches: set[str], modules: dict[str, nn.Module], where: str) -> str:
     if matches:
         return f"key {key!r} matches only outside {where}" + (" (num_layers)" if "last" in where else "")
-    near = difflib.get_close_matches(key, _names(modules) + [n.rpartition(".")[2] for n in _names(modules)], n=1)
-    return f"key {key!r} matches no module" + (f"; did you mean {near[0]!r}?" if near else "")
+    near = _near(key, modules)
+    return f"key {key!r} matches no module" + (f"; did you mean {near!r}?" if near else "")
 
 
 def _names(modules: dict[str, nn.Module]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from .evaluation import answers, measure
 from .fine_tune import run
 from .folder import RunFolder, is_main_process
-from .reports import Answer, DataLoaded, EarlierRunMoved, Loading, Started, TestReport
+from .reports import Answer, DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
 
 __all__ = [
     "Answer",
@@ -18,6 +18,7 @@ __all__ = [
     "RunFolder",
     "Started",
     "TestReport",
+    "Warned",
     "answers",
     "is_main_process",
     "measure",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..adapter import SHARED, raise_faults
-from ..base.modules import layer_paths
 from ..config import AdapterConfig
-from ..errors import AdapterError, ConfigError, MLXLoRAError
+from ..errors import AdapterError, MLXLoRAError
 from ..formats import load_adapter
 from ..formats.files import read_safetensors
 from ..init import FROM_DATA, SUBTRACTED
@@ -38,7 +37,6 @@ def attach_for_run(
         file: an ``adapters.safetensors`` to take the initial weights from.
         batches, reference: see ``model.attach.attach``.
     """
-    _check_layers(model, config)
     mx.random.seed(seed)
     subtracted = config.init.startswith(SUBTRACTED)
     if folder is not None and (subtracted or config.init in FROM_DATA):
@@ -50,16 +48,6 @@ def attach_for_run(
         except MLXLoRAError:
             unmount(model)
             raise
-
-
-def _check_layers(model: nn.Module, config: AdapterConfig) -> None:
-    """Refuse more layers than ``model`` has. The default number means all layers of a smaller model."""
-    total = len(layer_paths(model))
-    default = next(f.default for f in fields(config) if f.name == "num_layers")
-    if config.num_layers > total and config.num_layers != default:
-        raise ConfigError(
-            f"num_layers is {config.num_layers}, but the model has {total} layers", "Use -1 for all of them."
-        )
 
 
 def _take_weights(model: nn.Module, file: Path) -> None:

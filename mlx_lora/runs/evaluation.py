@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..model.loading import load
 from ..training import evaluate
 from ..training.losses import loss_named
+from .checks import check_data
 from .reports import Answer, DataLoaded, Loading, TestReport
 from .settings import check_test_batches
 
@@ -58,6 +59,7 @@ def measure(
 
 
 def _measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code):
+    check_data(data, ("test",))
     model, tokenizer = yield from load_model(model, adapter_path, trust_remote_code)
     sets = yield from load_sets(data, tokenizer, ("test",))
     asked = questions(data, tokenizer, "test", exact_match) if exact_match else []

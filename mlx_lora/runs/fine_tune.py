@@ -19,13 +19,14 @@ from ..model.attach import extract, parameter_counts, unmount
 from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport, build_optimizer, evaluate
 from ..training import train as train_model
 from .adapters import attach_for_run
+from .checks import check_data, check_modules
 from .evaluation import load_model, load_sets
 from .folder import RunFolder, is_main_process
-from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport
+from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
 from .settings import Settings
 from .tracking import trackers
 
-RunReport = Report | Loading | DataLoaded | Started | EarlierRunMoved | TestReport
+RunReport = Report | Warned | Loading | DataLoaded | Started | EarlierRunMoved | TestReport
 
 
 def run(
@@ -65,9 +66,9 @@ def run(
             current folder).
         stop: asked after each iteration; when it returns True the run saves and ends.
 
-    Yields: ``Loading``, ``DataLoaded`` and ``Started``; the reports of ``train``, with ``EarlierRunMoved`` before the
-        first checkpoint where it applies; ``TestReport`` after ``Done`` if ``test_batches`` is given and the run was
-        not stopped.
+    Yields: ``Warned`` about settings that are hardly meant; ``Loading``, ``DataLoaded`` and ``Started``; the reports of
+        ``train``, with ``EarlierRunMoved`` before the first checkpoint where it applies; ``TestReport`` after ``Done``
+        if ``test_batches`` is given and the run was not stopped.
 
     Raises: ConfigError at once where settings contradict each other or the folder cannot be used; ModelError,
         DataError, AdapterError, FormatError, TrainingError while running.
@@ -93,6 +94,10 @@ def run(
 
 def _run(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Iterator[RunReport]:
     state = _state(folder, settings)
+    for text in settings.adapter.doubts():
+        yield Warned(text)
+    check_data(settings.data, settings.splits)
+    check_modules(settings.model, settings.adapter)
     logs = trackers(settings.report_to, settings.project_name, settings.tracked()) if is_main_process() else []
     model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
     sets = yield from load_sets(settings.data, tokenizer, settings.splits)

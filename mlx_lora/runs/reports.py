@@ -15,6 +15,13 @@ class Loading:
 
 
 @dataclass(frozen=True)
+class Warned:
+    """A setting is valid, and hardly what was meant. The run goes on with it."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class DataLoaded:
     """All sets are read, checked and tokenized."""
 

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..data import Splits
 from ..errors import ConfigError
-from ..training.losses import loss_named
+from .checks import check_settings
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,9 @@ class Settings:
                 "Give DataConfig(data=folder), or the result of load_dataset.",
             )
         check_test_batches(self.test_batches)
-        loss_named(self.train.loss)  # raises for an unknown name, before a model is loaded
         if self.test_batches is not None and isinstance(self.data, Splits) and self.data.test is None:
             raise ConfigError("test_batches needs a test set, and data has none", "Load it too, or leave it out.")
-        if self.resume and self.resume_adapter_file:
-            raise ConfigError("resume and resume_adapter_file contradict each other", "Choose one.")
-        file = self.resume_adapter_file
-        init = self.adapter.init
-        if file and init != "default":
-            raise ConfigError(f"resume_adapter_file and init {init!r} contradict each other", "Choose one.")
-        if file and not Path(file).is_file():
-            raise ConfigError(f"{file}: no such file", "resume_adapter_file takes an adapters.safetensors.")
-        if unknown := [name for name in self.report_to if name not in REPORTERS]:
-            raise ConfigError(f"report_to {', '.join(unknown)} is not known", f"Known: {', '.join(REPORTERS)}.")
-        if self.project_name and not self.report_to:
-            raise ConfigError(
-                "project_name needs report_to", f"Set report_to ({', '.join(REPORTERS)}), or leave project_name out."
-            )
+        check_settings(self)
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -18,8 +18,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as opt
+from mlx.utils import tree_flatten
 
 from ..config import OptimizerConfig
+from ..errors import ConfigError
 
 EMBEDDING_RATE = 1e-6
 _EXPERT_VECTORS = ("m", "vera_lambda_d", "vera_lambda_b")  # [experts, n]: a vector for each
@@ -32,11 +34,16 @@ def group_of(path: str, ndim: int, embeddings: set[str], norms: set[str]) -> str
         embeddings, norms: paths of the model's embeddings and norms.
     """
     module, _, leaf = path.rpartition(".")
-    if module in embeddings and leaf in ("lora_a", "lora_b"):
+    if _of_embedding(path, embeddings):
         return "embedding"
     if leaf == "lora_b" or ndim == 1 or leaf in _EXPERT_VECTORS:
         return "B, no decay" if "bias" in path or module in norms else "B"
     return "A"
+
+
+def _of_embedding(path: str, embeddings: set[str]) -> bool:
+    module, _, leaf = path.rpartition(".")
+    return module in embeddings and leaf in ("lora_a", "lora_b")
 
 
 def loraplus_optimizer(
@@ -55,6 +62,9 @@ def loraplus_optimizer(
     """
     embeddings = {path for path, module in model.named_modules() if hasattr(module, "as_linear")}
     norms = {path for path, module in model.named_modules() if _is_norm(module)}
+    paths = [path for path, _ in tree_flatten(model.trainable_parameters())]
+    if config.loraplus_lr_embedding is not None and paths and not any(_of_embedding(p, embeddings) for p in paths):
+        raise ConfigError("loraplus_lr_embedding has no effect: no embedding is adapted", "Leave it out.")
     first = config.learning_rate
     if isinstance(config.lr_schedule, dict) and config.lr_schedule.get("arguments"):
         first = float(config.lr_schedule["arguments"][0])  # mlx-lm's mapping has the rate there

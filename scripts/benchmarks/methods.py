@@ -48,7 +48,7 @@ METHODS: dict[str, tuple[dict, dict, str | None]] = {
     "QLoRA, NF4 double": ({}, {}, "nf4"),
     "QLoRA, MLX 4 bits": ({}, {}, "affine"),
     "DoRA, MLX 4 bits": (dict(method="dora"), {}, "affine"),
-    "full": (dict(method="full"), {}, None),
+    "full": (dict(method="full", rank=None, scale=None), {}, None),
 }
 
 

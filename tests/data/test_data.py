@@ -209,7 +209,7 @@ def test_same_tokens_as_mlx_lm(kind, mask_prompt, tokenizer):
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from mlx_lm.tuner.datasets import create_dataset
 
-    config = DataConfig(mask_prompt=mask_prompt, mask_turns="last")
+    config = DataConfig(mask_prompt=mask_prompt, mask_turns="last" if mask_prompt else "all")
     tokenizers = [(TokenizerWrapper(tokenizer), rows_of_each_kind()[kind])]
     if SHARED.is_dir():
         from mlx_lm.tokenizer_utils import load

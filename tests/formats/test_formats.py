@@ -521,7 +521,8 @@ def test_writing_onto_a_file_or_in_an_unknown_format(tmp_path):
 )
 def test_what_peft_folders_cannot_hold_is_refused(weights, method, said, tmp_path):
     adapter = Adapter(
-        AdapterConfig(method=method, rank=2, num_layers=-1), {k: mx.ones(shape) for k, shape in weights.items()}
+        AdapterConfig(method=method, rank=None if method == "full" else 2, num_layers=-1),
+        {k: mx.ones(shape) for k, shape in weights.items()},
     )
     with pytest.raises(FormatError, match=said):
         save_adapter(adapter, tmp_path / "out", format="peft")

@@ -45,15 +45,15 @@ SETTINGS = {
     "dora": dict(method="dora"),
     "vera": dict(method="vera", rank=16),
     "vera, seed only": dict(method="vera", rank=16, save_projection=False, projection_prng_key=3, keys=["q_proj"]),
-    "patterns": dict(rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3, "mlp.*": 7}, keys=["q_proj", "up_proj"]),
-    "some layers": dict(layers_to_transform=[0, 2], keys=["q_proj"]),
+    "patterns": dict(rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 3, "mlp.*": 7}, keys=["q_proj", "up_proj"]),
+    "some layers": dict(layers_to_transform=[0, 2], num_layers=None, keys=["q_proj"]),
     "modules_to_save": dict(modules_to_save=["norm", "lm_head", "layers.1.mlp"], keys=["q_proj"]),
     "bias all": dict(bias="all"),
     "bias lora_only": dict(bias="lora_only", keys=["q_proj"]),
     "lora_bias": dict(lora_bias=True),
     "tokens": dict(trainable_token_indices={"embed_tokens": [1, 60, 90]}),
-    "tokens alone": dict(trainable_token_indices={"embed_tokens": [5]}, keys=()),
-    "modules alone": dict(modules_to_save=["up_proj"], keys=()),
+    "tokens alone": dict(trainable_token_indices={"embed_tokens": [5]}, keys=(), rank=None, num_layers=None),
+    "modules alone": dict(modules_to_save=["up_proj"], keys=(), rank=None, num_layers=None),
     "embedding": dict(keys=["model.embed_tokens", "lm_head"]),
     "embedding, input": dict(keys=["model.embed_tokens"], embedding_side="input"),
     "embedding saved, input": dict(keys=["v_proj"], modules_to_save=["embed_tokens"], embedding_side="input"),
@@ -148,7 +148,7 @@ def test_mlx_lm_refuses_folders_with_settings_it_does_not_have(tmp_path, tokens)
 
 @pytest.mark.parametrize("settings", [
     dict(keys=["model.embed_tokens"], embedding_side="input"),
-    dict(keys=[], modules_to_save=["embed_tokens"], embedding_side="input"),
+    dict(keys=[], modules_to_save=["embed_tokens"], embedding_side="input", rank=None),
 ], ids=["lora", "modules_to_save"])  # fmt: skip
 def test_input_only_leaves_a_tied_head_alone(settings, tokens):
     model = make("dense", TIED)
@@ -321,7 +321,7 @@ LEARNS = {
     "olora": dict(init="olora"), "orthogonal": dict(init="orthogonal"), "eva": dict(init="eva", init_batches=4),
     "lora_ga": dict(init="lora_ga", init_batches=2),
     "tokens": dict(trainable_token_indices={"embed_tokens": [1, 400, 401]}),
-    "full": dict(method="full"),
+    "full": dict(method="full", rank=None, scale=None),
 }  # fmt: skip
 
 

@@ -101,7 +101,10 @@ def test_keys():
     everywhere = {f"model.layers.{i}.{name}" for i in range(3) for name in linears}
     assert set(chosen(model, num_layers=-1)) == everywhere
     assert set(chosen(model, num_layers=0)) == everywhere
-    assert set(chosen(model, num_layers=99)) == everywhere
+    assert set(chosen(model)) == everywhere, "the default of 16 means all layers of a smaller model"
+    for beyond in (16, 99):
+        with pytest.raises(ConfigError, match=f"num_layers is {beyond}, but the model has 3 layers"):
+            chosen(model, num_layers=beyond)
     assert set(chosen(model, num_layers=-1, keys=["all-linear"])) == everywhere
     assert set(chosen(model, num_layers=1)) == {f"model.layers.2.{name}" for name in linears}
     two = {"model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.q_proj"}

@@ -31,7 +31,7 @@ SETTINGS = {
     "bias": dict(bias="all", keys=["q_proj"]),
     "tokens": dict(trainable_token_indices={"embed_tokens": [1, 60, 90]}, keys=["q_proj"]),
     "input side": dict(keys=["v_proj"], modules_to_save=["embed_tokens"], embedding_side="input"),
-    "full": dict(method="full", num_layers=2),
+    "full": dict(method="full", num_layers=2, rank=None),
 }
 BASES = {"dense": None, "4-bit": Q4}
 CASES = [(name, base) for name in SETTINGS for base in BASES if (name, base) != ("full", "4-bit")]

@@ -307,7 +307,7 @@ def test_reports_come_in_order_and_are_means_over_tokens():
     assert kinds[TrainReport][1].trained_tokens == 2 * count
     assert [r.val_loss for r in kinds[ValReport]] == pytest.approx([mean] * 4, abs=1e-5)
     assert kinds[Done][0].stopped is False and not model.training
-    kinds, _ = fit(model, opt.SGD(0.0), rows, valid_set=rows, val_batches=0)
+    kinds, _ = fit(model, opt.SGD(0.0), rows, valid_set=rows, val_batches=0, steps_per_eval=200)
     assert ValReport not in kinds
 
 
@@ -746,7 +746,7 @@ def test_optimizer_arguments_are_read_and_checked():
         "muon": {"ns_steps": 2.5, "momentum": "much"},
     }
     with pytest.raises(ConfigError) as caught:
-        build_optimizer(OptimizerConfig(optimizer_config=wrong), 9)
+        build_optimizer(OptimizerConfig(optimizer="muon", optimizer_config=wrong), 9)
     for part in ("'esp'; it has betas, eps", "2 numbers", "true or false", "learning_rate instead", "'adam8bit'"):
         assert part in caught.value.message
     assert "ns_steps of muon must be a whole number" in caught.value.message and "'much'" in caught.value.message

@@ -40,6 +40,8 @@ def _adapter_folder(folder: Path, adapter: str | None) -> Path:
         return folder / adapter
     if len(names) > 1:
         raise FormatError(f"{folder}: has the adapters {', '.join(names)}", "Name one: --adapter, or adapter=.")
+    if not names:
+        raise FormatError(f"{folder}: has no PEFT adapter", "Leave --from (format=) out, or name the adapter's folder.")
     return folder / names[0]
 
 

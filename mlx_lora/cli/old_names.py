@@ -1,0 +1,146 @@
+"""Names of options in older versions of mlx-lm and in its forks, for YAML files and flags.
+
+``translated`` takes each for what it means and says so, or refuses it with its new name. Where these names come from:
+mlx-lm before 2024-04 (``adapter_file``), before 2024-10 (``lora_layers``, ``use_dora``) and before 2025-08 (``wandb``);
+mlx-lm-lora (``train_type``, ``train_mode``, earlier ``training_mode``, and its settings for DPO, GRPO and others);
+mlx-tune, PEFT and transformers, whose words people write into mlx-lm's files, where mlx-lm passes over them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+# Fields of mlx-lm's nested lora_parameters section.
+NESTED = ("rank", "scale", "alpha", "rslora", "dropout", "keys", "rank_pattern", "scale_pattern", "alpha_pattern")
+RENAMED = {
+    "lora_layers": "num_layers",
+    "train_type": "fine_tune_type",
+    "method": "fine_tune_type",
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), "rank"),
+    "lora_alpha": "alpha",
+    "lora_scale": "scale",
+    "lora_dropout": "dropout",
+    **dict.fromkeys(("use_rslora", "rs_lora"), "rslora"),
+    **dict.fromkeys(("lora_keys", "target_modules", "lora_target_modules", "lora_modules"), "keys"),
+    **dict.fromkeys(("steps", "max_steps", "num_steps", "num_iters", "iterations"), "iters"),
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_schedule",
+    "warmup_steps": "warmup",
+    **dict.fromkeys(("gradient_accumulation_steps", "grad_accum_steps"), "grad_accumulation_steps"),
+    **dict.fromkeys(("gradient_checkpointing", "use_gradient_checkpointing", "gradient_checkpoint"), "grad_checkpoint"),
+    **dict.fromkeys(("max_seq_len", "max_length", "max_sequence_length"), "max_seq_length"),
+    **dict.fromkeys(("eval_steps", "eval_every"), "steps_per_eval"),
+    **dict.fromkeys(("save_steps", "steps_per_save"), "save_every"),
+    "logging_steps": "steps_per_report",
+    **dict.fromkeys(("output_dir", "adapter_dir"), "adapter_path"),
+    **dict.fromkeys(("model_name", "model_path", "base_model"), "model"),
+    **dict.fromkeys(("data_path", "dataset"), "data"),
+    "resume_from": "resume_adapter_file",
+}
+_EPOCHS = "give iters, the number of batches: rows / batch_size * epochs"
+_QUANTIZE = "name a quantized model, or make one: mlx-lora quantize --model MODEL --save-path FOLDER"
+_OTHER_TRAINING = "mlx-lora trains on given answers (sft) only"
+# Keys without a counterpart: the values with which they change nothing, and what to do about any other value.
+_WITHOUT = {
+    **dict.fromkeys(("train_mode", "training_mode"), (("sft", "normal"), _OTHER_TRAINING)),
+    "sft_loss_type": (("nll", "chunked_nll"), "choose a loss with the option loss"),
+    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), ((), _EPOCHS)),
+    **dict.fromkeys(("load_in_4bits", "load_in_6bits", "load_in_8bits", "load_in_mxfp4"), ((False,), _QUANTIZE)),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), ((False,), _QUANTIZE)),
+    "efficient_long_context": ((False,), "set grad_checkpoint to save memory"),
+    "qat_enable": ((False,), "quantize after training: mlx-lora quantize"),
+    "weight_decay": ((0,), "write optimizer_config: {adamw: {weight_decay: 0.01}} and optimizer: adamw"),
+    "training": ((), "this is the adapter_config.json of a run of mlx-lora; train --resume continues that run"),
+    "mlx_lora": ((), "this is the adapter_config.json of a run of mlx-lora; train --resume continues that run"),
+}
+# Settings of mlx-lm-lora for training on preferences or rewards, and for quantization-aware training. They do nothing
+# in a file that trains on given answers.
+_UNUSED = {
+    *("beta", "reward_scaling", "dpo_cpo_loss_type", "is_reference_free", "delta", "reference_model_path", "judge"),
+    *("judge_config", "group_size", "epsilon", "epsilon_high", "max_completion_length", "temperature"),
+    *("reward_weights", "reward_functions", "reward_functions_file", "grpo_loss_type", "importance_sampling_level"),
+    *("lambda_mse_target", "tau_mse_target", "lambda_mse", "clip_epsilon_logits", "recurrence_chunk_size"),
+    *("qat_bits", "qat_group_size", "qat_mode", "qat_start_step", "qat_interval", "lm_studio_name"),
+}
+# Flags of mlx-lm, now and earlier, and of its forks, that are spelled otherwise here: what to write instead.
+_FLAGS = {
+    "adapter-file": "--adapter-path FOLDER",
+    "use-dora": "--fine-tune-type dora",
+    "wandb": "--report-to wandb --project-name NAME",
+    "de-quantize": "--dequantize",
+    "export-gguf": "mlx-lora convert ADAPTER model.gguf --to merged --model MODEL",
+    "gguf-path": "mlx-lora convert ADAPTER model.gguf --to merged --model MODEL",
+    "upload-repo": "mlx-lora push ADAPTER OWNER/NAME for an adapter, or hf upload OWNER/NAME FOLDER for a model",
+    "hf-path": "--model",
+    "epochs": "--iters, the number of batches: rows / batch size * epochs",
+    "q-bits": "--bits",
+    "q-group-size": "--group-size",
+    "q-mode": "--mode",
+    "mlx-path": "--save-path",
+}
+
+
+def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    """(options under today's names, faults, the names that warnings are about by warning).
+
+    ``section`` stands before the keys in messages.
+    """
+    options, faults, warnings = dict(options), [], {}
+    options.pop("config", None)  # mlx-lm writes it into its adapter_config.json
+    foreign = bool(options.keys() & {"train_mode", "train_type", "training_mode"})
+
+    def put(old: str, new: str, value: Any) -> None:
+        if value is None:
+            return
+        if new in options and options[new] != value:
+            faults.append(f"{section}{old} {value!r} contradicts {new} {options[new]!r}: both mean {new}")
+            return
+        options[new] = value
+        warnings[f"{section}{old} is read as {new}: {value!r}."] = new
+
+    for old in [key for key in options if key in RENAMED]:
+        put(old, RENAMED[old], options.pop(old))
+    for old, (harmless, instead) in _WITHOUT.items():
+        if options.get(old) is not None and options[old] not in harmless:
+            faults.append(f"{section}{old}: {options[old]!r} is no option of mlx-lora: {instead}")
+        options.pop(old, None)
+    if dora := options.pop("use_dora", None):
+        put("use_dora", "fine_tune_type", "dora")
+    elif dora is False and options.get("fine_tune_type") == "dora":
+        faults.append(f"{section}use_dora false contradicts fine_tune_type 'dora'")
+    if (file := options.pop("adapter_file", None)) is not None:
+        put("adapter_file", "adapter_path", str(Path(file).parent if Path(file).suffix in _WEIGHTS else file))
+    if (project := options.pop("wandb", None)) not in (None, False):
+        put("wandb", "report_to", "wandb")
+        put("wandb", "project_name", project) if isinstance(project, str) else None
+    if options.pop("fuse", None):
+        warnings[f"{section}fuse is not done by train: merge the adapter afterwards with mlx-lora fuse."] = "train"
+    unused = [key for key in options if key in _UNUSED or (foreign and key == "alpha")]  # alpha is XPO's there
+    if found := [key for key in unused if options.pop(key) is not None]:
+        warnings[f"not used, as they are for other kinds of training: {', '.join(found)}."] = "train"
+    return options, faults, warnings
+
+
+_WEIGHTS = (".npz", ".safetensors")
+
+
+def did_you_mean(key: str, names: Iterable[str]) -> str:
+    """``; did you mean ...?`` where a name is spelled nearly like ``key``; empty where none is."""
+    near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.8)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def instead_of(flag: str, flags: Iterable[str]) -> str | None:
+    """What to write instead of a flag of mlx-lm or a fork, such as ``--lora-layers``; None for any other flag.
+
+    Args:
+        flags: of the command; another command's are not suggested.
+    """
+    name = flag.lstrip("-")
+    renamed = RENAMED.get(name.replace("-", "_"))
+    new = f"--{renamed.replace('_', '-')}" if renamed else _FLAGS.get(name)
+    own = new and (not new.startswith("--") or new.split()[0].rstrip(",") in flags)
+    return new if own else None

@@ -253,7 +253,7 @@ def test_chat(trained, capsys, monkeypatch):
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*lines, "/quit"]) + "\n"))
     out, err = run(["chat", "--model", PATH, "--adapter-path", trained, "--max-tokens", "6"], capsys)
-    assert err.count("[base]") == 2 and err.count("[adapters]") == 2
+    assert out.count("[base]\n") == 2 and out.count("[adapters]\n") == 2
     assert "no adapter named 'nowhere'" in err and "/wibble is not a command" in err and "no question yet" in err
     assert "ms)" in err and len(out.strip().splitlines()) >= 7
 

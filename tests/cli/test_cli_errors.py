@@ -369,7 +369,11 @@ def test_bare_command_is_its_help(capsys):
     "config, fault, hint",
     [
         ({"rank": 0}, "rank must", "(default: 8; vera: 256). Leave it out for the default."),
-        ({"num_layers": -3}, "num_layers must", "-1 for all. Leave it out for the default (16)."),
+        (
+            {"num_layers": -3},
+            "num_layers must",
+            "(default: 16, or all of a smaller model). Leave it out for the default.",
+        ),
         ({"init": "x"}, "init must", "Leave it out for the default (default)."),
         ({"rslora": True}, "needs alpha", "requires alpha. Or leave it out."),
     ],

@@ -1,0 +1,110 @@
+"""Every flag and YAML key of mlx-lm's lora, generate, chat and fuse: the same default here, or a reason why not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+import click
+import pytest
+
+from mlx_lora.cli.main import cli
+from mlx_lora.config import DEFAULT_LAYERS, DEFAULT_RANK, DEFAULT_SCALE
+
+NOT_OFFERED = "not offered: an unknown option is refused by name"
+NO_DOWNLOAD = "required here: mlx-lm's default downloads a model of gigabytes that nobody named"
+# By command and mlx-lm's name: why it differs here.
+DIFFERENCES = {
+    "train": {
+        "clear_cache_threshold": "mlx-lm's 0 empties the cache after every step; None keeps it up to a bound",
+        "optimizer_config": "mlx-lm lists each optimizer without arguments, which is the same as none",
+        "num_layers": "None stands for 16, or all layers of a smaller model, which mlx-lm refuses",
+        "lora_parameters": "one option for each entry, see test_lora_parameters",
+    },
+    "generate": {
+        "model": NO_DOWNLOAD,
+        "prompt": "required here: nobody wants an answer to mlx-lm's default 'hello'",
+        **dict.fromkeys(
+            (
+                *("extra_eos_token", "image", "prefill_response", "xtc_probability", "xtc_threshold", "verbose"),
+                *("min_tokens_to_keep", "use_default_chat_template", "chat_template_config", "max_kv_size"),
+                *("prefill_step_size", "prompt_cache_file", "quantize_activations", "kv_bits", "kv_group_size"),
+                *("quantized_kv_start", "draft_model", "num_draft_tokens"),
+            ),
+            NOT_OFFERED,
+        ),
+    },
+    "chat": {
+        "model": NO_DOWNLOAD,
+        "seed": "mlx-lm seeds every conversation with 0; here sampling differs from one to the next, as in generate",
+        **dict.fromkeys(("xtc_probability", "xtc_threshold", "max_kv_size", "prefill_step_size"), NOT_OFFERED),
+        "pipeline": NOT_OFFERED,
+    },
+    "fuse": {
+        "model": "required here: mlx-lm's default 'mlx_model' is the folder of another tool",
+        **dict.fromkeys(("upload_repo", "export_gguf", "gguf_path"), "refused, with the command that does it"),
+    },
+}
+SOURCES = {"train": "lora", "generate": "generate", "chat": "chat", "fuse": "fuse"}
+
+
+def parser_of(module, monkeypatch) -> argparse.ArgumentParser:
+    for name in ("build_parser", "setup_arg_parser"):
+        if hasattr(module, name):
+            return getattr(module, name)()
+    kept = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: kept.append(self))
+    module.parse_arguments()
+    return kept[0]
+
+
+def theirs(command: str, monkeypatch) -> dict[str, object]:
+    """mlx-lm's options and defaults. lora's are in CONFIG_DEFAULTS, which its parser leaves to the YAML file."""
+    module = importlib.import_module(f"mlx_lm.{SOURCES[command]}")
+    parser = parser_of(module, monkeypatch)
+    found = {action.dest: action.default for action in parser._actions if action.dest != "help"}
+    return {**found, **getattr(module, "CONFIG_DEFAULTS", {})}
+
+
+def plain(value: object) -> object:
+    """None for every way to say that there is no default; a number stays."""
+    nothing = value is False or value == () or value is getattr(click.core, "UNSET", None)
+    return None if nothing else value
+
+
+def ours(command: str) -> dict[str, object]:
+    found = cli.get_command(click.Context(cli), command)
+    return {param.name: "required" if param.required else param.default for param in found.params}
+
+
+@pytest.mark.parametrize("command", SOURCES)
+def test_every_default_is_mlx_lms(command, monkeypatch):
+    here, there, reasons = ours(command), theirs(command, monkeypatch), DIFFERENCES[command]
+    differ = {name for name, value in there.items() if name not in here or plain(here[name]) != plain(value)}
+    assert differ == {name for name in reasons if name in there}, "each difference has a reason, and each reason a use"
+    assert not reasons.keys() - there.keys(), "reasons for options that mlx-lm does not have"
+
+
+def test_lora_parameters():
+    from mlx_lm.lora import CONFIG_DEFAULTS
+
+    from mlx_lora import AdapterConfig
+
+    config = AdapterConfig()
+    assert CONFIG_DEFAULTS["lora_parameters"] == {
+        "rank": DEFAULT_RANK,
+        "scale": DEFAULT_SCALE,
+        "dropout": config.dropout,
+    }
+    assert (config.rank, config.scale) == (DEFAULT_RANK, DEFAULT_SCALE)
+    assert CONFIG_DEFAULTS["num_layers"] == DEFAULT_LAYERS == config.last_layers(40) and config.last_layers(3) == 3
+
+
+def test_every_choice_of_mlx_lm_is_a_choice_here():
+    from mlx_lm.lora import build_parser
+
+    train = {param.name: param for param in cli.get_command(click.Context(cli), "train").params}
+    choices = {action.dest: action.choices for action in build_parser()._actions if action.choices}
+    assert choices, "mlx-lm's parser has choices"
+    for name, values in choices.items():
+        assert set(values) <= set(train[name].type.choices)

@@ -29,6 +29,7 @@ TOLERANCE = 3e-5  # max |difference| / max |logit|
 REFUSED = {
     "bitnet": "mlx-lm holds packed ternary weights alone, not the unquantized ones",
     "minimax": "mlx-lm's class of this name is MiniMax M2; MiniMax-Text-01 has linear attention",
+    "minimax_m3_vl_text": "mlx-lm has the whole model alone, and the text part is saved with other names",
     "muse_spark": "mlx-lm's chat template for it cannot be imported",
     "olmo": "mlx-lm's class needs the package ai2-olmo",
 }
@@ -54,8 +55,10 @@ CLOSE = {
     "longcat_flash": (1e-4, "rounding, in a model with few exact zeros"),
     "nanochat": (1e-3, "1e-5 in its norms instead of the config's 1e-6"),
     "nemotron_h": (3e-3, "the epsilon of its norms"),
-    "qwen3_5_text": (5e-4, "the epsilon of the norm of queries and keys"),
-    "qwen3_next": (5e-4, "the epsilon of the norm of queries and keys"),
+    **dict.fromkeys(
+        ("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+        (0.0005, "the epsilon of the norm of queries and keys"),
+    ),
     "starcoder2": (5e-4, "exact GELU instead of its approximation"),
 }
 # mlx-lm computes these as the config says only up to the window of attention.
@@ -64,7 +67,6 @@ WINDOW = "attends to all tokens; equal up to the sliding window"
 NO_ADAPTER = {
     "longcat_flash": "PEFT also adapts the experts that return their input",
     "minimax_m3_vl": "gate_up_proj of shared experts is two modules in mlx-lm",
-    "minimax_m3_vl_text": "gate_up_proj of shared experts is two modules in mlx-lm",
 }
 NO_EXPERTS = {
     "longcat_flash": "PEFT also adapts the experts that return their input",
@@ -108,6 +110,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 500.0, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1},
     "gemma3": {"text_config": {"num_hidden_layers": 6}},
+    "gemma3n_text": {"num_hidden_layers": 5},
     "gemma3_text": {"num_hidden_layers": 6},
     "granitemoehybrid": {"mamba_n_heads": 16, "mamba_n_groups": 1, "layer_types": ["mamba", "attention"] * 2},
     "mamba2": {"num_heads": 8, "n_groups": 1},

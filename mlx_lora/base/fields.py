@@ -86,7 +86,7 @@ _BY_TYPE: dict[str, Callable[[Config], Config]] = {
     "solar_open": lambda c: {"first_k_dense_replace": 0, "intermediate_size": 0, "partial_rotary_factor": 1.0},
 }
 # Text parts of vision-language models that mlx-lm has as the whole model alone.
-_TEXT_PARTS = ("gemma3n_text", "gemma4_unified_text", "minimax_m3_vl_text", "qwen3_5_text", "qwen3_5_moe_text")
+_TEXT_PARTS = ("gemma3n_text", "gemma4_unified_text", "qwen3_5_text", "qwen3_5_moe_text")
 # Fields that both have, with values that mlx-lm's class does not understand.
 _REPLACED = {("bailing_hybrid", "head_dim"), ("exaone4", "sliding_window_pattern"), ("granitemoehybrid", "layer_types")}
 

@@ -26,6 +26,7 @@ _RENAMES: tuple[Renames, ...] = (
     ((r"^transformer\.", ""),),  # GPT-2
     ((r"^model\.language_model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head.")),
     ((r"^model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head.")),
+    ((r"^model\.", "model.language_model."),),  # the text part of Gemma 3n
     (
         (r"^language_model\.model\.blocks\.", "language_model.model.layers."),
     ),  # Kimi K2.5, as transformers 5.24 saves it

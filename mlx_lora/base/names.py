@@ -34,6 +34,7 @@ _PREFIXES = (
     ("gpt_neox.layers.", "model.h."),
     ("gpt_neox.", "model."),
     ("model.", "language_model.model."),
+    ("model.", "model.language_model."),
     ("", "model."),
 )
 # Parts of module names: (transformers 5's, mlx-lm's), by model type. All that match are replaced, in this order.
@@ -301,6 +302,8 @@ class BaseModel:
         """transformers' path (version 5) of the module that mlx-lm calls ``path``."""
         for theirs, ours in self._parts:
             path = _replaced(path, ours, theirs)
+        if path.startswith("model.language_model.") and "text_config" not in self.config:
+            return "model." + path.removeprefix("model.language_model.")
         if path.startswith("language_model."):
             rest = path.removeprefix("language_model.")
             if "text_config" not in self.config:  # the text part alone, which mlx-lm has only within the whole model

@@ -32,23 +32,6 @@ def check_bitsandbytes(name: Any, config: dict[str, Any]) -> None:
         )
 
 
-def nf4_model_classes(get_classes: Callable) -> Callable:
-    """mlx-lm's ``get_classes``, returning model classes whose ``load_weights`` accepts NF4 weights."""
-
-    def classes(config: dict[str, Any]):
-        model_class, args_class = get_classes(config)
-
-        class Model(model_class):
-            def load_weights(self, weights, strict: bool = True):
-                self.__class__ = model_class
-                return self.load_weights(replace_with_nf4(self, weights), strict=strict)
-
-        Model.__name__, Model.__module__ = model_class.__name__, model_class.__module__
-        return Model, args_class
-
-    return classes
-
-
 def replace_with_nf4(model: nn.Module, weights: list[tuple[str, mx.array]] | Any) -> Any:
     """Replace linears of ``model`` by the NF4 layers in ``weights``; return the weights under the new layers' names."""
     if not isinstance(weights, list):

@@ -1,5 +1,5 @@
-"""Every architecture that transformers and mlx-lm share: a tiny checkpoint saved by transformers, and PEFT's adapters of
-it, give the same logits here. ``architectures.md`` is the table of the results (scripts/make_architecture_table).
+"""Every architecture that transformers and mlx-lm share: tiny checkpoints from transformers, and PEFT's adapters of
+them, give the same logits here. ``architectures.md`` is the table of the results (scripts/make_architecture_table).
 
 Run by scripts/judge; skipped where torch and peft are not installed.
 """

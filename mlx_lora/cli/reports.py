@@ -96,6 +96,8 @@ class Display:
         console.note(f"{_LOADING[r.what]} {r.name}")
 
     def DataLoaded(self, r: Any) -> None:
+        for text in r.notes:
+            console.note(text)
         for text in r.warnings:
             console.warn(text)
         rows = ", ".join(f"{count:,} {_SPLITS[split]} rows" for split, count in r.rows.items())

@@ -251,8 +251,8 @@ class DataConfig:
 
     data: str = common(
         "mlx-community/WikiSQL",
-        "Folder with train.jsonl, valid.jsonl and test.jsonl, one such file, or a Hugging Face data set. Files may also be "
-        ".json, .csv, .tsv, .parquet or .arrow, and compressed (.gz).",
+        "Folder with train.jsonl, valid.jsonl and test.jsonl, one such file, or a Hugging Face data set. Files may "
+        "also be .json, .csv, .tsv, .parquet or .arrow, and compressed (.gz).",
     )
     valid_split: float | None = option(
         None,

@@ -138,7 +138,7 @@ def _build(drafts: list[Example], limit: int, source: str, left_out: list[str], 
 
 
 def _error(faults: list[Fault]) -> DataError:
-    rows = len(set(fault.where for fault in faults))
+    rows = len({fault.where for fault in faults})
     return DataError(
         f"{rows} error{'s' * (rows > 1)} in the data:\n{listing(faults)}",
         "Correct these rows as the lines above say, or remove them.",

@@ -169,13 +169,10 @@ def _old_calls(value: Any, number: int) -> list[dict]:
     calls = value if isinstance(value, list) else [value]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise Unreadable('has a function call that is not {"name": ..., "arguments": {...}}: write it as JSON')
-    functions = [
-        {"name": call["name"], "arguments": call.get("arguments", call.get("parameters", {}))} for call in calls
-    ]
-    made = [
-        {"id": f"call{number:03}{k:02}", "type": "function", "function": function}
-        for k, function in enumerate(functions)
-    ]
+    made = []
+    for k, call in enumerate(calls):
+        function = {"name": call["name"], "arguments": call.get("arguments", call.get("parameters", {}))}
+        made.append({"id": f"call{number:03}{k:02}", "type": "function", "function": function})
     return _tool_calls(made)
 
 

@@ -149,7 +149,8 @@ def alpaca_prompt(question: str, context: str = "", system: str = "", history: S
     earlier = [f"### Instruction:\n{asked}\n\n### Response:\n{answer}\n\n" for asked, answer in history]
     more = f"### Input:\n{context}\n\n" if context and question.strip() else ""
     head = f"{system}\n\n" if system else ""
-    return f"{head}{''.join(earlier)}### Instruction:\n{question if question.strip() else context}\n\n{more}### Response:\n"
+    asked = question if question.strip() else context
+    return f"{head}{''.join(earlier)}### Instruction:\n{asked}\n\n{more}### Response:\n"
 
 
 def _turns(pairs: Iterable[tuple[str, str]], system: str = "") -> tuple[dict, ...]:

@@ -1,9 +1,10 @@
 """Which columns of a row are its prompt, its answer or its messages.
 
-mlx-lm's own keys come first: ``prompt`` with ``completion``, ``messages``, ``text``, or the names that the ``*_feature``
-options give instead. Otherwise the columns of well-known data sets are recognised, in any case: ``instruction``,
-``input`` and ``output`` (Alpaca), ``instruction``, ``context`` and ``response`` (Dolly), other pairs of a question and
-an answer, and ``conversations`` or ``dialog`` (ShareGPT). A row that can be read in two ways is refused.
+mlx-lm's own keys come first: ``prompt`` with ``completion``, ``messages``, ``text``, or the names that the
+``*_feature`` options give instead. Otherwise the columns of well-known data sets are recognised, in any case:
+``instruction``, ``input`` and ``output`` (Alpaca), ``instruction``, ``context`` and ``response`` (Dolly), other pairs
+of a question and an answer, and ``conversations`` or ``dialog`` (ShareGPT). A row that can be read in two ways is
+refused.
 """
 
 from __future__ import annotations
@@ -156,6 +157,8 @@ def reading(shapes: Iterable[Shape], columns: Iterable[str], renamed: dict[str, 
     read = {first.main, first.answer, *optional.values()}
     if others := sorted(set(columns) - read):
         parts.append(f"not read: {', '.join(name or 'a column without a name' for name in others)}")
+    if first.kind == "instruction" and not template and (first.main.lower() != "prompt" or optional["context"]):
+        parts.append("as text with Alpaca's headings (### Instruction:, ### Input:, ### Response:)")
     name = "ShareGPT" if "from" in renamed else first.name
     return [f"Reading {name} rows: {', '.join(parts)}"] if parts else []
 

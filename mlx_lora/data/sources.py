@@ -207,11 +207,8 @@ def _from_hub(config: DataConfig, splits: Sequence[str]) -> Source:
         _check_no_hold_out(config, f"{config.data}/{names['valid']}")
     elif "valid" in splits and names["train"]:
         name = f"{config.data}/{names['train']}"
-        _hold_out(
-            source,
-            _train_part(source) or Part("train", config.data, _rows(found[names["train"]], name), config),
-            config,
-        )
+        train = _train_part(source) or Part("train", config.data, _rows(found[names["train"]], name), config)
+        _hold_out(source, train, config)
     return source
 
 

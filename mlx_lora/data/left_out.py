@@ -7,13 +7,14 @@ differently. Every text is looked for in the template's text, and the rows where
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 from .faults import Place
 from .template import Template
 
 _LINKS = ("role", "tool_calls", "tool_call_id")  # tried apart, or only there to link a result to its call
-_CLOSER = 100  # rows to look at closer for parts of texts
+_CLOSER = 100  # messages of each role to look at closer for parts of texts
 
 
 class LeftOut:
@@ -23,7 +24,7 @@ class LeftOut:
         self._template = template
         self._seen: set[tuple] = set()
         self._found: dict[str, dict[bool, Place]] = {}  # what -> (whether in the last answer or later) -> first row
-        self._closer = _CLOSER
+        self._closer = defaultdict(lambda: _CLOSER)
 
     def look(self, where: Place, messages: list[dict], tools: list | None, text: str) -> None:
         """Look at one row and ``text``, which the template makes of it."""
@@ -42,7 +43,7 @@ class LeftOut:
                     if self._shows_nothing([*messages[:i], changed, *messages[i + 1 :]], tools, text):
                         self._add(what, late, where)
             content = message.get("content")
-            if content.__class__ is str and content not in text and self._closer:
+            if content.__class__ is str and content not in text and self._closer[message["role"]]:
                 self._look_closer(where, messages, tools, text, i, late)
 
     def warnings(self) -> list[str]:
@@ -72,9 +73,9 @@ class LeftOut:
         """
         message, mark = messages[i], _mark(text)
         lines = message["content"].strip().split("\n")
-        if not any(lines) or all(line.strip() in text for line in lines):
+        if message["content"].strip() in text:
             return
-        self._closer -= 1
+        self._closer[message["role"]] -= 1
         marked = "\n".join(f"{mark}{line}" for line in lines) + mark
         try:
             shown = self._template.text([*messages[:i], {**message, "content": marked}, *messages[i + 1 :]], tools)

@@ -128,7 +128,7 @@ def _user(content: Any) -> dict:
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text, with one BOS, also where both the tokenizer and the text have it, and one EOS at the end."""
+    """The tokens of a text, with one BOS, also where both the tokenizer and the text have it, and one EOS."""
     ids = _one_bos(list(tokenizer.encode(text)), tokenizer)
     eos = tokenizer.eos_token_id
     if eos is None:

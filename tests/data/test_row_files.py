@@ -1,4 +1,4 @@
-"""Rows from CSV, TSV, Parquet, Arrow, JSON and compressed files; from folders with them; and what is wrong with them."""
+"""Rows from CSV, TSV, Parquet, Arrow, JSON and compressed files, from folders with them, and faults of files."""
 
 import gzip
 import json
@@ -16,13 +16,7 @@ from mlx_lora.errors import ConfigError, DataError
 ROWS = [{"prompt": 'a "b", c', "completion": "d\ne"}, {"prompt": "f;\tg", "completion": "ü"}]
 CALL = {"type": "function", "function": {"name": "area", "arguments": {"side": 2}}}
 CHATS = [
-    {
-        "messages": [
-            *chat("q", "a")["messages"],
-            {"role": "user", "content": "r"},
-            {"role": "assistant", "content": "b"},
-        ]
-    },
+    chat("q", "a", "r", "b"),
     {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [CALL]}], "tools": [CALL]},
 ]
 
@@ -47,7 +41,8 @@ def quoted(rows, mark=","):
 
 def write_arrow(path, rows, kind):
     arrow = pytest.importorskip("pyarrow")
-    table = arrow.Table.from_pylist(rows)
+    keys = dict.fromkeys(key for row in rows for key in row)
+    table = arrow.Table.from_pylist([{**keys, **row} for row in rows])
     if kind == "parquet":
         from pyarrow import parquet
 
@@ -126,15 +121,9 @@ def test_folders(files, tmp_path, tokenizer):
         rows = [{"text": f"{name} {i}"} for i in range(count)]
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        stem = name.removesuffix(".gz")
-        lines = "\n".join(map(json.dumps, rows))
-        text = (
-            json.dumps(rows)
-            if stem.endswith("json")
-            else lines
-            if "json" in stem
-            else quoted(rows, "\t" if "tsv" in stem else ",")
-        )
+        kind = name.removesuffix(".gz").rsplit(".", 1)[1]
+        texts = {"json": json.dumps(rows), "csv": quoted(rows), "tsv": quoted(rows, "\t")}
+        text = texts.get(kind, "\n".join(map(json.dumps, rows)))
         path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     splits = load_dataset(DataConfig(data=str(tmp_path)), tokenizer, ("train", "valid", "test"))
     assert (len(splits.train), len(splits.valid), len(splits.test)) == (1, 2, 3) and splits.warnings == []
@@ -143,9 +132,8 @@ def test_folders(files, tmp_path, tokenizer):
 def test_numbered_files_and_a_saved_dataset(tmp_path, tokenizer):
     datasets = pytest.importorskip("datasets")
     for part in range(3):
-        write_arrow(
-            tmp_path / f"train-0000{part}-of-00003.parquet", [{"text": f"{part}{i}"} for i in range(10)], "parquet"
-        )
+        rows = [{"text": f"{part}{i}"} for i in range(10)]
+        write_arrow(tmp_path / f"train-0000{part}-of-00003.parquet", rows, "parquet")
     splits = load_dataset(DataConfig(data=str(tmp_path)), tokenizer)
     assert (len(splits.train), len(splits.valid)) == (28, 2)
     saved = datasets.Dataset.from_list([{"text": f"{i}"} for i in range(40)])

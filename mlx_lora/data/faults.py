@@ -20,11 +20,12 @@ class Place(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What is wrong with a row, and the fix. ``part`` is the part of the row it is about, such as "message 3"."""
+    """What is wrong with a row, and the fix. Faults of one file with the same text are one line."""
 
     where: Place
     text: str
-    part: str = ""
+    part: str = ""  # of the row, that the text is about, such as "message 3"
+    spot: str = ""  # where in the line it is, such as "column 8"
 
 
 def listing(faults: Sequence[Fault], most: int = MOST_LINES) -> str:
@@ -50,7 +51,7 @@ def _line(group: list[Fault]) -> str:
     text = f"{part} {first.text}".lstrip()
     numbers = sorted({fault.where.number for fault in group} - {None})
     if len(numbers) < 2:
-        return f"{first.where}: {text}"
+        return f"{first.where}{first.spot and ', '}{first.spot}: {text}"
     return f"{first.where.name}, {len(numbers)} rows ({ranges(numbers)}): {text}"
 
 

@@ -112,15 +112,15 @@ def _parse(data: bytes, where: Place, faults: list[Fault]) -> Any:
         faults.append(_not_utf8(where, error))
     except json.JSONDecodeError as error:
         fix = "write one {...} on each line, quotes and newlines escaped"
-        place = f"line {error.lineno}, column {error.colno}" if where.number is None else f"column {error.colno}"
-        faults.append(Fault(where, f"not JSON ({error.msg}, {place}): {fix}"))
+        spot = f"line {error.lineno}, column {error.colno}" if where.number is None else f"column {error.colno}"
+        faults.append(Fault(where, f"not JSON ({error.msg}): {fix}", spot=spot))
     except RecursionError:
         faults.append(Fault(where, "nested too deeply: flatten the row"))
     return None
 
 
 def _not_utf8(where: Place, error: UnicodeDecodeError) -> Fault:
-    return Fault(where, f"not UTF-8 (byte {error.start + 1}): save the file as UTF-8")
+    return Fault(where, "not UTF-8: save the file as UTF-8", spot=f"byte {error.start + 1}")
 
 
 def _csv(data: bytes, name: str, faults: list[Fault], notes: list[str], delimiter: str = ",") -> Values:
@@ -144,8 +144,8 @@ def _csv(data: bytes, name: str, faults: list[Fault], notes: list[str], delimite
             return []
         for number, cells in enumerate(filter(None, lines), 1):
             if len(cells) != len(header):
-                text = f"has {len(cells)} cells where the header has {len(header)}: quote texts with {delimiter!r}"
-                faults.append(Fault(Place(name, number), text))
+                text = f"has not the {len(header)} cells of the header: quote texts that contain {delimiter!r}"
+                faults.append(Fault(Place(name, number), text, spot=f"{len(cells)} cells"))
             else:
                 rows.append((number, dict(zip(header, cells, strict=True))))
     except csv.Error as error:

@@ -380,8 +380,8 @@ def test_all_faults_of_all_files_are_in_one_error(tmp_path, tokenizer):
     head, *lines = error.value.message.splitlines()
     assert head == "4 errors in the data:"
     told = "\n".join(lines)
-    assert f"{tmp_path}/train.jsonl:3: not JSON" in told
-    assert f"{tmp_path}/train.jsonl:5: not UTF-8 (byte 15)" in told
+    assert f"{tmp_path}/train.jsonl:3, column 2: not JSON (Expecting" in told
+    assert f"{tmp_path}/train.jsonl:5, byte 15: not UTF-8" in told
     assert f"train.jsonl:4: a text row among chat rows (first: {tmp_path}/train.jsonl:1)" in told
     assert f"{tmp_path}/valid.jsonl:1: 'messages' is empty" in told
 

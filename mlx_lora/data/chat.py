@@ -106,7 +106,7 @@ def turn_spans(text: str, render: Render, messages: Sequence[dict], turns: Seque
         if span is None or not last <= span[0] <= span[1] <= len(text):
             raise Unrenderable(
                 "the assistant's turns cannot be located in the text that the chat template makes: "
-                "split the row so that each new row ends with an answer, or leave mask_prompt out to learn all of it"
+                "split the row so that each new row ends with an answer"
             )
         spans.append(span)
         last = span[1]
@@ -223,7 +223,7 @@ def _token_positions(
     if list(tokenizer.encode(text, add_special_tokens=False)) != ids:
         raise Unrenderable(
             "this tokenizer makes other tokens from the chat template's text than from the messages, so that answers "
-            "cannot be located: leave mask_prompt out"
+            "cannot be located: use the model's fast tokenizer (tokenizer.json)"
         )
     # Slow tokenizers give no offsets. A token starts after an edge if the text before the edge, tokenized alone, has
     # the same tokens before it.

@@ -36,7 +36,8 @@ class LeftOut:
         end = len(messages) - 1
         for i, message in enumerate(messages):
             late = i > last_user or message["role"] != "assistant"  # templates drop things from earlier answers
-            kind = (message["role"], *message, i == 0, i == end, i > last_user, messages[end]["role"], bool(tools))
+            keys = (key for key, value in message.items() if value)
+            kind = (message["role"], *keys, i == 0, i == end, i > last_user, messages[end]["role"], bool(tools))
             if kind not in self._seen:
                 self._seen.add(kind)
                 for what, changed in _changes(message, text):

@@ -115,11 +115,11 @@ def _build(drafts: list[Example], limit: int, source: str, left_out: list[str], 
     truncated = sum(len(example.tokens) > limit for example in drafts)
     longest = max(len(example.tokens) for example in drafts)
     if not kept:
-        fix = "Raise --max-seq-length" if truncated else "Add rows with an answer"
+        fix = f"Raise --max-seq-length to {longest}" if truncated else "Add rows with an answer"
         raise DataError(
             f"Nothing to learn in {source}: none of its {len(drafts)} rows has a token to learn "
             f"among its first {limit} (longest row: {longest}).",
-            f"{fix}, or leave mask_prompt out.",
+            f"{fix}.",
         )
     summary = Summary(
         rows=len(drafts),

@@ -88,7 +88,7 @@ def _check_kind(shape: Shape, config: DataConfig, template: str | None) -> None:
     if shape.kind == "text" and config.mask_prompt:
         raise _KindFault(
             "mask_prompt learns answers only, and text rows have none: "
-            "use prompt and completion, or messages, or leave mask_prompt out"
+            "write prompt and completion, or messages; to learn whole texts, leave mask_prompt out"
         )
     if shape.kind == "chat" and template is None:
         raise _KindFault(

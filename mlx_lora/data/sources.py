@@ -68,7 +68,8 @@ def find(config: DataConfig, splits: Sequence[str], faults: list[Fault]) -> Sour
 
 def _from_folder(path: Path, config: DataConfig, splits: Sequence[str], faults: list[Fault]) -> Source:
     source = Source()
-    found = {split: _files(path, split, faults) for split in NAMES}
+    wanted = {*splits, "train"} if "valid" in splits else set(splits)
+    found = {split: _files(path, split, faults) for split in NAMES if split in wanted}
 
     def part(split: str) -> Part:
         files = found[split]
@@ -86,8 +87,9 @@ def _from_folder(path: Path, config: DataConfig, splits: Sequence[str], faults: 
         _check_no_hold_out(config, str(found["valid"][0]))
     elif "valid" in splits and found["train"]:
         _hold_out(source, _train_part(source) or part("train"), config)
-        for other in path.glob("eval*.*"):  # the validation set to some, the test set to others
-            source.warnings.append(f"{other} is not read: rename it to valid or test to use it")
+        others = [file for file in sorted(path.glob("eval*.*")) if file_format(file.name)]
+        for file in others:  # the validation set to some, the test set to others
+            source.warnings.append(f"{file} is not read: rename it to valid or test to use it")
     return source
 
 

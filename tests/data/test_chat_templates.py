@@ -109,6 +109,11 @@ def test_nothing_is_said_where_nothing_is_left_out(name, row):
     assert warnings([row], tokenizer) == []
 
 
+def test_an_empty_value_does_not_hide_a_later_one():
+    rows = [{"messages": [message("user", "q", mood=mood), message("assistant", "a")]} for mood in ("", 0, [], "glad")]
+    assert warnings(rows, make_tokenizer()) == ["the chat template ignores mood of user messages (first in rows:4)"]
+
+
 def test_each_thing_is_said_once_and_costs_little():
     """A rendering for each kind of message, not for each row."""
     tokenizer, made = make_tokenizer(), []

@@ -417,7 +417,7 @@ def test_rows_that_a_template_rejects(tokenizer):
 
 def test_mask_prompt_refuses_text_rows(tokenizer):
     message = faults_of([{"text": "x"}] * 3, tokenizer, mask_prompt=True)
-    assert message.startswith("1 error") and "use prompt and completion" in message
+    assert message.startswith("1 error") and "write prompt and completion" in message
 
 
 def test_renamed_keys(tokenizer):

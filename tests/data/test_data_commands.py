@@ -47,7 +47,7 @@ def test_train_says_what_it_reads(alpaca, tmp_path, capsys):
     assert any(line.startswith("Data: ") and "2 validation rows" in line for line in lines)
     _, err = run([*train_args(alpaca, tmp_path / "half"), "--valid-split", "0.5"], capsys)
     assert "20 of its 40 rows" in err
-    _, err = run([*train_args(alpaca, tmp_path / "bad"), "--no-mask-prompt", "--mask-turns", "last"], capsys, 1)
+    _, err = run([*train_args(alpaca, tmp_path / "bad"), "--no-mask-prompt", "--mask-turns", "last"], capsys, 2)
     assert "mask_turns 'last' needs mask_prompt" in err
 
 

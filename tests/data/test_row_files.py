@@ -148,6 +148,8 @@ def test_two_files_for_a_split(tmp_path, tokenizer):
         (tmp_path / name).write_text("text\nx\n" if "csv" in name else '{"text": "x"}')
     with pytest.raises(DataError, match=r"train.csv: there is also train.jsonl: remove one of them"):
         load_dataset(DataConfig(data=str(tmp_path)), tokenizer)
+    (tmp_path / "test.csv").write_text("text\nx\n")
+    assert len(load_dataset(DataConfig(data=str(tmp_path)), tokenizer, ("test",)).test) == 1  # reads no training rows
     (tmp_path / "train.jsonl").unlink()
     warnings = load_dataset(DataConfig(data=str(tmp_path)), tokenizer).warnings
     assert any("eval.csv is not read: rename it to valid or test" in line for line in warnings)

@@ -53,7 +53,7 @@ def read_messages(value: Any, key: str, template: str, renamed: dict[str, str]) 
     if not value:
         raise Unreadable(f"{key!r} is empty: give at least one message, or remove the row")
     out, calls = [], []
-    for number, message in enumerate(value, 1):
+    for number, message in enumerate(_turns(value, renamed), 1):
         if (
             isinstance(message, dict)
             and len(message) == 2
@@ -73,6 +73,15 @@ def read_messages(value: Any, key: str, template: str, renamed: dict[str, str]) 
             raise BadPart(str(fault), f"message {number}") from None
         out.append(message)
     return tuple(out)
+
+
+def _turns(value: list, renamed: dict[str, str]) -> list:
+    """The messages, where a list has one object for a question and its answer (XTuner's way, and Capybara's)."""
+    if not all(isinstance(turn, dict) and {"input", "output"} <= set(turn) and "role" not in turn for turn in value):
+        return value
+    renamed |= {"input": "user", "output": "assistant"}
+    names = {"system": "system", "input": "user", "output": "assistant"}
+    return [{"role": role, "content": turn[key]} for turn in value for key, role in names.items() if turn.get(key)]
 
 
 def _message(message: Any, template: str, renamed: dict[str, str]) -> dict:

@@ -154,11 +154,11 @@ def reading(shapes: Iterable[Shape], columns: Iterable[str], renamed: dict[str, 
     parts += [
         f"{optional[part]} -> {part}" for part in ("system", "history", "tools") if optional[part] not in ("", "tools")
     ]
+    if first.kind == "instruction" and not template and (first.main.lower() != "prompt" or optional["context"]):
+        parts.append("as text with Alpaca's headings (### Instruction:, ### Input:, ### Response:)")
     read = {first.main, first.answer, *optional.values()} - {""}
     if others := sorted(set(columns) - read):
         parts.append(f"not read: {', '.join(name or 'a column without a name' for name in others)}")
-    if first.kind == "instruction" and not template and (first.main.lower() != "prompt" or optional["context"]):
-        parts.append("as text with Alpaca's headings (### Instruction:, ### Input:, ### Response:)")
     name = "ShareGPT" if "from" in renamed else first.name
     return [f"Reading {name} rows: {', '.join(parts)}"] if parts else []
 

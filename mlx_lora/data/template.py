@@ -85,10 +85,10 @@ class Template:
             return {**message, "content": self._no_content} if message.get("tool_calls") else message
         bos, eos = self._edges
         # The template writes them; a second one, from text that was exported with them, would be learned.
-        if bos and content.startswith(bos):
-            content = content[len(bos) :]
-        if eos and content.endswith(eos):
-            content = content[: -len(eos)]
+        if bos and (begin := content.lstrip()).startswith(bos):
+            content = begin[len(bos) :]
+        if eos and (end := content.rstrip()).endswith(eos):
+            content = end[: -len(eos)]
         if self._reads_parts_only:
             content = [{"type": "text", "text": content}]
         return message if content is message.get("content") else {**message, "content": content}
@@ -129,10 +129,9 @@ def _user(content: Any) -> dict:
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text, with one BOS, also where both the tokenizer and the text have it, and one EOS."""
-    ids = _one_bos(list(tokenizer.encode(text)), tokenizer)
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        return ids
+    ids, eos = _one_bos(tokenizer, text), tokenizer.eos_token_id
+    if eos is None or (_ends(tokenizer, text.rstrip()) and not _ends(tokenizer, text)):
+        return ids  # its own EOS and blanks, such as the newline that chat templates write after it
     while len(ids) > 1 and ids[-2:] == [eos, eos]:
         ids.pop()
     return ids if ids and ids[-1] == eos else [*ids, eos]
@@ -140,15 +139,22 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text to continue: BOS once, and no EOS but the text's own."""
-    ids = _one_bos(list(tokenizer.encode(text)), tokenizer)
-    eos = tokenizer.eos_token_id
-    if eos is not None and ids[-1:] == [eos] and not text.endswith(getattr(tokenizer, "eos_token", None) or "\0"):
+    ids, eos = _one_bos(tokenizer, text), tokenizer.eos_token_id
+    if eos is not None and ids[-1:] == [eos] and not _ends(tokenizer, text):
         ids.pop()
     return ids
 
 
-def _one_bos(ids: list[int], tokenizer: Any) -> list[int]:
-    bos = getattr(tokenizer, "bos_token_id", None)
+def _one_bos(tokenizer: Any, text: str) -> list[int]:
+    token, bos = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
+    if token and text.lstrip().startswith(token):
+        text = text.lstrip()
+    ids = list(tokenizer.encode(text))
     while bos is not None and ids[:2] == [bos, bos]:
         del ids[0]
     return ids
+
+
+def _ends(tokenizer: Any, text: str) -> bool:
+    """Whether a text ends with the EOS token's text."""
+    return text.endswith(getattr(tokenizer, "eos_token", None) or "\0")

@@ -214,6 +214,7 @@ def test_text_has_one_bos_and_one_eos(text):
     assert plain.decode(one({"text": text}, plain).tokens) == (BOS if BOS in text else "") + f"hi{EOS}"
     ends = adds_eos()
     assert ends.decode(one({"text": text}, ends).tokens).count(EOS) == 1
+    assert tokenizer.decode(one({"text": f"\n{BOS}hi{EOS}\n"}, tokenizer).tokens) == f"{BOS}hi{EOS}\n"
 
 
 @pytest.mark.parametrize("prompt", ["hi", f"{BOS}hi"])

@@ -143,6 +143,17 @@ def test_numbered_files_and_a_saved_dataset(tmp_path, tokenizer):
     assert (len(one.train), len(one.valid), len(both.train), len(both.valid)) == (38, 2, 40, 3)
 
 
+def test_chats_of_the_hub_are_those_of_the_file(tmp_path, tokenizer, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    found = datasets.DatasetDict(train=datasets.Dataset.from_list([{"tools": None, **row} for row in CHATS * 10]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split=None, **options: found)
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, CHATS * 10)))
+    loaded = [load_dataset(DataConfig(data=data), tokenizer) for data in ("owner/name", str(tmp_path))]
+    for split in ("train", "valid"):
+        ours, theirs = ([e.tokens.tolist() for e in getattr(one, split)] for one in loaded)
+        assert ours == theirs and len(ours) == {"train": 19, "valid": 1}[split]
+
+
 def test_two_files_for_a_split(tmp_path, tokenizer):
     for name in ("train.csv", "train.jsonl", "eval.csv"):
         (tmp_path / name).write_text("text\nx\n" if "csv" in name else '{"text": "x"}')

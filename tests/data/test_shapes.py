@@ -125,6 +125,13 @@ def test_other_names_of_messages(key, tokenizer):
     assert read({key: json.dumps(messages)}, tokenizer)[0] == text  # as a CSV cell has it
 
 
+def test_a_question_and_its_answer_in_one_object(tokenizer):
+    row = {"conversation": [{"system": "s", "input": "q", "output": "a"}, {"input": "r", "output": "b"}]}
+    text, (line,) = read(row, tokenizer)
+    assert text == turns(("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
+    assert "input -> user, output -> assistant" in line
+
+
 def test_messages_alone_are_nothing_to_speak_of(tokenizer):
     assert read({**chat("q", "a"), "tools": []}, tokenizer)[1] == []
     assert read({"prompt": "q", "completion": "a"}, tokenizer)[1] == []

@@ -159,6 +159,21 @@ def text_of(rows, tokenizer):
     return tokenizer.decode(tokenize(rows, tokenizer, DataConfig())[0].tokens)
 
 
+def test_an_empty_list_of_calls_is_no_call():
+    """A template that asks whether there are calls would write the calls, not the content."""
+    asks = make_tokenizer(
+        "{% for m in messages %}{{ m.content if m.tool_calls is not defined else 'calls' }}{% endfor %}"
+    )
+    row = {"messages": [message("user", "q", tool_calls=None), message("assistant", "a", tool_calls=[])]}
+    assert text_of([row], asks) == "qa"
+
+
+def test_prompts_may_have_parts():
+    template = Template(make_tokenizer())
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert template.prompt([message("user", parts)]) == template.prompt([message("user", "ab")])
+
+
 def test_a_call_without_content_is_not_the_word_none():
     row = {"messages": [message("user", "q"), message("assistant", None, tool_calls=[CALL])]}
     assert "None" not in text_of([row], make_tokenizer(CHATML))

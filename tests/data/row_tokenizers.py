@@ -49,3 +49,13 @@ def faults_of(rows, tokenizer, **knobs):
     with pytest.raises(DataError) as error:
         tokenize(rows, tokenizer, DataConfig(**knobs))
     return error.value.message
+
+
+def with_bos(template=None, merges=()):
+    """A tokenizer that adds BOS, as Llama's and Gemma's do."""
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer(template, merges)
+    bos = ("<|endoftext|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{bos[0]} $A", special_tokens=[bos])
+    return tokenizer

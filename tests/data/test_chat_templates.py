@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from row_tokenizers import CHATML, chat, faults_of, learned, make_tokenizer, one
+from row_tokenizers import CHATML, chat, faults_of, learned, make_tokenizer, one, with_bos
 
 from mlx_lora.config import DataConfig
 from mlx_lora.data import questions, tokenize
@@ -197,16 +197,6 @@ def test_a_templates_error_is_told_in_its_words(name):
 
 
 # BOS and EOS
-
-
-def with_bos(template=None, merges=()):
-    """A tokenizer that adds BOS, as Llama's and Gemma's do."""
-    from tokenizers import processors
-
-    tokenizer = make_tokenizer(template, merges)
-    bos = ("<|endoftext|>", tokenizer.bos_token_id)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{bos[0]} $A", special_tokens=[bos])
-    return tokenizer
 
 
 def adds_eos():

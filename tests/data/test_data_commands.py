@@ -52,14 +52,19 @@ def test_train_says_what_it_reads(alpaca, tmp_path, capsys):
 
 
 def test_generate_gives_one_bos(capsys, monkeypatch):
-    seen = []
+    from row_tokenizers import CHATML, with_bos
+
+    from mlx_lora.cli import generate
+
+    tokenizer, seen = with_bos("{{ bos_token }}" + CHATML), []
+    monkeypatch.setattr(generate, "load_engine", lambda params: Engine(None, tokenizer, bank=object()))
     monkeypatch.setattr(Engine, "stream", lambda self, tokens, config: seen.append(tokens) or iter(()))
-    args = ["generate", "--model", PATH, "--prompt", "<|endoftext|>Hi"]
     for more in ([], ["--ignore-chat-template"]):
-        with pytest.raises(SystemExit):
-            main([str(arg) for arg in [*args, *more, "--json"]])
+        for prompt in ("Hi", "<|endoftext|>Hi"):
+            with pytest.raises(SystemExit):
+                main(["generate", "--model", str(PATH), "--prompt", prompt, *more, "--json"])
     capsys.readouterr()
-    assert [tokens.count(0) for tokens in seen] == [0, 1]  # the tiny base's template writes no BOS
+    assert [tokens.count(tokenizer.bos_token_id) for tokens in seen] == [1, 1, 1, 1]
 
 
 def test_the_chat_templates_words_reach_the_user():

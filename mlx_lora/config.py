@@ -37,6 +37,8 @@ INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", 
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "muon", "lion")
 SCHEDULES = ("constant", "linear_schedule", "cosine_decay", "exponential_decay", "step_decay")
 REPORTERS = ("wandb", "swanlab")
+# Without a validation set: the share of the training rows held out for it, at most so many, of at least so many.
+HOLD_OUT, HOLD_OUT_MOST, HOLD_OUT_FROM = 0.05, 500, 20
 
 
 # Sections of ``train --help``, in their order. ``help_section`` is the section of a config's fields without one.
@@ -379,7 +381,13 @@ class DataConfig:
 
     data: str = common(
         "mlx-community/WikiSQL",
-        "Folder with train.jsonl, valid.jsonl and test.jsonl, a .jsonl file, or a Hugging Face data set.",
+        "Folder with train.jsonl, valid.jsonl and test.jsonl, one such file, or a Hugging Face data set. Files may "
+        "also be .json, .csv, .tsv, .parquet or .arrow, and compressed (.gz).",
+    )
+    valid_split: float | None = option(
+        None,
+        "Share of the training rows to hold out for validation, where there is no validation set; the same rows in "
+        f"every run (default: {HOLD_OUT}, at most {HOLD_OUT_MOST} rows, of {HOLD_OUT_FROM} or more; 0 for none).",
     )
     mask_prompt: bool = common(False, "Compute the loss only on completions or assistant turns.")
     mask_turns: str = option("all", "With mask_prompt: the assistant turns that count.", choices=("all", "last"))
@@ -397,6 +405,9 @@ class DataConfig:
             faults.append(f"max_seq_length must be at least 2, not {self.max_seq_length!r}")
         if self.mask_turns not in ("all", "last"):
             faults.append(f"mask_turns must be 'all' or 'last', not {self.mask_turns!r}")
+        share = self.valid_split
+        if share is not None and (isinstance(share, bool) or not 0 <= share < 1):
+            faults.append(f"valid_split must be a share of at least 0 and below 1, not {share!r}")
         raise_all(faults + without_effect(self, _DATA_RULES), self)
 
 

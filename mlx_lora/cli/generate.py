@@ -84,6 +84,6 @@ def _tokens(engine: Any, text: str, params: dict[str, Any]) -> list[int]:
                 "--system-prompt needs a chat template, and this model's tokenizer has none",
                 "Leave --system-prompt out, and write its text into --prompt.",
             )
-        return list(engine.tokenizer.encode(text))
+        return engine.plain_prompt(text)
     messages = [{"role": "system", "content": params["system_prompt"]}] if params["system_prompt"] else []
     return engine.prompt([*messages, {"role": "user", "content": text}])

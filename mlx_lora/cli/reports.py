@@ -99,6 +99,8 @@ class Display:
         console.warn(r.text)
 
     def DataLoaded(self, r: Any) -> None:
+        for text in r.notes:
+            console.note(text)
         for text in r.warnings:
             console.warn(text)
         rows = ", ".join(f"{count:,} {_SPLITS[split]} rows" for split, count in r.rows.items())

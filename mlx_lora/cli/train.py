@@ -38,6 +38,7 @@ data_options = config_options(
 @click.command(cls=SectionedCommand)
 @model_option(default="Qwen/Qwen3-0.6b", show_default=True)
 @data_options
+@config_options(DataConfig, "valid_split")
 @adapter_option("adapters", help="Folder to save the adapter in.")
 @config_options(AdapterConfig)
 @click.option("--init-reference", metavar="PATH_OR_REPO", help="loftq: the model before it was quantized.")

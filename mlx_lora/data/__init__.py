@@ -1,8 +1,11 @@
 """Training data: rows -> tokens and a mask of the tokens to learn -> batches. Nothing here prints or needs MLX.
 
-sources.py  rows from files and the Hub     rows.py       the kind of rows, checks
-chat.py     a row's tokens and mask         load.py       data sets from sources or from rows in memory
-batches.py  the data set, its batches       questions.py  rows as questions with known answers
+sources.py   where each split's rows are     files.py     the formats of files
+shapes.py    which columns are read          messages.py  messages and tools, rewritten as OpenAI's
+rows.py      rows to samples                 faults.py    what is wrong, as a short list
+template.py  the chat template               left_out.py  what the template leaves out
+chat.py      a sample's tokens and mask      load.py      data sets from sources or from rows in memory
+batches.py   the data set, its batches       questions.py rows as questions with known answers
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ class Summary:
     longest: int  # tokens of the longest row, before truncation
     limit: int = 0  # max_seq_length
     source: str = "rows"
-    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # what the chat template leaves out of the rows
+    reading: tuple[str, ...] = ()  # how the rows were read, where that is not plain
 
     def warnings(self) -> list[str]:
         """One sentence for each change to the data that the user did not ask for."""
@@ -59,7 +60,7 @@ class Summary:
             )
         if self.dropped:
             lines.append(f"{self.dropped} of {self.rows} rows in {self.source} had no token to learn and were dropped")
-        return [*lines, *self.notes]
+        return [*lines, *self.left_out]
 
 
 class Dataset(Sequence):

@@ -13,12 +13,14 @@ closing token, so that the model learns to stop, and the newline that some templ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from .left_out import LeftOut
 from .rows import Sample
+from .template import Template, encode_prompt, encode_text, said_by
 
 Render = Callable[..., str]  # (messages, add_generation_prompt=False) -> text
 
@@ -27,67 +29,57 @@ class Unrenderable(Exception):
     """A row that the chat template rejects, or whose answers cannot be located in its text. The message has the fix."""
 
 
-def template_of(tokenizer: Any) -> str | None:
-    """The text of the tokenizer's chat template; "" where it is not text, None where there is no template."""
-    template = getattr(tokenizer, "chat_template", None)
-    if template is None:
-        return "" if getattr(tokenizer, "has_chat_template", False) else None
-    return template if isinstance(template, str) else str(template)
-
-
-def encode(sample: Sample, tokenizer: Any, mask_turns: str | None) -> tuple[list[int], np.ndarray]:
-    """The tokens of a sample, and which of them to learn.
+class Encoder:
+    """Makes the tokens of samples, and which of them to learn.
 
     Args:
         mask_turns: ``None`` to learn everything, else which assistant turns to learn: "all" or "last".
-
-    Returns: token ids, and a mask [L] bool that is True where a token is learned (the first token never is).
     """
-    if sample.messages:
-        ids, mask = _encode_chat(sample, tokenizer, mask_turns)
-    elif sample.pair:
-        ids, start = _encode_pair(*sample.pair, tokenizer)
-        mask = np.arange(len(ids)) >= (start if mask_turns else 0)
-    else:
-        ids = _with_eos(list(tokenizer.encode(sample.text)), tokenizer)
-        mask = np.ones(len(ids), bool)
-    mask[:1] = False  # nothing predicts the first token
-    return ids, mask
 
+    def __init__(self, tokenizer: Any, mask_turns: str | None = None):
+        self.tokenizer, self.mask_turns = tokenizer, mask_turns
+        self.template = Template(tokenizer)
+        self.left_out = LeftOut(self.template)
 
-def template_warnings(samples: Iterable[Sample], tokenizer: Any) -> list[str]:
-    """A sentence if the template ignores the rows' tools, and one if it ignores their tool calls.
+    def encode(self, sample: Sample) -> tuple[list[int], np.ndarray]:
+        """The token ids [L], and a mask [L] bool that is True where a token is learned (the first token never is).
 
-    Checked for the first row with tools and the first with calls, by changing them: the text must change too.
-    """
-    notes, seen = [], set()
-    for sample in samples:
-        found = {"tools"} if sample.tools else set()
-        calling = next((i for i, message in enumerate(sample.messages) if message.get("tool_calls")), None)
-        found |= {"tool_calls"} if calling is not None else set()
-        for what in sorted(found - seen):
-            seen.add(what)
-            text = _renderer(sample, tokenizer)(sample.messages)
-            if what == "tools":
-                other = sample._replace(tools=None)
-            else:
-                changed = _changed(sample.messages[calling], text)[0]
-                before, after = sample.messages[:calling], sample.messages[calling + 1 :]
-                other = sample._replace(messages=(*before, changed, *after))
-            try:
-                shown = _renderer(other, tokenizer)(other.messages) != text
-            except Exception:  # the template needs them, so it does not ignore them
-                shown = True
-            if not shown:
-                notes.append(f"the chat template ignores the rows' {what} (first in {sample.where})")
-        if len(seen) == 2:
-            break
-    return notes
+        Raises: Unrenderable.
+        """
+        if sample.messages:
+            ids, mask = self._chat(sample)
+        elif sample.pair:
+            ids, start = _encode_pair(*sample.pair, self.tokenizer)
+            mask = np.arange(len(ids)) >= (start if self.mask_turns else 0)
+        else:
+            ids = encode_text(self.tokenizer, sample.text)
+            mask = np.ones(len(ids), bool)
+        mask[:1] = False  # nothing predicts the first token
+        return ids, mask
 
+    def _chat(self, sample: Sample) -> tuple[list[int], np.ndarray]:
+        messages, template = self.template.chat(sample.messages), self.template
+        try:
+            text = template.text(messages, sample.tools)
+            ids, encoding = template.tokens(messages, sample.tools, text)
+        except Exception as error:  # templates raise errors of any type, with their own message
+            opens = messages[0]["role"] == "assistant"
+            order = "; the row begins with an assistant's turn" if opens else ""
+            raise Unrenderable(f"the chat template rejects this row: {said_by(error)}{order}") from error
+        self.left_out.look(sample.where, messages, sample.tools, text)
+        if self.mask_turns is None:
+            return ids, np.ones(len(ids), bool)
+        turns = [i for i, message in enumerate(messages) if i >= sample.first and message["role"] == "assistant"]
+        if self.mask_turns == "last":
+            turns = turns[-1:]
+        if not turns:
+            return ids, np.zeros(len(ids), bool)
 
-def _with_eos(ids: list[int], tokenizer: Any) -> list[int]:
-    eos = tokenizer.eos_token_id
-    return ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos]
+        def render(some: Sequence[dict], add_generation_prompt: bool = False) -> str:
+            return template.text(some, sample.tools, add_generation_prompt)
+
+        spans = turn_spans(text, render, messages, turns)
+        return ids, _to_tokens(spans, text, ids, encoding, self.tokenizer)
 
 
 def _encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], int]:
@@ -95,37 +87,9 @@ def _encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int
 
     Returns: token ids, and the index of the first one that contains a part of the completion.
     """
-    ids = _with_eos(list(tokenizer.encode(prompt + completion)), tokenizer)
-    return ids, _common(list(tokenizer.encode(prompt)), ids)
-
-
-def _encode_chat(sample: Sample, tokenizer: Any, mask_turns: str | None) -> tuple[list[int], np.ndarray]:
-    try:
-        ids = tokenizer.apply_chat_template(list(sample.messages), tools=sample.tools, return_dict=False)
-    except Exception as error:  # templates raise errors of any type, with their own message
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Unrenderable(f"the chat template rejects this row ({said}): change its roles or their order") from error
-    ids = list(ids["input_ids"] if hasattr(ids, "keys") else ids)
-    if mask_turns is None:
-        return ids, np.ones(len(ids), bool)
-    turns = [i for i, message in enumerate(sample.messages) if i >= sample.first and message["role"] == "assistant"]
-    if mask_turns == "last":
-        turns = turns[-1:]
-    if not turns:
-        return ids, np.zeros(len(ids), bool)
-    render = _renderer(sample, tokenizer)
-    text = render(sample.messages)
-    spans = turn_spans(text, render, sample.messages, turns)
-    return ids, _to_tokens(spans, text, ids, tokenizer)
-
-
-def _renderer(sample: Sample, tokenizer: Any) -> Render:
-    def render(messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(
-            list(messages), tools=sample.tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-
-    return render
+    completion = completion.removeprefix(getattr(tokenizer, "bos_token", None) or "")
+    ids = encode_text(tokenizer, prompt + completion)
+    return ids, _common(encode_prompt(tokenizer, prompt), ids)
 
 
 def turn_spans(text: str, render: Render, messages: Sequence[dict], turns: Sequence[int]) -> list[tuple[int, int]]:
@@ -141,8 +105,8 @@ def turn_spans(text: str, render: Render, messages: Sequence[dict], turns: Seque
             span = None
         if span is None or not last <= span[0] <= span[1] <= len(text):
             raise Unrenderable(
-                f"cannot locate message {i + 1} (assistant) in the text that the chat template makes: "
-                "leave mask_prompt out, or split the row so that each new row ends with an answer"
+                "the assistant's turns cannot be located in the text that the chat template makes: "
+                "split the row so that each new row ends with an answer"
             )
         spans.append(span)
         last = span[1]
@@ -235,30 +199,31 @@ def _changed(message: dict, text: str) -> list[dict]:
     return out
 
 
-def _to_tokens(spans: list[tuple[int, int]], text: str, ids: list[int], tokenizer: Any) -> np.ndarray:
+def _to_tokens(spans: list[tuple[int, int]], text: str, ids: list[int], encoding: Any, tokenizer: Any) -> np.ndarray:
     """The mask of the tokens with at least one character in one of the spans.
 
     So a token with the end of the prompt and the start of the answer is learned, and no part of an answer is lost.
     """
-    starts, ends = _token_positions(text, ids, tokenizer, [edge for span in spans for edge in span])
+    edges = [edge for span in spans for edge in span]
+    starts, ends = _token_positions(text, ids, encoding, tokenizer, edges)
     mask = np.zeros(len(ids), bool)
     for start, end in spans:
         mask |= (starts < end) & (ends > start)
     return mask
 
 
-def _token_positions(text: str, ids: list[int], tokenizer: Any, edges: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _token_positions(
+    text: str, ids: list[int], encoding: Any, tokenizer: Any, edges: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """First and past-the-last character of each token, [L] and [L]; exact at least at ``edges``."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    encoding = fast.encode(text, add_special_tokens=False) if hasattr(fast, "encode") else None
-    if encoding is not None and encoding.ids == ids:
+    if encoding is not None:
         starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         # Some tokenizers leave blanks out of a token's offsets, although the token contains them.
         return np.minimum(starts, np.concatenate([[0], ends[:-1]])), ends
     if list(tokenizer.encode(text, add_special_tokens=False)) != ids:
         raise Unrenderable(
             "this tokenizer makes other tokens from the chat template's text than from the messages, so that answers "
-            "cannot be located: leave mask_prompt out"
+            "cannot be located: use the model's fast tokenizer (tokenizer.json)"
         )
     # Slow tokenizers give no offsets. A token starts after an edge if the text before the edge, tokenized alone, has
     # the same tokens before it.

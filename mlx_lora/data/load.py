@@ -12,20 +12,36 @@ from ..config import DataConfig
 from ..errors import ConfigError, DataError
 from . import chat, sources
 from .batches import Dataset, Example, Summary
-from .rows import Row, Sample, check, listing
+from .faults import Fault, Place, listing
+from .files import Row
+from .rows import check
+from .template import template_of
 
 
 @dataclass
 class Splits:
     """The data sets; None for a split that was not asked for or is not there.
 
-    ``warnings`` are about the splits. Those about the rows of a set are in its summary.
+    ``warnings`` and ``notes`` are about the splits. Those about the rows of a set are in its summary.
     """
 
     train: Dataset | None = None
     valid: Dataset | None = None
     test: Dataset | None = None
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was decided for the user: no fault, but worth a line
+
+    def all_warnings(self) -> list[str]:
+        """The warnings about the splits and about the rows of each set."""
+        return list(dict.fromkeys([*self.warnings, *(line for s in self._summaries() for line in s.warnings())]))
+
+    def all_notes(self) -> list[str]:
+        """The notes about the splits and about how the rows of each set are read."""
+        return list(dict.fromkeys([*self.notes, *(line for s in self._summaries() for line in s.reading)]))
+
+    def _summaries(self) -> list[Summary]:
+        sets = (self.train, self.valid, self.test)
+        return [data.summary for data in sets if isinstance(getattr(data, "summary", None), Summary)]
 
 
 def load_dataset(config: DataConfig, tokenizer: Any, splits: Sequence[str] = ("train", "valid")) -> Splits:
@@ -39,26 +55,25 @@ def load_dataset(config: DataConfig, tokenizer: Any, splits: Sequence[str] = ("t
     """
     if unknown := [split for split in splits if split not in ("train", "valid", "test")]:
         raise ConfigError(f"there is no split {unknown[0]!r}", "The splits are train, valid and test.")
-    faults: list[str] = []
+    faults: list[Fault] = []
     source = sources.find(config, splits, faults)
-    out = Splits(warnings=source.warnings)
+    out = Splits(warnings=source.warnings, notes=source.notes)
     for split in splits:
         parts = [part for part in source.parts if part.split == split]
         if not parts:
             continue
         name = ", ".join(dict.fromkeys(part.name for part in parts))
-        drafts, notes = [], []
+        drafts, left_out, reading = [], [], []
         for part in parts:
-            samples = check(part.rows, part.config, chat.template_of(tokenizer), faults)
-            drafts += _encode_all(samples, tokenizer, part.config, faults)
-            if not faults:
-                notes += chat.template_warnings(samples, tokenizer)
+            made = _encode_all(part.rows, tokenizer, part.config, faults)
+            for total, new in zip((drafts, left_out, reading), made, strict=True):
+                total += new
         if faults:  # raised below, after all files are checked
             continue
         if not drafts and split == "valid":
             out.warnings.append(f"{name} has no rows: there will be no validation loss")
         else:
-            setattr(out, split, _build(drafts, config.max_seq_length, name, notes))
+            setattr(out, split, _build(drafts, config.max_seq_length, name, left_out, reading))
     if faults:
         raise _error(faults)
     return out
@@ -66,29 +81,32 @@ def load_dataset(config: DataConfig, tokenizer: Any, splits: Sequence[str] = ("t
 
 def tokenize(rows: Iterable[dict], tokenizer: Any, config: DataConfig, source: str = "rows") -> Dataset:
     """A dataset from rows in memory. Errors name them ``source:1``, ``source:2`` and so on."""
-    faults: list[str] = []
-    numbered = [Row(f"{source}:{i}", row) for i, row in enumerate(rows, 1)]
-    samples = check(numbered, config, chat.template_of(tokenizer), faults)
-    drafts = _encode_all(samples, tokenizer, config, faults)
+    faults: list[Fault] = []
+    numbered = [Row(Place(source, i), row) for i, row in enumerate(rows, 1)]
+    drafts, left_out, reading = _encode_all(numbered, tokenizer, config, faults)
     if faults:
         raise _error(faults)
-    return _build(drafts, config.max_seq_length, source, chat.template_warnings(samples, tokenizer))
+    return _build(drafts, config.max_seq_length, source, left_out, reading)
 
 
-def _encode_all(samples: list[Sample], tokenizer: Any, config: DataConfig, faults: list[str]) -> list[Example]:
-    turns = config.mask_turns if config.mask_prompt else None
+def _encode_all(
+    rows: list[Row], tokenizer: Any, config: DataConfig, faults: list[Fault]
+) -> tuple[list[Example], list[str], list[str]]:
+    """The examples of one file's rows, warnings about what the chat template leaves out, and how the rows were read."""
+    checked = check(rows, config, template_of(tokenizer), faults)
+    encoder = chat.Encoder(tokenizer, config.mask_turns if config.mask_prompt else None)
     out = []
-    for sample in samples:
+    for sample in checked.samples:
         try:
-            ids, mask = chat.encode(sample, tokenizer, turns)
+            ids, mask = encoder.encode(sample)
         except chat.Unrenderable as error:
-            faults.append(f"{sample.where}: {error}")
+            faults.append(Fault(sample.where, str(error)))
         else:
             out.append(Example(np.array(ids, np.int32), mask))
-    return out
+    return out, encoder.left_out.warnings(), checked.reading
 
 
-def _build(drafts: list[Example], limit: int, source: str, notes: list[str]) -> Dataset:
+def _build(drafts: list[Example], limit: int, source: str, left_out: list[str], reading: list[str]) -> Dataset:
     """Truncate to ``limit`` tokens, and drop the rows that then have no token to learn."""
     if not drafts:
         raise DataError(f"{source} has no rows.", "Write one JSON object on each line.")
@@ -97,11 +115,11 @@ def _build(drafts: list[Example], limit: int, source: str, notes: list[str]) -> 
     truncated = sum(len(example.tokens) > limit for example in drafts)
     longest = max(len(example.tokens) for example in drafts)
     if not kept:
-        fix = "Raise --max-seq-length" if truncated else "Add rows with an answer"
+        fix = f"Raise --max-seq-length to {longest}" if truncated else "Add rows with an answer"
         raise DataError(
             f"Nothing to learn in {source}: none of its {len(drafts)} rows has a token to learn "
             f"among its first {limit} (longest row: {longest}).",
-            f"{fix}, or leave mask_prompt out.",
+            f"{fix}.",
         )
     summary = Summary(
         rows=len(drafts),
@@ -113,14 +131,15 @@ def _build(drafts: list[Example], limit: int, source: str, notes: list[str]) -> 
         longest=longest,
         limit=limit,
         source=source,
-        notes=tuple(notes),
+        left_out=tuple(dict.fromkeys(left_out)),
+        reading=tuple(dict.fromkeys(reading)),
     )
     return Dataset(kept, summary)
 
 
-def _error(faults: list[str]) -> DataError:
+def _error(faults: list[Fault]) -> DataError:
+    rows = len({fault.where for fault in faults})
     return DataError(
-        f"{len(faults)} error{'s' * (len(faults) > 1)} in the data:\n{listing(faults)}",
-        'Correct these lines. Each must be one object: {"messages": [...]}, {"prompt": "...", "completion": "..."} '
-        'or {"text": "..."}.',
+        f"{rows} error{'s' * (rows > 1)} in the data:\n{listing(faults)}",
+        "Correct these rows as the lines above say, or remove them.",
     )

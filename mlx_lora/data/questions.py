@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 from ..config import DataConfig
 from ..errors import DataError
-from . import chat, sources
-from .rows import Sample, check, listing
+from . import sources
+from .faults import Fault, listing
+from .rows import Sample, check
+from .template import Template, encode_prompt, said_by, template_of
 
 
 class Question(NamedTuple):
@@ -26,36 +28,37 @@ def questions(config: DataConfig, tokenizer: Any, split: str = "test", count: in
 
     Raises: DataError: bad rows, or rows without answers.
     """
-    faults: list[str] = []
+    faults: list[Fault] = []
     source = sources.find(config, (split,), faults)
     samples: list[Sample] = []
     for part in source.parts:
-        samples += check(part.rows, part.config, chat.template_of(tokenizer), faults)
+        samples += check(part.rows, part.config, template_of(tokenizer), faults).samples
     if not faults and not samples:
         raise DataError(f"the {split} set has no rows", "Write one JSON object on each line.")
     if 0 <= count < len(samples):
         samples = [samples[(2 * k + 1) * len(samples) // (2 * count)] for k in range(count)]
-    found = [_question(sample, tokenizer, faults) for sample in samples]
+    template = Template(tokenizer)
+    found = [_question(sample, template, faults) for sample in samples]
     if faults:
         raise DataError(listing(faults), "Exact match needs rows that end with an answer as text.")
     return found
 
 
-def _question(sample: Sample, tokenizer: Any, faults: list[str]) -> Question | None:
+def _question(sample: Sample, template: Template, faults: list[Fault]) -> Question | None:
     if sample.pair:
         prompt, answer = sample.pair
-        return Question(list(tokenizer.encode(prompt)), prompt, answer)
+        return Question(encode_prompt(template.tokenizer, prompt), prompt, answer)
     if not sample.messages:
-        faults.append(f"{sample.where}: a text row has no answer to compare with")
+        faults.append(Fault(sample.where, "a text row has no answer to compare with: write prompt and completion"))
         return None
     *before, last = sample.messages
     if last["role"] != "assistant" or not isinstance(last.get("content"), str) or not before:
-        faults.append(f"{sample.where}: does not end with an assistant's answer as text")
+        faults.append(Fault(sample.where, "does not end with an assistant's answer as text: remove what follows it"))
         return None
     try:
-        ids = tokenizer.apply_chat_template(before, tools=sample.tools, add_generation_prompt=True, return_dict=False)
+        ids = template.prompt(before, sample.tools)
     except Exception as error:  # templates raise jinja's own errors at what they refuse
-        faults.append(f"{sample.where}: the chat template rejects this row ({error})")
+        faults.append(Fault(sample.where, f"the chat template rejects this row: {said_by(error)}"))
         return None
     text = before[-1].get("content")
-    return Question(list(ids), text if isinstance(text, str) else "", last["content"])
+    return Question(ids, text if isinstance(text, str) else "", last["content"])

@@ -1,43 +1,28 @@
-"""Checks rows: finds the kind of rows in a file, and lists everything that is wrong with them.
+"""Rows of one file to samples: texts, pairs of a prompt and a completion, or chats. All faults are collected.
 
-There are three kinds, in mlx-lm's order of preference: completions (``prompt`` and ``completion``), chat (``messages``
-and perhaps ``tools``) and ``text``. The ``*_feature`` options rename these keys. Faults are collected in a list, one
-``file:line: what is wrong: the fix`` each, so that all can be reported at once. Tokens are made in ``chat.py``.
+``shapes.py`` decides which columns are read, ``messages.py`` checks and rewrites messages, and ``chat.py`` makes the
+tokens. Rows with instructions become one turn by the user and one by the assistant. Without a chat template they become
+``alpaca_prompt`` and the answer; the rows with ``prompt`` and ``completion`` stay as they are.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..config import DataConfig
+from .faults import Fault, Place
+from .files import Row
+from .messages import from_json, read_messages, read_tools, type_name
+from .shapes import Shape, Unreadable, reading, shape_of
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "tool_results", "observation")
-# Names in other tools' data for the same roles and keys.
-_ROLE_ALIASES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "ai": "assistant"}
-_ROLE_ALIASES |= {"model": "assistant", "chatgpt": "assistant"}
-_KEY_ALIASES = {
-    "prompt": ("instruction", "question", "query", "input", "problem"),
-    "completion": ("response", "answer", "output", "target", "solution", "chosen"),
-    "chat": ("conversations", "conversation", "dialogue", "dialog", "chat", "turns", "message"),
-    "text": ("content", "body", "document", "story"),
-}
-
-
-class Row(NamedTuple):
-    """A value as read, and where it was read."""
-
-    where: str  # "train.jsonl:12"
-    value: Any
+_NO_INPUT = ("", "<noinput>", "<no input>")  # how Alpaca files say that there is no input
 
 
 class Sample(NamedTuple):
     """A checked row: ``text``, or ``messages``, or a ``pair`` of strings for tokenizers without a chat template."""
 
-    where: str
+    where: Place
     text: str = ""
     messages: tuple[dict, ...] = ()
     tools: list[dict] | None = None
@@ -45,200 +30,180 @@ class Sample(NamedTuple):
     pair: tuple[str, str] | None = None
 
 
-def check(rows: Iterable[Row], config: DataConfig, template: str | None, faults: list[str]) -> list[Sample]:
+class Checked(NamedTuple):
+    """The valid rows of a file, and a line about how they were read, where that is not plain."""
+
+    samples: list[Sample]
+    reading: list[str]
+
+
+class _KindFault(Unreadable):
+    """A fault of all rows of a file."""
+
+
+def check(rows: Iterable[Row], config: DataConfig, template: str | None, faults: list[Fault]) -> Checked:
     """Check the rows of one file.
 
     Args:
         template: the tokenizer's chat template; None where it has none.
-        faults: a line is added for each fault.
-
-    Returns: the valid rows as samples.
+        faults: receives all that is wrong.
     """
-    samples, kind, seen = [], None, ""
+    samples: list[Sample] = []
+    shapes: dict[tuple, Shape | Unreadable] = {}  # by the columns of a row and the types of their values
+    renamed: dict[str, str] = {}
+    first: Shape | None = None
+    seen = None
     for where, value in rows:
         try:
             if not isinstance(value, dict):
-                raise _Fault(f"{_type(value)} where an object is needed: write one {{...}} on each line")
-            this = _kind(value, config)
-            if kind is None:
-                kind, seen = this, where
-                _check_kind(kind, config, template)
-            elif this != kind:
-                raise _Fault(f"a {this} row among {kind} rows (first: {seen}): a file must have one kind of rows")
-            samples.append(_SAMPLES[kind](where, value, config, template))
+                raise Unreadable(f"{type_name(value)} where an object is needed: write one {{...}} on each line")
+            columns = tuple((key, item.__class__) for key, item in value.items() if item is not None)
+            shape = shapes.get(columns) or shapes.setdefault(columns, _shape(dict(columns), config))
+            if isinstance(shape, Unreadable):
+                raise shape
+            if first is None:
+                first, seen = shape, where
+                _check_kind(shape, config, template)
+            elif not shape.same(first):
+                raise Unreadable(f"a {shape.name} row among {first.name} rows (first: {seen}): use one kind a file")
+            samples.append(_SAMPLES[shape.kind](where, value, shape, template, renamed))
         except _KindFault as fault:  # true of every row, so one line is enough
-            faults.append(f"{where}: {fault}")
-            return []
-        except _Fault as fault:
-            faults.append(f"{where}: {fault}")
-    return samples
+            faults.append(Fault(where, str(fault)))
+            return Checked([], [])
+        except Unreadable as fault:
+            faults.append(Fault(where, str(fault), getattr(fault, "part", "")))
+    used = [shape for shape in shapes.values() if isinstance(shape, Shape)]
+    keys = {key for columns in shapes for key, _ in columns}
+    return Checked(samples, reading(used, keys, renamed, template is not None) if samples else [])
 
 
-class _Fault(Exception):
-    """What is wrong with a row, and the fix."""
+def _shape(columns: dict[str, type], config: DataConfig) -> Shape | Unreadable:
+    try:
+        return shape_of({str(key): kind for key, kind in columns.items()}, config)
+    except Unreadable as fault:
+        return fault
 
 
-class _KindFault(_Fault):
-    """A fault of all rows of a file."""
-
-
-def _kind(row: dict, config: DataConfig) -> str:
-    keys = {key for key, value in row.items() if value is not None}
-    if config.prompt_feature in keys and config.completion_feature in keys:
-        return "completion"
-    if config.chat_feature in keys:
-        return "chat"
-    if config.text_feature in keys:
-        return "text"
-    raise _Fault(_missing_keys(sorted(map(str, keys)), config))
-
-
-def _missing_keys(keys: list[str], config: DataConfig) -> str:
-    names = {kind: getattr(config, f"{kind}_feature") for kind in _KEY_ALIASES}
-    missing = [kind for kind in ("prompt", "completion") if names[kind] not in keys]
-    flags = {}
-    for kind, name in names.items():
-        taken = [key for key in keys if key not in names.values()]
-        near = [key for key in taken if key.lower() in (name.lower(), *_KEY_ALIASES[kind])]
-        near = near or difflib.get_close_matches(name, taken, 1, 0.75)
-        if near:
-            flags[kind] = f"--{kind}-feature {near[0]}"
-    if len(missing) == 1 and missing[0] not in flags:  # one half of a pair is missing
-        other = "completion" if missing[0] == "prompt" else "prompt"
-        return f"has {names[other]!r} but no {names[missing[0]]!r}: add it (keys here: {', '.join(keys)})"
-    pair = [flags[kind] for kind in missing if kind in flags]
-    fix = " ".join(pair) if len(pair) == len(missing) else flags.get("chat") or flags.get("text") or ""
-    wanted = f"{names['chat']!r}, {names['prompt']!r} with {names['completion']!r}, or {names['text']!r}"
-    have = f"only {', '.join(keys)}" if keys else "no keys at all"
-    return f"needs {wanted}, has {have}: " + (f"try {fix}" if fix else "rename its keys, or name them with --*-feature")
-
-
-def _check_kind(kind: str, config: DataConfig, template: str | None) -> None:
-    if kind == "text" and config.mask_prompt:
+def _check_kind(shape: Shape, config: DataConfig, template: str | None) -> None:
+    if shape.kind == "text" and config.mask_prompt:
         raise _KindFault(
             "mask_prompt learns answers only, and text rows have none: "
-            "use prompt and completion, or messages, or leave mask_prompt out"
+            "write prompt and completion, or messages; to learn whole texts, leave mask_prompt out"
         )
-    if kind == "chat" and template is None:
+    if shape.kind == "chat" and template is None:
         raise _KindFault(
             "chat rows need a chat template, and this tokenizer has none: "
             "use an instruct model, add chat_template.jinja to the model's folder, or use text or completion rows"
         )
 
 
-def _text(where: str, row: dict, config: DataConfig, template: str | None) -> Sample:
-    return Sample(where, text=_string(row, config.text_feature))
+def _text(where: Place, row: dict, shape: Shape, template: str | None, renamed: dict) -> Sample:
+    return Sample(where, text=_string(row, shape.main))
 
 
-def _completion(where: str, row: dict, config: DataConfig, template: str | None) -> Sample:
-    prompt, completion = row[config.prompt_feature], row[config.completion_feature]
+def _completion(where: Place, row: dict, shape: Shape, template: str | None, renamed: dict) -> Sample:
+    prompt, completion = from_json_list(row[shape.main]), from_json_list(row[shape.answer])
     if isinstance(prompt, list) and isinstance(completion, list):
         if template is None:
-            raise _Fault("messages need a chat template, and this tokenizer has none: write strings")
-        before = _messages(prompt, config.prompt_feature, template)
-        after = _messages(completion, config.completion_feature, template)
-        return Sample(where, messages=before + after, tools=_tools(row), first=len(before))
+            raise Unreadable("messages need a chat template, and this tokenizer has none: write strings")
+        before = read_messages(prompt, shape.main, template, renamed)
+        after = read_messages(completion, shape.answer, template, renamed)
+        return Sample(where, messages=before + after, tools=_tools(row, shape), first=len(before))
     if not isinstance(prompt, str):
-        raise _Fault(f"{config.prompt_feature!r} is {_type(prompt)}: write a string (or messages in both)")
-    completion = _string(row, config.completion_feature)
+        raise Unreadable(f"{shape.main!r} is {type_name(prompt)}: write a string (or messages in both)")
+    completion = _string(row, shape.answer)
     if template is None:
         return Sample(where, pair=(prompt, completion))
-    messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
-    return Sample(where, messages=messages, tools=_tools(row), first=1)
+    return Sample(where, messages=_turns([(prompt, completion)]), tools=_tools(row, shape), first=1)
 
 
-def _chat(where: str, row: dict, config: DataConfig, template: str | None) -> Sample:
-    messages = _messages(row[config.chat_feature], config.chat_feature, template)
-    return Sample(where, messages=messages, tools=_tools(row))
+def from_json_list(value: Any) -> Any:
+    """Messages that a CSV cell holds as JSON; other values as they are."""
+    parsed = from_json(value)
+    messages = isinstance(parsed, list) and parsed and all(isinstance(item, dict) and "role" in item for item in parsed)
+    return parsed if messages else value
 
 
-_SAMPLES = {"text": _text, "completion": _completion, "chat": _chat}
+def _instruction(where: Place, row: dict, shape: Shape, template: str | None, renamed: dict) -> Sample:
+    if isinstance(row[shape.main], list):  # TRL's conversational prompt and completion under other names
+        return _completion(where, row, shape, template, renamed)
+    question = row[shape.main]
+    if not isinstance(question, str):
+        raise Unreadable(f"{shape.main!r} is {type_name(question)}: write a string")
+    answer, context = _string(row, shape.answer), _optional(row, shape.context)
+    context = "" if context.strip().lower() in _NO_INPUT else context
+    if not (question.strip() or context):
+        raise Unreadable(f"{shape.main!r} is empty: remove the row")
+    system, history = _optional(row, shape.system), _history(row, shape.history)
+    if template is None:
+        if shape.main.lower() == "prompt" and not (system or history or context):
+            return Sample(where, pair=(question, answer))
+        return Sample(where, pair=(alpaca_prompt(question, context, system, history), answer))
+    asked = "\n".join(filter(None, [question, context]))
+    messages = _turns([*history, (asked, answer)], system)
+    return Sample(where, messages=messages, tools=_tools(row, shape), first=1)
 
 
-def _messages(value: Any, key: str, template: str | None) -> tuple[dict, ...]:
-    if not isinstance(value, list):
-        raise _Fault(f"{key!r} is {_type(value)}: write a list of messages")
-    if not value:
-        raise _Fault(f"{key!r} is empty: give at least one message, or remove the row")
-    return tuple(_message(message, f"message {i}", template) for i, message in enumerate(value, 1))
+def alpaca_prompt(question: str, context: str = "", system: str = "", history: Sequence[tuple[str, str]] = ()) -> str:
+    """The prompt of an instruction for models without a chat template, with Alpaca's headings."""
+    earlier = [f"### Instruction:\n{asked}\n\n### Response:\n{answer}\n\n" for asked, answer in history]
+    more = f"### Input:\n{context}\n\n" if context and question.strip() else ""
+    head = f"{system}\n\n" if system else ""
+    asked = question if question.strip() else context
+    return f"{head}{''.join(earlier)}### Instruction:\n{asked}\n\n{more}### Response:\n"
 
 
-def _message(message: Any, name: str, template: str | None) -> dict:
-    if not isinstance(message, dict):
-        raise _Fault(f'{name} is {_type(message)}: write {{"role": ..., "content": ...}}')
-    if "role" not in message:
-        hint = '"from" is "role", "value" is "content"' if {"from", "value"} <= set(message) else 'add "role"'
-        raise _Fault(f"{name} has no role (its keys: {', '.join(map(str, message))}): {hint}")
-    role = message["role"]
-    if not isinstance(role, str):
-        raise _Fault(f"{name} has {_type(role)} as its role: write one of {', '.join(ROLES[:5])}")
-    # Templates silently ignore unknown roles. A template whose text contains the role knows it.
-    if role not in ROLES and template and f"'{role}'" not in template and f'"{role}"' not in template:
-        fix = _ROLE_ALIASES.get(role.lower()) or next(iter(difflib.get_close_matches(role.lower(), ROLES, 1)), None)
-        raise _Fault(f"{name} has the unknown role {role!r}: write {fix or 'one of ' + ', '.join(ROLES[:5])}")
-    calls = message.get("tool_calls")
-    if calls:
-        message = {**message, "tool_calls": _tool_calls(calls, name)}
-    content = message.get("content")
-    if content is None:
-        if not calls:
-            raise _Fault(f'{name} ({role}) has neither content nor tool_calls: add "content"')
-    elif isinstance(content, list):
-        for part in content:
-            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-                raise _Fault(f'{name} has a part that is not text: only {{"type": "text", "text": ...}} can be learned')
-    elif not isinstance(content, str):
-        raise _Fault(f"{name} has {_type(content)} as its content: write a string (json.dumps where it is data)")
-    return message
+def _turns(pairs: Iterable[tuple[str, str]], system: str = "") -> tuple[dict, ...]:
+    head = [{"role": "system", "content": system}] if system else []
+    turns = [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    return (*head, *turns)
 
 
-def _tool_calls(calls: Any, name: str) -> list[dict]:
-    """The calls with their arguments as objects. OpenAI writes a JSON string, which templates would quote again."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise _Fault(f"{name} has tool_calls that are not a list of objects: write [{{...}}]")
-    out = []
-    for call in calls:
-        function = call["function"] if isinstance(call.get("function"), dict) else call
-        if not isinstance(function.get("name"), str):
-            raise _Fault(
-                f'{name} has a tool call without a name: write {{"function": {{"name": ..., "arguments": ...}}}}'
-            )
-        if isinstance(function.get("arguments"), str):
-            try:
-                parsed = json.loads(function["arguments"])
-            except ValueError:
-                parsed = None
-            if isinstance(parsed, dict):
-                function = {**function, "arguments": parsed}
-        out.append({**call, "function": function} if isinstance(call.get("function"), dict) else function)
-    return out
+def _chat(where: Place, row: dict, shape: Shape, template: str | None, renamed: dict) -> Sample:
+    messages = read_messages(row[shape.main], shape.main, template, renamed)
+    if system := _optional(row, shape.system):
+        if messages[0]["role"] != "system":
+            messages = ({"role": "system", "content": system}, *messages)
+        elif messages[0].get("content") != system:
+            raise Unreadable(f"has a system message and another one in {shape.system!r}: keep one of them")
+    return Sample(where, messages=messages, tools=_tools(row, shape))
 
 
-def _tools(row: dict) -> list[dict] | None:
-    tools = row.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise _Fault(f"'tools' is {_type(tools)}: write a list of objects")
+_SAMPLES = {"text": _text, "completion": _completion, "instruction": _instruction, "chat": _chat}
+
+
+def _history(row: dict, key: str) -> list[tuple[str, str]]:
+    pairs = from_json(row.get(key)) if key else None
+    if pairs is None or pairs == "" or pairs == []:
+        return []
+    turns = isinstance(pairs, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
+    if not turns or not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise Unreadable(f"{key!r} is not a list of pairs of texts: write [[question, answer], ...]")
+    return [tuple(pair) for pair in pairs]
+
+
+def _tools(row: dict, shape: Shape) -> list[dict] | None:
+    tools = read_tools(row.get(shape.tools)) if shape.tools else None
+    if tools and shape.tools.lower() == "functions":  # OpenAI's old name, without the wrapping
+        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     return tools  # also an empty list: some templates require one
+
+
+def _optional(row: dict, key: str) -> str:
+    value = row.get(key) if key else None
+    if value is not None and not isinstance(value, str):
+        raise Unreadable(f"{key!r} is {type_name(value)}: write a string")
+    return value or ""
 
 
 def _string(row: dict, key: str) -> str:
     value = row[key]
     if not isinstance(value, str):
-        raise _Fault(f"{key!r} is {_type(value)}: write a string")
+        raise Unreadable(f"{key!r} is {type_name(value)}: write a string")
     if not value:
-        raise _Fault(f"{key!r} is empty: remove the row")
+        raise Unreadable(f"{key!r} is empty: remove the row")
     return value
-
-
-def _type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value)) or ("a number" if isinstance(value, (int, float)) else type(value).__name__)
-
-
-def listing(faults: list[str], most: int = 20) -> str:
-    """The first ``most`` faults, a line each, and how many more there are."""
-    if len(faults) <= most:
-        return "\n".join(faults)
-    files = Counter(fault.split(":", 1)[0] for fault in faults[most:])
-    more = ", ".join(f"{count} in {name}" for name, count in files.items())
-    return "\n".join([*faults[:most], f"and {len(faults) - most} more ({more})"])

@@ -1,30 +1,29 @@
-"""Reads rows from a folder with {train,valid,test}.jsonl, from one file, or from a dataset of the Hugging Face Hub.
+"""Finds the rows of each split: in a folder with a file for each, in one file, or in a dataset of the Hub.
 
-Each value is read with its position, for error messages. ``rows.py`` checks the values.
+A split's rows are ``train.jsonl`` or another format of ``files.py``, several files ``train-00000-of-00002.parquet``, or
+a folder ``train`` of files, as ``datasets`` saves them. Where there is no validation split, a part of the training rows
+is held out, always the same rows of the same data. ``rows.py`` checks the values.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import DataConfig
-from ..errors import ConfigError, DataError
-from .rows import Row
+import numpy as np
 
-HOLD_OUT, HOLD_OUT_MOST, HOLD_OUT_FROM = (
-    0.05,
-    500,
-    20,
-)  # share of the rows, at most so many, of files of at least so many
-_SPLITS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
-_ALIASES = {"train": ("training",), "valid": ("val", "validation", "dev", "eval"), "test": ("testing",)}
+from ..config import HOLD_OUT, HOLD_OUT_FROM, HOLD_OUT_MOST, DataConfig
+from ..errors import ConfigError, DataError
+from .faults import Fault, Place
+from .files import FORMATS, Row, file_format, read_file, without_nulls
+
+# The names of a split's files and of a split on the Hub, those of datasets. The first one is ours.
+NAMES = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test", "testing")}
 _SECTION = ("path", "config", "train_split", "valid_split", "test_split")
 _FEATURES = ("text_feature", "prompt_feature", "completion_feature", "chat_feature")
 
@@ -41,14 +40,17 @@ class Part:
 
 @dataclass
 class Source:
-    """The rows found for the splits, and warnings."""
+    """The rows found for the splits, and what to say about them."""
 
     parts: list[Part] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
-def find(config: DataConfig, splits: Sequence[str], faults: list[str]) -> Source:
-    """Read the rows that ``config.hf_dataset``, or else ``config.data``, names; lines that are not JSON are faults."""
+def find(config: DataConfig, splits: Sequence[str], faults: list[Fault]) -> Source:
+    """Read the rows that ``config.hf_dataset``, or else ``config.data``, names; what cannot be read is a fault."""
+    if config.valid_split is not None and "valid" not in splits:
+        raise ConfigError("valid_split is for training: there is no validation set here", "Leave it out.")
     if config.hf_dataset:
         return _from_sections(config, splits)
     path = Path(config.data).expanduser()
@@ -56,7 +58,7 @@ def find(config: DataConfig, splits: Sequence[str], faults: list[str]) -> Source
         return _from_folder(path, config, splits, faults)
     if path.is_file():
         return _from_file(path, config, splits, faults)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", config.data) and path.suffix not in (".jsonl", ".json"):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", config.data) and not file_format(path.name):
         return _from_hub(config, splits)
     raise DataError(
         f"There is no folder or file {config.data!r}.",
@@ -64,120 +66,151 @@ def find(config: DataConfig, splits: Sequence[str], faults: list[str]) -> Source
     )
 
 
-def read_file(path: Path, faults: list[str]) -> list[Row]:
-    """The values in a .jsonl file (one on each line, blank lines skipped) or in a .json file (one list)."""
-    name = str(path)
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if path.suffix == ".json":
-        values = _parse(data, name, faults)
-        if values is not None and not isinstance(values, list):
-            faults.append(
-                f"{name}: is one value, not a list: write [{{...}}, {{...}}], or one row on each line of a .jsonl file"
-            )
-            return []
-        return [Row(f"{name}:{i}", value) for i, value in enumerate(values or [], 1)]
-    if data.lstrip()[:1] == b"[":
-        faults.append(
-            f"{name}:1: a JSON list where one object on each line is needed: name the file .json, or write lines"
-        )
-        return []
-    rows = []
-    # Not splitlines(): it also splits at U+2028 and others, which JSON strings may contain unescaped.
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
-            where, before = f"{name}:{number}", len(faults)
-            value = _parse(line, where, faults)
-            if len(faults) == before:
-                rows.append(Row(where, value))
-    return rows
-
-
-def _parse(data: bytes, where: str, faults: list[str]) -> Any:
-    try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        faults.append(f"{where}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8")
-    except json.JSONDecodeError as error:
-        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        faults.append(
-            f"{where}: not JSON ({error.msg}, {place}): write one {{...}} on each line, quotes and newlines escaped"
-        )
-    except RecursionError:
-        faults.append(f"{where}: nested too deeply: flatten the row")
-    return None
-
-
-def _from_folder(path: Path, config: DataConfig, splits: Sequence[str], faults: list[str]) -> Source:
+def _from_folder(path: Path, config: DataConfig, splits: Sequence[str], faults: list[Fault]) -> Source:
     source = Source()
-    inside = sorted(entry.name for entry in path.iterdir())
+    wanted = {*splits, "train"} if "valid" in splits else set(splits)
+    found = {split: _files(path, split, faults) for split in NAMES if split in wanted}
+
+    def part(split: str) -> Part:
+        files = found[split]
+        rows = [row for file in files for row in read_file(file, faults, source.notes)]
+        return Part(split, str(files[0] if len(files) == 1 else files[0].parent), rows, config)
+
     for split in splits:
-        files = [path / f"{split}{suffix}" for suffix in (".jsonl", ".json") if (path / f"{split}{suffix}").is_file()]
-        if len(files) == 2:
-            faults.append(f"{files[0]}: there is also {files[1].name}: remove one of them")
-        elif files:
-            source.parts.append(Part(split, str(files[0]), read_file(files[0], faults), config))
-        else:
-            near = [n for n in inside if n.rsplit(".", 1)[0] in _ALIASES[split] and n.endswith((".jsonl", ".json"))]
-            fix = f"; rename {near[0]} to {split}.jsonl to use it" if near else ""
-            if split == "valid":
-                source.warnings.append(f"no valid.jsonl in {path}: there will be no validation loss{fix}")
-                continue
-            have = ", ".join(inside[:12]) + (" ..." if len(inside) > 12 else "") or "nothing"
-            raise DataError(
-                f"There is no {split}.jsonl in {path}; it has: {have}.",
-                f"Rename {near[0]} to {split}.jsonl."
-                if near
-                else f"Write {split}.jsonl, one JSON object on each line.",
-            )
+        if found[split]:
+            source.parts.append(part(split))
+            if split not in str(found[split][0].relative_to(path)).lower() and split != "train":
+                source.notes.append(f"Reading {found[split][0]} as the {_SAID[split]} set")
+        elif split != "valid":
+            raise _missing(path, split)
+    if "valid" in splits and found["valid"]:
+        _check_no_hold_out(config, str(found["valid"][0]))
+    elif "valid" in splits and found["train"]:
+        _hold_out(source, _train_part(source) or part("train"), config)
+        others = [file for file in sorted(path.glob("eval*.*")) if file_format(file.name)]
+        for file in others:  # the validation set to some, the test set to others
+            source.warnings.append(f"{file} is not read: rename it to valid or test to use it")
     return source
 
 
-def _from_file(path: Path, config: DataConfig, splits: Sequence[str], faults: list[str]) -> Source:
-    if path.suffix not in (".jsonl", ".json"):
+def _train_part(source: Source) -> Part | None:
+    return next((part for part in source.parts if part.split == "train"), None)
+
+
+_SAID = {"train": "training", "valid": "validation", "test": "test"}
+
+
+def _files(path: Path, split: str, faults: list[Fault]) -> list[Path]:
+    """The files of a split in a folder, or in its folder ``data``; several only if they are numbered or a folder's."""
+    names = "|".join(NAMES[split])
+    entries = sorted(path.iterdir())
+    files = [entry for entry in entries if entry.is_file() and file_format(entry.name)]
+    single = [file for file in files if re.fullmatch(rf"({names})\.\w+(\.gz)?", file.name, re.IGNORECASE)]
+    numbered = [file for file in files if re.match(rf"({names})-\d+-of-\d+\b", file.name, re.IGNORECASE)]
+    folders = [entry for entry in entries if entry.is_dir() and entry.name.lower() in NAMES[split]]
+    inside = [
+        [f for f in sorted(folder.iterdir()) if file_format(f.name) and f.name not in _NO_ROWS] for folder in folders
+    ]
+    groups = [*([file] for file in single), *filter(None, [numbered, *inside])]
+    if split == "train" and not groups and (path / "state.json").is_file():  # datasets' save_to_disk of one split
+        groups = [[e for e in entries if re.fullmatch(r"data-\d+-of-\d+\.arrow", e.name)]]
+    if len(groups) > 1:
+        others = ", ".join(group[0].name for group in groups[1:])
+        faults.append(Fault(Place(str(groups[0][0])), f"there is also {others}: remove one of them"))
+    if not groups and path.name != "data" and (path / "data").is_dir():
+        return _files(path / "data", split, faults)
+    return groups[0] if groups else []
+
+
+_NO_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json")  # what datasets saves beside them
+
+
+def _missing(path: Path, split: str) -> DataError:
+    inside = sorted(entry.name for entry in path.iterdir())
+    have = ", ".join(inside[:12]) + (" ..." if len(inside) > 12 else "") or "nothing"
+    files = [name for name in inside if file_format(name)]
+    hint = f"Name it {split}.jsonl (or {', '.join(list(FORMATS)[2:6])}), one row a line."
+    if len(files) == 1 and split == "train":
+        hint = f"If {files[0]} has the training rows, give the file itself: --data {path / files[0]}"
+    return DataError(f"There is no {split}.jsonl in {path}; it has: {have}.", hint)
+
+
+def _from_file(path: Path, config: DataConfig, splits: Sequence[str], faults: list[Fault]) -> Source:
+    if not file_format(path.name):
         raise DataError(
-            f"{path} is not a .jsonl file.", "Convert it to one JSON object on each line, and name it .jsonl."
+            f"{path} is not in a format that is read here.",
+            f"Write it as {', '.join(FORMATS)}, or one of these with .gz.",
         )
-    rows = read_file(path, faults)
+    source = Source()
+    rows = read_file(path, faults, source.notes)
     if "train" not in splits:  # one file is the one split asked for; it cannot be two
         if len(splits) == 1:
-            return Source([Part(splits[0], str(path), rows, config)])
+            source.parts.append(Part(splits[0], str(path), rows, config))
+            return source
         raise DataError(
             f"{path} is one file, but {' and '.join(splits)} are needed.", "Give a folder with a file for each split."
         )
-    source = Source()
+    source.parts.append(Part("train", str(path), rows, config))
     if "valid" in splits:
-        held = min(max(1, int(len(rows) * HOLD_OUT)), HOLD_OUT_MOST) if len(rows) >= HOLD_OUT_FROM else 0
-        if held:
-            out = {(2 * k + 1) * len(rows) // (2 * held) for k in range(held)}
-            valid = [row for i, row in enumerate(rows) if i in out]
-            rows = [row for i, row in enumerate(rows) if i not in out]
-            source.parts.append(Part("valid", f"{path} (held out)", valid, config))
-            source.warnings.append(
-                f"{path} is one file: {held} of its {held + len(rows)} rows, evenly spread, are held out for "
-                "validation; to choose them yourself, give a folder with train.jsonl and valid.jsonl"
-            )
-        else:
-            source.warnings.append(f"{path} has fewer than {HOLD_OUT_FROM} rows: there will be no validation loss")
+        _hold_out(source, source.parts[0], config)
     if "test" in splits:
         source.warnings.append(f"{path} is one file: there is no test set")
-    source.parts.insert(0, Part("train", str(path), rows, config))
     return source
+
+
+def _hold_out(source: Source, train: Part, config: DataConfig) -> None:
+    """Move a part of the training rows to the validation set; the same rows for the same number of rows and share."""
+    asked, rows = config.valid_split is not None, train.rows
+    share = config.valid_split if asked else HOLD_OUT
+    if share == 0:
+        source.warnings.append("valid_split is 0: there will be no validation loss")
+        return
+    if len(rows) < (2 if asked else HOLD_OUT_FROM):
+        source.warnings.append(
+            f"{train.name} has {len(rows)} rows, too few to hold some out: there will be no validation loss"
+            + ("" if asked else "; --valid-split holds out a share of any number of rows")
+        )
+        return
+    count = min(max(1, round(len(rows) * share)), len(rows) - 1)
+    count = count if asked else min(count, HOLD_OUT_MOST)
+    # A seed of its own: runs with different seeds are compared on the same rows.
+    out = set(np.random.RandomState(0).permutation(len(rows))[:count].tolist())
+    train.rows = [row for i, row in enumerate(rows) if i not in out]
+    held = [row for i, row in enumerate(rows) if i in out]
+    source.parts.append(Part("valid", f"{train.name} (held out)", held, train.config))
+    source.notes.append(
+        f"{train.name}: {count} of its {len(rows)} rows, drawn with a fixed seed, are held out for validation "
+        "(--valid-split)"
+    )
+
+
+def _check_no_hold_out(config: DataConfig, valid: str) -> None:
+    if config.valid_split is not None:
+        raise ConfigError(
+            f"valid_split {config.valid_split} contradicts the validation set {valid}",
+            "Leave valid_split out to validate on that set, or take the set away.",
+        )
 
 
 def _from_hub(config: DataConfig, splits: Sequence[str]) -> Source:
     found = _load(config.data, {}, None)
     source = Source()
+    names = {split: next((name for name in NAMES[split] if name in found), None) for split in NAMES}
     for split in splits:
-        name = next((name for name in _SPLITS[split] if name in found), None)
-        if name:
-            source.parts.append(Part(split, config.data, _rows(found[name], f"{config.data}/{name}"), config))
-        elif split == "valid":
-            source.warnings.append(f"{config.data} has no validation split: there will be no validation loss")
-        else:
+        if names[split]:
+            rows = _rows(found[names[split]], f"{config.data}/{names[split]}")
+            source.parts.append(Part(split, config.data, rows, config))
+        elif split != "valid":
             raise DataError(
                 f"The dataset {config.data} has no {split} split, only {', '.join(map(str, found))}.",
                 f"Name the rows in an hf_dataset section of the YAML file: path, {split}_split.",
             )
+    if "valid" in splits and names["valid"]:
+        _check_no_hold_out(config, f"{config.data}/{names['valid']}")
+    elif "valid" in splits and names["train"]:
+        name = f"{config.data}/{names['train']}"
+        train = _train_part(source) or Part("train", config.data, _rows(found[names["train"]], name), config)
+        _hold_out(source, train, config)
     return source
 
 
@@ -190,18 +223,24 @@ def _from_sections(config: DataConfig, splits: Sequence[str]) -> Source:
         options = {"name": options} if isinstance(options, str) else dict(options)
         keys = dataclasses.replace(config, **{key: section[key] for key in _FEATURES if section.get(key)})
         defaults = {"train": "train[:80%]", "valid": "train[-10%:]", "test": None}  # mlx-lm's
+        if config.valid_split is not None:
+            if section.get("valid_split"):
+                _check_no_hold_out(config, f"of hf_dataset, {section['valid_split']}")
+            defaults |= {"train": "train", "valid": None}
         for split in splits:
             wanted = section.get(f"{split}_split", defaults[split])
             if wanted:
                 rows = _rows(_load(path, options, wanted), f"{path}/{wanted}")
                 source.parts.append(Part(split, path, rows, keys))
     for split in splits:
-        if not any(part.split == split for part in source.parts):
-            if split != "valid":
-                raise ConfigError(
-                    f"hf_dataset names no rows for the {split} set", f"Add {split}_split: to the section."
-                )
+        parts = [part for part in source.parts if part.split == split]
+        if not parts and split != "valid":
+            raise ConfigError(f"hf_dataset names no rows for the {split} set", f"Add {split}_split: to the section.")
+        if not parts and config.valid_split is None:
             source.warnings.append("hf_dataset names no valid_split: there will be no validation loss")
+    if config.valid_split is not None:
+        for part in [part for part in source.parts if part.split == "train"]:
+            _hold_out(source, part, config)
     return source
 
 
@@ -245,4 +284,7 @@ def _load(path: str, options: dict, split: str | None) -> Any:
 
 
 def _rows(values: Iterable[dict], name: str) -> list[Row]:
-    return [Row(f"{name}:{i}", value) for i, value in enumerate(values, 1)]
+    return [
+        Row(Place(name, number), {key: without_nulls(item) for key, item in value.items()})
+        for number, value in enumerate(values, 1)
+    ]

@@ -107,5 +107,7 @@ def load_sets(data: Any, tokenizer: Any, splits: tuple[str, ...]):
     found = {split: getattr(data, split) for split in splits}
     rows = {split: len(found[split]) for split in splits if found[split] is not None}
     summary = getattr(data.train, "summary", None)
-    yield DataLoaded(rows, summary.learned_tokens if summary else 0, tuple(data.warnings))
+    yield DataLoaded(
+        rows, summary.learned_tokens if summary else 0, tuple(data.all_warnings()), tuple(data.all_notes())
+    )
     return data

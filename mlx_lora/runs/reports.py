@@ -28,6 +28,7 @@ class DataLoaded:
     rows: dict[str, int]  # by split: "train", "valid", "test"
     learned_tokens: int  # in one epoch of the training set; 0 without one
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what was decided for the user, such as how the rows are read
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import GenerateConfig
+from ..data.template import Template, encode_prompt, said_by
 from ..errors import ConfigError
 from ..model.state import identity
 from .bank import AdapterBank
@@ -36,7 +37,7 @@ class Engine:
     """One model, its tokenizer and its adapters, answering one request at a time."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, bank: AdapterBank | None = None):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.template = model, tokenizer, Template(tokenizer)
         self.bank = bank or AdapterBank(model)
         # What was on the model, the tokens it has read, and its prompt cache.
         self._kept: tuple[tuple, list[int], list] | None = None
@@ -48,15 +49,16 @@ class Engine:
                 "this model's tokenizer has no chat template", "Use generate --ignore-chat-template with plain text."
             )
         try:
-            ids = self.tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            return self.template.prompt(messages, tools)
         except Exception as error:  # jinja's errors, among others
             raise ConfigError(
-                f"the chat template refuses these messages ({error})",
-                "Leave the system prompt out, or use generate --ignore-chat-template with plain text.",
+                f"the chat template refuses these messages: {said_by(error)}",
+                "Change the messages as the template says, or use generate --ignore-chat-template with plain text.",
             ) from None
-        return list(ids)
+
+    def plain_prompt(self, text: str) -> list[int]:
+        """The tokens of a text to continue, without a chat template."""
+        return encode_prompt(self.tokenizer, text)
 
     def stream(self, tokens: list[int], config: GenerateConfig) -> Iterator[Piece]:
         """Generate the answer to ``tokens`` with the mounted adapter."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from row_tokenizers import CHATML, chat, faults_of, learned, make_tokenizer, one
 
 from mlx_lora.config import DataConfig
 from mlx_lora.data import (
@@ -26,11 +27,6 @@ from mlx_lora.errors import ConfigError, DataError
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}({{ c.function.arguments | tojson }})</tool_call>"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # Templates that break a search for prefixes or markers. Each has a function that gives the learned text of a turn:
 # (content, is it an answer to the last user turn) -> text.
 TEMPLATES = {
@@ -105,21 +101,6 @@ TEMPLATES = {
 ANSWERS = ["<b>one</b>", "<think>\nhm\n</think>\n\ntwo", " three ", "four 🎉", "hm"]
 
 
-def make_tokenizer(template=CHATML, merges=(("h", "e"), ("\u010a", "\u010a"), ("\u0120", "o"))):
-    """A byte-level tokenizer of 262 tokens and the ``merges``, with ChatML's special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
-    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=list(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    out = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<|endoftext|>")
-    out.chat_template = template
-    return out
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
@@ -131,28 +112,6 @@ class Slow:
     def __init__(self, inner):
         self.encode, self.apply_chat_template = inner.encode, inner.apply_chat_template
         self.eos_token_id, self.chat_template = inner.eos_token_id, inner.chat_template
-
-
-def learned(example, tokenizer):
-    """The runs of learned tokens, decoded."""
-    cuts = np.flatnonzero(np.diff(np.r_[False, example.mask, False].astype(int)))
-    return [tokenizer.decode(example.tokens[a:b].tolist()) for a, b in zip(cuts[::2], cuts[1::2], strict=True)]
-
-
-def chat(*contents):
-    """Messages by user and assistant in turn."""
-    roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
-
-
-def one(row, tokenizer, **knobs):
-    return tokenize([row], tokenizer, DataConfig(**knobs))[0]
-
-
-def faults_of(rows, tokenizer, **knobs):
-    with pytest.raises(DataError) as error:
-        tokenize(rows, tokenizer, DataConfig(**knobs))
-    return error.value.message
 
 
 def test_needs_neither_mlx_nor_a_model_library():
@@ -298,7 +257,7 @@ def test_tool_calls_are_assistant_turns(head):
 
 def test_a_turn_that_cannot_be_located_is_refused():
     shuffled = make_tokenizer("{% for m in messages | reverse %}{{ m.role }}:{{ m.content }}\n{% endfor %}")
-    assert "cannot locate message" in faults_of([chat("a", "b", "c", "d")], shuffled, mask_prompt=True)
+    assert "cannot be located" in faults_of([chat("a", "b", "c", "d")], shuffled, mask_prompt=True)
 
 
 @needs_shared
@@ -382,23 +341,22 @@ def test_nothing_to_learn_at_all(tokenizer):
 
 BAD_ROWS = [
     (["x"], "a list where an object is needed"),
-    ({"instruction": "a", "output": "b"}, "--prompt-feature instruction --completion-feature output"),
-    ({"conversations": []}, "--chat-feature conversations"),
+    ({"instruction": "a"}, "has 'instruction' but no 'output'"),
+    ({"conversations": []}, "'conversations' is empty"),
     ({"prompt": "a", "id": 3}, "has 'prompt' but no 'completion'"),
     ({}, "no keys at all"),
-    ({"messages": "hi"}, "'messages' is a string: write a list"),
+    ({"messages": "hi"}, "'messages' is text that is not a JSON list"),
     ({"messages": []}, "'messages' is empty"),
     ({"messages": ["hi"]}, "message 1 is a string"),
     ({"messages": [{"content": "hi"}]}, "message 1 has no role"),
-    ({"messages": [{"from": "human", "value": "hi"}]}, '"from" is "role"'),
     ({"messages": [{"role": "asistant", "content": "hi"}]}, "unknown role 'asistant': write assistant"),
-    ({"messages": [{"role": "gpt", "content": "hi"}]}, "write assistant"),
+    ({"messages": [{"role": "narrator", "content": "hi"}]}, "unknown role 'narrator': write one of system, developer"),
     ({"messages": [{"role": 1, "content": "hi"}]}, "a number as its role"),
     ({"messages": [{"role": "user"}]}, "neither content nor tool_calls"),
     ({"messages": [{"role": "user", "content": {"a": 1}}]}, "an object as its content"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part that is not text"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]}, "a tool call without a name"),
-    ({**chat("a", "b"), "tools": "[]"}, "'tools' is a string"),
+    ({**chat("a", "b"), "tools": "none"}, "has a string as its tools"),
     ({"text": 3}, "'text' is a number"),
     ({"text": ""}, "'text' is empty"),
     ({"prompt": 3, "completion": "x"}, "'prompt' is a number"),
@@ -422,15 +380,26 @@ def test_all_faults_of_all_files_are_in_one_error(tmp_path, tokenizer):
     head, *lines = error.value.message.splitlines()
     assert head == "4 errors in the data:"
     told = "\n".join(lines)
-    assert f"{tmp_path}/train.jsonl:3: not JSON" in told
-    assert f"{tmp_path}/train.jsonl:5: not UTF-8 (byte 15)" in told
+    assert f"{tmp_path}/train.jsonl:3, column 2: not JSON (Expecting" in told
+    assert f"{tmp_path}/train.jsonl:5, byte 15: not UTF-8" in told
     assert f"train.jsonl:4: a text row among chat rows (first: {tmp_path}/train.jsonl:1)" in told
     assert f"{tmp_path}/valid.jsonl:1: 'messages' is empty" in told
 
 
 def test_only_some_faults_are_shown(tokenizer):
-    lines = faults_of([{"text": 1}] * 50, tokenizer).splitlines()
-    assert len(lines) == 22 and lines[-1] == "and 30 more (30 in rows)"
+    """Rows with the same fault are one line; there are at most ten lines."""
+    good = {"text": "x"}
+    same = faults_of([good, {"text": 1}, {"text": 1}, good, *[{"text": 1}] * 300], tokenizer).splitlines()
+    assert same == ["302 errors in the data:", "rows, 302 rows (2-3, 5-304): 'text' is a number: write a string"]
+    rows = [{"messages": [{"role": f"{i}", "content": "x"}]} for i in range(14)]
+    lines = faults_of(rows, tokenizer).splitlines()
+    assert len(lines) == 11 and lines[1].startswith("rows:1: message 1 has the unknown role '0'")
+    assert lines[-1] == "and 5 other kinds of faults in 5 rows of rows"
+    places = [chat("a", "b")["messages"] + [{"role": "user"}], [{"role": "user"}]]
+    (line,) = faults_of([{"messages": messages} for messages in places], tokenizer).splitlines()[1:]
+    assert line.startswith("rows, 2 rows (1-2): a message (user) has neither content nor tool_calls")
+    apart = faults_of([good, {"text": 1}] * 20, tokenizer).splitlines()[1]
+    assert "20 rows (2, 4, 6, 8, 10, 12, 14, 16, ...)" in apart
 
 
 def test_rows_that_a_template_rejects(tokenizer):
@@ -440,7 +409,7 @@ def test_rows_that_a_template_rejects(tokenizer):
     )
     rows = [chat("a", "b"), {"messages": [{"role": "system", "content": "x"}, *chat("a", "b")["messages"]]}]
     message = faults_of(rows, strict)
-    assert "rows:2: the chat template rejects this row (No system!)" in message and "rows:1:" not in message
+    assert "rows:2: the chat template rejects this row: No system!" in message and "rows:1:" not in message
     bare = make_tokenizer(template=None)
     assert "this tokenizer has none" in faults_of([chat("a", "b")] * 3, bare)
     assert faults_of([chat("a", "b")] * 3, bare).startswith("1 error")  # a fault of the whole file, listed once
@@ -448,7 +417,7 @@ def test_rows_that_a_template_rejects(tokenizer):
 
 def test_mask_prompt_refuses_text_rows(tokenizer):
     message = faults_of([{"text": "x"}] * 3, tokenizer, mask_prompt=True)
-    assert message.startswith("1 error") and "use prompt and completion" in message
+    assert message.startswith("1 error") and "write prompt and completion" in message
 
 
 def test_renamed_keys(tokenizer):
@@ -480,8 +449,8 @@ def test_a_folder(tmp_path, tokenizer):
     write(tmp_path / "val.jsonl", texts(1))
     config = DataConfig(data=str(tmp_path))
     splits = load_dataset(config, tokenizer)
-    assert len(splits.train) == 4 and splits.valid is None and splits.test is None
-    assert len(splits.warnings) == 1 and "rename val.jsonl to valid.jsonl" in splits.warnings[0]
+    assert len(splits.train) == 4 and len(splits.valid) == 1 and splits.test is None
+    assert splits.notes == [f"Reading {tmp_path / 'val.jsonl'} as the validation set"] and splits.warnings == []
     assert len(load_dataset(config, tokenizer, ("test",)).test) == 2
     (tmp_path / "train.jsonl").unlink()
     with pytest.raises(DataError, match=r"no train.jsonl in .*; it has: test.json, val.jsonl"):
@@ -498,29 +467,63 @@ def test_an_empty_set(tmp_path, tokenizer):
         load_dataset(DataConfig(data=str(tmp_path)), tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
 @pytest.mark.parametrize("count, held", [(19, 0), (20, 1), (100, 5), (300, 10)])
-def test_one_file_holds_some_rows_out(count, held, tmp_path, tokenizer, monkeypatch):
+def test_some_training_rows_are_held_out(kind, count, held, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "HOLD_OUT_MOST", 10)
-    config = DataConfig(data=str(write(tmp_path / "rows.jsonl", texts(count))))
+    file = write(tmp_path / "train.jsonl", texts(count))
+    config = DataConfig(data=str(file if kind == "file" else tmp_path))
     splits = load_dataset(config, tokenizer)
-    assert len(splits.train) == count - held and len(splits.warnings) == 1
+    assert len(splits.train) == count - held
     if held:
-        assert len(splits.valid) == held and f"{held} of its {count} rows" in splits.warnings[0]
+        (note,) = splits.notes
+        assert len(splits.valid) == held and f"{held} of its {count} rows" in note and "--valid-split" in note
         rows = {tuple(example.tokens) for part in (splits.train, splits.valid) for example in part}
-        assert len(rows) == count
+        assert len(rows) == count and splits.warnings == []
+        splits_again = ("train", "valid") if kind == "file" else ("valid",)
+        again = load_dataset(config, tokenizer, splits_again).valid  # again, and alone: the same rows
+        assert [e.tokens.tolist() for e in again] == [e.tokens.tolist() for e in splits.valid]
     else:
-        assert splits.valid is None and "fewer than 20" in splits.warnings[0]
-    assert len(load_dataset(config, tokenizer, ("test",)).test) == count
+        assert splits.valid is None and "19 rows, too few" in splits.warnings[0]
+    if kind == "file":
+        assert len(load_dataset(config, tokenizer, ("test",)).test) == count
+
+
+def test_the_share_that_is_held_out(tmp_path, tokenizer):
+    data = str(tmp_path)
+    write(tmp_path / "train.jsonl", texts(1100))
+    for share, held in ((0.5, 550), (0.001, 1)):  # a share that is asked for has no limits
+        splits = load_dataset(DataConfig(data=data, valid_split=share), tokenizer)
+        assert (len(splits.train), len(splits.valid)) == (1100 - held, held)
+    none = load_dataset(DataConfig(data=data, valid_split=0), tokenizer)
+    assert len(none.train) == 1100 and none.valid is None and "no validation loss" in none.warnings[0]
+    write(tmp_path / "train.jsonl", texts(2))
+    assert len(load_dataset(DataConfig(data=data, valid_split=0.9), tokenizer).valid) == 1
+    write(tmp_path / "valid.jsonl", texts(3))
+    assert len(load_dataset(DataConfig(data=data), tokenizer).valid) == 3
+    with pytest.raises(ConfigError, match=r"valid_split 0.1 contradicts the validation set .*valid.jsonl"):
+        load_dataset(DataConfig(data=data, valid_split=0.1), tokenizer)
+    with pytest.raises(ConfigError, match="valid_split is for training"):
+        load_dataset(DataConfig(data=data, valid_split=0.1), tokenizer, ("test",))
+    for bad in (1.0, -0.1, True):
+        with pytest.raises(ConfigError, match="valid_split must be"):
+            DataConfig(valid_split=bad)
+    with pytest.raises(ConfigError, match="mask_turns 'last' needs mask_prompt"):
+        DataConfig(mask_turns="last")
 
 
 def test_files_of_other_kinds(tmp_path, tokenizer):
-    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"not a \.jsonl file"):
-        load_dataset(DataConfig(data=str(tmp_path / "rows.parquet")), tokenizer)
-    (tmp_path / "list.jsonl").write_text("[\n" + ",\n".join(map(json.dumps, texts(3))) + "\n]")
-    with pytest.raises(DataError, match=r"1 error.*\n.*a JSON list where one object on each line is needed"):
-        load_dataset(DataConfig(data=str(tmp_path / "list.jsonl")), tokenizer)
-    for name in ("nowhere", "./no/where", "no/where.jsonl"):
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"not in a format that is read here"):
+        load_dataset(DataConfig(data=str(tmp_path / "rows.xlsx")), tokenizer)
+    with pytest.raises(DataError) as error:
+        load_dataset(DataConfig(data=str(tmp_path)), tokenizer)
+    assert "it has: rows.xlsx" in error.value.message
+    write(tmp_path / "alpaca.jsonl", texts(3))
+    with pytest.raises(DataError) as error:
+        load_dataset(DataConfig(data=str(tmp_path)), tokenizer)
+    assert f"--data {tmp_path / 'alpaca.jsonl'}" in error.value.hint
+    for name in ("nowhere", "./no/where", "no/where.jsonl", "no/where.csv.gz"):
         with pytest.raises(DataError, match=f"There is no folder or file '{name}'"):
             load_dataset(DataConfig(data=name), tokenizer)
 
@@ -547,6 +550,8 @@ def hub(monkeypatch):
 def test_a_dataset_of_the_hub(hub, tokenizer, monkeypatch):
     splits = load_dataset(DataConfig(data="some/rows", text_feature="title"), tokenizer)
     assert (len(splits.train), len(splits.valid)) == (100, 5)
+    with pytest.raises(ConfigError, match="contradicts the validation set some/rows/validation"):
+        load_dataset(DataConfig(data="some/rows", text_feature="title", valid_split=0.1), tokenizer)
     with pytest.raises(DataError, match="'no/rows', and the dataset of that name cannot be loaded: Dataset doesn't"):
         load_dataset(DataConfig(data="no/rows"), tokenizer)
     with pytest.raises(DataError, match="has no test split, only train, validation"):
@@ -570,6 +575,22 @@ def test_sections_of_the_hub(hub, tokenizer):
     assert "entry 1 needs a path" in error.value.message and "entry 2 must be a mapping" in error.value.message
     with pytest.raises(ConfigError, match="no rows for the test set"):
         load_dataset(DataConfig(hf_dataset=section), tokenizer, ("test",))
+    held = load_dataset(DataConfig(hf_dataset={**section, "train_split": "train[:80%]"}, valid_split=0.25), tokenizer)
+    assert (len(held.train), len(held.valid)) == (60, 20)
+    with pytest.raises(ConfigError, match="contradicts"):
+        load_dataset(DataConfig(hf_dataset={**section, "valid_split": "train[-10%:]"}, valid_split=0.25), tokenizer)
+
+
+def test_a_dataset_of_the_hub_with_train_only(hub, tokenizer, monkeypatch):
+    """Rows of the Hub come through Arrow, which fills absent keys with null."""
+    message = {"role": "user", "content": "hi", "tool_calls": None}
+    answer = {"role": "assistant", "content": "ho", "tool_calls": None}
+    rows = [{"messages": [message, answer], "tools": None}] * 40
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lambda path, split=None: {"train": rows})
+    strict = make_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content if m.tool_calls is not defined }}"))
+    splits = load_dataset(DataConfig(data="some/rows"), strict)
+    assert (len(splits.train), len(splits.valid)) == (38, 2) and "some/rows: 2 of its 40 rows" in splits.notes[0]
+    assert "hi" in strict.decode(splits.train[0].tokens)
 
 
 # Batches

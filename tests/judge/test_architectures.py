@@ -1,4 +1,4 @@
-"""Every architecture that transformers and mlx-lm share: tiny checkpoints from transformers, and PEFT's adapters of
+"""Every architecture that transformers and mlx-lm share: a checkpoint saved by transformers, and PEFT adapters of
 them, give the same logits here. ``architectures.md`` is the table of the results (scripts/make_architecture_table).
 
 Run by scripts/judge; skipped where torch and peft are not installed.

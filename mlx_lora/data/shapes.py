@@ -1,0 +1,166 @@
+"""Which columns of a row are its prompt, its answer or its messages.
+
+mlx-lm's own keys come first: ``prompt`` with ``completion``, ``messages``, ``text``, or the names that the
+``*_feature`` options give instead. Otherwise the columns of well-known data sets are recognised, in any case:
+``instruction``, ``input`` and ``output`` (Alpaca), ``instruction``, ``context`` and ``response`` (Dolly), other pairs
+of a question and an answer, and ``conversations`` or ``dialog`` (ShareGPT). A row that can be read in two ways is
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from ..config import DataConfig
+
+# In groups: the columns of the first group that a row has. Two columns of one group are ambiguous.
+QUESTIONS = (("instruction", "prompt", "question", "query", "problem"), ("input", "inputs"), ("user", "human"))
+ANSWERS = (("output", "response", "answer", "completion", "solution", "target", "targets"), ("assistant",))
+CONTEXTS = ("input", "context")  # text that belongs to the question
+SYSTEMS = (("system", "system_prompt", "system_message"),)
+CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
+_NAMES = {("instruction", "output"): "Alpaca", ("instruction", "response"): "Dolly"}
+_TOOLS = ("tools", "functions")
+_PAIRS = (("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"))
+
+
+class Unreadable(Exception):
+    """The columns of a row do not tell what to learn. The message has the fix."""
+
+
+class Shape(NamedTuple):
+    """The columns to read, "" for those that there are not."""
+
+    kind: str  # "text", "completion" (mlx-lm's), "instruction" or "chat"
+    name: str  # what to call these rows
+    main: str  # the text, the question, or the messages
+    answer: str = ""
+    context: str = ""
+    system: str = ""
+    history: str = ""  # earlier turns: pairs of a question and its answer
+    tools: str = ""
+
+    def same(self, other: Shape) -> bool:
+        """Whether rows of both may be in one file: the columns that every row needs are the same."""
+        return (self.kind, self.main, self.answer) == (other.kind, other.main, other.answer)
+
+
+def shape_of(columns: dict[str, type], config: DataConfig) -> Shape:
+    """The shape of rows with these columns.
+
+    Args:
+        columns: the row's keys with the types of their values, without those whose value is None.
+
+    Raises: Unreadable.
+    """
+    lower = {key.strip().lower(): key for key in columns}
+    tools = next((lower[name] for name in _TOOLS if name in lower), "")
+    names = {kind: getattr(config, f"{kind}_feature") for kind in ("prompt", "completion", "chat", "text")}
+    if names["prompt"] in columns and names["completion"] in columns:
+        return Shape("completion", "prompt and completion", names["prompt"], names["completion"], tools=tools)
+    if names["chat"] in columns:
+        return _chat(names["chat"], lower, tools)
+    # Published Alpaca files have a text column besides, with both parts in one text.
+    alpaca = "instruction" in lower and any(name in lower for name in ANSWERS[0])
+    if names["text"] in columns and not (alpaca and names["text"] == "text"):
+        return Shape("text", "text", names["text"])
+    if chosen := [name for kind, name in names.items() if name != _DEFAULTS[kind]]:
+        raise Unreadable(
+            f"has only {_list(columns)}, and the options name {_list(chosen)}: name its own columns, or none"
+        )
+    chat = _one({name: key for name, key in lower.items() if columns[key] is list}, (CHATS,), "the conversation")
+    return _chat(chat, lower, tools) if chat else _instruction(lower, tools) or _fallback(columns, lower, tools)
+
+
+def _chat(key: str, lower: dict[str, str], tools: str) -> Shape:
+    name = "chat" if key.lower() in ("messages", "chat") else key
+    return Shape("chat", name, key, system=_one(lower, SYSTEMS, "the system message"), tools=tools)
+
+
+def _instruction(lower: dict[str, str], tools: str) -> Shape | None:
+    question, answer = _one(lower, QUESTIONS, "the question"), _one(lower, ANSWERS, "the answer")
+    if not question or not answer:
+        return None
+    context = _one({name: key for name, key in lower.items() if key != question}, (CONTEXTS,), "the context")
+    name = _NAMES.get((question.strip().lower(), answer.strip().lower()), f"{question} and {answer}")
+    system, history = _one(lower, SYSTEMS, "the system message"), lower.get("history", "")
+    return Shape("instruction", name, question, answer, context, system, history, tools)
+
+
+def _fallback(columns: dict[str, type], lower: dict[str, str], tools: str) -> Shape:
+    """A conversation as JSON text, or a text whose key has capitals; else raises with the reason."""
+    if chat := _one(lower, (CHATS,), "the conversation"):
+        return _chat(chat, lower, tools)
+    if "text" in lower:
+        return Shape("text", "text", lower["text"])
+    if {"chosen", "rejected"} <= set(lower):
+        raise Unreadable(
+            "is a preference row (chosen, rejected), and there is no preference training here: "
+            "write prompt and completion, with the answer to learn"
+        )
+    have = f"only {_list(columns)}" if columns else "no keys at all"
+    for groups, side in ((QUESTIONS, 0), (ANSWERS, 1)):
+        key = _one(lower, groups, "the question" if side == 0 else "the answer")
+        if key:
+            other = next((pair[1 - side] for pair in _PAIRS if pair[side] == key.lower()), _PAIRS[-1][1 - side])
+            raise Unreadable(f"has {key!r} but no {other!r}: add it (the row has {have})")
+    raise Unreadable(
+        f"needs 'messages', 'prompt' with 'completion', or 'text', has {have}: rename its keys, or name them with "
+        "--chat-feature, --prompt-feature with --completion-feature, or --text-feature"
+    )
+
+
+def _one(lower: dict[str, str], groups: Iterable[Iterable[str]], what: str) -> str:
+    """The column with a name in the first group of which there is one; "" where there is none."""
+    for names in groups:
+        found = [lower[name] for name in names if name in lower]
+        if len(found) > 1:
+            raise Unreadable(
+                f"has {len(found)} columns that may be {what} ({_list(found)}): remove or rename all but one"
+            )
+        if found:
+            return found[0]
+    return ""
+
+
+def _list(names: Iterable[Any]) -> str:
+    return ", ".join(sorted(map(str, names)))
+
+
+def reading(shapes: Iterable[Shape], columns: Iterable[str], renamed: dict[str, str], template: bool) -> list[str]:
+    """One line that says how rows are read, unless they have mlx-lm's keys alone.
+
+    Args:
+        shapes: all shapes of the rows of a file (they agree but for optional columns).
+        columns: all columns of its rows.
+        renamed: keys and roles of messages that have another name in the chat, with that name.
+        template: whether the tokenizer has a chat template.
+    """
+    shapes = list(shapes)
+    if not shapes:
+        return []
+    first = shapes[0]
+    optional = {
+        part: max(getattr(shape, part) for shape in shapes) for part in ("context", "system", "history", "tools")
+    }
+    parts = []
+    if first.kind == "instruction":
+        question = " + ".join(filter(None, [first.main, optional["context"]]))
+        user, assistant = ("user", "assistant") if template else ("prompt", "completion")
+        parts = [f"{question} -> {user}", f"{first.answer} -> {assistant}"]
+    elif first.kind == "chat" and (renamed or first.main != "messages"):
+        parts = [f"{first.main} -> messages", *(f"{old} -> {new}" for old, new in renamed.items())]
+    parts += [
+        f"{optional[part]} -> {part}" for part in ("system", "history", "tools") if optional[part] not in ("", "tools")
+    ]
+    if first.kind == "instruction" and not template and (first.main.lower() != "prompt" or optional["context"]):
+        parts.append("as text with Alpaca's headings (### Instruction:, ### Input:, ### Response:)")
+    read = {first.main, first.answer, *optional.values()} - {""}
+    if others := sorted(set(columns) - read):
+        parts.append(f"not read: {', '.join(name or 'a column without a name' for name in others)}")
+    name = "ShareGPT" if "from" in renamed else first.name
+    return [f"Reading {name} rows: {', '.join(parts)}"] if parts else []
+
+
+_DEFAULTS = {kind: getattr(DataConfig(), f"{kind}_feature") for kind in ("prompt", "completion", "chat", "text")}

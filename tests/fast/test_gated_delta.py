@@ -71,12 +71,16 @@ def drawn(
     return [q * key_dim**-0.5, k, v, np.exp(logs), betas, state]
 
 
-def with_gradients(rule, arrays, dtype, mask=None) -> dict[str, np.ndarray]:
-    """Results and gradients by name, for fixed cotangents."""
+def cotangents(arrays) -> list[np.ndarray]:
+    """Cotangents of y, which has the shape of v, and of the last state."""
     draw = np.random.default_rng(1)
+    return [draw.standard_normal(arrays[i].shape) for i in (2, 5)]
+
+
+def with_gradients(rule, arrays, dtype, mask=None) -> dict[str, np.ndarray]:
+    """Results and gradients by name."""
     with mx.stream(mx.cpu):  # float64
-        inputs = [mx.array(x).astype(dtype) for x in arrays]
-        seeds = [mx.array(draw.standard_normal(arrays[i].shape)).astype(dtype) for i in (2, 5)]
+        inputs, seeds = ([mx.array(x).astype(dtype) for x in given] for given in (arrays, cotangents(arrays)))
         results, gradients = mx.vjp(lambda *inputs: rule(*inputs, mask), inputs, seeds)
         mx.eval(results, gradients)
     return dict(zip(("y", "last state", *NAMES), map(np.array, (*results, *gradients)), strict=True))
@@ -118,7 +122,30 @@ def test_repeated_keys_keep_float32_accuracy():
 
 
 def test_a_long_odd_length():
-    check(drawn(4097))
+    """Against a loop in NumPy: y, the last state, and the derivative along a random direction of all arguments."""
+
+    def in_numpy(q, k, v, g, beta, state):
+        q, k = (np.repeat(x, 2, axis=2) for x in (q, k))
+        ys = []
+        for t in range(q.shape[1]):
+            state = state * g[:, t, :, None, None]
+            delta = (v[:, t] - (state @ k[:, t, ..., None])[..., 0]) * beta[:, t, :, None]
+            state = state + delta[..., None] * k[:, t, :, None, :]
+            ys.append((state @ q[:, t, ..., None])[..., 0])
+        return np.stack(ys, axis=1), state
+
+    arrays, draw = drawn(4097), np.random.default_rng(2)
+    directions = [draw.standard_normal(x.shape) * x for x in arrays]
+    ahead, behind = (
+        in_numpy(*(x + step * d for x, d in zip(arrays, directions, strict=True))) for step in (1e-6, -1e-6)
+    )
+    got = with_gradients(gated_delta, arrays, mx.float32)
+    for name, expected in zip(("y", "last state"), in_numpy(*arrays), strict=True):
+        assert_close(got[name], expected, 3e-6, name)
+    seeds = cotangents(arrays)
+    expected = sum(((a - b) / 2e-6 * seed).sum() for a, b, seed in zip(ahead, behind, seeds, strict=True))
+    parts = [(got[name] * d).astype(np.float64).sum() for name, d in zip(NAMES, directions, strict=True)]
+    assert abs(sum(parts) - expected) < 1e-5 * sum(map(abs, parts)), (parts, expected)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
@@ -263,6 +290,15 @@ def rows_of(model: nn.Module) -> list[fast.Explanation]:
     return [row for row in fast.explain(model) if row.what.startswith("gated delta rule")]
 
 
+def test_a_layer_keeps_no_state_of_each_token():
+    layer = make_model({"model_type": "qwen3_5", **MODELS["qwen3_5"]}).layers[0].linear_attn.train()
+    x, peaks = mx.random.normal((1, SEGMENT, 64)), []
+    for _ in range(2):
+        peaks.append(peak(mx.grad(lambda x: layer(x).square().sum()), x))
+        fast.accelerate(layer)
+    assert peaks[1] < 0.5 * peaks[0], peaks
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_are_mlx_lms(name):
     pytest.importorskip(f"mlx_lm.models.{name}")
@@ -270,7 +306,6 @@ def test_logits_and_gradients_are_mlx_lms(name):
     assert len(rows_of(model)) == 3 and all(row.done for row in rows_of(model))
     logits, gradients = forward_and_gradients(model)
     fast.restore(model)
-    assert not any(isinstance(module, ChunkedDelta) for module in model.modules())
     assert {row.reason for row in rows_of(model)} == {"call accelerate(model)"}
     expected, plain = forward_and_gradients(model)
     assert_close(logits, expected, 1e-5)
@@ -348,11 +383,13 @@ def test_the_reason_why_not_is_told(monkeypatch):
     assert not has_gated_delta(nn.Linear(2, 2))
 
 
-def test_an_accelerated_layer_can_be_copied():
+def test_an_accelerated_layer_can_be_copied_and_unmounted():
     model = adapted("qwen3_5")
     layer = model.layers[0].linear_attn
     x = mx.random.normal((1, 9, 64))
     assert relative(copy.deepcopy(layer)(x), layer(x)) == 0
+    mlx_lora.unmount(model)
+    assert not any(isinstance(module, ChunkedDelta) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear"])

@@ -213,7 +213,7 @@ def test_a_base_of_other_sizes_is_refused_by_conversions(what, tmp_path):
 def test_systems_without_adapters_of_a_tied_head(format, tmp_path):
     base, path = PEFT / "qwen2/base", tmp_path / f"a.{'gguf' if format == 'gguf' else 'pt'}"
     adapter, lost = load_adapter(PEFT / "qwen2/head", base=base), []
-    with pytest.raises(FormatError, match="lm_head: .* no head apart from the embedding"):
+    with pytest.raises(FormatError, match=r"lm_head: .* no head apart from the embedding"):
         save_adapter(adapter, path, format, base=base)
     save_adapter(adapter, path, format, base=base, allow_lossy=True, lost=lost)
     kept = load_adapter(path, base=base, **({} if format == "gguf" else {"alpha": 6})).modules

@@ -68,7 +68,8 @@ def failed_write(
     if lost:
         reason, hint = f"what it is made from cannot be read: {problem}", "Check the drive that holds the model."
     else:
-        number = problem.errno if isinstance(problem, OSError) else _probe(path, needed)
+        # NumPy's failed write has no number.
+        number = getattr(problem, "errno", None) or _probe(path, needed)
         reason, hint = _REASONS.get(number, (str(problem), f"Free some space, or c{_ELSEWHERE[1:]}"))
     lines = [f"{path}: cannot be written ({reason})"]
     if needed is not None and not lost:

@@ -214,19 +214,15 @@ def _check_convert(dst: str, to: str, model: str | None, force: bool, options: d
 
 def _check_base(adapter: Adapter, model: str) -> None:
     """Refuse an adapter that does not belong on ``model``, by the shapes and names that the model's config implies."""
+    from ..adapter import raise_faults
     from ..base.names import BaseModel
-    from ..errors import AdapterError
-    from ..model.attach import mount, unmount
+    from ..model.compatibility import incompatibilities
 
     base = BaseModel(model)
     if not base.known:
         console.warn(f"the config of {model} is not on this machine: the adapter was not checked against it.")
         return
-    try:
-        mount(base.model, adapter)  # on mlx-lm's class without its weights
-    except AdapterError as error:
-        raise AdapterError(error.message, f"{model} is not the model of this adapter: name that one.") from None
-    unmount(base.model)
+    raise_faults(*incompatibilities(base.model, adapter.check()))  # mlx-lm's class without its weights
 
 
 def _write(adapter: Adapter, dst: str, to: str, base: str | None, force: bool, options: dict[str, Any]) -> list[str]:

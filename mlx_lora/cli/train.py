@@ -111,7 +111,8 @@ def train(ctx: click.Context, **params: Any):
         console.note(f"Stopped and saved. Run the same command with --resume to continue. The adapter is in {folder}.")
         ctx.exit(130)
     if not params["test"] and not params["as_json"]:
-        _next_steps(folder)
+        saved = json.loads((folder / "adapter_config.json").read_text("utf-8")) if params["resume"] else {}
+        _next_steps(saved.get("model", params["model"]), folder, saved.get("fine_tune_type", adapter.method))
 
 
 def _data(ctx: click.Context, params: dict[str, Any]) -> DataConfig:
@@ -160,15 +161,13 @@ def _test_only(ctx: click.Context, data: DataConfig, config: TrainConfig, params
     show_reports(reports, as_json=params["as_json"])
 
 
-def _next_steps(folder: Path) -> None:
-    saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    model = saved.get("model")
+def _next_steps(model: str, folder: Path, method: str) -> None:
     console.note()
     console.title("Next")
     for command in ("chat", "generate", "fuse"):
         rest = {"generate": ' --prompt "..."', "fuse": " --save-path fused_model"}.get(command, "")
         console.note(f"  mlx-lora {command} --model {model} --adapter-path {folder}{rest}")
-    if saved["fine_tune_type"] != "full":  # PEFT's format holds adapters, not whole layers
+    if method != "full":  # PEFT's format holds adapters, not whole layers
         console.note(f"  mlx-lora convert {folder} {folder}-peft --to peft")
 
 

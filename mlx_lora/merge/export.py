@@ -72,7 +72,7 @@ def export_merged(
         notes = [] if notes is None else notes
         return _export_gguf(base, adapter, target, dtype, overwrite, trust_remote_code, notes, modelfile)
     if modelfile:
-        raise ConfigError("a Modelfile is for a GGUF file", "Give DST a name that ends in .gguf, or leave it out.")
+        raise ConfigError("modelfile is for a GGUF file", "Give DST a name that ends in .gguf, or leave it out.")
     if dtype == "q8_0":
         raise ConfigError(
             "q8_0 is a type of GGUF files", "Give DST a name that ends in .gguf, or choose another dtype."

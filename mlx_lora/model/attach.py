@@ -98,7 +98,7 @@ def _attach_layers(
     saved, tokens = modules_to_save(model, config), select_named(model, config.trainable_token_indices)
     chosen = select(model, config)
     _set_sides(model, state, {*chosen, *saved}, set(tokens))
-    config, bare = state.config, bare_modules(model)
+    asked, config, bare = config, state.config, bare_modules(model)
     both = [path for path in chosen if path in saved or path in tokens]
     if config.keys is None:
         chosen = {path: module for path, module in chosen.items() if path not in both}
@@ -113,7 +113,7 @@ def _attach_layers(
         "Name an embedding in trainable_token_indices, such as embed_tokens.",
     )
     check_patterns(config, chosen)
-    check_side(config, [path for path in (*chosen, *saved, *tokens) if kind(bare[path]) == "embedding"])
+    check_side(asked, [path for path in (*chosen, *saved, *tokens) if has_token_rows(path, bare[path])])
     ranks = {path: config.rank_of(path) for path in chosen}
     for path, module in chosen.items() if config.method not in UNSCALED else ():
         try:

@@ -119,7 +119,7 @@ def check_side(config: AdapterConfig, embeddings: list[str]) -> None:
     """Refuse ``embedding_side`` where none of a model's ``embeddings`` is trained. Raises: AdapterError."""
     if config.embedding_side != "both" and not embeddings:
         raise AdapterError(
-            f"embedding_side {config.embedding_side!r} has no effect: no embedding is adapted or trained",
+            f"embedding_side {config.embedding_side!r} has no effect: no embedding or head is trained",
             "Leave it out, or name the embedding in keys or modules_to_save, such as embed_tokens.",
         )
 

@@ -97,7 +97,7 @@ def test_the_last_line_of_convert_fits_what_was_written(to, name, use, folder, t
 
 def test_convert_refuses_another_base(folder, tmp_path, capsys):
     _, err = run("convert", folder / "lora", tmp_path / "x", "--to", "peft", "--model", BASE, capsys=capsys, code=1)
-    assert "do not fit this layer" in err and f"{BASE} is not the model of this adapter" in err
+    assert "do not fit this layer" in err and "trained on" in err
     assert not (tmp_path / "x").exists()
     _, err = run("convert", folder / "lora", tmp_path / "x", "--to", "peft", "--model", "some/model", capsys=capsys)
     assert "was not checked against it" in err

@@ -508,7 +508,7 @@ def test_the_share_that_is_held_out(tmp_path, tokenizer):
     for bad in (1.0, -0.1, True):
         with pytest.raises(ConfigError, match="valid_split must be"):
             DataConfig(valid_split=bad)
-    with pytest.raises(ConfigError, match="mask_turns 'last' needs mask_prompt"):
+    with pytest.raises(ConfigError, match="mask_turns has no effect without mask_prompt"):
         DataConfig(mask_turns="last")
 
 

@@ -60,8 +60,12 @@ SETTINGS = {
     "tied: head, vera": dict(method="vera", rank=16, keys=["lm_head", "q_proj"]),
     "tied: head and embedding": dict(keys=["lm_head", "embed_tokens"], embedding_side="input"),
     "tied: head saved": dict(keys=["q_proj"], modules_to_save=["lm_head"]),
-    "tied: both saved": dict(keys=(), modules_to_save=["lm_head", "embed_tokens"], embedding_side="input"),
-    "tied: tokens of both": dict(keys=(), trainable_token_indices={"embed_tokens": [5], "lm_head": [7, 90]}),
+    "tied: both saved": dict(
+        keys=(), rank=None, num_layers=None, modules_to_save=["lm_head", "embed_tokens"], embedding_side="input"
+    ),
+    "tied: tokens of both": dict(
+        keys=(), rank=None, num_layers=None, trainable_token_indices={"embed_tokens": [5], "lm_head": [7, 90]}
+    ),
     "tied: embedding": dict(keys=["embed_tokens"], embedding_side="input"),
     "tokens of a head": dict(keys=["q_proj"], trainable_token_indices={"lm_head": [7, 90]}),
     "ia3": dict(method="ia3", rank=None, keys=["k_proj", "down_proj", "lm_head"]),

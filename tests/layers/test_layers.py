@@ -75,6 +75,9 @@ def plain(method: str, which: str, layer, weight: np.ndarray, x: mx.array, bias)
         a, b = (numbers(array).astype(np.float64) for array in layer.projections())
         d, scale = numbers(layer.vera_lambda_d), numbers(layer.vera_lambda_b)
         update = scale[..., None] * (b @ (d[..., None] * a))
+    elif method == "ia3":
+        update = weight * (numbers(layer.ia3_l).astype(np.float64) - 1)
+        bias = layer.merged_bias()
     else:
         a, b = numbers(layer.lora_a).astype(np.float64), numbers(layer.lora_b).astype(np.float64)
         update = {"linear": lambda: (a @ b).T, "embedding": lambda: a @ b, "switch": lambda: b @ a}[which]()
@@ -169,6 +172,8 @@ def test_gradients_are_those_of_the_plain_formula(method, which, storage, blas):
         if method == "vera":
             a, b = layer.projections()
             adapted = weight + p["vera_lambda_b"][..., None] * (b @ (p["vera_lambda_d"][..., None] * a))
+        elif method == "ia3":
+            adapted = weight * p["ia3_l"]
         else:
             update = {"linear": lambda: (p["lora_a"] @ p["lora_b"]).T, "embedding": lambda: p["lora_a"] @ p["lora_b"]}
             update = update.get(which, lambda: p["lora_b"] @ p["lora_a"])()

@@ -168,7 +168,7 @@ def test_every_difference_is_named_at_once(folder, data):
         {"keys": ("self_attn.v_proj",)},
         {"num_layers": 1},
         {"init": "gaussian"},
-        {"rank_pattern": {"layers.0": 2}},
+        {"rank_pattern": {"layers.2.self_attn.q_proj": 2}},
         {"alpha": 16.0},
     ],
     ids=lambda change: next(iter(change)),
@@ -248,7 +248,9 @@ def test_free_settings_may_change(folder, data):
 
 def test_what_is_left_out_is_taken_from_the_run(data, tmp_path):
     """A run that is resumed with nothing but more iterations equals the run that was not interrupted."""
-    adapter = AdapterConfig(rank=4, alpha=16, dropout=0.1, num_layers=2, keys=("q_proj",), rank_pattern={"layers.0": 2})
+    adapter = AdapterConfig(
+        rank=4, alpha=16, dropout=0.1, num_layers=2, keys=("q_proj",), rank_pattern={"layers.2.self_attn.q_proj": 2}
+    )
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup=1, optimizer_config={"adam": {"betas": [0.8, 0.9]}})
     train = TrainConfig(iters=4, batch_size=2, val_batches=1, seed=3)
     options = {"data": data, "adapter": adapter, "optimizer": optimizer}

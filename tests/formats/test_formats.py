@@ -826,4 +826,4 @@ def test_a_new_format_is_one_module_and_one_row(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="already stores alpha 16"):
         load_adapter(folder, alpha=16)
     with pytest.raises(ConfigError, match="--moe: writing toy does not use this option"):
-        save_adapter(adapter, folder, "toy", moe="per_expert")
+        save_adapter(adapter, tmp_path / "other", "toy", moe="per_expert")

@@ -185,6 +185,8 @@ def test_gradients_are_those_of_the_plain_formula(method, which, storage, blas):
             y = adapted[x]
         elif which == "linear":
             y = x @ adapted.T
+            if method == "ia3" and "bias" in layer.base:
+                y = y + layer.base.bias * p["ia3_l"].reshape(-1)
         else:
             y = mx.einsum("tio,tkno->tkin", x[:, 0], adapted[EXPERTS])
         return (y * target).sum()

@@ -247,7 +247,7 @@ def test_wrong_dtypes_and_existing_files(tmp_path, monkeypatch):
     _, adapter = adapter_for(TINY)
     with pytest.raises(ConfigError, match="q8_0 is a type of GGUF"):
         export_merged(TINY, adapter, tmp_path / "folder", dtype="q8_0")
-    with pytest.raises(ConfigError, match="a Modelfile is for a GGUF file"):
+    with pytest.raises(ConfigError, match="modelfile is for a GGUF file"):
         export_merged(TINY, adapter, tmp_path / "folder", modelfile=True)
     with pytest.raises(ConfigError, match="one of float32, float16, bfloat16, q8_0, not 'q4_0'"):
         export_merged(TINY, adapter, tmp_path / "m.gguf", dtype="q4_0")

@@ -29,6 +29,7 @@ _DIFFERENCES: dict[str, tuple[Callable[[Config], bool], str]] = {
     "ernie4_5_moe": (lambda c: True, "chooses experts without the model's correction bias (moe_statics)"),
     "glm": (_rotates_a_part, "rotates all of each attention head, the model a part of it (partial_rotary_factor)"),
     "gpt_oss": (_does_not_truncate, "rounds the limits of YaRN's ramp, the model does not (truncate: false)"),
+    "olmo_hybrid": (lambda c: True, "computes other logits, and the cause is not known"),
     "jamba": (
         lambda c: c.get("num_experts", 1) > 1,
         "normalizes the weights of chosen experts, the model does not",

@@ -121,7 +121,7 @@ def test_a_circle_is_found():
 
 def test_the_top_of_the_package_holds_few_modules():
     names = {p.stem for p in ROOT.glob("*.py")}
-    assert names == {"__init__", "__main__", "adapter", "config", "device", "errors", "hub"}
+    assert names == {"__init__", "__main__", "adapter", "device", "errors", "hub"}
     rooms = {p.name for p in ROOT.iterdir() if p.is_dir() and p.name != "__pycache__"} - {"metal"}
     assert rooms <= set(FLOOR), f"no floor is known for {rooms - set(FLOOR)}"
 

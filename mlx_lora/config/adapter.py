@@ -1,20 +1,15 @@
-"""Every option of mlx-lora, with its default, its help text and its section of ``--help``.
-
-A field's name is the Python argument, the YAML key and, with dashes, the flag. Names and defaults are mlx-lm's
-wherever mlx-lm has the option. Validation raises one ``ConfigError`` that lists every fault. This file imports the
-standard library only, so that ``--help`` is fast.
-"""
+"""The method, size, scale and modules of an adapter."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from .errors import ConfigError
+from ..errors import ConfigError
+from .options import check_types, common, more, option, raise_all, without_effect
 
 DEFAULT_RANK, DEFAULT_SCALE, DEFAULT_LAYERS = 8, 20.0, 16
 VERA_RANK = 256  # PEFT's default
@@ -34,27 +29,6 @@ FEEDFORWARD = ("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj"
 METHODS = (*LEAVES, "full")
 BIASES = ("none", "all", "lora_only")
 INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga")
-OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "muon", "lion")
-SCHEDULES = ("constant", "linear_schedule", "cosine_decay", "exponential_decay", "step_decay")
-REPORTERS = ("wandb", "swanlab")
-# Without a validation set: the share of the training rows held out for it, at most so many, of at least so many.
-HOLD_OUT, HOLD_OUT_MOST, HOLD_OUT_FROM = 0.05, 500, 20
-
-
-# Sections of ``train --help``, in their order. ``help_section`` is the section of a config's fields without one.
-COMMON, MORE = "Common options", "More adapter options"
-SECTIONS = (COMMON, "Model and data", "Adapter", MORE, "Optimizer", "Run", "Output")
-
-
-def option(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field with a help text. ``extra``: ``choices`` and ``section``, for the command line."""
-    metadata = {"help": help, **extra}
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-common, more = functools.partial(option, section=COMMON), functools.partial(option, section=MORE)
 
 
 @dataclass(frozen=True)
@@ -185,10 +159,18 @@ class AdapterConfig:
         object.__setattr__(self, name, value)
 
     def _set_defaults(self) -> None:
-        if self.rank is None and self.method != "full":
-            self._set("rank", default_rank(self.method))
-        if self.scale is None and self.alpha is None and self.method != "full":
-            self._set("scale", default_scale(self.method))
+        defaults = self.defaults()
+        if self.rank is None:
+            self._set("rank", defaults.get("rank"))
+        if self.scale is None and self.alpha is None:
+            self._set("scale", defaults.get("scale"))
+
+    def defaults(self) -> dict[str, Any]:
+        """The defaults that depend on the method; "full" has no rank and no scale."""
+        if self.method == "full":
+            return {}
+        rank = {"vera": VERA_RANK, "ia3": 1}.get(self.method, DEFAULT_RANK)
+        return {"rank": rank, "scale": 1.0 if self.method in UNSCALED else DEFAULT_SCALE}
 
     def _contradictions(self) -> list[str]:
         """Faults of settings that are wrong by themselves, for the method, or together with another one."""
@@ -282,43 +264,12 @@ class AdapterConfig:
         return float(match_pattern(self.scale_pattern, path, default))
 
 
-def default_rank(method: str) -> int:
-    return {"vera": VERA_RANK, "ia3": 1}.get(method, DEFAULT_RANK)
-
-
-def default_scale(method: str) -> float:
-    return 1.0 if method in UNSCALED else DEFAULT_SCALE
-
-
-def without_effect(config: Any, rules: tuple) -> list[str]:
-    """A fault for each field that is set although, by ``rules``, it has no effect on ``config``.
-
-    A rule is (names of fields, a function that says whether they act, the reason if they do not). A reason may name
-    fields of the config in braces.
-    """
-    facts = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return [
-        f"{name} {reason.format(**facts)}"
-        for names, acts, reason in rules
-        if not acts(config)
-        for name in names
-        if is_set(config, name)
-    ]
-
-
-def is_set(config: Any, name: str) -> bool:
-    """Whether the field ``name`` has a value other than its default; an explicit default cannot be told apart."""
-    default = next(f.default for f in dataclasses.fields(config) if f.name == name)
-    value = getattr(config, name)
-    if name in ("rank", "scale") and config.method != "full":  # their defaults depend on the method
-        default = (default_rank if name == "rank" else default_scale)(config.method)
-    return value not in (None, {}, default)
-
-
 _LOW_RANK = (
     *("rank", "scale", "alpha", "rslora", "dropout", "rank_pattern", "scale_pattern", "alpha_pattern", "init"),
     *("lora_bias", "target_parameters"),
 )
+
+
 _BESIDES = ("keys", "bias", "modules_to_save", "trainable_token_indices", "layers_to_transform", "embedding_side")
 _ADAPTER_RULES = (
     (
@@ -371,265 +322,3 @@ def match_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
 @functools.lru_cache(maxsize=8192)  # an adapter may have one pattern per module; the cache of re holds 512
 def _suffix_pattern(pattern: str) -> re.Pattern:
     return re.compile(rf"(.*\.)?({pattern})$")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The data set, and which of its tokens to learn."""
-
-    help_section = "Model and data"
-
-    data: str = common(
-        "mlx-community/WikiSQL",
-        "Folder with train.jsonl, valid.jsonl and test.jsonl, one such file, or a Hugging Face data set. Files may "
-        "also be .json, .csv, .tsv, .parquet or .arrow, and compressed (.gz).",
-    )
-    valid_split: float | None = option(
-        None,
-        "Share of the training rows to hold out for validation, where there is no validation set; the same rows in "
-        f"every run (default: {HOLD_OUT}, at most {HOLD_OUT_MOST} rows, of {HOLD_OUT_FROM} or more; 0 for none).",
-    )
-    mask_prompt: bool = common(False, "Compute the loss only on completions or assistant turns.")
-    mask_turns: str = option("all", "With mask_prompt: the assistant turns that count.", choices=("all", "last"))
-    max_seq_length: int = option(2048, "Truncate rows to this many tokens.")
-    text_feature: str = option("text", "Key of the text in text rows.")
-    prompt_feature: str = option("prompt", "Key of the prompt in completion rows.")
-    completion_feature: str = option("completion", "Key of the completion in completion rows.")
-    chat_feature: str = option("messages", "Key of the messages in chat rows.")
-    hf_dataset: Any = option(None, "mlx-lm's hf_dataset section (YAML only): a mapping or a list of mappings.")
-
-    def __post_init__(self):
-        check_types(self)
-        faults = []
-        if not isinstance(self.max_seq_length, int) or self.max_seq_length < 2:
-            faults.append(f"max_seq_length must be at least 2, not {self.max_seq_length!r}")
-        if self.mask_turns not in ("all", "last"):
-            faults.append(f"mask_turns must be 'all' or 'last', not {self.mask_turns!r}")
-        share = self.valid_split
-        if share is not None and (isinstance(share, bool) or not 0 <= share < 1):
-            faults.append(f"valid_split must be a share of at least 0 and below 1, not {share!r}")
-        raise_all(faults + without_effect(self, _DATA_RULES), self)
-
-
-_DATA_RULES = (
-    (("mask_turns",), lambda c: c.mask_prompt, "has no effect without mask_prompt"),
-    (("data",), lambda c: not c.hf_dataset, "has no effect beside hf_dataset, which names the data sets"),
-)
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer and its learning rate."""
-
-    help_section = "Optimizer"
-
-    optimizer: str = option("adam", "Optimizer.", choices=OPTIMIZERS)
-    optimizer_config: dict[str, dict] = option({}, "Arguments by optimizer, {adamw: {weight_decay: 0.1}}.")
-    learning_rate: float = common(1e-5, "Learning rate.")
-    lr_schedule: Any = option(None, f"{', '.join(SCHEDULES)}, or mlx-lm's {{name, arguments, warmup, warmup_init}}.")
-    warmup: int = option(0, "Optimizer steps over which the learning rate rises from 0.")
-    loraplus_lr_ratio: float | None = option(
-        None, "LoRA+ (arXiv:2402.12354): learning rate of B and of vectors, as a multiple of A's, such as 16."
-    )
-    loraplus_lr_embedding: float | None = option(
-        None, "LoRA+: learning rate of low-rank matrices of embeddings (default: 1e-6)."
-    )
-    loraplus_weight_decay: float | None = option(
-        None, "LoRA+: weight decay of everything but biases and LayerNorms (default: 0)."
-    )
-
-    def __post_init__(self):
-        check_types(self)
-        faults = []
-        if self.optimizer not in OPTIMIZERS:
-            faults.append(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
-        rate = self.learning_rate
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not (0 < rate < math.inf):
-            faults.append(f"learning_rate must be a positive number, not {rate!r}")
-        if not isinstance(self.warmup, int) or self.warmup < 0:
-            faults.append(f"warmup must be a number of steps, not {self.warmup!r}")
-        for name in ("loraplus_lr_ratio", "loraplus_lr_embedding", "loraplus_weight_decay"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value < 0 or (value == 0 and name != "loraplus_weight_decay"):
-                faults.append(f"{name} must be a positive number, not {value!r}")
-            elif self.loraplus_lr_ratio is None:
-                faults.append(f"{name} needs loraplus_lr_ratio (LoRA+)")
-        known = (
-            {self.optimizer, "adamw"} if self.optimizer == "muon" else {self.optimizer}
-        )  # muon leaves vectors to adamw
-        for name in sorted(self.optimizer_config.keys() - known) if self.optimizer in OPTIMIZERS else ():
-            if name in OPTIMIZERS and self.optimizer_config[name]:
-                faults.append(f"optimizer_config: {name} has no effect, the optimizer is {self.optimizer}")
-        own_rate = chooses_own_rate(self.optimizer, self.optimizer_config)
-        if self.learning_rate != OptimizerConfig.learning_rate and own_rate:
-            faults.append(f"learning_rate {rate} has no effect: adafactor with relative_step chooses its own")
-        first = first_rate(self.lr_schedule)
-        if self.learning_rate not in (OptimizerConfig.learning_rate, first) and first is not None:
-            faults.append(
-                f"learning_rate {rate} has no effect: the arguments of lr_schedule begin with the rate {first}"
-            )
-        raise_all(faults, self)
-
-
-def chooses_own_rate(optimizer: str, arguments: dict[str, Any]) -> bool:
-    """Whether the optimizer takes no learning rate: adafactor with ``relative_step``."""
-    own = arguments.get(optimizer)
-    return optimizer == "adafactor" and isinstance(own, dict) and own.get("relative_step") is True
-
-
-def first_rate(lr_schedule: Any) -> float | None:
-    """The learning rate that the arguments of mlx-lm's schedule mapping begin with; None where they give none."""
-    arguments = lr_schedule.get("arguments") if isinstance(lr_schedule, dict) else None
-    try:
-        return float(arguments[0])
-    except (TypeError, ValueError, LookupError):
-        return None
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The length of a run, its batches and its reports. One iteration is one batch."""
-
-    help_section = "Run"
-
-    iters: int = common(1000, "Iterations (batches) to train for.")
-    batch_size: int = common(4, "Rows per batch.")
-    loss: str = option("cross_entropy", "Name of the loss.")
-    grad_accumulation_steps: int = option(1, "Batches per optimizer step; every token has the same weight.")
-    max_grad_norm: float | None = option(None, "Clip the gradient to this global norm.")
-    val_batches: int = option(25, "Validation batches; -1 for the whole set.")
-    steps_per_report: int = option(10, "Iterations between reports of the training loss.")
-    steps_per_eval: int = option(200, "Iterations between validations.")
-    save_every: int = option(100, "Iterations between checkpoints.", section="Output")
-    grad_checkpoint: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    clear_cache_threshold: int | None = option(
-        None,
-        "Empty MLX's cache of freed memory after a step that leaves it larger than this "
-        "(default: keep it, up to a quarter of the GPU's working set).",
-    )
-    max_skipped_steps: int = option(10, "Stop after this many steps in a row with non-finite gradients.")
-    seed: int = option(0, "Seed of the initialisation, dropout and the order of the data.")
-
-    def __post_init__(self):
-        check_types(self)
-        faults = []
-        for name in (
-            "iters",
-            "batch_size",
-            "grad_accumulation_steps",
-            "steps_per_report",
-            "steps_per_eval",
-            "save_every",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                faults.append(f"{name} must be an integer of at least 1, not {value!r}")
-        if not isinstance(self.val_batches, int) or self.val_batches < -1:
-            faults.append(f"val_batches must be -1 (all), 0 (none) or more, not {self.val_batches!r}")
-        most = self.clear_cache_threshold
-        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
-            faults.append(f"clear_cache_threshold must be a number of bytes, not {most!r}")
-        norm = self.max_grad_norm
-        if norm is not None and not (isinstance(norm, (int, float)) and 0 < norm < math.inf):
-            faults.append(f"max_grad_norm must be a positive number, not {norm!r}")
-        if not isinstance(self.max_skipped_steps, int) or self.max_skipped_steps < 1:
-            faults.append(f"max_skipped_steps must be at least 1, not {self.max_skipped_steps!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            faults.append(f"seed must be an integer from 0 to 2^32 - 1, not {self.seed!r}")
-        raise_all(faults + without_effect(self, _TRAIN_RULES), self)
-
-
-_TRAIN_RULES = ((("steps_per_eval",), lambda c: c.val_batches != 0, "has no effect where val_batches is 0"),)
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """How to generate text."""
-
-    help_section = "Generation"
-
-    max_tokens: int = option(256, "Maximum number of tokens to generate.")
-    temp: float = option(0.0, "Sampling temperature; 0 is greedy.")
-    top_p: float = option(1.0, "Sample from the most likely tokens that together have this probability.")
-    min_p: float = option(0.0, "Drop tokens whose probability is below this fraction of the most likely token's.")
-    top_k: int = option(0, "Sample from this many most likely tokens; 0 for all.")
-    seed: int | None = option(None, "Seed of the sampling (default: a new one each time).")
-
-    def __post_init__(self):
-        check_types(self)
-        faults = []
-        if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
-            faults.append(f"max_tokens must be at least 1, not {self.max_tokens!r}")
-        if not 0 <= self.temp < math.inf:
-            faults.append(f"temp must be 0 or more, not {self.temp!r}")
-        if not 0 < self.top_p <= 1:
-            faults.append(f"top_p must be in (0, 1], not {self.top_p!r}")
-        if not 0 <= self.min_p <= 1:
-            faults.append(f"min_p must be in [0, 1], not {self.min_p!r}")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            faults.append(f"top_k must be 0 or more, not {self.top_k!r}")
-        raise_all(faults, self)
-
-
-_TYPES = {  # by the first word of a field's annotation: the types to accept, and what to call them
-    "dict": (dict, "a mapping"),
-    "tuple": ((list, tuple, set, frozenset, str), "a list"),
-    "str": (str, "text"),
-    "bool": (int, "true or false"),
-    "float": ((int, float), "a number"),
-}
-
-
-def check_types(config: Any) -> None:
-    """Raise a ``ConfigError`` that lists the fields whose values do not have the annotated type."""
-    faults = []
-    for known in dataclasses.fields(config):
-        name, value = re.match(r"\w+", known.type)[0], getattr(config, known.name)
-        if name not in _TYPES or (value is None and known.default is None):
-            continue
-        types, what = _TYPES[name]
-        valid = isinstance(value, types) or (known.name == "layers_to_transform" and isinstance(value, int))
-        if not valid or (name == "float" and isinstance(value, bool)):
-            faults.append(f"{known.name} must be {what}, not {value!r}")
-        elif name == "dict" and not all(isinstance(key, str) for key in value):
-            faults.append(f"{known.name} must have text keys, not {list(value)!r}")
-    raise_all(faults, config)
-
-
-def as_config(kind: type, value: Any, name: str) -> Any:
-    """``value`` as a ``kind`` of config: a mapping of its fields becomes one, and None the default.
-
-    Raises: ConfigError: it is something else, or names fields that ``kind`` does not have.
-    """
-    if isinstance(value, kind):
-        return value
-    known = [field.name for field in dataclasses.fields(kind)]
-    if value is not None and not isinstance(value, dict):
-        raise ConfigError(
-            f"{name} must be {kind.__name__} or a dict of its fields, not {type(value).__name__}",
-            f"Write {name}={kind.__name__}(...).",
-        )
-    if unknown := [str(key) for key in value or {} if key not in known]:
-        raise ConfigError(f"{name}: {kind.__name__} has no {', '.join(unknown)}", f"It has: {', '.join(known)}.")
-    return kind(**(value or {}))
-
-
-def raise_all(faults: list[str], config: Any) -> None:
-    """Raise one ``ConfigError`` that lists ``faults``, or return where there are none.
-
-    Each fault begins with the name of a field of ``config``; the hint explains these fields.
-    """
-    if faults:
-        named = [re.match(r"\w+", fault)[0] for fault in faults]
-        hints = [_hint(field) for field in dataclasses.fields(config) if field.name in named]
-        raise ConfigError("\n".join(faults), "\n".join(hints))
-
-
-def _hint(field: dataclasses.Field) -> str:
-    default, help = field.default, field.metadata["help"]
-    if default is None or default is False or default is dataclasses.MISSING:
-        return f"{field.name}: {help} " + ("Leave it out for the default." if "default" in help else "Or leave it out.")
-    return f"{field.name}: {help} Leave it out for the default ({default})."

@@ -1,0 +1,61 @@
+"""Every option of mlx-lora, with its default, its help text and its section of ``--help``.
+
+A field's name is the Python argument, the YAML key and, with dashes, the flag. Names and defaults are mlx-lm's
+wherever mlx-lm has the option. Validation raises one ``ConfigError`` that lists every fault. This room imports the
+standard library only, so that ``--help`` is fast.
+"""
+
+from .adapter import (
+    BIASES,
+    DEFAULT_LAYERS,
+    DEFAULT_RANK,
+    DEFAULT_SCALE,
+    FEEDFORWARD,
+    INITS,
+    LARGEST_SCALE,
+    LEAVES,
+    METHODS,
+    UNSCALED,
+    VERA_RANK,
+    AdapterConfig,
+    ignored_alpha,
+    match_pattern,
+)
+from .data import HOLD_OUT, HOLD_OUT_FROM, HOLD_OUT_MOST, DataConfig
+from .generate import GenerateConfig
+from .optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, chooses_own_rate, first_rate
+from .options import COMMON, MORE, SECTIONS, as_config
+from .train import REPORTERS, TrainConfig
+
+__all__ = [
+    "AdapterConfig",
+    "BIASES",
+    "COMMON",
+    "DEFAULT_LAYERS",
+    "DEFAULT_RANK",
+    "DEFAULT_SCALE",
+    "DataConfig",
+    "FEEDFORWARD",
+    "GenerateConfig",
+    "HOLD_OUT",
+    "HOLD_OUT_FROM",
+    "HOLD_OUT_MOST",
+    "INITS",
+    "LARGEST_SCALE",
+    "LEAVES",
+    "METHODS",
+    "MORE",
+    "OPTIMIZERS",
+    "OptimizerConfig",
+    "REPORTERS",
+    "SCHEDULES",
+    "SECTIONS",
+    "TrainConfig",
+    "UNSCALED",
+    "VERA_RANK",
+    "as_config",
+    "chooses_own_rate",
+    "first_rate",
+    "ignored_alpha",
+    "match_pattern",
+]

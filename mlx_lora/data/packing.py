@@ -4,9 +4,9 @@ An epoch is a permutation of the rows that depends on (seed, epoch), cut into wi
 from the longest to the shortest, each into the first sequence that has room for it (first-fit decreasing). The
 sequence with the most room left is taken apart again, and its rows go into the next window. The sequences are shuffled
 and cut into batches.
-Widths: all batches are as wide as the longest row that the data set may have, ``max_seq_length`` tokens. Only the batch that
-is left at the end of an epoch is narrower: its rows are spread over all its sequences, and its width is the least
-multiple of an eighth of the full one that holds them. So a compiled step is traced for a few shapes.
+Widths: all batches are as wide as the longest row that the data set may have, ``max_seq_length`` tokens. Only the
+batch that is left at the end of an epoch is narrower: its rows are spread over all its sequences, and its width is the
+least multiple of an eighth of the full one that holds them. So a compiled step is traced for a few shapes.
 """
 
 from __future__ import annotations

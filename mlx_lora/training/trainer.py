@@ -63,9 +63,9 @@ def train(
     parameters and its own layers, each module is in the mode it had, and the memory limits are what they were.
 
     Raises: at once, ConfigError for an unknown loss, and TrainingError where there is nothing to train, no training
-        data, or where `resume` is the state of another run; ConfigError where the model cannot be trained on packed
-        rows (`config.pack`), at the latest when the iteration begins; while running, TrainingError after `max_skipped_steps`
-        steps in a row with non-finite gradients.
+        data, or where `resume` is the state of another run; ConfigError where the model does not compute packed rows
+        (`config.pack`) as each alone, some of it when the iteration begins; while running, TrainingError after
+        `max_skipped_steps` steps in a row with non-finite gradients.
     """
     config = config or TrainConfig()
     loss_named(_loss_of(config))

@@ -19,8 +19,8 @@ COMMON: dict[str, Any] = {
         (16, "head_dim kv_channels swa_head_dim swa_v_head_dim"),
         (
             8,
-            "sliding_window sliding_window_size attention_window_size attention_chunk_size window_size loop_window_size "
-            "q_lora_rank kv_lora_rank qk_nope_head_dim v_head_dim qk_rope_head_dim rotary_dim",
+            "sliding_window sliding_window_size attention_window_size attention_chunk_size window_size "
+            "loop_window_size q_lora_rank kv_lora_rank qk_nope_head_dim v_head_dim qk_rope_head_dim rotary_dim",
         ),
         (
             4,
@@ -42,7 +42,8 @@ COMMON: dict[str, Any] = {
         (128, "max_position_embeddings n_positions n_ctx block_size"),
         (
             100.0,
-            "rope_theta swa_rope_theta rope_base rope_local_base_freq rope_local_theta rope_embedding_base rotary_emb_base",
+            "rope_theta swa_rope_theta rope_base rope_local_base_freq rope_local_theta rope_embedding_base "
+            "rotary_emb_base",
         ),
         (1e-5, "rms_norm_eps norm_eps layer_norm_eps layer_norm_epsilon layernorm_epsilon"),
         (
@@ -71,7 +72,8 @@ COMMON: dict[str, Any] = {
 _LAYERS = ["sliding_attention", "full_attention"] * 2
 _LATENT = {"num_key_value_heads": 4, "head_dim": None}
 _YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 100.0}
-_ROPES = dict.fromkeys(set(_LAYERS), {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0})
+_ROPE = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}
+_ROPES = {"full_attention": _ROPE, "sliding_attention": {**_ROPE, "rope_theta": 50.0}}
 _BLOCK = {
     "attention": {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False},
     "ffn": {"ffn_mult": 1.0, "no_op": False, "replace_with_linear": False},
@@ -85,7 +87,13 @@ _LONG = {
     "short_mscale": 1.2,
     "original_max_position_embeddings": 64,
 }
-_GEMMA4 = {"layer_types": _LAYERS, "head_dim": 16, "global_head_dim": 16, "rope_parameters": _ROPES, "num_kv_shared_layers": 2}
+_GEMMA4 = {
+    "layer_types": _LAYERS,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "rope_parameters": _ROPES,
+    "num_kv_shared_layers": 2,
+}
 # Module of mlx_lm.models: what differs from COMMON.
 FAMILIES: dict[str, dict[str, Any]] = {
     "Klear": {"mlp_only_layers": [0]},

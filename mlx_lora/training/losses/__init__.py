@@ -20,7 +20,6 @@ import inspect
 from collections.abc import Callable
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ...errors import ConfigError
 from . import cross_entropy

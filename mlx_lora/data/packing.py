@@ -58,7 +58,7 @@ def packed_batches(
 
 def capacity(dataset: Dataset) -> int:
     """Tokens in a sequence: the data set's ``max_seq_length``, and at least those of its longest row."""
-    limit = getattr(dataset.summary, "limit", 0) or DataConfig.max_seq_length
+    limit = getattr(getattr(dataset, "summary", None), "limit", 0) or DataConfig.max_seq_length
     return max(limit, int(dataset.lengths.max()))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import ConfigError
 
-# Modules of mlx_lm.models, by tests/training/test_packed_families.py.
+# Modules of mlx_lm.models, by tests/model/test_packed_families.py.
 _SHOWN_EQUAL = """
 afmoe apertus bailing_moe cohere cohere2 dbrx deepseek deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone
 exaone4 exaone_moe gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_oss
@@ -54,18 +54,19 @@ def packed_cache(model: nn.Module, segments: mx.array) -> list[Any]:
 
     Raises: ConfigError: the model keeps something else than keys and values from token to token.
     """
-    from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
-
     packed = PackedCache(segments)
 
     def like(entry: Any) -> Any:
-        if isinstance(entry, CacheList):
+        kind = type(entry).__name__
+        if kind == "CacheList":
             return tuple(like(inner) for inner in entry.caches)
-        if not isinstance(entry, (KVCache, RotatingKVCache)):
-            raise ConfigError(f"pack: {type(model).__module__} has layers with state that crosses rows.", _HINT)
+        if kind not in ("KVCache", "RotatingKVCache"):
+            raise ConfigError(f"pack: layers of this model have state that crosses rows ({kind}).", _HINT)
         return packed
 
-    return [like(entry) for entry in make_prompt_cache(model)]
+    if not hasattr(model, "make_cache"):  # then mlx-lm gives each layer a KVCache
+        return [packed] * len(model.layers)
+    return [like(entry) for entry in model.make_cache()]
 
 
 def check_model(model: nn.Module, width: int) -> None:

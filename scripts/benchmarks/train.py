@@ -3,9 +3,9 @@
 ./scripts/bench train [--rounds 3] [--seconds 12] [--batch-size 4] [--only NAME ...] [--peft-python PATH]
 
 Each contestant runs in a process of its own, in turn, round after round; the table gives medians over the rounds.
-Counted are the tokens that are learned, not padding. "unsorted" pads rows in random order, "packed" is --pack with a
-sequence of 512 or 2048 tokens as a batch; all others sort rows by length. PEFT takes part where torch and peft can be imported
-(pip install 'mlx-lora[judge]'), or through another Python named by --peft-python.
+Counted are the tokens that are learned, not padding. Rows of similar length are padded together; "unsorted" pads rows
+in random order, and "packed" is --pack with a sequence of 512 or 2048 tokens as a batch. PEFT takes part where torch and
+peft can be imported (pip install 'mlx-lora[judge]'), or through another Python named by --peft-python.
 """
 
 from __future__ import annotations
@@ -116,8 +116,7 @@ def ours(
     window: int | None = None,
     pack: int | None = None,
 ) -> dict:
-    """window: batches whose rows are sorted by length together; 1 pads rows in random order. pack: tokens in a sequence;
-    one sequence is then a batch."""
+    """window: batches whose rows are sorted together. pack: tokens in a sequence; a batch is then one sequence."""
     import mlx_lora
     from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
     from mlx_lora.data import batches, packed_batches, train_batches

@@ -146,6 +146,13 @@ def test_a_row_as_long_as_a_sequence_and_rows_of_one_token():
     assert sorted(number for batch in epoch for number, _, _ in rows_in(batch)) == [0, 1, 2, 3]
 
 
+def test_the_first_token_of_a_row_is_never_learned_from_the_row_before():
+    data = Dataset([Example(np.full(4, i + 1, np.int32), np.ones(4, bool)) for i in range(6)])
+    batch = next(packed_batches(data, 1, seed=0))
+    assert batch.mask.sum() == 6 * 3
+    assert (batch.segments[:, 1:] == batch.segments[:, :-1])[batch.mask].all()
+
+
 def test_rows_longer_than_max_seq_length_are_cut_as_without_packing():
     class Words:
         eos_token_id = 0

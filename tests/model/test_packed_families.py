@@ -22,12 +22,6 @@ LENGTHS = (17, 5, 31, 12)
 TOLERANCE = 5e-6
 
 
-@pytest.fixture(autouse=True)
-def once(request):
-    if request.node.callspec.params.get("fast_setting", "on") != "on":
-        pytest.skip("acceleration is not part of these models")
-
-
 def make(family: str, config: dict) -> nn.Module:
     """A model whose parameters are all random, so that each of them matters."""
     module = importlib.import_module(f"mlx_lm.models.{family}")

@@ -4,8 +4,8 @@
 
 Each contestant runs in a process of its own, in turn, round after round; the table gives medians over the rounds.
 Counted are the tokens that are learned, not padding. Rows of similar length are padded together; "unsorted" pads rows
-in random order, and "packed" is --pack with a sequence of 512 or 2048 tokens as a batch. PEFT takes part where torch and
-peft can be imported (pip install 'mlx-lora[judge]'), or through another Python named by --peft-python.
+in random order, and "packed" is --pack with a sequence of 512 or 2048 tokens as a batch. PEFT takes part where torch
+and peft can be imported (pip install 'mlx-lora[judge]'), or through another Python named by --peft-python.
 """
 
 from __future__ import annotations

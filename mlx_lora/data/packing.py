@@ -66,8 +66,9 @@ def _epoch(lengths: np.ndarray, most: int, batch_size: int, seed: int, epoch: in
     """The batches of an epoch: the rows of each of their sequences, and the tokens for which a sequence has room."""
     random = np.random.RandomState([seed, epoch])
     order, full, left = random.permutation(len(lengths)), [], []
-    for at in range(0, len(order), WINDOW):
-        packed = _first_fit([*left, *order[at : at + WINDOW].tolist()], lengths, most)
+    window = min(WINDOW, -(-len(order) // 2))  # at least two, else rows of unequal lengths are always packed alike
+    for at in range(0, len(order), window):
+        packed = first_fit_decreasing([*left, *order[at : at + window].tolist()], lengths, most)
         emptiest = min(range(len(packed)), key=lambda i: lengths[packed[i]].sum())
         left = packed.pop(emptiest)
         full += packed
@@ -79,7 +80,7 @@ def _epoch(lengths: np.ndarray, most: int, batch_size: int, seed: int, epoch: in
     return batches
 
 
-def _first_fit(rows: list[int], lengths: np.ndarray, most: int) -> list[list[int]]:
+def first_fit_decreasing(rows: list[int], lengths: np.ndarray, most: int) -> list[list[int]]:
     """Sequences of at most ``most`` tokens that have every row once."""
     room = np.full(len(rows), most)
     sequences: list[list[int]] = [[] for _ in rows]
@@ -97,7 +98,7 @@ def _narrowest(
     rows = [row for sequence in sequences for row in sequence]
     for part in range(1, NARROWER):
         room = -(-most * part // NARROWER)
-        if lengths[rows].max() <= room and len(spread := _first_fit(rows, lengths, room)) <= batch_size:
+        if lengths[rows].max() <= room and len(spread := first_fit_decreasing(rows, lengths, room)) <= batch_size:
             return spread, room
     return sequences, most
 

@@ -12,7 +12,7 @@ import pytest
 import mlx_lora
 from mlx_lora.config import DataConfig
 from mlx_lora.data import Dataset, Example, packed_batches
-from mlx_lora.data.packing import capacity
+from mlx_lora.data.packing import capacity, first_fit_decreasing
 from mlx_lora.errors import ConfigError, DataError
 
 
@@ -80,8 +80,9 @@ def test_every_row_is_whole_and_comes_once_an_epoch(count, batch_size):
             assert np.array_equal(tokens, dataset[number].tokens) and np.array_equal(mask, dataset[number].mask)
 
 
-def test_epochs_hold_other_rows_together():
-    first, second = epochs(made(lengths_of(300, most=20)), 2)
+@pytest.mark.parametrize("lengths", [lengths_of(300, most=20), np.arange(2, 302)], ids=["alike", "all different"])
+def test_epochs_pack_other_rows_together(lengths):
+    first, second = epochs(made(lengths, limit=400), 2, batch_size=1)
     together = [{frozenset(number for number, _, _ in rows_in(batch)) for batch in epoch} for epoch in (first, second)]
     assert len(together[0] & together[1]) < len(first) / 4
 
@@ -115,11 +116,9 @@ def test_processes_share_the_sequences_of_each_batch(world):
 
 
 def test_rows_are_placed_first_fit_from_the_longest():
-    """By hand: 50+10, 40+20, 30+30 fill three sequences of 60; 5 + 5 are left for the last batch."""
-    dataset = made([5, 50, 30, 10, 20, 5, 40, 30], limit=60)
-    (epoch,) = epochs(dataset, 1, batch_size=1)
-    found = sorted(sorted(len(tokens) for _, tokens, _ in rows_in(batch)) for batch in epoch)
-    assert found == [[5, 5], [10, 50], [20, 40], [30, 30]]
+    """By hand, in sequences of 60: 50 + 10, 40 + 20, 30 + 30, 5 + 5."""
+    lengths = np.array([5, 50, 30, 10, 20, 5, 40, 30])
+    assert first_fit_decreasing(range(8), lengths, 60) == [[1, 3], [6, 4], [2, 7], [0, 5]]
 
 
 def test_a_batch_that_is_not_full_is_narrower():

@@ -20,7 +20,7 @@ from ..model.full_parameters import modules_to_save
 from ..model.targets import check_patterns, select, select_named
 from ..training import build_optimizer
 from ..training.losses import check_takes_packed, loss_named
-from ..training.packed_cache import check_model
+from ..training.packing_checks import check_model
 
 
 def check_settings(settings: Any) -> None:

@@ -24,7 +24,7 @@ from .checkpoints import Tally, TrainingState, check_fingerprint, fingerprint
 from .evaluation import evaluate, mode
 from .losses import check_takes_packed, loss_named
 from .optimizers import MasterWeights
-from .packed_cache import check_model, check_rows
+from .packing_checks import check_model, check_rows
 from .recompute import recomputed_layers
 from .reports import Checkpoint, Done, Progress, Report, SkippedStep, TrainReport, ValReport
 from .step import Step

@@ -24,7 +24,8 @@ from mlx_lora.fast import accelerate
 from mlx_lora.tiny_base import PATH, skill
 from mlx_lora.training import LOSSES, Done, Progress, TrainingState, TrainReport, evaluate, head, train
 from mlx_lora.training.losses import cross_entropy
-from mlx_lora.training.packed_cache import PackedCache, check_model, check_rows
+from mlx_lora.training.packed_cache import PackedCache
+from mlx_lora.training.packing_checks import check_model, check_rows
 from mlx_lora.training.recompute import recomputed_layers
 from mlx_lora.training.step import Step
 
@@ -261,9 +262,9 @@ def test_models_that_were_not_tried_are_refused_by_name(make, request):
 
 
 def test_state_that_crosses_rows_is_refused_whatever_the_name(monkeypatch):
-    from mlx_lora.training import packed_cache
+    from mlx_lora.training import packing_checks
 
-    monkeypatch.setattr(packed_cache, "FAMILIES", {"mamba"})
+    monkeypatch.setattr(packing_checks, "FAMILIES", {"mamba"})
     with pytest.raises(ConfigError, match="state that crosses rows"):
         check_model(make_model(MAMBA), 64)
 

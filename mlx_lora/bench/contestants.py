@@ -74,7 +74,7 @@ def training_step(model: nn.Module, config: AdapterConfig, tokens: mx.array) -> 
     number = iter(range(1, 1000))
 
     def run() -> None:
-        step.run(next(number), tokens, mask, True)
+        step.run(next(number), tokens, mask, ends_window=True)
         step.outcome()
         mx.eval(step.parameters, step.state)
 

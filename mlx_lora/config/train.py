@@ -18,6 +18,11 @@ class TrainConfig:
 
     iters: int = common(1000, "Iterations (batches) to train for.")
     batch_size: int = common(4, "Rows per batch.")
+    pack: bool = option(
+        False,
+        "Place several rows side by side in each sequence of --max-seq-length tokens; every row attends to itself "
+        "alone, and none is cut for it. --batch-size then counts sequences.",
+    )
     loss: str = option("cross_entropy", "Name of the loss.")
     grad_accumulation_steps: int = option(1, "Batches per optimizer step; every token has the same weight.")
     max_grad_norm: float | None = option(None, "Clip the gradient to this global norm.")

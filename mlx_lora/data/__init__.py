@@ -5,25 +5,29 @@ shapes.py    which columns are read          messages.py  messages and tools, re
 rows.py      rows to samples                 faults.py    what is wrong, as a short list
 template.py  the chat template               left_out.py  what the template leaves out
 chat.py      a sample's tokens and mask      load.py      data sets from sources or from rows in memory
-batches.py   the data set, its batches       questions.py rows as questions with known answers
+batches.py   the data set, its batches       packing.py   batches with several rows in a sequence
+questions.py rows as questions with known answers
 """
 
 from __future__ import annotations
 
 from .batches import Batch, Dataset, Example, Summary, batches_per_epoch, eval_batches, train_batches
 from .load import Splits, load_dataset, tokenize
+from .packing import PackedBatch, packed_batches
 from .questions import Question, questions
 
 __all__ = [
     "Batch",
     "Dataset",
     "Example",
+    "PackedBatch",
     "Question",
     "Splits",
     "Summary",
     "batches_per_epoch",
     "eval_batches",
     "load_dataset",
+    "packed_batches",
     "questions",
     "tokenize",
     "train_batches",

@@ -116,7 +116,7 @@ def train_batches(
 
     Returns: an iterator of batches of ``batch_size // world`` rows.
     """
-    _check(dataset, batch_size, rank, world)
+    check_shares(dataset, batch_size, rank, world)
     count = batches_per_epoch(dataset, batch_size)
 
     def generate() -> Iterator[Batch]:
@@ -134,7 +134,7 @@ def eval_batches(dataset: Dataset, batch_size: int, limit: int = -1, rank: int =
 
     Args and returns: as in ``train_batches``; ``limit=-1`` takes all batches.
     """
-    _check(dataset, batch_size, rank, world)
+    check_shares(dataset, batch_size, rank, world)
     order = np.argsort(dataset.lengths, kind="stable")
     count = batches_per_epoch(dataset, batch_size)
     taken = range(count) if limit < 0 or limit >= count else [(2 * k + 1) * count // (2 * limit) for k in range(limit)]
@@ -205,7 +205,7 @@ def _collate(dataset: Dataset, rows: np.ndarray, batch_size: int, rank: int, wor
     return Batch(tokens, mask)
 
 
-def _check(dataset: Dataset, batch_size: int, rank: int, world: int) -> None:
+def check_shares(dataset: Dataset, batch_size: int, rank: int, world: int) -> None:
     if len(dataset) == 0:
         raise DataError("The dataset is empty.", "Give at least one row.")
     if batch_size < 1 or batch_size % world or not 0 <= rank < world:

@@ -19,7 +19,8 @@ from ..layers import check_rank
 from ..model.full_parameters import modules_to_save
 from ..model.targets import check_patterns, select, select_named
 from ..training import build_optimizer
-from ..training.losses import loss_named
+from ..training.losses import check_takes_packed, loss_named
+from ..training.packing_checks import check_model
 
 
 def check_settings(settings: Any) -> None:
@@ -52,6 +53,22 @@ def check_settings(settings: Any) -> None:
     build_optimizer(optimizer, -(-train.iters // train.grad_accumulation_steps), nn.Module())
     if settings.resume_adapter_file:
         check_initial_weights(Path(settings.resume_adapter_file), adapter)
+
+
+def check_packing(settings: Any) -> None:
+    """Refuse to pack rows for a model that does not compute them as alone, from its config; ``train`` checks the rest.
+
+    Raises: ConfigError.
+    """
+    if not settings.train.pack:
+        return
+    check_takes_packed(settings.train.loss)
+    if not isinstance(settings.model, tuple):
+        try:
+            bare = BaseModel(resolve(settings.model)).model
+        except ModelError:  # loading says what is wrong with it
+            return
+        check_model(bare, settings.data.max_seq_length if isinstance(settings.data, DataConfig) else 0)
 
 
 def check_data(data: Any, splits: tuple[str, ...]) -> None:

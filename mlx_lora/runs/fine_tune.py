@@ -19,7 +19,7 @@ from ..model.attach import extract, parameter_counts, unmount
 from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport, build_optimizer, evaluate
 from ..training import train as train_model
 from .adapters import attach_for_run
-from .checks import check_data, check_modules
+from .checks import check_data, check_modules, check_packing
 from .evaluation import load_model, load_sets
 from .folder import RunFolder, is_main_process
 from .identity import check, continued, identify
@@ -113,6 +113,7 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
         yield Warned(text)
     check_data(settings.data, settings.splits)
     check_modules(settings.model, settings.adapter)
+    check_packing(settings)
     logs = trackers(settings.report_to, settings.project_name, settings.tracked()) if is_main_process() else []
     model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
     sets = yield from load_sets(settings.data, tokenizer, settings.splits)

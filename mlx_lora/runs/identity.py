@@ -121,6 +121,8 @@ def _differences(saved: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple
 def _comparable(section: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a section, the scale and alpha of an adapter as one scale."""
     found = dict(settings.get(section) or {})
+    if section == "train" and found:  # an older version has fewer options
+        found = {**asdict(TrainConfig()), **found}
     if section == "adapter" and found.get("method") != "full":
         scale = AdapterConfig(**found).scale_of("")
         found = {**{n: v for n, v in found.items() if n not in ("alpha", "rslora")}, "scale": scale}

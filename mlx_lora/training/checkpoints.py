@@ -12,11 +12,13 @@ from typing import Any
 import mlx.core as mx
 
 from ..base.writing import sync, writing
+from ..data.packing import capacity
 from ..errors import FormatError, TrainingError
 
 _KEY, _VERSION = "mlx_lora_training_state", 1
 _GROUPS = ("parameters", "optimizer", "pending")
 _DATA = "training data"
+_PACK = "tokens in a packed sequence"
 OTHER_DATA = "{} data: other rows or another order, or the rows are tokenized or masked differently"
 
 
@@ -144,6 +146,7 @@ def fingerprint(
         "batch_size": config.batch_size,
         "grad_accumulation_steps": config.grad_accumulation_steps,
         "seed": config.seed,
+        _PACK: capacity(train_set) if config.pack else 0,
         "optimizer": optimizer,
         "rows of training data": len(train_set),
         _DATA: getattr(train_set, "digest", None),  # a list of examples has none
@@ -155,7 +158,8 @@ def fingerprint(
 def check_fingerprint(saved: dict[str, Any], here: dict[str, Any], most: int = 10) -> None:
     """Raise a `TrainingError` that lists how `here` differs from the run that `saved` the state."""
     before, now = _flat(saved), _flat(here)
-    before.setdefault(_DATA, now[_DATA])  # an older version did not record it
+    before.setdefault(_DATA, now[_DATA])  # older versions did not record these
+    before.setdefault(_PACK, 0)
     differences = [
         OTHER_DATA.format("training") if name == _DATA else difference(name, before.get(name), now.get(name))
         for name in {**before, **now}

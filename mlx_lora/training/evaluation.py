@@ -36,7 +36,7 @@ def evaluate(
     total, count = 0.0, 0.0
     with mode(model, training=False):
         for batch in eval_batches(dataset, batch_size, limit, group.rank(), group.size()):
-            sums = batch_loss(model, mx.array(batch.tokens), mx.array(batch.mask))
+            sums = batch_loss(model, *(mx.array(array) for array in batch))
             mx.eval(sums)
             total, count = total + sums[0].item(), count + sums[1].item()
     if group.size() > 1:

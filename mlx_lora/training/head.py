@@ -21,7 +21,7 @@ WHOLE, PIECE = 1 << 29, 1 << 26
 
 
 def loss_in_chunks(
-    model: nn.Module, tokens: mx.array, targets: mx.array, mask: mx.array, losses: Callable
+    model: nn.Module, tokens: mx.array, targets: mx.array, mask: mx.array, losses: Callable, **options: Any
 ) -> mx.array | None:
     """The sum of the losses of the learned tokens, in chunks; None where that saves nothing or is not possible.
 
@@ -31,13 +31,14 @@ def loss_in_chunks(
     Args:
         tokens, targets: [B, T]. mask: [B, T], True where the target is learned.
         losses: function of (logits [..., vocab], targets [...]), returns the losses [...].
+        options: what the model is called with besides tokens, such as its cache.
     """
     if not type(model).__module__.startswith("mlx_lm.models.") or 4 * tokens.size * _widest(model) <= WHOLE:
         return None
     if (path := _body_path(model)) is None:
         return None
     seen: list = []
-    logits = _with_body(model, path, lambda body: _Recorder(body, seen))(tokens)  # only their shape is used
+    logits = _with_body(model, path, lambda body: _Recorder(body, seen))(tokens, **options)  # only their shape is used
     if len(seen) != 1 or seen[0] is logits:
         return None
     (hidden,), vocabulary = seen, logits.shape[-1]

@@ -67,17 +67,17 @@ class Step:
         self._accumulate = mx.compile(self._accumulate_fn, **random)
         self._update = mx.compile(self._update_fn)
 
-    def run(self, iteration: int, tokens: mx.array, mask: mx.array, ends_window: bool) -> None:
-        """Start computing a batch (tokens [B, T], mask [B, T-1]); `outcome` waits for the result."""
+    def run(self, iteration: int, *batch: mx.array, ends_window: bool) -> None:
+        """Start computing a batch, whose arrays the loss takes after the model; `outcome` waits for the result."""
         size, rank = (self._group.size(), self._group.rank()) if self._group else (1, 0)
         mx.random.seed((self._seed << 32) | (iteration * size + rank))
         if self._fused:
             self.parameters, self.state, self._batch, self._step = self._train_batch(
-                self.parameters, self.state, tokens, mask
+                self.parameters, self.state, *batch
             )
         else:
             sums = self._sums or self._nothing
-            self._sums, self._batch = self._accumulate(self.parameters, sums, tokens, mask)
+            self._sums, self._batch = self._accumulate(self.parameters, sums, *batch)
         self.settle()
         if ends_window and not self._fused:
             self.flush()
@@ -122,23 +122,23 @@ class Step:
         # average_gradients packs small arrays into buckets of 32 MiB: one collective for each bucket.
         return [mean * self._group.size() for mean in average_gradients(arrays, self._group)]
 
-    def _sums_fn(self, parameters, tokens, mask) -> dict[str, Any]:
+    def _sums_fn(self, parameters, *batch) -> dict[str, Any]:
         """Sums over the tokens of a batch: float32 gradients of this process, loss and count of all processes."""
 
         def objective(parameters):
             self._put(parameters)
-            return self._loss(self._model, tokens, mask)
+            return self._loss(self._model, *batch)
 
         (loss, count), gradients = mx.value_and_grad(objective)(parameters)
         loss, count = self._all_sum([loss, count])
         return {"gradients": tree_map(lambda g: g.astype(mx.float32), gradients), "loss": loss, "tokens": count}
 
-    def _accumulate_fn(self, parameters, sums, tokens, mask):
-        new = self._sums_fn(parameters, tokens, mask)
+    def _accumulate_fn(self, parameters, sums, *batch):
+        new = self._sums_fn(parameters, *batch)
         return tree_map(mx.add, sums, new), mx.stack([new["loss"], new["tokens"]])
 
-    def _train_batch_fn(self, parameters, state, tokens, mask):
-        sums = self._sums_fn(parameters, tokens, mask)
+    def _train_batch_fn(self, parameters, state, *batch):
+        sums = self._sums_fn(parameters, *batch)
         parameters, state, step = self._update_fn(parameters, state, sums)
         return parameters, state, mx.stack([sums["loss"], sums["tokens"]]), step
 

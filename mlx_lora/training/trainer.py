@@ -12,16 +12,19 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as opt
+import numpy as np
 from mlx.utils import tree_flatten
 
 from ..config import TrainConfig
-from ..data import Dataset, train_batches
+from ..data import Dataset, packed_batches, train_batches
+from ..data.packing import capacity
 from ..device import memory_limits
 from ..errors import TrainingError
 from .checkpoints import Tally, TrainingState, check_fingerprint, fingerprint
 from .evaluation import evaluate, mode
-from .losses import loss_named
+from .losses import check_takes_packed, loss_named
 from .optimizers import MasterWeights
+from .packing_checks import check_model, check_rows
 from .recompute import recomputed_layers
 from .reports import Checkpoint, Done, Progress, Report, SkippedStep, TrainReport, ValReport
 from .step import Step
@@ -60,8 +63,9 @@ def train(
     parameters and its own layers, each module is in the mode it had, and the memory limits are what they were.
 
     Raises: at once, ConfigError for an unknown loss, and TrainingError where there is nothing to train, no training
-        data, or where `resume` is the state of another run; while running, TrainingError after `max_skipped_steps`
-        steps in a row with non-finite gradients.
+        data, or where `resume` is the state of another run; ConfigError where the model does not compute packed rows
+        (`config.pack`) as each alone, some of it when the iteration begins; while running, TrainingError after
+        `max_skipped_steps` steps in a row with non-finite gradients.
     """
     config = config or TrainConfig()
     loss_named(_loss_of(config))
@@ -77,6 +81,9 @@ def train(
         )
     if len(train_set) == 0:
         raise TrainingError("The training set is empty.", "Check that train.jsonl in the data folder has rows.")
+    if config.pack:
+        check_takes_packed(_loss_of(config))
+        check_model(model, capacity(train_set))
     group = mx.distributed.init()
     settings = fingerprint(config, _loss_of(config), MasterWeights(optimizer).name, train_set, group.size(), parameters)
     if resume is not None:
@@ -129,6 +136,10 @@ class _Run:
 
     def _prepare(self, resume: TrainingState | None) -> None:
         mx.eval(self.model.parameters())  # else each call of the compiled step would compute them again
+        if self.config.pack:
+            with mode(self.model, training=False):
+                longest = np.argsort(-self.train_set.lengths, kind="stable")[[0, min(1, len(self.train_set) - 1)]]
+                check_rows(self.model, [self.train_set[int(row)] for row in longest])
         self.optimizer.init(dict(tree_flatten(self.model.trainable_parameters())))
         if resume is not None:
             self.optimizer.restore(resume.optimizer)
@@ -159,7 +170,7 @@ class _Run:
             yield from self._validate()
         if tally.iteration == config.iters:
             return False
-        batches = train_batches(
+        batches = (packed_batches if config.pack else train_batches)(
             self.train_set,
             config.batch_size,
             seed=config.seed,
@@ -172,7 +183,7 @@ class _Run:
             tic = time.perf_counter()
             tally.iteration += 1
             last = tally.iteration == config.iters
-            self.step.run(tally.iteration, *batch, tally.iteration % config.grad_accumulation_steps == 0)
+            self.step.run(tally.iteration, *batch, ends_window=tally.iteration % config.grad_accumulation_steps == 0)
             if not last:
                 batch = _arrays(next(batches))  # while the device computes
             outcome = self.step.outcome()
@@ -277,8 +288,8 @@ class _Run:
         return stopped
 
 
-def _arrays(batch: Any) -> tuple[mx.array, mx.array]:
-    return mx.array(batch.tokens), mx.array(batch.mask)
+def _arrays(batch: Any) -> tuple[mx.array, ...]:
+    return tuple(mx.array(array) for array in batch)
 
 
 def _peak() -> float:

@@ -111,7 +111,7 @@ def whole(rows: int, tokens: int, bits: int | None) -> float:
     count = iter(range(1, 1000))
 
     def run():
-        step.run(next(count), ids, mask, True)
+        step.run(next(count), ids, mask, ends_window=True)
         step.outcome()
         return step.parameters
 

@@ -3,8 +3,9 @@
 ./scripts/bench train [--rounds 3] [--seconds 12] [--batch-size 4] [--only NAME ...] [--peft-python PATH]
 
 Each contestant runs in a process of its own, in turn, round after round; the table gives medians over the rounds.
-Counted are the tokens that are learned, not padding. PEFT takes part where torch and peft can be imported
-(pip install 'mlx-lora[judge]'), or through another Python named by --peft-python.
+Counted are the tokens that are learned, not padding. Rows of similar length are padded together; "unsorted" pads rows
+in random order, and "packed" is --pack with a sequence of 512 or 2048 tokens as a batch. PEFT takes part where torch
+and peft can be imported (pip install 'mlx-lora[judge]'), or through another Python named by --peft-python.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 CONTESTANTS = {
     "mlx-lora, 4-bit base": ("ours", {"bits": 4}, {}),
     "mlx-lora, float32 base": ("ours", {}, {}),
+    "mlx-lora, 4-bit base, unsorted": ("ours", {"bits": 4, "window": 1}, {}),
+    "mlx-lora, 4-bit base, packed 512": ("ours", {"bits": 4, "pack": 512}, {}),
+    "mlx-lora, 4-bit base, packed 2048": ("ours", {"bits": 4, "pack": 2048}, {}),
     "mlx-lora, DoRA, 4-bit base": ("ours", {"bits": 4, "method": "dora"}, {}),
     "mlx-lm, 4-bit base": ("mlx_lm", {"bits": 4}, {"MLX_LORA_BLAS": "off"}),
     "mlx-lm, 4-bit base, same BLAS": ("mlx_lm", {"bits": 4}, {}),
@@ -104,17 +108,27 @@ class Clock:
         return {"tokens_per_second": self.tokens / (self.toc - self.tic), "steps": self.steps}
 
 
-def ours(seconds: float, batch: int, bits: int | None = None, method: str = "lora") -> dict:
+def ours(
+    seconds: float,
+    batch: int,
+    bits: int | None = None,
+    method: str = "lora",
+    window: int | None = None,
+    pack: int | None = None,
+) -> dict:
+    """window: batches whose rows are sorted together. pack: tokens in a sequence; a batch is then one sequence."""
     import mlx_lora
     from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+    from mlx_lora.data import batches, packed_batches, train_batches
     from mlx_lora.fast import accelerate
     from mlx_lora.training import Progress, TrainReport
 
     model = mlx_model(bits)
     accelerate(model)
     mlx_lora.attach(model, AdapterConfig(method=method, rank=RANK, scale=SCALE, num_layers=-1))
-    data = mlx_lora.tokenize(rows(), tokenizer(), DataConfig())
-    config = TrainConfig(iters=100_000, batch_size=batch, steps_per_report=1)
+    data = mlx_lora.tokenize(rows(), tokenizer(), DataConfig(max_seq_length=pack or 2048))
+    batch, batches.WINDOW = 1 if pack else batch, window or batches.WINDOW
+    config = TrainConfig(iters=100_000, batch_size=batch, steps_per_report=1, pack=bool(pack))
     optimizer = mlx_lora.build_optimizer(OptimizerConfig(learning_rate=RATE), config.iters)
     clock, before = Clock(seconds), 0
     for report in mlx_lora.train(model, optimizer, data, None, config):
@@ -123,7 +137,9 @@ def ours(seconds: float, batch: int, bits: int | None = None, method: str = "lor
                 break
             before = report.trained_tokens
         assert not isinstance(report, Progress) or report.loss is not None
-    return clock.result()
+    made = (packed_batches if pack else train_batches)(data, batch, seed=0)
+    learned, all_ = zip(*((b.mask.sum(), b.mask.size) for b in itertools.islice(made, 300)), strict=True)
+    return {**clock.result(), "padding": 1 - float(sum(learned) / sum(all_))}
 
 
 def mlx_lm(seconds: float, batch: int, bits: int | None = None) -> dict:
@@ -254,12 +270,13 @@ def report(found: dict[str, list[dict]], as_json: bool) -> None:
         for name, results in found.items():
             print(json.dumps({"name": name, "tokens_per_second": speed[name], "rounds": results}))
         return
-    print(f"{'':<34}{'tokens/s':>10}{'spread':>16}{'peak GB':>9}   {first} is")
+    print(f"{'':<34}{'tokens/s':>10}{'spread':>16}{'peak GB':>9}{'padding':>9}   {first} is")
     for name, results in found.items():
         all_speeds = [r["tokens_per_second"] for r in results]
         spread = f"{min(all_speeds):.0f}-{max(all_speeds):.0f}"
+        padding = f"{results[0]['padding']:.1%}" if "padding" in results[0] else ""
         print(
-            f"{name:<34}{speed[name]:>10.0f}{spread:>16}{median(name, 'peak_memory'):>9.2f}"
+            f"{name:<34}{speed[name]:>10.0f}{spread:>16}{median(name, 'peak_memory'):>9.2f}{padding:>9}"
             f"   {speed[first] / speed[name]:.2f}x its speed"
         )
 

@@ -113,6 +113,7 @@ RULES = {
     ("train", "loraplus_lr_embedding"): [f"{TRAIN} --loraplus-lr-embedding 1e-6"],
     ("train", "loraplus_weight_decay"): [f"{TRAIN} --loraplus-weight-decay 0.1"],
     ("train", "steps_per_eval"): [f"{TRAIN} --val-batches 0 --steps-per-eval 5"],
+    ("train", "pack"): [f"{TRAIN} --pack --no-train --test"],
     ("train", "resume_adapter_file"): [
         f"{TRAIN} --resume-adapter-file a/adapters.safetensors --init gaussian",
         f"{TRAIN} --resume-adapter-file peft/adapter_model.safetensors",

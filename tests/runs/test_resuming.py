@@ -187,7 +187,14 @@ def test_every_setting_is_free_forced_or_compared():
     """A new field of a config is compared unless it is listed, and the lists name no field that is gone."""
     fields = {f.name for kind in (OptimizerConfig, TrainConfig) for f in dataclasses.fields(kind)}
     assert set(FREE) | set(FORCED) <= fields
-    assert fields - set(FREE) - set(FORCED) == {"optimizer", "batch_size", "loss", "grad_accumulation_steps", "seed"}
+    assert fields - set(FREE) - set(FORCED) == {
+        "optimizer",
+        "batch_size",
+        "pack",
+        "loss",
+        "grad_accumulation_steps",
+        "seed",
+    }
 
 
 def test_train_help_lists_what_may_change():

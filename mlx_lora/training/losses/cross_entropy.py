@@ -9,20 +9,22 @@ import mlx.nn as nn
 
 from ...device import is_cpu
 from ..head import loss_in_chunks
+from ..packed_cache import packed_cache
 
 
-def loss(model: nn.Module, tokens: Any, mask: Any) -> tuple[mx.array, mx.array]:
+def loss(model: nn.Module, tokens: Any, mask: Any, segments: Any = None) -> tuple[mx.array, mx.array]:
     """The cross entropy of the learned tokens, in nats, as a sum, and the number of these tokens.
 
-    Arguments and results: see `losses/__init__.py`. Padding changes nothing, because the models are causal: the sum of
-    a batch is the sum of its rows'.
+    Arguments and results: see `losses/__init__.py`. Padding changes nothing, because the models are causal, and neither
+    does packing (`segments`): the sum of a batch is the sum of its rows'.
     """
     tokens, mask = mx.array(tokens), mx.array(mask)
     inputs, targets, count = tokens[:, :-1], tokens[:, 1:], mask.astype(mx.float32).sum()
-    total = loss_in_chunks(model, inputs, targets, mask, token_losses)
+    options = {} if segments is None else {"cache": packed_cache(model, mx.array(segments)[:, :-1])}
+    total = loss_in_chunks(model, inputs, targets, mask, token_losses, **options)
     if total is not None:
         return total, count
-    losses = token_losses(model(inputs), targets)
+    losses = token_losses(model(inputs, **options), targets)
     # `where` and not a product: infinity times 0 is not 0.
     return mx.where(mask, losses, 0).sum(), count
 

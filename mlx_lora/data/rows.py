@@ -54,6 +54,7 @@ def check(rows: Iterable[Row], config: DataConfig, template: str | None, faults:
     samples: list[Sample] = []
     renamed: dict[str, str] = {}
     left_out: set[str] = set()  # columns that belong to the prompt, and that mlx-lm's keys leave out of it
+    strings = template is not None  # whether these rows could be read as instructions instead
     seen = next((row.where for row, shape in zip(rows, found, strict=True) if shape is main), None)
     if main is not None:
         try:
@@ -69,14 +70,20 @@ def check(rows: Iterable[Row], config: DataConfig, template: str | None, faults:
             _check_text(sample[1:])
             samples.append(sample)
             if shape.kind == "completion":
-                left_out |= {key for key in value if str(key).strip().lower() in PROMPT_PARTS and value[key]}
+                beside = {key for key in value if str(key).strip().lower() in PROMPT_PARTS and value[key]}
+                left_out |= beside
+                strings = strings and not (beside and isinstance(from_json_list(value[shape.main]), list))
         except Unreadable as fault:
             faults.append(Fault(where, str(fault), getattr(fault, "part", "")))
     if not samples:
         return Checked([], [], [])
     used = [shape for shape in shapes.values() if isinstance(shape, Shape) and shape.same(main)]
     keys = {key for columns in shapes for key, _ in columns}
-    warnings = _warnings(samples, rows[0].where.name, sorted(left_out), main, config)
+    warnings = []
+    if left_out:
+        warnings.append(_left_out_of_prompts(main, rows[0].where.name, sorted(left_out), strings))
+    if not config.mask_prompt and any(sample.unlearned for sample in samples):
+        warnings.append(f"{rows[0].where.name}: messages of weight 0 are learned, too: --mask-prompt leaves them out")
     return Checked(samples, reading(used, keys, renamed, template is not None), warnings)
 
 
@@ -133,18 +140,15 @@ def _check_text(value: Any) -> None:
             _check_text(item)
 
 
-def _warnings(samples: list[Sample], name: str, left_out: list[str], shape: Shape, config: DataConfig) -> list[str]:
-    lines = []
-    if left_out:
-        renamed = f", or name the columns 'prompt' and 'response' instead of {shape.main!r} and {shape.answer!r}"
-        lists = any(sample.first > 1 or (sample.messages and not sample.first) for sample in samples)
-        lines.append(
-            f"{name}: the prompts do not include {', '.join(left_out)}, because {shape.main} and {shape.answer} rows "
-            f"are read as in mlx-lm; to include them, write messages{'' if lists else renamed}"
-        )
-    if not config.mask_prompt and any(sample.unlearned for sample in samples):
-        lines.append(f"{name}: messages of weight 0 are learned, too: only --mask-prompt leaves them out")
-    return lines
+def _left_out_of_prompts(shape: Shape, name: str, columns: list[str], strings: bool) -> str:
+    fix = f"write them into {shape.main!r}"
+    if strings:
+        old = f"{shape.main!r} and {shape.answer!r}"
+        fix = f"write messages, or name the columns 'prompt' and 'response' instead of {old}"
+    return printable(
+        f"{name}: the prompts do not include {', '.join(columns)}: mlx-lm reads {shape.main} and {shape.answer} alone; "
+        f"to include them, {fix}"
+    )
 
 
 def _check_kind(shape: Shape, config: DataConfig, template: str | None) -> None:

@@ -192,6 +192,6 @@ def reading(shapes: Iterable[Shape], columns: Iterable[str], renamed: dict[str, 
     return [printable(line)] if parts or others else []
 
 
-_SAID = {"system": "system", "history": "earlier turns", "tools": "tools"}
+_SAID = {"system": "system message", "history": "earlier turns", "tools": "tools"}
 _OTHER_SIDE = {"prompt": "completion", "completion": "prompt"}
 _DEFAULTS = {kind: getattr(DataConfig(), f"{kind}_feature") for kind in ("prompt", "completion", "chat", "text")}

@@ -196,8 +196,12 @@ def _csv(data: bytes, name: str, faults: list[Fault], notes: list[str], delimite
     return rows
 
 
-def _consistency(text: str, delimiter: str) -> tuple[bool, float]:
-    """Whether the header has several cells, and the share of the first rows that have as many cells as it."""
+def _consistency(text: str, delimiter: str) -> tuple[bool, float, bool]:
+    """How well a delimiter explains a file, to compare with others.
+
+    Returns: whether the header has several cells, the share of the first rows that have as many cells as it, and
+    whether none of its cells begins with a blank, as after a comma in a text.
+    """
     head: list[str] = []
     rows: list[bool] = []
     try:
@@ -206,7 +210,9 @@ def _consistency(text: str, delimiter: str) -> tuple[bool, float]:
         rows.extend(len(cells) == len(head) for cells in itertools.islice(lines, _FIRST_ROWS))
     except csv.Error:
         pass
-    return len(head) > 1, sum(rows) / max(len(rows), 1)
+    if len(head) < 2:
+        return False, 0.0, False
+    return True, sum(rows) / max(len(rows), 1), not any(cell.startswith(" ") for cell in head)
 
 
 def _tsv(data: bytes, name: str, faults: list[Fault], notes: list[str]) -> Values:

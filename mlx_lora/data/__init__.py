@@ -6,7 +6,7 @@ rows.py      rows to samples                 faults.py    what is wrong, as a sh
 template.py  the chat template               left_out.py  what the template leaves out
 chat.py      a sample's tokens and mask      load.py      data sets from sources or from rows in memory
 batches.py   the data set, its batches       packing.py   batches with several rows in a sequence
-questions.py rows as questions with known answers
+numbered.py  whether a split is complete     questions.py rows as questions with known answers
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ class Encoder:
         turns = [i for i, message in enumerate(messages) if i >= sample.first and message["role"] == "assistant"]
         if self.mask_turns == "last":
             turns = turns[-1:]
+        turns = [i for i in turns if i not in sample.unlearned]
         if not turns:
             return ids, np.zeros(len(ids), bool)
 

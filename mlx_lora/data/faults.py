@@ -38,21 +38,29 @@ def listing(faults: Sequence[Fault], most: int = MOST_LINES) -> str:
         return "\n".join(lines)
     rest = list(kinds.values())[most - 1 :]
     names = dict.fromkeys(group[0].where.name for group in rest)
-    rows = sum(len(group) for group in rest)
-    return "\n".join(
-        [*lines[: most - 1], f"and {len(rest)} other kinds of faults in {rows} rows of {', '.join(names)}"]
-    )
+    rows = counted(sum(len(group) for group in rest), "row")
+    return "\n".join([*lines[: most - 1], f"and {len(rest)} other kinds of faults in {rows} of {', '.join(names)}"])
 
 
 def _line(group: list[Fault]) -> str:
     first = group[0]
     parts = dict.fromkeys(fault.part for fault in group)
     part = first.part if len(parts) == 1 else "a message"
-    text = f"{part} {first.text}".lstrip()
+    text = printable(f"{part} {first.text}".lstrip())
     numbers = sorted({fault.where.number for fault in group} - {None})
     if len(numbers) < 2:
         return f"{first.where}{first.spot and ', '}{first.spot}: {text}"
     return f"{first.where.name}, {len(numbers)} rows ({ranges(numbers)}): {text}"
+
+
+def counted(count: int, what: str) -> str:
+    """A number and a noun: "1 row", "2 rows"."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def printable(text: str) -> str:
+    """The text with half surrogate pairs as escapes, because terminals and files cannot take them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def ranges(numbers: Sequence[int]) -> str:

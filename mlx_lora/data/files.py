@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterable
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
-from .faults import Fault, Place
+from .faults import Fault, Place, counted
 from .shapes import CHATS
+
+_FIRST_ROWS = 50  # of a CSV file, to find what separates its cells
 
 
 class Row(NamedTuple):
@@ -44,8 +47,22 @@ def read_file(path: Path, faults: list[Fault], notes: list[str]) -> list[Row]:
     except (OSError, EOFError, zlib.error) as error:
         faults.append(Fault(Place(name), f"not a gzip file ({error}): compress it again"))
         return []
+    if file_format(name) not in _BINARY and (encoding := _other_encoding(data)):
+        fix = f"convert it with iconv -f {encoding} -t UTF-8, or save it as UTF-8"
+        faults.append(Fault(Place(name), f"is written in {encoding}, not in UTF-8: {fix}"))
+        return []
     values = FORMATS[file_format(name)](data.removeprefix(b"\xef\xbb\xbf"), name, faults, notes)
     return [Row(Place(name, number), value) for number, value in values]
+
+
+def _other_encoding(data: bytes) -> str:
+    """UTF-16 or UTF-32, by the byte order mark or the zero bytes of an ASCII letter; "" for other encodings."""
+    if data[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return "UTF-32"
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "UTF-16"
+    zeros = tuple(byte == 0 for byte in data[:4])
+    return {(False, True, False, True): "UTF-16LE", (True, False, True, False): "UTF-16BE"}.get(zeros, "")
 
 
 def numbered(values: Iterable[Any]) -> list[tuple[int, Any]]:
@@ -95,14 +112,36 @@ def _json(data: bytes, name: str, faults: list[Fault], notes: list[str]) -> Valu
         faults.append(Fault(Place(name), "is one value, not a list of rows: write [{...}, {...}]"))
         return []
     lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
-    if not lists or any(key.lower() in CHATS for key in lists):
+    if any(key.lower() in CHATS for key in lists):
         return [(1, value)]
+    if not lists:
+        return _columns(value, name, faults, notes)
     if len(lists) > 1:
         text = f"holds several lists ({', '.join(lists)}): save the rows of each set as a file of their own"
         faults.append(Fault(Place(name), text))
         return []
     notes.append(f"Reading the rows in {lists[0]!r} of {name}")
     return numbered(value[lists[0]])
+
+
+def _columns(value: dict, name: str, faults: list[Fault], notes: list[str]) -> Values:
+    """The rows of an object that holds a column under each key: a list, or pandas' object of row names and values."""
+    if not value or not all(isinstance(column, list) or _by_row_name(column) for column in value.values()):
+        return [(1, value)]
+    columns = {key: column if isinstance(column, dict) else dict(enumerate(column)) for key, column in value.items()}
+    first = next(iter(columns.values()))
+    if any(column.keys() != first.keys() for column in columns.values()):
+        lengths = ", ".join(f"{key}: {len(column)}" for key, column in columns.items())
+        text = f"holds columns of different rows ({lengths}): write a list of rows, [{{...}}, {{...}}]"
+        faults.append(Fault(Place(name), text))
+        return []
+    rows = [{key: column[row] for key, column in columns.items()} for row in first]
+    notes.append(f"Reading {name} by columns ({', '.join(columns)}): {counted(len(rows), 'row')}")
+    return numbered(rows)
+
+
+def _by_row_name(column: Any) -> bool:
+    return isinstance(column, dict) and bool(column) and all(key.isdecimal() for key in column)
 
 
 def _parse(data: bytes, where: Place, faults: list[Fault]) -> Any:
@@ -129,13 +168,13 @@ def _csv(data: bytes, name: str, faults: list[Fault], notes: list[str], delimite
     except UnicodeDecodeError as error:
         faults.append(_not_utf8(Place(name), error))
         return []
-    head = text.split("\n", 1)[0]
-    if delimiter not in head and (other := next((mark for mark in ";\t|," if mark in head), None)):
-        delimiter = other
-        notes.append(f"Reading {name} with {delimiter!r} between its cells")
     before = csv.field_size_limit(max(csv.field_size_limit(), min(len(text) + 1, 2**31 - 1)))
     number, rows = 0, []
     try:
+        found = max((delimiter, *";\t|,"), key=lambda mark: _consistency(text, mark))
+        if found != delimiter:
+            delimiter = found
+            notes.append(f"Reading {name} with {delimiter!r} between its cells")
         # strict: otherwise a quote that is never closed takes the rest of the file into one cell.
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header = next(lines, [])
@@ -144,8 +183,9 @@ def _csv(data: bytes, name: str, faults: list[Fault], notes: list[str], delimite
             return []
         for number, cells in enumerate(filter(None, lines), 1):
             if len(cells) != len(header):
-                text = f"has not the {len(header)} cells of the header: quote texts that contain {delimiter!r}"
-                faults.append(Fault(Place(name, number), text, spot=f"{len(cells)} cells"))
+                text = f"does not have the {counted(len(header), 'cell')} of the header: "
+                text += f"quote texts that contain {delimiter!r}"
+                faults.append(Fault(Place(name, number), text, spot=counted(len(cells), "cell")))
             else:
                 rows.append((number, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
@@ -154,6 +194,25 @@ def _csv(data: bytes, name: str, faults: list[Fault], notes: list[str], delimite
     finally:
         csv.field_size_limit(before)
     return rows
+
+
+def _consistency(text: str, delimiter: str) -> tuple[bool, float, bool]:
+    """How well a delimiter explains a file, to compare with others.
+
+    Returns: whether the header has several cells, the share of the first rows that have as many cells as it, and
+    whether none of its cells begins with a blank, as after a comma in a text.
+    """
+    head: list[str] = []
+    rows: list[bool] = []
+    try:
+        lines = filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        head = next(lines, [])
+        rows.extend(len(cells) == len(head) for cells in itertools.islice(lines, _FIRST_ROWS))
+    except csv.Error:
+        pass
+    if len(head) < 2:
+        return False, 0.0, False
+    return True, sum(rows) / max(len(rows), 1), not any(cell.startswith(" ") for cell in head)
 
 
 def _tsv(data: bytes, name: str, faults: list[Fault], notes: list[str]) -> Values:
@@ -197,4 +256,5 @@ def _table(read: Any, name: str, faults: list[Fault]) -> Values:
 
 
 FORMATS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _tsv}
+_BINARY = (".parquet", ".arrow", ".feather")
 FORMATS |= {".parquet": _parquet, ".arrow": _arrow, ".feather": _arrow}

@@ -12,7 +12,7 @@ from ..config import DataConfig
 from ..errors import ConfigError, DataError
 from . import chat, sources
 from .batches import Dataset, Example, Summary
-from .faults import Fault, Place, listing
+from .faults import Fault, Place, counted, listing
 from .files import Row
 from .rows import check
 from .template import template_of
@@ -103,7 +103,7 @@ def _encode_all(
             faults.append(Fault(sample.where, str(error)))
         else:
             out.append(Example(np.array(ids, np.int32), mask))
-    return out, encoder.left_out.warnings(), checked.reading
+    return out, [*checked.warnings, *encoder.left_out.warnings()], checked.reading
 
 
 def _build(drafts: list[Example], limit: int, source: str, left_out: list[str], reading: list[str]) -> Dataset:
@@ -117,7 +117,7 @@ def _build(drafts: list[Example], limit: int, source: str, left_out: list[str], 
     if not kept:
         fix = f"Raise --max-seq-length to {longest}" if truncated else "Add rows with an answer"
         raise DataError(
-            f"Nothing to learn in {source}: none of its {len(drafts)} rows has a token to learn "
+            f"Nothing to learn in {source}: none of its {counted(len(drafts), 'row')} has a token to learn "
             f"among its first {limit} (longest row: {longest}).",
             f"{fix}.",
         )
@@ -140,6 +140,6 @@ def _build(drafts: list[Example], limit: int, source: str, left_out: list[str], 
 def _error(faults: list[Fault]) -> DataError:
     rows = len({fault.where for fault in faults})
     return DataError(
-        f"{rows} error{'s' * (rows > 1)} in the data:\n{listing(faults)}",
+        f"{counted(rows, 'error')} in the data:\n{listing(faults)}",
         "Correct these rows as the lines above say, or remove them.",
     )

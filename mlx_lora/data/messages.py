@@ -65,7 +65,7 @@ def read_messages(value: Any, key: str, template: str, renamed: dict[str, str]) 
         try:
             message = _message(message, template, renamed)
             if "function_call" in message:
-                message["tool_calls"] = _old_calls(message.pop("function_call"), number)
+                message["tool_calls"] = _old_calls(message.pop("function_call"), number, message.get("tool_calls"))
                 calls = list(message["tool_calls"])  # that the following results answer
             elif message["role"] in ("tool", "function") and calls and "tool_call_id" not in message:
                 message["tool_call_id"] = calls.pop(0)["id"]
@@ -97,14 +97,19 @@ def _message(message: Any, template: str, renamed: dict[str, str]) -> dict:
     if "role" not in message:
         raise Unreadable(f'has no role (its keys: {", ".join(map(str, message))}): add "role"')
     message["role"] = role = _role(message["role"], template, renamed)
-    if "function_call" in message:
+    if role == "function_call":
+        message["role"] = "assistant"
+        if "function_call" in message:
+            raise Unreadable("has a call as its role says, and another one in function_call: keep one of them")
+        message["function_call"] = message.pop("content", None)
+    elif "function_call" in message:
         renamed["function_call"] = "tool_calls"
-    elif role == "function_call":
-        message |= {"role": "assistant", "function_call": message.pop("content", None)}
     if message.get("tool_calls"):
         message["tool_calls"] = _tool_calls(message["tool_calls"])
     else:
         message.pop("tool_calls", None)  # templates ask "is defined", and an empty list is
+    if message.get("weight", 1) not in (0, 1):
+        raise Unreadable(f"has the weight {message['weight']!r}: write 0 (not learned) or 1 (learned)")
     if "content" in message:
         message["content"] = joined(message["content"])
     elif not message.get("tool_calls") and "function_call" not in message:
@@ -162,17 +167,27 @@ def _tool_calls(calls: Any) -> list[dict]:
         function = call["function"] if isinstance(call.get("function"), dict) else call
         if not isinstance(function.get("name"), str):
             raise Unreadable('has a tool call without a name: write {"function": {"name": ..., "arguments": ...}}')
-        arguments = from_json(function.get("arguments"))
-        if isinstance(arguments, dict):
-            function = {**function, "arguments": arguments}
+        if function.get("arguments") is not None:
+            function = {**function, "arguments": _arguments(function["arguments"])}
         out.append({**call, "function": function} if isinstance(call.get("function"), dict) else function)
     return out
 
 
-def _old_calls(value: Any, number: int) -> list[dict]:
+def _arguments(value: Any) -> dict:
+    found = {} if value == "" else from_json(value)  # OpenAI writes "" for a call without arguments
+    if not isinstance(found, dict):
+        kind = "a string that is not a JSON object" if isinstance(found, str) else type_name(found)
+        raise Unreadable(f'has a tool call whose arguments are {kind}: write {{"name of the argument": value}}')
+    return found
+
+
+def _old_calls(value: Any, number: int, beside: list[dict] | None) -> list[dict]:
     """Tool calls from one or several functions' names and arguments, as objects or JSON text.
 
     They have no ids, and some templates require them, of nine letters and digits (Mistral's).
+
+    Args:
+        beside: the message's ``tool_calls``, which must be the same calls, and are then returned.
     """
     value = from_json(value)
     calls = value if isinstance(value, list) else [value]
@@ -182,7 +197,24 @@ def _old_calls(value: Any, number: int) -> list[dict]:
     for k, call in enumerate(calls):
         function = {"name": call["name"], "arguments": call.get("arguments", call.get("parameters", {}))}
         made.append({"id": f"call{number:03}{k:02}", "type": "function", "function": function})
-    return _tool_calls(made)
+    made = _tool_calls(made)
+    if beside and _called(beside) != _called(made):
+        raise Unreadable("has tool_calls and another call in function_call: keep one of them")
+    return [{**call, **given} for call, given in zip(made, beside or made, strict=True)]
+
+
+def _called(calls: list[dict]) -> list[tuple[str, Any]]:
+    functions = [call.get("function", call) for call in calls]
+    return [(function["name"], function.get("arguments") or {}) for function in functions]
+
+
+def without_weights(messages: tuple[dict, ...]) -> tuple[tuple[dict, ...], tuple[int, ...]]:
+    """The messages without the key ``weight``, and the indices of the assistant's turns whose weight is 0."""
+    if not any("weight" in message for message in messages):
+        return messages, ()
+    zero = [i for i, m in enumerate(messages) if m["role"] == "assistant" and not m.get("weight", 1)]
+    kept = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    return tuple(kept), tuple(zero)
 
 
 def read_tools(value: Any) -> list[dict] | None:

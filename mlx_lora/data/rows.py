@@ -7,14 +7,15 @@ tokens. Rows with instructions become one turn by the user and one by the assist
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..config import DataConfig
-from .faults import Fault, Place
+from .faults import Fault, Place, printable
 from .files import Row
-from .messages import from_json, read_messages, read_tools, type_name
-from .shapes import Shape, Unreadable, reading, shape_of
+from .messages import from_json, read_messages, read_tools, type_name, without_weights
+from .shapes import CHATS, PROMPT_PARTS, Shape, Unreadable, reading, shape_of
 
 _NO_INPUT = ("", "<noinput>", "<no input>")  # how Alpaca files say that there is no input
 
@@ -27,18 +28,16 @@ class Sample(NamedTuple):
     messages: tuple[dict, ...] = ()
     tools: list[dict] | None = None
     first: int = 0  # messages before this index are the prompt, whatever their role
+    unlearned: tuple[int, ...] = ()  # the assistant's turns of weight 0
     pair: tuple[str, str] | None = None
 
 
 class Checked(NamedTuple):
-    """The valid rows of a file, and a line about how they were read, where that is not plain."""
+    """The valid rows of a file, a line about how they were read where that is not plain, and warnings."""
 
     samples: list[Sample]
     reading: list[str]
-
-
-class _KindFault(Unreadable):
-    """A fault of all rows of a file."""
+    warnings: list[str]
 
 
 def check(rows: Iterable[Row], config: DataConfig, template: str | None, faults: list[Fault]) -> Checked:
@@ -48,50 +47,118 @@ def check(rows: Iterable[Row], config: DataConfig, template: str | None, faults:
         template: the tokenizer's chat template; None where it has none.
         faults: receives all that is wrong.
     """
-    samples: list[Sample] = []
+    rows = list(rows)
     shapes: dict[tuple, Shape | Unreadable] = {}  # by the columns of a row and the types of their values
+    found = [_shape_of_row(value, config, shapes) for _, value in rows]
+    main = _most_common([shape for shape in found if isinstance(shape, Shape)])
+    samples: list[Sample] = []
     renamed: dict[str, str] = {}
-    first: Shape | None = None
-    seen = None
-    for where, value in rows:
+    left_out: set[str] = set()  # columns that belong to the prompt, and that mlx-lm's keys leave out of it
+    strings = template is not None  # whether these rows could be read as instructions instead
+    seen = next((row.where for row, shape in zip(rows, found, strict=True) if shape is main), None)
+    if main is not None:
         try:
-            if not isinstance(value, dict):
-                raise Unreadable(f"{type_name(value)} where an object is needed: write one {{...}} on each line")
-            columns = tuple((key, item.__class__) for key, item in value.items() if item is not None)
-            shape = shapes.get(columns) or shapes.setdefault(columns, _shape(dict(columns), config))
-            if isinstance(shape, Unreadable):
-                raise shape
-            if first is None:
-                first, seen = shape, where
-                _check_kind(shape, config, template)
-            elif not shape.same(first):
-                raise Unreadable(f"a {shape.name} row among {first.name} rows (first: {seen}): use one kind a file")
-            samples.append(_SAMPLES[shape.kind](where, value, shape, template, renamed))
-        except _KindFault as fault:  # true of every row, so one line is enough
-            faults.append(Fault(where, str(fault)))
-            return Checked([], [])
+            _check_kind(main, config, template)
+        except Unreadable as fault:  # true of every row, so one line is enough
+            faults.append(Fault(seen, str(fault)))
+            return Checked([], [], [])
+    for (where, value), shape in zip(rows, found, strict=True):
+        try:
+            if main is None or isinstance(shape, Unreadable) or not shape.same(main):
+                raise _odd_one(value, shape, main, seen)
+            sample = _SAMPLES[shape.kind](where, value, shape, template, renamed)
+            _check_text(sample[1:])
+            samples.append(sample)
+            if shape.kind == "completion":
+                beside = {key for key in value if str(key).strip().lower() in PROMPT_PARTS and value[key]}
+                left_out |= beside
+                strings = strings and not (beside and isinstance(from_json_list(value[shape.main]), list))
         except Unreadable as fault:
             faults.append(Fault(where, str(fault), getattr(fault, "part", "")))
-    used = [shape for shape in shapes.values() if isinstance(shape, Shape)]
+    if not samples:
+        return Checked([], [], [])
+    used = [shape for shape in shapes.values() if isinstance(shape, Shape) and shape.same(main)]
     keys = {key for columns in shapes for key, _ in columns}
-    return Checked(samples, reading(used, keys, renamed, template is not None) if samples else [])
+    warnings = []
+    if left_out:
+        warnings.append(_left_out_of_prompts(main, rows[0].where.name, sorted(left_out), strings))
+    if not config.mask_prompt and any(sample.unlearned for sample in samples):
+        warnings.append(f"{rows[0].where.name}: messages of weight 0 are learned, too: --mask-prompt leaves them out")
+    return Checked(samples, reading(used, keys, renamed, template is not None), warnings)
 
 
-def _shape(columns: dict[str, type], config: DataConfig) -> Shape | Unreadable:
-    try:
-        return shape_of({str(key): kind for key, kind in columns.items()}, config)
-    except Unreadable as fault:
-        return fault
+def _shape_of_row(value: Any, config: DataConfig, shapes: dict[tuple, Shape | Unreadable]) -> Shape | Unreadable:
+    if not isinstance(value, dict):
+        return Unreadable(f"{type_name(value)} where an object is needed: write one {{...}} on each line")
+    columns = tuple((key, _kind(key, item)) for key, item in value.items() if item is not None)
+    if columns not in shapes:
+        try:
+            shapes[columns] = shape_of({str(key): kind for key, kind in columns}, config)
+        except Unreadable as fault:
+            shapes[columns] = fault
+    return shapes[columns]
+
+
+def _kind(key: Any, value: Any) -> type:
+    """The type of a value; list for messages that a CSV cell holds as JSON."""
+    if value.__class__ is str and value.lstrip()[:1] == "[" and str(key).strip().lower() in CHATS:
+        return list
+    return value.__class__
+
+
+def _most_common(shapes: list[Shape]) -> Shape | None:
+    """The first shape of the kind that most rows have: one odd row at the top does not condemn the others."""
+    counts = Counter(shape.key for shape in shapes)
+    return max(shapes, key=lambda shape: counts[shape.key], default=None)
+
+
+def _odd_one(value: Any, shape: Shape | Unreadable, main: Shape | None, seen: Place | None) -> Unreadable:
+    """What is wrong with a row that cannot be read, or not as the ``main`` shape, which the row ``seen`` has."""
+    needed = (main.main, main.answer) if main and isinstance(value, dict) else ()
+    if empty := [repr(key) for key in needed if key in value and value[key] is None]:
+        return Unreadable(
+            f"{' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} null: write a value, or remove the row"
+        )
+    if isinstance(shape, Unreadable):
+        return shape
+    article = "an" if shape.name[:1].lower() in "aeiou" else "a"
+    return Unreadable(f"{article} {shape.name} row among {main.name} rows (first: {seen}): use one kind a file")
+
+
+def _check_text(value: Any) -> None:
+    """Refuse half surrogate pairs, which JSON can write ("\\ud800") and which no tokenizer takes."""
+    if isinstance(value, str):
+        if not value.isascii() and printable(value) != value:
+            at = next(char for char in value if "\ud800" <= char <= "\udfff")
+            raise Unreadable(
+                f"has half of a surrogate pair (\\u{ord(at):04x}) in a text: remove it, or write the whole character"
+            )
+    elif isinstance(value, dict):
+        _check_text([*value, *value.values()])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_text(item)
+
+
+def _left_out_of_prompts(shape: Shape, name: str, columns: list[str], strings: bool) -> str:
+    fix = f"write them into {shape.main!r}"
+    if strings:
+        old = f"{shape.main!r} and {shape.answer!r}"
+        fix = f"write messages, or name the columns 'prompt' and 'response' instead of {old}"
+    return printable(
+        f"{name}: the prompts do not include {', '.join(columns)}: mlx-lm reads {shape.main} and {shape.answer} alone; "
+        f"to include them, {fix}"
+    )
 
 
 def _check_kind(shape: Shape, config: DataConfig, template: str | None) -> None:
     if shape.kind == "text" and config.mask_prompt:
-        raise _KindFault(
+        raise Unreadable(
             "mask_prompt learns answers only, and text rows have none: "
             "write prompt and completion, or messages; to learn whole texts, leave mask_prompt out"
         )
     if shape.kind == "chat" and template is None:
-        raise _KindFault(
+        raise Unreadable(
             "chat rows need a chat template, and this tokenizer has none: "
             "use an instruct model, add chat_template.jinja to the model's folder, or use text or completion rows"
         )
@@ -108,7 +175,7 @@ def _completion(where: Place, row: dict, shape: Shape, template: str | None, ren
             raise Unreadable("messages need a chat template, and this tokenizer has none: write strings")
         before = read_messages(prompt, shape.main, template, renamed)
         after = read_messages(completion, shape.answer, template, renamed)
-        return Sample(where, messages=before + after, tools=_tools(row, shape), first=len(before))
+        return _weighed(Sample(where, messages=before + after, tools=_tools(row, shape), first=len(before)))
     if not isinstance(prompt, str):
         raise Unreadable(f"{shape.main!r} is {type_name(prompt)}: write a string (or messages in both)")
     completion = _string(row, shape.answer)
@@ -126,6 +193,11 @@ def from_json_list(value: Any) -> Any:
 
 def _instruction(where: Place, row: dict, shape: Shape, template: str | None, renamed: dict) -> Sample:
     if isinstance(row[shape.main], list):  # TRL's conversational prompt and completion under other names
+        if beside := [key for key in (shape.context, shape.system, shape.history) if key and row.get(key)]:
+            raise Unreadable(
+                f"has messages in {shape.main!r} and more of the prompt in {', '.join(beside)}: "
+                f"write it as messages in {shape.main!r}"
+            )
         return _completion(where, row, shape, template, renamed)
     question = row[shape.main]
     if not isinstance(question, str):
@@ -170,7 +242,12 @@ def _chat(where: Place, row: dict, shape: Shape, template: str | None, renamed: 
             messages = ({"role": "system", "content": system}, *messages)
         elif messages[0].get("content") != system:
             raise Unreadable(f"has a system message and another one in {shape.system!r}: keep one of them")
-    return Sample(where, messages=messages, tools=_tools(row, shape))
+    return _weighed(Sample(where, messages=messages, tools=_tools(row, shape)))
+
+
+def _weighed(sample: Sample) -> Sample:
+    messages, unlearned = without_weights(sample.messages)
+    return sample._replace(messages=messages, unlearned=unlearned)
 
 
 _SAMPLES = {"text": _text, "completion": _completion, "instruction": _instruction, "chat": _chat}

@@ -1,10 +1,10 @@
 """Which columns of a row are its prompt, its answer or its messages.
 
-mlx-lm's own keys come first: ``prompt`` with ``completion``, ``messages``, ``text``, or the names that the
-``*_feature`` options give instead. Otherwise the columns of well-known data sets are recognised, in any case:
+mlx-lm's own keys come first: ``prompt`` with ``completion``, then ``messages``, or the names that the ``*_feature``
+options give instead. Then the columns of well-known data sets are recognised, in capitals, too:
 ``instruction``, ``input`` and ``output`` (Alpaca), ``instruction``, ``context`` and ``response`` (Dolly), other pairs
-of a question and an answer, and ``conversations`` or ``dialog`` (ShareGPT). A row that can be read in two ways is
-refused.
+of a question and an answer, and ``conversations`` or ``dialog`` (ShareGPT). A ``text`` is read
+where a row has nothing of these. A row that can be read in two ways is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ..config import DataConfig
+from .faults import printable
 
 # In groups: the columns of the first group that a row has. Two columns of one group are ambiguous.
 QUESTIONS = (("instruction", "prompt", "question", "query", "problem"), ("input", "inputs"), ("user", "human"))
@@ -20,6 +21,7 @@ ANSWERS = (("output", "response", "answer", "completion", "solution", "target", 
 CONTEXTS = ("input", "context")  # text that belongs to the question
 SYSTEMS = (("system", "system_prompt", "system_message"),)
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
+PROMPT_PARTS = (*CONTEXTS, *SYSTEMS[0], "history")  # columns that belong to the prompt
 _NAMES = {("instruction", "output"): "Alpaca", ("instruction", "response"): "Dolly"}
 _TOOLS = ("tools", "functions")
 _PAIRS = (("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"))
@@ -43,7 +45,11 @@ class Shape(NamedTuple):
 
     def same(self, other: Shape) -> bool:
         """Whether rows of both may be in one file: the columns that every row needs are the same."""
-        return (self.kind, self.main, self.answer) == (other.kind, other.main, other.answer)
+        return self.key == other.key
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.kind, self.main, self.answer
 
 
 def shape_of(columns: dict[str, type], config: DataConfig) -> Shape:
@@ -56,21 +62,45 @@ def shape_of(columns: dict[str, type], config: DataConfig) -> Shape:
     """
     lower = {key.strip().lower(): key for key in columns}
     tools = next((lower[name] for name in _TOOLS if name in lower), "")
-    names = {kind: getattr(config, f"{kind}_feature") for kind in ("prompt", "completion", "chat", "text")}
+    names = {kind: getattr(config, f"{kind}_feature") for kind in _DEFAULTS}
+    chosen = {kind: name for kind, name in names.items() if name != _DEFAULTS[kind]}
+    shape = _own_keys(columns, lower, names, tools)
+    if shape is None and not chosen:
+        chat = _one({name: key for name, key in lower.items() if columns[key] is list}, (CHATS,), "the conversation")
+        shape = _chat(chat, lower, tools) if chat else _instruction(lower, tools)
+        if shape is None and "text" in columns:
+            return Shape("text", "text", "text")
+        shape = shape or _fallback(columns, lower, tools)
+    _check_chosen(chosen, shape, columns, names)
+    return shape
+
+
+def _own_keys(columns: dict[str, type], lower: dict[str, str], names: dict[str, str], tools: str) -> Shape | None:
+    """The shape by mlx-lm's keys, in its order. A ``text`` beside other columns is left to the shapes of these."""
     if names["prompt"] in columns and names["completion"] in columns:
         return Shape("completion", "prompt and completion", names["prompt"], names["completion"], tools=tools)
     if names["chat"] in columns:
         return _chat(names["chat"], lower, tools)
-    # Published Alpaca files have a text column besides, with both parts in one text.
-    alpaca = "instruction" in lower and any(name in lower for name in ANSWERS[0])
-    if names["text"] in columns and not (alpaca and names["text"] == "text"):
+    if names["text"] in columns and names["text"] != _DEFAULTS["text"]:
         return Shape("text", "text", names["text"])
-    if chosen := [name for kind, name in names.items() if name != _DEFAULTS[kind]]:
-        raise Unreadable(
-            f"has only {_list(columns)}, and the options name {_list(chosen)}: name its own columns, or none"
-        )
-    chat = _one({name: key for name, key in lower.items() if columns[key] is list}, (CHATS,), "the conversation")
-    return _chat(chat, lower, tools) if chat else _instruction(lower, tools) or _fallback(columns, lower, tools)
+    return None
+
+
+def _check_chosen(chosen: dict[str, str], shape: Shape | None, columns: Iterable[str], names: dict[str, str]) -> None:
+    """Refuse a row that does not have, or does not need, a column that an option names."""
+    have = _list(columns) or "no columns"
+    wrong = []
+    for kind, name in chosen.items():
+        option, other = f"--{kind}-feature {name}", _OTHER_SIDE.get(kind)
+        if name not in columns:
+            wrong.append(f"has no column {name!r} for {option} (it has {have}): name one of its columns")
+        elif shape is None and other:
+            wrong.append(f"has no column {names[other]!r} beside {option} (it has {have}): add --{other}-feature")
+        elif shape is None or shape.kind != ("completion" if other else kind):
+            read = f"is read by {' and '.join(filter(None, [shape.main, shape.answer]))}, not by"
+            wrong.append(f"{read} {option}: leave the option out, or remove the columns that are not meant")
+    if wrong:
+        raise Unreadable("; ".join(wrong))
 
 
 def _chat(key: str, lower: dict[str, str], tools: str) -> Shape:
@@ -79,9 +109,9 @@ def _chat(key: str, lower: dict[str, str], tools: str) -> Shape:
 
 
 def _instruction(lower: dict[str, str], tools: str) -> Shape | None:
-    question, answer = _one(lower, QUESTIONS, "the question"), _one(lower, ANSWERS, "the answer")
-    if not question or not answer:
+    if not all(any(name in lower for names in groups for name in names) for groups in (QUESTIONS, ANSWERS)):
         return None
+    question, answer = _one(lower, QUESTIONS, "the question"), _one(lower, ANSWERS, "the answer")
     context = _one({name: key for name, key in lower.items() if key != question}, (CONTEXTS,), "the context")
     name = _NAMES.get((question.strip().lower(), answer.strip().lower()), f"{question} and {answer}")
     system, history = _one(lower, SYSTEMS, "the system message"), lower.get("history", "")
@@ -151,16 +181,17 @@ def reading(shapes: Iterable[Shape], columns: Iterable[str], renamed: dict[str, 
         parts = [f"{question} -> {user}", f"{first.answer} -> {assistant}"]
     elif first.kind == "chat" and (renamed or first.main != "messages"):
         parts = [f"{first.main} -> messages", *(f"{old} -> {new}" for old, new in renamed.items())]
-    parts += [
-        f"{optional[part]} -> {part}" for part in ("system", "history", "tools") if optional[part] not in ("", "tools")
-    ]
+    parts += [f"{optional[part]} -> {said}" for part, said in _SAID.items() if optional[part] not in ("", said)]
     if first.kind == "instruction" and not template and (first.main.lower() != "prompt" or optional["context"]):
         parts.append("as text with Alpaca's headings (### Instruction:, ### Input:, ### Response:)")
     read = {first.main, first.answer, *optional.values()} - {""}
-    if others := sorted(set(columns) - read):
-        parts.append(f"not read: {', '.join(name or 'a column without a name' for name in others)}")
     name = "ShareGPT" if "from" in renamed else first.name
-    return [f"Reading {name} rows: {', '.join(parts)}"] if parts else []
+    line = f"Reading {name} rows: {', '.join(parts)}" if parts else f"Reading {name} rows"
+    if others := sorted({str(column) for column in columns} - read):
+        line += f"; not read: {', '.join(name or 'a column without a name' for name in others)}"
+    return [printable(line)] if parts or others else []
 
 
+_SAID = {"system": "system message", "history": "earlier turns", "tools": "tools"}
+_OTHER_SIDE = {"prompt": "completion", "completion": "prompt"}
 _DEFAULTS = {kind: getattr(DataConfig(), f"{kind}_feature") for kind in ("prompt", "completion", "chat", "text")}

@@ -19,8 +19,9 @@ import numpy as np
 
 from ..config import HOLD_OUT, HOLD_OUT_FROM, HOLD_OUT_MOST, DataConfig
 from ..errors import ConfigError, DataError
-from .faults import Fault, Place
+from .faults import Fault, Place, counted
 from .files import FORMATS, Row, file_format, read_file, without_nulls
+from .numbered import check_parts
 
 # The names of a split's files and of a split on the Hub, those of datasets. The first one is ours.
 NAMES = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test", "testing")}
@@ -117,6 +118,8 @@ def _files(path: Path, split: str, faults: list[Fault]) -> list[Path]:
     if len(groups) > 1:
         others = ", ".join(group[0].name for group in groups[1:])
         faults.append(Fault(Place(str(groups[0][0])), f"there is also {others}: remove one of them"))
+    if groups:
+        check_parts(groups[0], faults)
     if not groups and path.name != "data" and (path / "data").is_dir():
         return _files(path / "data", split, faults)
     return groups[0] if groups else []
@@ -167,7 +170,7 @@ def _hold_out(source: Source, train: Part, config: DataConfig) -> None:
         return
     if len(rows) < (2 if asked else HOLD_OUT_FROM):
         source.warnings.append(
-            f"{train.name} has {len(rows)} rows, too few to hold some out: there will be no validation loss"
+            f"{train.name} has {counted(len(rows), 'row')}, too few to hold some out: there will be no validation loss"
             + ("" if asked else "; --valid-split holds out a share of any number of rows")
         )
         return
@@ -179,8 +182,8 @@ def _hold_out(source: Source, train: Part, config: DataConfig) -> None:
     held = [row for i, row in enumerate(rows) if i in out]
     source.parts.append(Part("valid", f"{train.name} (held out)", held, train.config))
     source.notes.append(
-        f"{train.name}: {count} of its {len(rows)} rows, drawn with a fixed seed, are held out for validation "
-        "(--valid-split)"
+        f"{train.name}: {count} of its {counted(len(rows), 'row')}, drawn with a fixed seed, "
+        f"{'is' if count == 1 else 'are'} held out for validation (--valid-split)"
     )
 
 

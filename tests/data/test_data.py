@@ -421,11 +421,10 @@ def test_mask_prompt_refuses_text_rows(tokenizer):
 
 
 def test_renamed_keys(tokenizer):
-    knobs = {"prompt_feature": "q", "completion_feature": "a", "text_feature": "body", "chat_feature": "turns"}
-    for plain, renamed in [
-        ({"prompt": "x", "completion": "y"}, {"q": "x", "a": "y"}),
-        ({"text": "x"}, {"body": "x"}),
-        (chat("x", "y"), {"turns": chat("x", "y")["messages"]}),
+    for plain, renamed, knobs in [
+        ({"prompt": "x", "completion": "y"}, {"q": "x", "a": "y"}, {"prompt_feature": "q", "completion_feature": "a"}),
+        ({"text": "x"}, {"body": "x"}, {"text_feature": "body"}),
+        (chat("x", "y"), {"turns": chat("x", "y")["messages"]}, {"chat_feature": "turns"}),
     ]:
         assert one(plain, tokenizer).tokens.tolist() == one(renamed, tokenizer, **knobs).tokens.tolist()
 

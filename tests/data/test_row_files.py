@@ -168,7 +168,7 @@ def test_two_files_for_a_split(tmp_path, tokenizer):
 
 BAD = {
     "a.csv": ('text,id\n"never closed,1\nnext,2\n', 1, "not CSV (unexpected end of data)"),
-    "b.csv": ("text,id\nx,1\ny\n", 2, "has not the 2 cells of the header"),
+    "b.csv": ("text,id\nx,1\ny\n", 2, "does not have the 2 cells of the header"),
     "c.csv": ("text,text\nx,1\n", None, "has two columns named text"),
     "d.csv": (b"text\n\xff\n", None, "not UTF-8"),
     "e.json": ('{"train": [{"a": 1}], "test": [{"a": 1}]}', None, "holds several lists (train, test)"),
@@ -205,7 +205,7 @@ def test_a_large_cell_and_an_index_column(tmp_path, tokenizer):
     (tmp_path / "train.csv").write_text(f',text\n0,"{"x" * 200_000}"\n')
     splits = load_dataset(DataConfig(data=str(tmp_path), max_seq_length=10), tokenizer)
     assert splits.train.summary.longest == 200_001
-    assert splits.all_notes() == ["Reading text rows: not read: a column without a name"]
+    assert splits.all_notes() == ["Reading text rows; not read: a column without a name"]
 
 
 def test_pyarrow_is_an_extra(tmp_path, tokenizer, monkeypatch):

@@ -40,7 +40,7 @@ INSTRUCTIONS = [
     (
         {"instruction": "Add", "context": "1 2", "response": "3", "category": "math"},
         "Add\n1 2",
-        "Dolly rows: instruction + context -> user, response -> assistant, not read: category",
+        "Dolly rows: instruction + context -> user, response -> assistant; not read: category",
     ),
     # As published: the text column has both parts and its own headings.
     ({"instruction": "Add", "input": "1", "output": "3", "text": "### ..."}, "Add\n1", "not read: text"),
@@ -71,7 +71,7 @@ def test_system_and_history_columns(tokenizer):
     row = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
     text, (line,) = read(row, tokenizer)
     assert text == turns(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    assert line.endswith("output -> assistant, system -> system, history -> history")
+    assert line.endswith("output -> assistant, system -> system message, history -> earlier turns")
     orca = {"id": "1", "system_prompt": "s", "question": "q", "response": "r"}
     assert read(orca, tokenizer)[0] == turns(("system", "s"), ("user", "q"), ("assistant", "r"))
     share = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}], "system": "s"}
@@ -136,7 +136,7 @@ def test_messages_alone_are_nothing_to_speak_of(tokenizer):
     assert read({**chat("q", "a"), "tools": []}, tokenizer)[1] == []
     assert read({"prompt": "q", "completion": "a"}, tokenizer)[1] == []
     assert read({"prompt": "q", "completion": "a", "meta": 1}, tokenizer)[1] == [
-        "Reading prompt and completion rows: not read: meta"
+        "Reading prompt and completion rows; not read: meta"
     ]
 
 
@@ -216,7 +216,7 @@ def test_options_that_name_columns_come_first(tokenizer):
     named = {"prompt_feature": "input", "completion_feature": "output"}
     assert read(row, tokenizer, **named)[0] == turns(("user", "i"), ("assistant", "b"))
     message = faults_of([row], tokenizer, prompt_feature="question")
-    assert "the options name question" in message
+    assert "has no column 'question' for --prompt-feature question (it has body, input, instruction, output)" in message
 
 
 def test_content_as_parts(tokenizer):
@@ -250,7 +250,7 @@ def test_exact_match_reads_the_same_shapes(tmp_path, tokenizer):
     for made in (tokenizer, make_tokenizer(template=None)):
         (question,) = questions(DataConfig(data=str(file)), made)
         assert question.answer == "3" and "Add" in question.text and "1 2" in question.text
-        with pytest.raises(DataError, match="the option"):
+        with pytest.raises(DataError, match="--prompt-feature q"):
             questions(DataConfig(data=str(file), prompt_feature="q"), made)
 
 

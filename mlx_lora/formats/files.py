@@ -100,7 +100,7 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
     try:
         with safe_open(path, framework="numpy"):
             pass
-        return mx.load(str(path))
+        return mx.load(str(path), format="safetensors")
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise FormatError(f"{path}: is not a complete safetensors file ({error})", AGAIN) from None
 

@@ -17,7 +17,7 @@ from mlx_lora.merge.export import export_merged
 import mlx.core as mx  # isort: skip  (mlx_lora opens a BLAS before MLX is imported)
 import numpy as np
 
-from conftest import make_model, shake
+from conftest import assert_close, make_model, shake
 from mlx_lora.base.names import BaseModel
 from mlx_lora.base.origin import Base, set_base
 
@@ -81,11 +81,13 @@ def test_a_head_of_another_name_through_a_peft_folder(settings, field, gpt_neox,
     model, base = gpt_neox
     attach(model, AdapterConfig(rank=2, **settings))
     shake(model)
+    if field == "modules_to_save":
+        model.model.embed_out.weight += 0.1
     expected, adapter = model(INPUT), extract(model)
     save_adapter(adapter, tmp_path / "peft", "peft", base=base)
     assert config(tmp_path / "peft")[field] == ["lm_head"]
     mount(model, load_adapter(tmp_path / "peft", base=base))
-    assert mx.array_equal(model(INPUT), expected)
+    assert_close(model(INPUT), expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["wte", "transformer.wte", None])
@@ -100,7 +102,7 @@ def test_rows_of_tokens_are_found_by_pefts_name_of_the_embedding(name, tmp_path)
         written = edited(written, tmp_path / "edited", trainable_token_indices={name: [3, 5]})
     again = load("gpt2")
     mount(again, load_adapter(written, base=base))
-    assert np.array_equal(logits(again), expected)
+    assert_close(logits(again), expected, 1e-5)
 
 
 def test_transformers_names_of_rows_of_tokens_are_recognised():
@@ -128,9 +130,8 @@ def test_names_of_the_user_are_kept_where_they_select_the_same(tmp_path):
     weights = {name: array for name, array in adapter.weights.items() if name != path}
     fewer = Adapter(adapter.config, weights, metadata=adapter.metadata)
     save_adapter(fewer, tmp_path / "fewer", "peft")
-    assert config(tmp_path / "fewer")["modules_to_save"] == sorted(
-        n.removesuffix(".weight") for n in fewer.full_parameters
-    )
+    left = sorted(name.removesuffix(".weight") for name in fewer.full_parameters)
+    assert config(tmp_path / "fewer")["modules_to_save"] == left
 
 
 def test_the_adapter_of_the_root_is_called_default(tmp_path):
@@ -146,9 +147,8 @@ def test_the_adapter_of_the_root_is_called_default(tmp_path):
 
 def first_row(ending: str, axis: int = 0):
     """Cut the arrays of this ending to one row or column, which MLX would repeat."""
-    return lambda arrays: {
-        n: (w[:1] if axis == 0 else w[:, :1]) if n.endswith(ending) else w for n, w in arrays.items()
-    }
+    cut = (slice(1),) if axis == 0 else (slice(None), slice(1))
+    return lambda arrays: {n: w[cut] if n.endswith(ending) else w for n, w in arrays.items()}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,9 @@ def test_parameters_of_experts_trained_in_full_are_refused_with_the_reason(tmp_p
     with pytest.raises(FormatError, match="not an array of LoRA"):
         load_adapter(folder, base=PEFT / "mixtral/base")
     (folder / "adapter_config.json").write_text(json.dumps({**config(folder), "modules_to_save": ["experts"]}))
-    with pytest.raises(FormatError, match="trained in full .modules_to_save., but not the weight or bias of a layer"):
+    with pytest.raises(
+        FormatError, match=r"trained in full \(modules_to_save\), but not the weight or bias of a layer"
+    ):
         load_adapter(folder, base=PEFT / "mixtral/base")
 
 
@@ -229,9 +231,9 @@ def test_whole_parameters_beside_a_rank_are_a_full_fine_tune(tmp_path):
 
 def test_a_suffix_in_capitals_is_the_suffix(tmp_path):
     adapter = load_adapter(PEFT / "llama/dora", base=PEFT / "llama/base")
-    with pytest.raises(Exception, match="GGUF|gguf|tokenizer"):  # whatever llama.cpp lacks; no folder is written
-        export_merged(PEFT / "mixtral/base", adapter, tmp_path / "x.GGUF")
-    assert not (tmp_path / "x.GGUF").is_dir()
+    with pytest.raises(FormatError, match=r"llama\.cpp cannot express this tokenizer"):  # only GGUF files ask for it
+        export_merged(PEFT / "llama/base", adapter, tmp_path / "x.GGUF")
+    assert not list(tmp_path.iterdir())
     shutil.copy(PEFT / "llama/dora/adapter_model.safetensors", tmp_path / "x.SAFETENSORS")
     from mlx_lora.formats.files import read_safetensors
 

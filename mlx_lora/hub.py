@@ -122,7 +122,7 @@ def pull(repo: str, folder: str | Path, *, revision: str | None = None, overwrit
         snapshot = Path(
             snapshot_download(repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_NOT_ADAPTER)
         )
-    single = [f for f in snapshot.iterdir() if f.suffix in (".gguf", ".nemo")]
+    single = [f for f in snapshot.iterdir() if f.suffix.lower() in (".gguf", ".nemo")]
     alone = len(single) == 1 and not (snapshot / "adapter_config.json").exists()
     format = detect_format(single[0] if alone else snapshot)
 

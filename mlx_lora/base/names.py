@@ -51,7 +51,9 @@ _PARTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("mlp.up_proj", "mlp.c_fc_1"),
         ("mlp.down_proj", "mlp.c_proj"),
     ),
+    "gpt_neox": (("lm_head", "model.embed_out"),),
     "kimi_linear": (("forget_gate.f_a_proj", "f_a_proj"), ("forget_gate.f_b_proj", "f_b_proj")),
+    "llama4_text": (("lm_head", "output"),),
     "laguna": (("shared_experts", "shared_expert"),),
     "lfm2_moe": (
         ("feed_forward.w1", "feed_forward.gate_proj"),
@@ -80,6 +82,8 @@ def _spellings(name: str) -> tuple[str, ...]:
 
 
 _INPUT_EMBEDDING = re.compile(r"(^|\.)(wte|embed_tokens|embed_in|(word|tok)_embeddings|embeddings?)\.weight$")
+# An output head's own weight or module: lm_head, or embed_out (GPT-NeoX), output (InternLM2).
+_HEAD = re.compile(r"(^|\.)lm_head(\.|$)|^(model\.)?(embed_out|output)(\.weight)?$")
 
 
 class BaseModel:
@@ -183,7 +187,7 @@ class BaseModel:
         stated = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
         if stated is not None:
             return bool(stated)
-        return not any("lm_head" in name for name in self.tensor_names or self.modules)
+        return not any(_HEAD.search(name) for name in self.tensor_names or self.modules)
 
     @functools.cached_property
     def _files(self) -> dict[str, Path]:

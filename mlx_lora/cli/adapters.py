@@ -50,7 +50,7 @@ def fuse(model, adapter_path, save_path, bits, dtype, dequantize, force, trust_r
     mlx-lora fuse --model Qwen/Qwen3-0.6B --adapter-path adapters --save-path my_model
     mlx-lora fuse --model mlx-community/Qwen3-0.6B-4bit --adapter-path adapters --dequantize
     """
-    from ..merge.fuse import check_options
+    from ..merge.fuse import check_biases, check_options
     from ..merge.fuse import fuse as fuse_model
     from ..model.loading import load, save_model
     from ..model.state import state_of
@@ -60,6 +60,7 @@ def fuse(model, adapter_path, save_path, bits, dtype, dequantize, force, trust_r
     _check_quantized(model, bits, dequantize)
     console.note(f"Loading {model} and {adapter_path}")
     loaded, _ = load(model, adapter_path, dtype="stored", trust_remote_code=trust_remote_code)
+    check_biases(loaded)
     replaced = len(state_of(loaded).full_parameters)
     reports = fuse_model(loaded, bits=bits, dtype=dtype, dequantize=dequantize, force=force)
     lost = [r for r in reports if not r.survives]
@@ -177,7 +178,7 @@ def convert(src, dst, to, source, model, force, as_json, **options):
         f"{src} ({source}) -> {dst} ({to}): {len(adapter.modules)} modules, {adapter.num_parameters:,} parameters, "
         f"{1000 * took:.0f} ms"
     )
-    kind = "gguf model" if to == "merged" and Path(dst).suffix == ".gguf" else to
+    kind = "gguf model" if to == "merged" and Path(dst).suffix.lower() == ".gguf" else to
     if kind in _USES:
         console.note(f"Use it: {_USES[kind].format(dst, base=adapter.base or 'MODEL')}")
     if options["modelfile"]:
@@ -208,7 +209,7 @@ def _check_convert(dst: str, to: str, model: str | None, force: bool, options: d
         raise ConfigError(f"{flags} cannot be used with --to merged", "Leave it out.")
     if model is None:
         raise ConfigError("--to merged needs a base model to merge into", "Name it with --model.")
-    if Path(dst).suffix != ".gguf":
+    if Path(dst).suffix.lower() != ".gguf":
         check_free(dst, force, model=True)
 
 

@@ -148,7 +148,7 @@ def check_destination(path: str | Path, format: str, overwrite: bool = False) ->
         writable = [name for name, other in FORMATS.items() if hasattr(other, "write")]
         raise FormatError(f"{format} can be read, but not written", f"Formats to write: {', '.join(writable)}.")
     if suffixes := getattr(form, "SUFFIXES", None):
-        if path.is_dir() or path.suffix not in suffixes:
+        if path.is_dir() or path.suffix.lower() not in suffixes:
             raise FormatError(f"{path}: {format} is one file", f"Name a file that ends in {' or '.join(suffixes)}.")
         if path.exists() and not overwrite:
             raise FormatError(f"{path}: already exists", "Choose another name, or add --force.")

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..adapter import FINGERPRINT, Adapter
+from ..adapter import FINGERPRINT, Adapter, raise_faults
 from ..base.writing import sync, writing
 from ..errors import FormatError, MLXLoRAError
 
@@ -98,9 +98,11 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy"):
-            pass
-        return mx.load(str(path))
+        with safe_open(path, framework="numpy") as file:
+            stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (no mapping)
+        unknown = sorted(f"{path}: {name} is stored as {t}" for name, t in stored.items() if t not in _TYPE_NAMES)
+        raise_faults(unknown, _CAST, FormatError)
+        return mx.load(str(path), format="safetensors")
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise FormatError(f"{path}: is not a complete safetensors file ({error})", AGAIN) from None
 
@@ -154,6 +156,14 @@ _SAFETENSORS = {
     mx.uint8: "U8",
     mx.bool_: "BOOL",
 }
+
+
+_TYPE_NAMES = {*_SAFETENSORS.values(), "C64"}
+_CAST = (
+    "MLX has no such numbers (F64 is float64, F8 and F4 are 8- and 4-bit floats). Cast them in PyTorch: "
+    "save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path). Floats with scales beside "
+    "them are quantized: dequantize these first."
+)
 
 
 def write_safetensors(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:

@@ -30,7 +30,7 @@ _SAVE = "Save it with loralib.lora_state_dict(model)."
 
 def detect(path: Path) -> bool:
     file = only_file(path, FILES)
-    if not has_tensor(file, _KEY) or file.suffix == ".lora":
+    if not has_tensor(file, _KEY) or file.suffix.lower() == ".lora":
         return False
     return tensor_names(file)[0] == "" and not has_tensor(file, _OTHERS)
 

@@ -48,8 +48,8 @@ def read(folder: Path, options: ReadOptions) -> Adapter:
     raw = read_json(folder / CONFIG)
     if options.alpha is not None:
         raise ConfigError(f"--alpha: {folder / CONFIG} already stores the scale", "Leave --alpha out.")
-    if OWN not in raw and not isinstance(raw.get("lora_parameters"), dict) and not _has_updates(weights):
-        raw = {**raw, "fine_tune_type": "full"}  # mlx-lm-lora's config of a full fine-tune does not say so
+    if not raw.keys() & {OWN, "fine_tune_type", "full_state_modules"} and weights and not _has_updates(weights):
+        raw = {**raw, "fine_tune_type": "full"}  # mlx-lm-lora says it as train_type, or not, and gives a rank anyway
     config = parse_config(raw, folder / CONFIG, options)
     weights = {name: _unflatten(name, array, weights) for name, array in weights.items()}
     metadata = {"mlx-lm": {k: v for k, v in raw.items() if k not in _WRITTEN and not k.startswith("unsloth_")}}

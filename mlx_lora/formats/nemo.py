@@ -69,11 +69,11 @@ Heads = tuple[int, int]  # heads, groups of heads
 
 
 def detect(path: Path) -> bool:
-    return path.is_file() and (path.suffix == ".nemo" or has_tensor(path, _KEY))
+    return path.is_file() and (path.suffix.lower() == ".nemo" or has_tensor(path, _KEY))
 
 
 def read(path: Path, options: ReadOptions) -> Adapter:
-    if path.suffix == ".nemo":
+    if path.suffix.lower() == ".nemo":
         config, tuning, state = _read_tar(path)
     else:
         config, state = {}, read_state(path)
@@ -158,7 +158,7 @@ def _split(projection: str, leaf: str, array: mx.array, heads: Heads | None, pat
 
 def write(adapter: Adapter, path: Path, options: WriteOptions) -> None:
     base = options.base_for("NeMo's order of rows of qkv")
-    archive = path.suffix == ".nemo"
+    archive = path.suffix.lower() == ".nemo"
     adapter = low_rank_only(adapter, options, f"NeMo's {path.suffix}", ("lora",) if archive else ("lora", "dora"))
     adapter = uniform(split_projections(adapter, base), alpha=options.alpha)
     weights, layers = adapter.weights, {}  # layers: {layer: {projection: path}}

@@ -38,9 +38,9 @@ def tensor_names(path: Path) -> tuple[str, frozenset[str]]:
 
 @functools.lru_cache(maxsize=32)  # every format looks at the same file
 def _tensor_names(path: Path, _modified: int, _size: int) -> tuple[str, frozenset[str]]:
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return "", frozenset(read_safetensors(path))
-    if path.suffix not in SUFFIXES or not is_pickle(path):
+    if path.suffix.lower() not in SUFFIXES or not is_pickle(path):
         return "", frozenset()
     container, state = _find_state(peek_torch(path))
     return container, frozenset(k for k, v in state.items() if isinstance(k, str) and isinstance(v, TensorRef))
@@ -60,7 +60,7 @@ def read_state(path: Path) -> dict[str, mx.array]:
 
 def read_checkpoint(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """(the tensors of the state dict, everything in the file)."""
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return read_safetensors(path), {}
     value = read_torch(path)
     _, state = _find_state(value)

@@ -45,7 +45,7 @@ _TRANSFORMERS_ORDER = ("qwen2", "qwen3", "phi3")
 def _file(path: Path) -> Path | None:
     """The file of the weights; of several epochs the last."""
     if path.is_file():
-        return path if path.suffix == ".pt" else None
+        return path if path.suffix.lower() == ".pt" else None
     if (path / WEIGHTS).exists():
         return path / WEIGHTS
     found = sorted(path.glob("adapter_*.pt"), key=lambda p: (len(p.name), p.name))

@@ -30,7 +30,7 @@ from ..model.compatibility import only_in_checkpoint
 from ..model.loading import load
 from ..model.state import HEAD, bare_modules
 from .checkpoint import merge_into_checkpoint, split_adapter
-from .fuse import FusedLayer, fuse
+from .fuse import FusedLayer, check_biases, fuse
 from .gguf import BLOCK, GGUFModel, rounded
 from .gguf.modelfile import check_modelfile, write_modelfile
 from .untie import FLAG
@@ -68,7 +68,7 @@ def export_merged(
     Raises: ModelError, AdapterError, ConfigError, FormatError.
     """
     target = Path(target)
-    if target.suffix == ".gguf":
+    if target.suffix.lower() == ".gguf":
         notes = [] if notes is None else notes
         return _export_gguf(base, adapter, target, dtype, overwrite, trust_remote_code, notes, modelfile)
     if modelfile:
@@ -85,6 +85,7 @@ def export_merged(
     merged, reports = merge_into_checkpoint(apart, facts) if stored else ({}, [])
     if adapter.weights.keys() - set(SHARED):
         mount(model, adapter)
+        check_biases(model)
         reports += fuse(model, dtype=dtype, dequantize=True)
     untied = facts.tied and base_of(model).config.get(FLAG) is False
     tensors = _tensors(model, facts, adapter, merged, DTYPES.get(dtype))
@@ -178,10 +179,7 @@ def _changed(model: nn.Module, facts: BaseModel, adapter: Adapter, names: set[st
             else:
                 transposed = facts.model_type == "gpt2" and _TRANSPOSED.search(name)
                 found[name] = module[leaf].T if transposed else module[leaf]
-    if faults and all(".bias:" in fault for fault in faults):
-        hint = "The adapter has biases (lora_bias) where this model has none: keep the adapter separate."
-    else:
-        hint = "This layout of experts is not supported; fuse the adapter for mlx-lm (mlx-lora fuse)."
+    hint = "This layout of experts is not supported; fuse the adapter for mlx-lm (mlx-lora fuse)."
     raise_faults(faults, hint, ModelError)
     return found
 

@@ -26,6 +26,7 @@ from ..model.state import (
     join_head,
     mark_changed,
     place,
+    refuse_biases,
     split_of,
     state_of,
     wrappers,
@@ -86,7 +87,7 @@ def fuse(
     if bits is not None and adapted and not any(is_quantized(layer.base) for layer in adapted.values()):
         raise ConfigError("bits applies to quantized bases; this one is not", "Fuse first, then quantize the model.")
     _untie(model)
-    adapted, reports, new = wrappers(model), [], {}
+    adapted, reports, new, biases = wrappers(model), [], {}, _new_biases(model)
     for path, layer in adapted.items():
         target = floats or base_dtype(layer.base) or default
         new[path], report = fuse_layer(path, layer, target, bits, dequantize or floats is not None)
@@ -99,7 +100,7 @@ def fuse(
     place(model, new)
     if (state := discard_state(model)) is not None:
         undo([module for module in state.accelerated if not kind(module)])  # classes for modules with adapters
-    mark_changed(model)
+    mark_changed(model, biases)
     accelerate(model)
     model.eval()
     mx.eval(model.parameters())
@@ -122,6 +123,18 @@ def check_options(bits: int | None, dtype: str | None, dequantize: bool, force: 
             "Leave --bits out, keep the adapter separate, or add --force and check the report.",
         )
     check_dtype(dtype)
+
+
+def check_biases(model: nn.Module) -> None:
+    """Refuse an adapter with biases (``lora_bias``) where the model's layers have none: no model folder can hold them.
+
+    ``fuse`` merges them in memory all the same. Raises: AdapterError.
+    """
+    refuse_biases(_new_biases(model))
+
+
+def _new_biases(model: nn.Module) -> list[str]:
+    return [p for p, layer in wrappers(model).items() if "lora_bias" in layer and "bias" not in layer.base]
 
 
 def fuse_layer(

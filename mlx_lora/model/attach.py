@@ -57,6 +57,10 @@ from .state import (
 )
 from .targets import check_patterns, check_side, names_head, select, select_named
 
+# For rows of tokens on a tied embedding whose head is trained by itself: before training, and of a trained adapter.
+_TRAIN_ONE = "Leave out trainable_token_indices, or what is trained of the head or the embedding."
+_BOTH_TRAINED = "Use this adapter in PEFT, and do not merge it there: PEFT's merge of such an adapter is wrong."
+
 
 def attach(
     model: nn.Module,
@@ -97,7 +101,7 @@ def _attach_layers(
         split_head(model)
     saved, tokens = modules_to_save(model, config), select_named(model, config.trainable_token_indices)
     chosen = select(model, config)
-    _set_sides(model, state, {*chosen, *saved}, set(tokens))
+    _set_sides(model, state, {*chosen, *saved}, set(tokens), _TRAIN_ONE)
     asked, config, bare = config, state.config, bare_modules(model)
     both = [path for path in chosen if path in saved or path in tokens]
     if config.keys is None:
@@ -222,7 +226,7 @@ def _layers_of(model: nn.Module, adapter: Adapter, state: State, difference: boo
     trained = {name.rpartition(".")[0] for name in adapter.full_parameters}
     if HEAD in (*adapter.modules, *trained, *adapter.tokens):
         split_head(model)
-    _set_sides(model, state, {*adapter.modules, *trained}, set(adapter.tokens))
+    _set_sides(model, state, {*adapter.modules, *trained}, set(adapter.tokens), _BOTH_TRAINED)
     config, bare, dtype = adapter.config, bare_modules(model), model_dtype(model)
     raise_faults(*incompatibilities(model, adapter))
     layers: dict[str, nn.Module] = {}
@@ -356,13 +360,14 @@ def _place(
     state.accelerated += accelerate(model)
 
 
-def _set_sides(model: nn.Module, state: State, trained: set[str], tokens: set[str]) -> None:
+def _set_sides(model: nn.Module, state: State, trained: set[str], tokens: set[str], hint: str) -> None:
     """Split an embedding tied to the head where the two are not trained alike, and refuse settings that disagree.
 
     ``embedding_side`` of ``state`` becomes "input" where the head has an adapter or weights of its own.
 
     Args:
         trained: paths of the modules that are adapted or saved. tokens: paths of the embeddings with trained rows.
+        hint: what to do where the head is trained and has trained rows as well.
     """
     bare = bare_modules(model)
     if split_of(model) is None:
@@ -374,9 +379,7 @@ def _set_sides(model: nn.Module, state: State, trained: set[str], tokens: set[st
     path = split_of(model)[0]
     if path in tokens and HEAD not in tokens:
         message = f"{path}: trained rows of tokens act on the tied output head, too, which here is trained by itself"
-        raise AdapterError(
-            message, "Leave out trainable_token_indices, or what is trained of the head or the embedding."
-        )
+        raise AdapterError(message, hint)
     if HEAD in trained and path in trained and state.config.embedding_side == "both":
         message = f"{HEAD} and {path} are one matrix, and embedding_side both trains the two alike"
         raise AdapterError(message, f"Set embedding_side to input to train them separately, or leave {HEAD} out.")

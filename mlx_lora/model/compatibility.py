@@ -32,12 +32,14 @@ def incompatibilities(model: nn.Module, adapter: Adapter) -> tuple[list[str], st
         return [], ""
     base = base_of(model)
     facts = BaseModel(base.folder) if base else None
-    if facts and any(path not in bare and facts.to_mlx(path) in bare for path in adapter.modules):
+    if facts and any(path not in bare and facts.to_mlx(path) in bare for path in _paths(adapter)):
         return faults, f"These are transformers' names: read the adapter with load_adapter(path, base={base.name!r})."
     missing = only_in_checkpoint(bare, adapter, facts) if facts else []
     if missing:
         kind = base.config["model_type"]
         what = f"mlx-lm splits or joins the weights of these {len(missing)} modules when it loads a {kind} checkpoint"
+        if not any(_layer_exists(path, bare, facts) for path in missing):
+            what = f"mlx-lm's {kind} models lack the part of the model that these {len(missing)} modules belong to"
         gone = tuple(f"{path}{end}" for path in missing for end in (":", "."))
         rest = [fault for fault in faults if not fault.startswith(gone)]
         return [*rest, f"{', '.join(missing[:2])}{', ...' * (len(missing) > 2)}: {what}"], MERGE
@@ -67,8 +69,21 @@ def same_model(one: str, other: str) -> bool:
 
 def only_in_checkpoint(bare: dict[str, nn.Module], adapter: Adapter, base: BaseModel) -> list[str]:
     """Modules of the adapter that the model lacks, but whose weight the model's checkpoint has."""
-    paths = dict.fromkeys([*adapter.modules, *(name.rpartition(".")[0] for name in adapter.full_parameters)])
-    return [path for path in paths if path not in bare and path != HEAD and base.weight_name(path) is not None]
+    missing = [path for path in _paths(adapter) if path not in bare and path != HEAD and path not in adapter.tokens]
+    return [path for path in missing if base.weight_name(path) is not None]
+
+
+def _paths(adapter: Adapter) -> list[str]:
+    """The modules that the adapter changes in any way."""
+    saved = (name.rpartition(".")[0] for name in adapter.full_parameters)
+    return list(dict.fromkeys([*adapter.modules, *saved, *adapter.tokens]))
+
+
+def _layer_exists(path: str, bare: dict[str, nn.Module], base: BaseModel) -> bool:
+    """Whether the model has the layer that contains ``path``, or its parent."""
+    parts = path.split(".")
+    above = [".".join(parts[:i]) for i in range(1, len(parts)) if parts[i - 1].isdigit() or i == len(parts) - 1]
+    return any(base.to_mlx(p) in bare for p in above)
 
 
 def warn_of_another_base(adapter: Adapter, here: Fingerprint | None, base: Base | None) -> None:

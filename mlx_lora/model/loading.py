@@ -13,7 +13,7 @@ from ..errors import ModelError
 from ..fast import accelerate
 from ..formats import detect_format, load_adapter
 from .attach import mount
-from .state import state_of, wrappers
+from .state import new_biases, refuse_biases, state_of, wrappers
 
 
 def load(
@@ -67,4 +67,5 @@ def save_model(model: nn.Module, path: str | Path, overwrite: bool = False) -> P
     state = state_of(model)
     if wrappers(model) or (state is not None and state.config.method != "full"):
         raise ModelError("the model has an adapter", "Merge it with fuse(model), or call unmount(model).")
+    refuse_biases(new_biases(model), ModelError)
     return write_model(model, path, overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -11,10 +12,10 @@ from mlx.utils import tree_unflatten
 from ..base.fingerprint import Fingerprint
 from ..base.modules import Frozen, base_dtype, kind
 from ..config import AdapterConfig
-from ..errors import AdapterError
+from ..errors import AdapterError, MLXLoRAError
 from ..layers import AdapterLayer, MultiLoRALinear, SplitEmbedding, TokenRows
 
-_STATE, _CHANGED = "_mlx_lora_state", "_mlx_lora_changed"
+_STATE, _CHANGED, _BIASES = "_mlx_lora_state", "_mlx_lora_changed", "_mlx_lora_biases"
 _WRAPPERS = (AdapterLayer, TokenRows)
 HEAD = "lm_head"  # the path of an output head that is tied to the embedding, while the embedding is split
 
@@ -59,9 +60,29 @@ def discard_state(model: nn.Module) -> State | None:
     return model.__dict__.pop(_STATE, None)
 
 
-def mark_changed(model: nn.Module) -> None:
-    """Record that the weights of the model are no longer those it was loaded with."""
+def mark_changed(model: nn.Module, biases: list[str] | None = None) -> None:
+    """Record that the weights of the model are no longer those it was loaded with.
+
+    Args:
+        biases: paths of layers that got a bias, which the model's class does not have.
+    """
     setattr(model, _CHANGED, object())
+    setattr(model, _BIASES, new_biases(model) | set(biases or ()))
+
+
+def new_biases(model: nn.Module) -> frozenset[str]:
+    """Paths of the layers that got a bias, which the model's class does not have."""
+    return model.__dict__.get(_BIASES, frozenset())
+
+
+def refuse_biases(paths: Iterable[str], error: type[MLXLoRAError] = AdapterError) -> None:
+    """Raise ``error`` if there are ``paths`` of layers with a bias that the model's class does not have."""
+    if paths := sorted(paths):
+        named = f"{', '.join(paths[:3])}{', ...' * (len(paths) > 3)}"
+        raise error(
+            f"{named}: the adapter has biases (lora_bias) where this model has none, and no model folder can hold them",
+            "Keep the adapter separate: generate, chat and serve take it as it is.",
+        )
 
 
 def identity(model: nn.Module) -> tuple:

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 import mlx_lora
-from mlx_lora import AdapterConfig, load_adapter, mount, save_adapter
+from conftest import shake
+from mlx_lora import AdapterConfig, attach, extract, fuse, load_adapter, mount, save_adapter, save_model
 from mlx_lora.adapter import Adapter
 from mlx_lora.base.decompositions import olora_pair, pissa_pair
 from mlx_lora.base.names import BaseModel
-from mlx_lora.errors import AdapterError, ConfigError, FormatError, MLXLoRAError
+from mlx_lora.errors import AdapterError, ConfigError, FormatError, MLXLoRAError, ModelError
 from mlx_lora.formats import FORMATS, describe, detect_format
 from mlx_lora.formats.files import read_safetensors
 from mlx_lora.formats.torch.read import read_torch
@@ -659,10 +660,34 @@ def test_merged_model_of_a_quantized_base(name, tmp_path):
     assert "quantization" not in json.loads((tmp_path / "merged/config.json").read_text())
 
 
-def test_biases_that_the_base_does_not_have_are_refused(tmp_path):
-    with pytest.raises(MLXLoRAError, match=r"down_proj\.bias(.|\n)*keep the adapter separate"):
-        export_merged(base("llama"), load_adapter(PEFT / "llama/lora_bias", base=base("llama")), tmp_path / "merged")
+@pytest.mark.parametrize("model, keys", [("llama", None), ("qwen2", ["lm_head"]), ("qwen2", ["o_proj"])])
+def test_biases_that_the_base_does_not_have_are_refused(model, keys, tmp_path):
+    live = load(model)
+    if keys is None:
+        mount(live, PEFT / "llama/lora_bias")
+    else:  # the head of this model is tied to its embedding
+        attach(live, AdapterConfig(rank=2, lora_bias=True, keys=keys))
+        shake(live)
+    adapter, expected = extract(live), logits(live)
+    with pytest.raises(AdapterError, match=r"_(proj|head)\b.*has biases(.|\n)*Keep the adapter separate"):
+        export_merged(base(model), adapter, tmp_path / "merged")
+    fuse(live)
+    assert_equal(logits(live), expected)  # in memory it can be merged
+    with pytest.raises(ModelError, match="no model folder can hold them"):
+        save_model(live, tmp_path / "fused")
     assert not list(tmp_path.iterdir())
+
+
+def test_biases_that_the_base_has_are_merged(tmp_path):
+    live = load("qwen2")
+    attach(live, AdapterConfig(rank=2, lora_bias=True, keys=["q_proj", "v_proj"]))
+    shake(live)
+    expected = logits(live)
+    export_merged(base("qwen2"), extract(live), tmp_path / "merged")
+    fuse(live)
+    save_model(live, tmp_path / "fused")
+    for name in ("merged", "fused"):
+        assert_equal(logits(load(tmp_path / name)), expected)
 
 
 def test_a_conversion_holds_no_more_than_twice_the_file(tmp_path):

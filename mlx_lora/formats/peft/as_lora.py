@@ -30,14 +30,25 @@ Factors = tuple[mx.array, mx.array]  # B [out, r], A [r, in]
 
 
 def _adalora(t: dict[str, mx.array]) -> Factors:
+    _check_equal("rank", t["lora_A"].shape[0], t["lora_B"].shape[1], t["lora_E"].size, t["lora_E"].shape[0])
     return t["lora_B"], t["lora_A"] * t["lora_E"]
 
 
 def _loha(t: dict[str, mx.array]) -> Factors:
     b1, a1, b2, a2 = (t[f"hada_w{name}"] for name in ("1_a", "1_b", "2_a", "2_b"))
+    _check_equal("output size", b1.shape[0], b2.shape[0])
+    _check_equal("input size", a1.shape[1], a2.shape[1])
+    for b, a in ((b1, a1), (b2, a2)):
+        _check_equal("rank", b.shape[1], a.shape[0])
     b = (b1[:, :, None] * b2[:, None, :]).reshape(b1.shape[0], -1)
     a = (a1[:, None, :] * a2[None, :, :]).reshape(-1, a1.shape[1])
     return _shortest(b, a) if b.shape[1] > min(b.shape[0], a.shape[1]) else (b, a)
+
+
+def _check_equal(what: str, *sizes: int) -> None:
+    """Raise a ``ValueError`` for sizes that differ: MLX would repeat a single row or column."""
+    if len(set(sizes)) > 1:
+        raise ValueError(f"their {what} differs: {', '.join(map(str, dict.fromkeys(sizes)))}")
 
 
 def _lokr(t: dict[str, mx.array]) -> Factors:
@@ -62,13 +73,19 @@ def _split(w: mx.array) -> Factors:
     return (mx.eye(rows), w) if rows <= columns else (w, mx.eye(columns))
 
 
+def _positive(rank: int) -> int:
+    if rank <= 0:
+        raise ValueError(f"a rank of {rank}")
+    return rank
+
+
 def _adalora_scale(raw: dict[str, Any], path: str) -> float:
     rank, alpha = raw.get("init_r", 12), raw.get("lora_alpha", 8)
-    return (alpha if alpha > 0 else rank) / (rank + 1e-5)  # PEFT adds 1e-5
+    return (alpha if alpha > 0 else _positive(rank)) / (_positive(rank) + 1e-5)  # PEFT adds 1e-5
 
 
 def _lycoris_scale(raw: dict[str, Any], path: str) -> float:
-    rank = match_pattern(raw.get("rank_pattern") or {}, path, raw.get("r", 8))
+    rank = _positive(match_pattern(raw.get("rank_pattern") or {}, path, raw.get("r", 8)))
     return match_pattern(raw.get("alpha_pattern") or {}, path, raw.get("alpha", 8)) / rank
 
 
@@ -115,7 +132,7 @@ def as_lora(
             continue
         try:
             scale = scale_of(raw, path)
-        except (TypeError, ZeroDivisionError, re.error) as error:
+        except (TypeError, ValueError, re.error) as error:
             raise wrong_settings(source / CONFIG, f"not a config of {kind} ({type(error).__name__}: {error})") from None
         found[f"{PREFIX}{path}.lora_A.weight"], found[f"{PREFIX}{path}.lora_B.weight"] = a, b
         ranks[f"^{re.escape(path)}"], alphas[f"^{re.escape(path)}"] = a.shape[0], scale * a.shape[0]

@@ -157,7 +157,7 @@ def adapter_config(
         if full:
             settings["modules_to_save"] = full
         if any(n.endswith(".trainable_tokens") for n in weights):
-            settings["trainable_token_indices"] = _token_ids(raw, weights, source)
+            settings["trainable_token_indices"] = _token_ids(raw, weights, peft_paths, source)
         return AdapterConfig(**settings)
 
 
@@ -176,14 +176,15 @@ def _full_modules(raw, weights, peft_paths, source: Path) -> tuple[str, ...]:
     return tuple(sorted({n.rpartition(".")[0] for n in weights if n.endswith(".weight")}))
 
 
-def _token_ids(raw, weights, source: Path) -> dict[str, tuple[int, ...]]:
+def _token_ids(raw, weights, peft_paths, source: Path) -> dict[str, tuple[int, ...]]:
     """The ids of trained rows, by our path of the embedding."""
     stated = raw.get("trainable_token_indices", raw.get("token_indices"))
     found = {}
     for path in [n.removesuffix(".trainable_tokens") for n in weights if n.endswith(".trainable_tokens")]:
         ids = stated
         if isinstance(stated, dict):
-            ids = next((v for k, v in stated.items() if path == k or path.endswith("." + k)), None)
+            names = (peft_paths.get(path, path), path)
+            ids = next((v for k, v in stated.items() if any(f".{name}".endswith(f".{k}") for name in names)), None)
         if not isinstance(ids, list):
             raise FormatError(
                 f"{source / CONFIG}: names no token ids for {path}",

@@ -38,7 +38,10 @@ def _adapter_folder(folder: Path, adapter: str | None) -> Path:
     if adapter is None and has_weights(folder):
         return folder
     names = named_adapters(folder)
+    if adapter == "default" and adapter not in names and has_weights(folder):  # PEFT's name for the one of no subfolder
+        return folder
     if adapter is not None:
+        names += ["default"] * has_weights(folder)
         if adapter not in names:
             raise FormatError(f"{folder}: has no adapter {adapter!r}", f"It has: {', '.join(names) or 'none'}.")
         return folder / adapter
@@ -95,6 +98,11 @@ def from_tensors(tensors: dict[str, mx.array], raw: dict[str, Any], source: Path
     sides = reader.embedding_side(metadata)
     paths = reader.peft_paths
     config = adapter_config(raw, reader.weights, reader.ranks, reader.scales, paths, source, options, sides)
+    selected = {"modules_to_save": config.modules_to_save, "feedforward_modules": config.feedforward_modules}
+    if raw["peft_type"] == "IA3" and not raw.get("exclude_modules"):  # feedforward_modules must be among these
+        selected["target_modules"] = [n.removesuffix(".ia3_l") for n in reader.weights if n.endswith(".ia3_l")]
+    names = {field: [raw[field], sorted(paths)] for field, paths in selected.items() if raw.get(field) and paths}
+    peft |= {"names": names} if names else {}
     adapter = Adapter(config, reader.weights, base=raw.get("base_model_name_or_path"), metadata=metadata)
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and changes_base(init):
@@ -126,7 +134,7 @@ class _Reader:
             return
         parts = split_name(name)
         if parts is None:
-            self.faults.append(f"{name}: not an array of LoRA, DoRA, VeRA or (IA)^3")
+            self.faults.append(f"{name}: {self._why_unknown(name)}")
             return
         path, leaf, transposed = parts
         if transposed and array.ndim != 2:
@@ -145,6 +153,15 @@ class _Reader:
                 self.embeddings.add(ours)
             array = array.reshape(-1) if leaf in _VECTORS else array
             self._put(f"{ours}.{leaf}", array.T if transposed else array, name)
+
+    def _why_unknown(self, name: str) -> str:
+        saved = self.raw.get("modules_to_save") or []
+        if any(f".{module}." in name for module in saved):
+            return (
+                "trained in full (modules_to_save), but not the weight or bias of a layer: parameters that hold all "
+                "experts are not converted"
+            )
+        return "not an array of LoRA, DoRA, VeRA or (IA)^3"
 
     def _put(self, key: str, array: mx.array, name: str) -> None:
         if key in self.weights:
@@ -198,10 +215,8 @@ class _Reader:
         targets = self.raw.get("target_parameters") or []
         names = [n for n in ("gate_up_proj", "down_proj") if any(_covers([n], target) for target in targets)]
         names = [n for n in names if _covers(targets, f"{block}.experts.{n}")] or names
-        kinds = {False: names[0]} if len(names) == 1 else {}
-        if len(layers) == 2:
-            kinds = {True: "gate_up_proj", False: "down_proj"}
-        if not layers.keys() <= kinds.keys() or any(pair.keys() != {"lora_a", "lora_b"} for pair in layers.values()):
+        kinds = dict(zip([len(names) == 2, False], names, strict=False))  # below base_layer? -> the parameter
+        if layers.keys() != kinds.keys() or any(pair.keys() != {"lora_a", "lora_b"} for pair in layers.values()):
             raise FormatError(
                 f"{self.source}: {block}.experts: target_parameters does not say what its matrices belong to",
                 "Write there what was trained: mlp.experts.gate_up_proj, mlp.experts.down_proj or both.",
@@ -289,7 +304,7 @@ class _Reader:
         if base is not None and base.folder is not None:
             for name in [n for n in self.weights if n.endswith(".weight") and f"{n[:-7]}.lora_a" in self.weights]:
                 path = self.peft_paths[name[:-7]]
-                own = base.tensor(f"{path}.weight")
+                own = base.tensor(base.weight_name(name[:-7]) or f"{path}.weight")
                 if own is None and _is_head(path) and base.tied:
                     own = base.embedding_weight()
                 if own is not None and _equal(own, self.weights[name].astype(own.dtype)):

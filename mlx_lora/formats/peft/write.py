@@ -8,6 +8,7 @@ apply another one to the base again.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -296,9 +297,9 @@ class _Writer:
                 self.tensors[f"{PREFIX}lm_head{inside}.{leaf}"] = array
                 self.extra["ensure_weight_tying"] = True
             if leaf != "bias" or adapter.config.bias == "none":
-                saved.update([theirs] if not inside else [])
+                saved.update([path] if not inside else [])
         if saved:
-            self.extra["modules_to_save"] = sorted(saved)
+            self.extra["modules_to_save"] = self._named("modules_to_save", saved)
         if adapter.config.bias != "none":
             bias = adapter.config.bias
             self.extra["bias"] = "vera_only" if adapter.config.method == "vera" and bias == "lora_only" else bias
@@ -309,6 +310,11 @@ class _Writer:
         for theirs, ours in SHARED_KEYS.items():
             if ours in adapter.weights:
                 self.tensors[theirs] = adapter.weights[ours]
+
+    def _named(self, field: str, paths: Iterable[str]) -> list[str] | str:
+        """The modules at our ``paths`` for ``field``: by the names that were read if these are the same modules."""
+        names, selected = self.adapter.metadata.get("peft", {}).get("names", {}).get(field, (None, None))
+        return names if selected == sorted(paths) else sorted(_to_hf(path, self.base) for path in paths)
 
     def config(self, exact: AdapterConfig) -> dict[str, Any]:
         """The config, with ``exact`` for the rank and scale of most modules."""
@@ -351,7 +357,11 @@ class _Writer:
         if method == "ia3":
             inputs = [p for p in adapter.modules if adapter.weights[f"{p}.ia3_l"].shape[0] == 1]
             raw = {name: value for name, value in raw.items() if name not in ("r", "bias")}
-            return {**raw, "feedforward_modules": [_to_hf(p, self.base) for p in inputs], **self.extra}
+            targets, inner = self._named("target_modules", adapter.modules), self._named("feedforward_modules", inputs)
+            if isinstance(targets, list) and isinstance(inner, list) and not set(inner) <= set(targets):  # PEFT refuses
+                targets, inner = ([_to_hf(p, self.base) for p in paths] for paths in (adapter.modules, inputs))
+            raw |= {"target_modules": targets, "feedforward_modules": inner, "init_ia3_weights": True}
+            return {**raw, **self.extra}
         alpha = integral(exact.scale * exact.rank)
         raw |= {"lora_alpha": alpha, "lora_dropout": exact.dropout, "use_dora": method == "dora"}
         raw["init_lora_weights"] = True

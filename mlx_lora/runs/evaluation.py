@@ -12,11 +12,12 @@ import mlx.nn as nn
 from ..config import DataConfig
 from ..data import Question, load_dataset, questions
 from ..errors import ConfigError
+from ..model.forward_paths import needs_cache, through_cache
 from ..model.loading import load
 from ..training import evaluate
 from ..training.losses import loss_named
 from .checks import check_data
-from .reports import Answer, DataLoaded, Loading, TestReport
+from .reports import Answer, DataLoaded, Loading, TestReport, Warned
 from .settings import as_data, as_model, check_test_batches
 
 
@@ -31,7 +32,7 @@ def measure(
     exact_match: int = 0,
     max_tokens: int = 128,
     trust_remote_code: bool = False,
-) -> Iterator[Loading | DataLoaded | Answer | TestReport]:
+) -> Iterator[Loading | DataLoaded | Warned | Answer | TestReport]:
     """Measure a model on the test set of ``data``; ``TestReport`` is yielded last.
 
     Args:
@@ -66,12 +67,25 @@ def _measure(model, data, adapter_path, measured, exact_match, max_tokens, trust
     model, tokenizer = yield from load_model(model, adapter_path, trust_remote_code)
     sets = yield from load_sets(data, tokenizer, ("test",))
     asked = questions(data, tokenizer, "test", exact_match) if exact_match else []
-    result = asdict(evaluate(model, sets.test, *measured))
+    cached = yield from compare_paths(model, sets.test)
+    with through_cache(model, cached):
+        result = asdict(evaluate(model, sets.test, *measured))
     correct = 0
     for answer in answers(model, tokenizer, asked, max_tokens):
         correct += answer.correct
         yield answer
     yield TestReport(**result, exact_match=correct / len(asked) if asked else None, answered=len(asked))
+
+
+def compare_paths(model: nn.Module, rows: Any, grad_checkpoint: bool = False):
+    """Yield a warning, and return True, if the loss must be computed through a cache (see ``model.forward_paths``)."""
+    cached = len(rows) > 0 and needs_cache(model, rows[0].tokens.tolist(), grad_checkpoint)
+    if cached:
+        yield Warned(
+            "without a cache this model computes something else than it generates, so every loss is computed through "
+            "a fresh cache"
+        )
+    return cached
 
 
 def answers(

@@ -16,11 +16,12 @@ from ..data import Dataset, Splits, train_batches
 from ..errors import ConfigError, MLXLoRAError
 from ..init import FROM_DATA
 from ..model.attach import extract, parameter_counts, unmount
+from ..model.forward_paths import through_cache
 from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport, build_optimizer, evaluate
 from ..training import train as train_model
 from .adapters import attach_for_run
 from .checks import check_data, check_modules, check_packing
-from .evaluation import load_model, load_sets
+from .evaluation import load_model, load_sets, compare_paths
 from .folder import RunFolder, is_main_process
 from .identity import check, continued, identify
 from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
@@ -121,12 +122,18 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
     if state is not None:
         check(state.run, folder.identity, settings.force, folder.path)
     yield from _attach(model, sets, folder, settings)
-    yield _started(model, state, settings.train.iters)
-    done = yield from _train(model, sets, folder, settings, state, stop, logs)
-    if settings.test_batches is not None and not done.stopped:
-        config = settings.train
-        result = evaluate(model, sets.test, config.batch_size, settings.test_batches, config.loss)
-        yield TestReport(**asdict(result))
+    config = settings.train
+    try:
+        cached = yield from compare_paths(model, sets.train, config.grad_checkpoint)
+    except MLXLoRAError:  # nothing was trained: a model that the caller loaded is as it was
+        unmount(model)
+        raise
+    yield _started(model, state, config.iters)
+    with through_cache(model, cached):
+        done = yield from _train(model, sets, folder, settings, state, stop, logs)
+        if settings.test_batches is not None and not done.stopped:
+            result = evaluate(model, sets.test, config.batch_size, settings.test_batches, config.loss)
+            yield TestReport(**asdict(result))
 
 
 def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:

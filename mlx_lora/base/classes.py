@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from ..errors import ModelError
 from .fields import as_known_type, class_fields
+from .heads import is_head, stated_tie
 from .layouts import check_names, fit
 from .nf4_checkpoint import replace_with_nf4
 
@@ -31,6 +32,8 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             self.__class__ = model_class
+            if stated_tie(config) and not any("scales" in name for name in weights):  # a copy of the embedding
+                weights = {name: array for name, array in weights.items() if not is_head(name)}
             try:
                 return fit(self, weights)
             finally:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
+from .heads import FLAG, stated_tie
+
 Config = dict[str, Any]
 
 # mlx-lm's field: transformers' fields, of which the first that is stated is used.
@@ -118,15 +120,9 @@ def class_fields(config: Config, known: Collection[str] | None = None) -> Config
         if (config.get(name) is None or (kind, name) in _REPLACED) and (known is None or name in known)
     }
     if isinstance(text := config.get("text_config"), dict):
-        absent["text_config"] = {**text, **class_fields(text), **_shared(config, text)}
+        tied = stated_tie(config)
+        absent["text_config"] = {**text, **class_fields(text), **({} if tied is None else {FLAG: tied})}
     return absent
-
-
-def _shared(config: Config, text: Config) -> Config:
-    """What the whole config says of the text part: since version 5, transformers ties the head where this says so."""
-    tied = config.get("tie_word_embeddings")
-    newer = str(config.get("transformers_version", "")) >= "5"
-    return {"tie_word_embeddings": tied} if tied is not None and (newer or "tie_word_embeddings" not in text) else {}
 
 
 def as_known_type(config: Config) -> Config:

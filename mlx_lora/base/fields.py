@@ -61,6 +61,7 @@ _BY_TYPE: dict[str, Callable[[Config], Config]] = {
     # A scaling by 1: mlx-lm's class requires the section.
     "deepseek_v2": lambda c: {"rope_scaling": {"factor": 1.0}},
     "exaone4": lambda c: {"sliding_window_pattern": _letters(c["sliding_window_pattern"])},
+    "gemma3_text": lambda c: {"sliding_window_pattern": 1} if set(c["layer_types"]) == {"full_attention"} else {},
     "gemma4_unified_text": lambda c: {"hidden_size_per_layer_input": 0},
     "glm_moe_dsa": lambda c: {**_NOAUX_TC, "moe_layer_freq": 1},
     "granitemoehybrid": lambda c: {

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ...adapter import Adapter
+from ...base.differences import other_numbers
 from ...base.names import BaseModel
 from ...errors import FormatError
 from ...formats.fused_projections import to_interleaved
@@ -158,6 +159,7 @@ class Architecture:
     def _check(self) -> None:
         """Name what mlx-lm computes and llama.cpp's graph cannot."""
         get = self._get
+        self._faults += [f"mlx-lm {cause}" for cause in other_numbers(self.base.config)]
         if get("rope_traditional"):
             self._faults.append("rotary embeddings of adjacent pairs (rope_traditional)")
         if self.name == "llama" and "sliding_attention" in (get("layer_types") or ()):

@@ -15,13 +15,21 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ModelError
+from .config import missing_fields
+from .differences import not_computed
 from .fields import as_known_type, class_fields
+from .heads import is_head, stated_tie
 from .layouts import check_names, fit
 from .nf4_checkpoint import replace_with_nf4
 
 
 def model_classes(config: dict[str, Any]) -> tuple[type, type]:
     """The classes of the model and of its settings, as mlx-lm's ``load_model`` takes them. Raises: ModelError."""
+    if faults := not_computed({**config, **missing_fields(config)}):
+        raise ModelError(
+            f"mlx-lm cannot compute this {config['model_type']} model: {'; '.join(faults)}",
+            "Use this model with transformers and PEFT, or try a newer mlx-lm.",
+        )
     model_class, args_class = _mlx_lm_classes(as_known_type(config))
 
     class Model(model_class):
@@ -31,6 +39,8 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             self.__class__ = model_class
+            if stated_tie(config) and not any("scales" in name for name in weights):  # a copy of the embedding
+                weights = {name: array for name, array in weights.items() if not is_head(name)}
             try:
                 return fit(self, weights)
             finally:

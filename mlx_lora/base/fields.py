@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
+from .heads import FLAG, stated_tie
+
 Config = dict[str, Any]
 
 # mlx-lm's field: transformers' fields, of which the first that is stated is used.
@@ -59,6 +61,7 @@ _BY_TYPE: dict[str, Callable[[Config], Config]] = {
     # A scaling by 1: mlx-lm's class requires the section.
     "deepseek_v2": lambda c: {"rope_scaling": {"factor": 1.0}},
     "exaone4": lambda c: {"sliding_window_pattern": _letters(c["sliding_window_pattern"])},
+    "gemma3_text": lambda c: {"sliding_window_pattern": 1} if set(c["layer_types"]) == {"full_attention"} else {},
     "gemma4_unified_text": lambda c: {"hidden_size_per_layer_input": 0},
     "glm_moe_dsa": lambda c: {**_NOAUX_TC, "moe_layer_freq": 1},
     "granitemoehybrid": lambda c: {
@@ -118,15 +121,9 @@ def class_fields(config: Config, known: Collection[str] | None = None) -> Config
         if (config.get(name) is None or (kind, name) in _REPLACED) and (known is None or name in known)
     }
     if isinstance(text := config.get("text_config"), dict):
-        absent["text_config"] = {**text, **class_fields(text), **_shared(config, text)}
+        tied = stated_tie(config)
+        absent["text_config"] = {**text, **class_fields(text), **({} if tied is None else {FLAG: tied})}
     return absent
-
-
-def _shared(config: Config, text: Config) -> Config:
-    """What the whole config says of the text part: since version 5, transformers ties the head where this says so."""
-    tied = config.get("tie_word_embeddings")
-    newer = str(config.get("transformers_version", "")) >= "5"
-    return {"tie_word_embeddings": tied} if tied is not None and (newer or "tie_word_embeddings" not in text) else {}
 
 
 def as_known_type(config: Config) -> Config:

@@ -16,6 +16,7 @@ from .classes import model_classes
 from .config import missing_fields, read_config
 from .differences import known_differences
 from .files import check_weight_files
+from .heads import stated_tie, tensor_files, tie_fields
 from .nf4_checkpoint import check_bitsandbytes
 from .origin import Base, set_base
 from .saving import SMALL_FILES
@@ -61,9 +62,12 @@ def load_base(
     options = {"trust_remote_code": True} if trust_remote_code and supported else {}
     check_bitsandbytes(path_or_repo, config)
     check_weight_files(path_or_repo, folder)
+    fields = missing_fields(config)
+    whole = {**config, **fields}
+    ties = tie_fields(whole, tensor_files(folder))
     try:
         model, config = utils.load_model(
-            folder, lazy=True, model_config=missing_fields(config), get_model_classes=model_classes, **options
+            folder, lazy=True, model_config={**fields, **ties}, get_model_classes=model_classes, **options
         )
         tokenizer = utils.load_tokenizer(
             folder,
@@ -73,6 +77,12 @@ def load_base(
     except Exception as error:  # mlx-lm and transformers raise many kinds of errors on damaged or unknown folders
         reason = error.message if isinstance(error, MLXLoRAError) else _first_line(error)
         raise ModelError(f"{path_or_repo}: cannot be loaded ({reason})", _load_hint(error)) from error
+    if stated_tie(whole) and ties:
+        warnings.warn(
+            f"{path_or_repo}: its config ties the output head to the embedding, but its checkpoint has a head with "
+            "another weight, which is used",
+            stacklevel=2,
+        )
     for difference in known_differences(config):
         warnings.warn(f"{path_or_repo}: {difference}", stacklevel=2)
     if dtype in DTYPES or (dtype == "auto" and device.is_cpu()):

@@ -9,12 +9,12 @@ loaded in ``loading.py``.
 from __future__ import annotations
 
 import functools
-import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
 from .config import missing_fields, read_config
+from .heads import INPUT_EMBEDDING, stated_tie, tensor_files, tie_fields
 from .modules import dims, kind
 
 # Families in which mlx-lm keeps transformers' names and shapes: their ``sanitize`` at most drops rotary buffers and a
@@ -81,11 +81,6 @@ def _spellings(name: str) -> tuple[str, ...]:
     return name, name.removeprefix("transformer."), name.removeprefix("model."), f"model.{name}"
 
 
-_INPUT_EMBEDDING = re.compile(r"(^|\.)(wte|embed_tokens|embed_in|(word|tok)_embeddings|embeddings?)\.weight$")
-# An output head's own weight or module: lm_head, or embed_out (GPT-NeoX), output (InternLM2).
-_HEAD = re.compile(r"(^|\.)lm_head(\.|$)|^(model\.)?(embed_out|output)(\.weight)?$")
-
-
 class BaseModel:
     """A base model's config and what it implies.
 
@@ -107,9 +102,10 @@ class BaseModel:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json`` with the fields of transformers 4 and 5. Raises: ModelError."""
+        """``config.json`` with the fields of transformers 4 and 5, and whether the head is tied. Raises: ModelError."""
         config = read_config(Path(self.name).expanduser() if self.folder else Path(self._download()))
-        return {**config, **missing_fields(config)}
+        config = {**config, **missing_fields(config)}
+        return {**config, **tie_fields(config, self._files)}
 
     def _download(self) -> str:
         from huggingface_hub import hf_hub_download
@@ -184,24 +180,12 @@ class BaseModel:
     @property
     def tied(self) -> bool:
         """Whether the output head shares the embedding's weight."""
-        stated = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))
-        if stated is not None:
-            return bool(stated)
-        return not any(_HEAD.search(name) for name in self.tensor_names or self.modules)
+        return bool(stated_tie(self.config))
 
     @functools.cached_property
     def _files(self) -> dict[str, Path]:
         """The file that contains each tensor, by transformers' name."""
-        from safetensors import SafetensorError, safe_open
-
-        found = {}
-        for file in sorted(self.folder.glob("*.safetensors")) if self.folder else []:
-            try:
-                with safe_open(file, framework="numpy") as opened:
-                    found |= dict.fromkeys(opened.keys(), file)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file}: cannot be read ({error})", "Download the model again.") from None
-        return found
+        return tensor_files(self.folder)
 
     @property
     def tensor_names(self) -> set[str]:
@@ -217,7 +201,7 @@ class BaseModel:
 
     def embedding_weight(self):
         """The checkpoint's weight of the input embedding, or None."""
-        name = next((name for name in sorted(self._files) if _INPUT_EMBEDDING.search(name)), None)
+        name = next((name for name in sorted(self._files) if INPUT_EMBEDDING.search(name)), None)
         return None if name is None else self.tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...] | None:

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..adapter import SHARED, Adapter, raise_faults
+from ..base.heads import FLAG
 from ..base.loading import DTYPES, check_dtype, resolve
 from ..base.modules import kind, total_bytes
 from ..base.names import BaseModel
@@ -33,7 +34,6 @@ from .checkpoint import merge_into_checkpoint, split_adapter
 from .fuse import FusedLayer, check_biases, fuse
 from .gguf import BLOCK, GGUFModel, rounded
 from .gguf.modelfile import check_modelfile, write_modelfile
-from .untie import FLAG
 
 _SHARD = 5 << 30  # bytes of weights per file
 _MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}

@@ -12,10 +12,9 @@ from dataclasses import replace
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..base.heads import FLAG
 from ..base.origin import base_of, set_base
 from ..model.state import HEAD
-
-FLAG = "tie_word_embeddings"
 
 
 def untie(model: nn.Module, head: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport
 from ..training import train as train_model
 from .adapters import attach_for_run
 from .checks import check_data, check_modules, check_packing
-from .evaluation import load_model, load_sets, compare_paths
+from .evaluation import compare_paths, load_model, load_sets
 from .folder import RunFolder, is_main_process
 from .identity import check, continued, identify
 from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned

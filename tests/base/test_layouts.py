@@ -22,6 +22,8 @@ from mlx_lora.errors import ModelError
 
 GPT2 = dict(model_type="gpt2", n_embd=16, n_layer=2, n_head=2, n_positions=32, n_ctx=32, vocab_size=40)
 GPT2 |= dict(layer_norm_epsilon=1e-5)
+WINDOW = dict(use_sliding_window=True, sliding_window=4, max_position_embeddings=64, num_hidden_layers=2)
+IRREGULAR = ["full_attention", *["sliding_attention"] * 3]
 NEOX = dict(model_type="gpt_neox", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
 NEOX |= dict(max_position_embeddings=32, layer_norm_eps=1e-5, use_parallel_residual=True)
 NEOX |= dict(rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25})
@@ -243,11 +245,54 @@ def test_names_of_modules(kind, theirs, ours, tmp_path):
         ({"model_type": "glm"}, "rotates"),
         ({"model_type": "jamba", "num_experts": 16}, "normalizes"),
         ({"model_type": "llama"}, None),
+        ({"model_type": "llama", "hidden_act": "relu"}, "activation silu, the model relu"),
+        ({"model_type": "gemma", "hidden_act": "gelu"}, None),
+        ({"model_type": "gemma2", "hidden_activation": "silu"}, "activation gelu"),
+        ({"model_type": "qwen2", **WINDOW, "max_window_layers": 0}, "the last 4"),
+        ({"model_type": "qwen2", **WINDOW, "max_window_layers": 2}, None),
+        ({"model_type": "qwen3", **WINDOW, "layer_types": ["full_attention"] * 2}, None),
+        ({"model_type": "qwen3", **WINDOW, "layer_types": ["sliding_attention"] * 2}, "the last 4"),
+        ({"model_type": "mixtral", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type linear"),
+        ({"model_type": "mixtral", "rope_parameters": {"rope_type": "default"}}, None),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [2]}}, "long"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "final_logit_softcapping": 3}}, "cap"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "later tokens"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": False, "attn_logit_softcapping": None}, None),
+        ({"model_type": "qwen2_moe", "norm_topk_prob": True}, "normalize"),
+        ({"model_type": "qwen2_moe", "norm_topk_prob": False}, None),
+        ({"model_type": "gpt2", "scale_attn_weights": False}, "scale_attn_weights"),
+        ({"model_type": "gpt_oss", "swiglu_limit": 1.0}, "swiglu_limit"),
     ],
 )
 def test_known_differences(config, fragment):
     found = known_differences(config)
     assert (not found) if fragment is None else (len(found) == 1 and fragment in found[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"model_type": "gemma2", "final_logit_softcapping": None}, "final_logit_softcapping"),
+        ({"model_type": "gemma3_text", "layer_types": IRREGULAR * 2, "num_hidden_layers": 8}, "layer_types"),
+        ({"model_type": "cohere2", "layer_types": IRREGULAR * 2}, "layer_types"),
+        ({"model_type": "gemma3_text", "layer_types": ["sliding_attention"] * 4, "num_hidden_layers": 4}, "num_"),
+        ({"model_type": "gemma3_text", "layer_types": IRREGULAR[:2] * 2, "num_hidden_layers": 4}, "num_"),
+    ],
+)
+def test_what_mlx_lm_cannot_compute_is_refused_before_the_model_is_built(config, field):
+    with pytest.raises(ModelError, match=field):
+        model_classes(config)
+    with pytest.raises(ModelError, match=field):
+        model_classes({"model_type": "gemma3", "text_config": config})
+
+
+@pytest.mark.parametrize(("types", "pattern"), [(["full_attention"] * 2, 1), (IRREGULAR[1::-1] * 2, 2)])
+def test_regular_layers_of_gemma3_are_computed(types, pattern):
+    from mlx_lora.base.config import missing_fields
+
+    config = {"model_type": "gemma3_text", "layer_types": types, "num_hidden_layers": len(types)}
+    _, arguments = model_classes(config)
+    assert arguments.from_dict({**config, **missing_fields(config)}).sliding_window_pattern == pattern
 
 
 # -- files -------------------------------------------------------------------------------------------------------

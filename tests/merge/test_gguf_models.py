@@ -15,7 +15,7 @@ import mlx_lora.merge.export as export_module
 from conftest import shake
 from mlx_lora.base.names import BaseModel
 from mlx_lora.config import AdapterConfig
-from mlx_lora.errors import ConfigError, FormatError
+from mlx_lora.errors import ConfigError, FormatError, ModelError
 from mlx_lora.formats import save_adapter
 from mlx_lora.formats.gguf_file import read_gguf, write_gguf
 from mlx_lora.merge.export import export_merged
@@ -59,6 +59,8 @@ def random_base(folder: Path, *, weights: bool = True, tokenizer=None, **config)
         model = BaseModel(folder).model
         mx.random.seed(3)
         arrays = {name: mx.random.normal(array.shape) for name, array in tree_flatten(model.parameters())}
+        if config.get("tie_word_embeddings"):
+            arrays.pop("lm_head.weight", None)
         mx.save_safetensors(str(folder / "model.safetensors"), arrays)
     return folder
 
@@ -479,3 +481,48 @@ def test_rounding_of_zeros_is_no_loss():
 
     report = FusedLayer("a", "float32", 1.0, 0.0, 0.1)
     assert rounded(report, mx.zeros((2, 32))).relative_error == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(keys=["self_attn.q_proj", "lm_head"]),
+        dict(keys=["lm_head"], method="dora"),
+        dict(keys=["self_attn.q_proj", "embed_tokens"], embedding_side="input"),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_a_tied_head_that_parts_from_the_embedding_is_written(tmp_path, settings, family):
+    import gguf
+
+    extra = dict(query_pre_attn_scalar=8, sliding_window_pattern=2) if family == "gemma3_text" else {}
+    base = random_base(tmp_path / "base", model_type=family, head_dim=8, tie_word_embeddings=True, **extra)
+    model, adapter = adapter_for(base, **settings)
+    export_merged(base, adapter, tmp_path / "m.gguf", dtype="float32")
+    fuse(model)
+    tensors = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert np.allclose(tensors["output.weight"], np.array(model.lm_head.weight), atol=1e-5)
+    assert np.allclose(tensors["token_embd.weight"], np.array(model.model.embed_tokens.weight), atol=1e-5)
+    assert not np.allclose(tensors["output.weight"], tensors["token_embd.weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (dict(model_type="llama", hidden_act="relu"), "relu"),
+        (
+            dict(model_type="mixtral", num_local_experts=2, rope_scaling={"rope_type": "linear", "factor": 2.0}),
+            "linear",
+        ),
+        (
+            dict(model_type="gemma3_text", final_logit_softcapping=3.0, sliding_window_pattern=2),
+            "final_logit_softcapping",
+        ),
+        (dict(model_type="gemma3_text", num_hidden_layers=2), "sliding_window_pattern"),
+        (dict(model_type="gemma2", attn_logit_softcapping=None), "attn_logit_softcapping"),
+    ],
+)
+def test_a_model_that_mlx_lm_computes_otherwise_is_not_written(tmp_path, config, field):
+    base = random_base(tmp_path / "base", weights=False, head_dim=8, query_pre_attn_scalar=8, **config)
+    with pytest.raises((FormatError, ModelError), match=field):
+        GGUFModel(BaseModel(base), None, "x", None)

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ...adapter import Adapter
+from ...base.differences import other_numbers
 from ...base.names import BaseModel
 from ...errors import FormatError
 from ...formats.fused_projections import to_interleaved
@@ -24,6 +25,7 @@ FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3
 FAMILIES += ("gemma3", "gemma3_text", "phi3")
 _LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B model, for which llama.cpp scales attention differently
 _BIASES = {"attn_q", "attn_k", "attn_v", "attn_qkv"}  # that every architecture takes
+HEAD = "lm_head.weight"
 _LLAMA_BIASES = {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 
 
@@ -157,6 +159,7 @@ class Architecture:
     def _check(self) -> None:
         """Name what mlx-lm computes and llama.cpp's graph cannot."""
         get = self._get
+        self._faults += [f"mlx-lm {cause}" for cause in other_numbers(self.base.config)]
         if get("rope_traditional"):
             self._faults.append("rotary embeddings of adjacent pairs (rope_traditional)")
         if self.name == "llama" and "sliding_attention" in (get("layer_types") or ()):
@@ -194,6 +197,8 @@ class Architecture:
             permuted = heads.get(short, 0) if self.name == "llama" else 0
             plus_one = self.name.startswith("gemma") and tensor.endswith("norm.weight")
             found[name] = Parameter(tensor, permuted or 0, plus_one)
+        if head := names.get_name(HEAD, (".weight", ".bias")):  # a tied model may get one when the adapter is merged
+            found.setdefault(self._prefix + HEAD, Parameter(head))
         if unknown:
             self._faults.append(f"it has no tensor for {', '.join(unknown[:5])}{', ...' if unknown[5:] else ''}")
         return found

@@ -53,7 +53,10 @@ _EMBEDDINGS = ("model.embed_tokens.weight", "language_model.model.embed_tokens.w
 def fit(model: nn.Module, weights: Weights) -> Weights:
     """``weights`` under ``model``'s names, by mlx-lm's ``sanitize`` and, where that is not enough, a layout above."""
     sanitize = getattr(model, "sanitize", lambda found: found)
-    plain = sanitize(dict(weights))
+    try:
+        plain = sanitize(dict(weights))
+    except (KeyError, IndexError, ValueError, AttributeError):  # it expects another layout
+        plain = dict(weights)
     if _fits(model, plain) or any(_is_packed(name, array) for name, array in weights.items()):
         return plain
     for layout in _layouts(weights):

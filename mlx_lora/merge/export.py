@@ -168,6 +168,10 @@ def _changed(model: nn.Module, facts: BaseModel, adapter: Adapter, names: set[st
         paths.discard(HEAD)
     for path in paths:
         module = modules[path]
+        packed = _packed_experts(path, modules, facts) if kind(module) == "switch" else {}
+        if packed and packed.keys() <= names:
+            found |= packed
+            continue
         for leaf in (leaf for leaf in ("weight", "bias") if leaf in module):
             made = _experts(path, module[leaf], facts) if kind(module) == "switch" else {}
             options = [f"{name}.{leaf}" for name in (facts.to_hf(path), path, path.removeprefix("model."))]
@@ -182,6 +186,19 @@ def _changed(model: nn.Module, facts: BaseModel, adapter: Adapter, names: set[st
     hint = "This layout of experts is not supported; fuse the adapter for mlx-lm (mlx-lora fuse)."
     raise_faults(faults, hint, ModelError)
     return found
+
+
+def _packed_experts(path: str, modules: dict[str, nn.Module], facts: BaseModel) -> dict[str, mx.array]:
+    """gpt-oss's experts as transformers stores them: [experts, in, out], with the columns of gate and up in turn."""
+    if not facts.experts_in_out:
+        return {}
+    block, _, leaf = path.rpartition(".")
+    name, parts = facts.to_hf(block), [modules[path]]
+    if leaf != "down_proj":
+        leaf, parts = "gate_up_proj", [modules[f"{block}.gate_proj"], modules[f"{block}.up_proj"]]
+    weights = mx.stack([part.weight.swapaxes(-1, -2) for part in parts], axis=-1).flatten(-2)
+    biases = mx.stack([part.bias for part in parts], axis=-1).flatten(-2)
+    return {f"{name}.{leaf}": weights, f"{name}.{leaf}_bias": biases}
 
 
 def _experts(path: str, stacked: mx.array, facts: BaseModel) -> dict[str, mx.array]:

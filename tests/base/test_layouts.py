@@ -370,3 +370,14 @@ def test_a_known_difference_is_said_when_loading(tmp_path, shared):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_base(source)
+
+
+def test_text_weights_of_gemma3_with_vision_are_loaded():
+    text = dict(num_hidden_layers=2, hidden_size=16, intermediate_size=24, head_dim=8, vocab_size=32)
+    text |= dict(model_type="gemma3_text", sliding_window_pattern=2)
+    config, ours = {"model_type": "gemma3", "text_config": text}, "language_model.model."
+    weights = arrays(built(config))
+    stored = {n.replace(ours, "model.language_model."): w for n, w in weights.items()}
+    stored["lm_head.weight"] = stored.pop("language_model.lm_head.weight")
+    found = arrays(loaded(config, stored))
+    assert all(mx.array_equal(found[name], array).item() for name, array in weights.items())

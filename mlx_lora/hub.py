@@ -262,9 +262,9 @@ def _explained(error: Exception) -> tuple[str, str]:
     status = getattr(getattr(error, "response", None), "status_code", None)
     offline = isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE
     if offline and isinstance(error, errors.LocalEntryNotFoundError):
-        return "was not downloaded before, and HF_HUB_OFFLINE=1 forbids to do it now", "Unset HF_HUB_OFFLINE."
+        return "was not downloaded before, and HF_HUB_OFFLINE=1 forbids downloading it now", "Unset HF_HUB_OFFLINE."
     if offline:
-        return "HF_HUB_OFFLINE=1 forbids to use the network", "Unset HF_HUB_OFFLINE."
+        return "HF_HUB_OFFLINE=1 forbids using the network", "Unset HF_HUB_OFFLINE."
     if isinstance(error, errors.GatedRepoError):
         return first, "Accept the repository's conditions on its page, and log in: hf auth login, or HF_TOKEN."
     if isinstance(error, errors.RevisionNotFoundError):

@@ -8,6 +8,8 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..errors import ModelError
+
 _ORIGIN = "_mlx_lora_base"
 
 
@@ -27,4 +29,12 @@ def set_base(model: nn.Module, base: Base) -> None:
 
 def base_of(model: nn.Module) -> Base | None:
     """What ``load`` recorded about ``model``; None for a model that was not loaded by ``load``."""
-    return model.__dict__.get(_ORIGIN)
+    return _checked(model).__dict__.get(_ORIGIN)
+
+
+def _checked(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"a model is needed, not {type(model).__name__}", "Load it first: model, tokenizer = mlx_lora.load(path)."
+        )
+    return model

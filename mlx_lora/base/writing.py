@@ -70,11 +70,14 @@ def failed_write(
     else:
         # NumPy's failed write has no number.
         number = getattr(problem, "errno", None) or _probe(path, needed)
+        if number is None and str(problem).startswith("[write]"):
+            number = errno.ENOSPC  # MLX's short write; the room was freed when the temporary file was removed
         reason, hint = _REASONS.get(number, (str(problem), f"Free some space, or c{_ELSEWHERE[1:]}"))
     lines = [f"{path}: cannot be written ({reason})"]
     if needed is not None and not lost:
         room = _free(path)
-        lines[0] += f"; {size(needed)} needed" + (f", {size(room)} free" if room is not None else "")
+        short = room is not None and room < needed  # more may be free now that the temporary file is removed
+        lines[0] += f"; {size(needed)} needed" + (f", {size(room)} free" if short else "")
     return error("\n".join([*lines, *([kept] if kept else [])]), hint)
 
 

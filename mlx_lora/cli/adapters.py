@@ -215,15 +215,22 @@ def _check_convert(dst: str, to: str, model: str | None, force: bool, options: d
 
 def _check_base(adapter: Adapter, model: str) -> None:
     """Refuse an adapter that does not belong on ``model``, by the shapes and names that the model's config implies."""
-    from ..adapter import raise_faults
+    from ..adapter import FINGERPRINT, raise_faults
+    from ..base.fingerprint import Fingerprint
+    from ..base.loading import load_base
     from ..base.names import BaseModel
-    from ..model.compatibility import incompatibilities
+    from ..base.origin import base_of
+    from ..model.compatibility import incompatibilities, warn_of_another_base
+    from ..model.state import bare_modules
 
     base = BaseModel(model)
     if not base.known:
         console.warn(f"the config of {model} is not on this machine: the adapter was not checked against it.")
         return
     raise_faults(*incompatibilities(base.model, adapter.check()))  # mlx-lm's class without its weights
+    if FINGERPRINT in adapter.metadata and base.tensor_names:
+        weights, _ = load_base(model, dtype="stored", lazy=True)  # few of them are read
+        warn_of_another_base(adapter, Fingerprint.of(bare_modules(weights)), base_of(weights))
 
 
 def _write(adapter: Adapter, dst: str, to: str, base: str | None, force: bool, options: dict[str, Any]) -> list[str]:

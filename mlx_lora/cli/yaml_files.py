@@ -14,11 +14,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..config import OPTIMIZERS, chooses_own_rate, first_rate, ignored_alpha
+from ..config import DEFAULT_RANK, OPTIMIZERS, chooses_own_rate, first_rate, ignored_alpha
 from ..errors import ConfigError
 from .old_names import NESTED, did_you_mean, translated
 from .options import LISTS, PATTERNS
 
+_READINGS = "mlx_lora.alpha_beside_scale"
 _LINES = "Write one option per line, such as iters: 100. --help lists them; in YAML they have underscores."
 
 
@@ -32,7 +33,8 @@ def read_defaults(ctx: click.Context, file: Path, names: set[str], passed: set[s
     from . import console
 
     params = {param.name: param for param in ctx.command.params}
-    options, warnings = read_yaml(file, {*params, *names}, passed)
+    options, warnings, readings = read_yaml(file, {*params, *names}, passed)
+    ctx.meta[_READINGS] = readings
     faults = []
     for name in sorted(params.keys() & options.keys()):
         options[name], fault = _of_type(options[name], params[name])
@@ -58,8 +60,11 @@ def _of_type(value: Any, param: click.Parameter) -> tuple[Any, str]:
     return value, ""
 
 
-def read_yaml(path: Path, allowed: set[str], passed: set[str] = frozenset()) -> tuple[dict[str, Any], list[str]]:
-    """(options by parameter name, warnings). ``lora_parameters`` is flattened; unknown keys are an error."""
+def read_yaml(path: Path, allowed: set[str], passed: set[str] = frozenset()) -> tuple[dict[str, Any], list[str], Any]:
+    """(options by parameter name, warnings, what ``_two_readings`` needs or None). Unknown keys are an error.
+
+    ``lora_parameters`` is flattened.
+    """
     raw = _mapping(path)
     nested = raw.pop("lora_parameters", None) or {}
     if not isinstance(nested, dict):
@@ -72,8 +77,11 @@ def read_yaml(path: Path, allowed: set[str], passed: set[str] = frozenset()) -> 
     raw, faults, warnings = translated(raw)
     nested, more, said = translated(nested, "lora_parameters.")
     nested, alpha = ignored_alpha(nested)
-    if alpha is not None:
-        said |= {_two_readings(nested, alpha, old): "scale"} if _differ(nested, alpha) else {}
+    scaled = nested.get("scale") is not None
+    if scaled and nested.pop("rslora", None):
+        text = "lora_parameters has scale and rslora: as in mlx-lm, scale multiplies the update, and rslora is not used"
+        said[text] = "scale"
+    readings = (alpha, old) if alpha is not None and "scale" in allowed and _differ(nested, alpha) else None
     known = (allowed | passed) - {"config"}
     for section, entries, names in (("", raw, known), ("lora_parameters.", nested, set(NESTED))):
         faults += [f"{section}{key} is not an option{did_you_mean(key, names)}" for key in entries if key not in names]
@@ -84,7 +92,7 @@ def read_yaml(path: Path, allowed: set[str], passed: set[str] = frozenset()) -> 
         raise ConfigError(text, "--help lists the options; in YAML they have underscores.")
     options = {key: value for key, value in {**raw, **nested}.items() if key in allowed and value is not None}
     told = [f"{path}: {text}" for text, name in {**warnings, **said}.items() if name in allowed]
-    return _as_click_takes(options), told
+    return _as_click_takes(options), told, readings
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -142,7 +150,10 @@ def _differ(nested: dict[str, Any], alpha: Any) -> bool:
 
 
 def _two_readings(nested: dict[str, Any], alpha: Any, old: bool) -> str:
-    """The warning for ``alpha`` beside ``scale``: what this run does, and what else the author may have meant."""
+    """The warning for ``alpha`` beside ``scale``: what this run does, and what else the author may have meant.
+
+    ``nested`` holds the scale and rank of the run, after its flags.
+    """
     text = f"lora_parameters has scale {nested['scale']} and alpha {alpha}. As in mlx-lm, alpha is not used"
     if (found := _numbers(nested, alpha)) and found[2]:
         scale, alpha, rank = found
@@ -172,6 +183,8 @@ def settle(ctx: click.Context, params: dict[str, Any]) -> None:
         if found and reason:
             console.warn(f"not used from the file: {', '.join(found)} ({reason}).")
 
+    if (readings := ctx.meta.get(_READINGS)) and not {"alpha", "scale"} & on_line:
+        console.warn(_two_readings({"scale": params["scale"], "rank": params["rank"] or DEFAULT_RANK}, *readings))
     for one, other in _ALTERNATIVES:
         reset([other] if one in on_line else [one] if other in on_line else [])
     if "data" in on_line:

@@ -237,6 +237,12 @@ class AdapterConfig:
             for name, value in stated.items()
             if value is not None and abs(value) > LARGEST_SCALE
         ]
+        alphas = {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
+        found += [
+            f"{name} {value:g} is negative: training then learns an update that is subtracted. Use a positive one."
+            for name, value in {**stated, **alphas}.items()
+            if value is not None and value < 0
+        ]
         # rsLoRA's alpha of twice the rank is a scale of 2 sqrt(rank), 22.6 at rank 128.
         most = max(LARGEST_SCALE, 2 * math.sqrt(self.rank)) if self.rslora else LARGEST_SCALE
         scale = 0.0 if self.alpha is None else self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)

@@ -20,8 +20,11 @@ from ..errors import FormatError
 _BASE_KEYS = {"model", "base_model", "base_model_name_or_path", "base_model_path", "name_or_path", "_name_or_path"}
 # A string that is a path and nothing else. Regular expressions for module names do not begin like this.
 _PATH = re.compile(r"(?:file:|~(?:[/\\]|$)|/[^/\s]|\.{1,2}(?:[/\\]|$)|[A-Za-z]:[/\\]|\\\\)[^\n]*")
-# An absolute path within a text, but not the path of a URL.
-_INSIDE = re.compile(r"(?<![\w/.\\])(?:file://)?(?:[A-Za-z]:(?:[/\\][\w.@+~-]+)+|~?(?:/[\w.@+~-]+){2,})[/\\]?")
+# An absolute path or a network drive within a text, but not the path of a URL or an HTML tag.
+_INSIDE = re.compile(
+    r"(?:smb|nfs|afp|file)://[\w.@+~/-]+|(?<![\w/.\\<])(?:(?<!:)//[\w.-]+)?"
+    r"(?:[A-Za-z]:(?:[/\\][\w.@+~-]+)+|~?(?:/[\w.@+~-]+)+)[/\\]?"
+)
 _IN_BINARY = rb"(?:/Users/|/home/|/root/|[A-Za-z]:\\+Users\\+)[\w.@+-]+(?:[/\\]+[\w.@+-]+)*"
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]")
 _LEFT_OUT = object()
@@ -137,31 +140,54 @@ _COPIES = {
 }
 
 
-def _clean(value: Any, base: str | None, notes: list[str], where: str) -> Any:
-    """``value`` without paths: those of the base replaced by ``base``, others left out or, within texts, shortened."""
+def _clean(value: Any, base: str | None, notes: list[str], where: str, key: str = "") -> Any:
+    """``value``, the entry ``key``, without paths.
+
+    Those of the base are replaced by ``base``, others are left out or, within texts, shortened.
+    """
     if isinstance(value, dict):
-        made = {key: _entry(key, item, base, notes, f"{where}: {key}") for key, item in value.items()}
+        named = {key: item for key, item in value.items() if not _PATH.fullmatch(str(key))}
+        notes += [f"{where}: {key!r} is a local path: left out" for key in value.keys() - named.keys()]
+        made = {key: _entry(str(key), item, base, notes, f"{where}: {key}") for key, item in named.items()}
         return {key: item for key, item in made.items() if item is not _LEFT_OUT}
     if isinstance(value, list):
-        made = [_entry("", item, base, notes, where) for item in value]
+        made = [_entry(key, item, base, notes, where) for item in value]
         return [item for item in made if item is not _LEFT_OUT]
     return value
 
 
 def _entry(key: str, value: Any, base: str | None, notes: list[str], where: str) -> Any:
+    if key == "hf_dataset" and value:
+        return _hub_data(value, notes, where)
+    if key in _FILE_KEYS and isinstance(value, dict):
+        notes.append(f"{where} names local files: left out")
+        return _LEFT_OUT
     if not isinstance(value, str):
-        return _clean(value, base, notes, where)
+        return _clean(value, base, notes, where, key)
     if key in _BASE_KEYS and value and hub_name(value) != value:
         name = hub_name(value) or base
-        notes.append(f"{where} {value!r} is a path of this machine: {f'replaced by {name}' if name else 'left out'}")
+        notes.append(f"{where} {value!r} is a local folder: {f'replaced by {name}' if name else 'left out'}")
         return _LEFT_OUT if name is None else name
     if value and (_PATH.fullmatch(value) or (key in _FILE_KEYS and data_name(value) is None)):
-        notes.append(f"{where} {value!r} is a path of this machine: left out")
+        notes.append(f"{where} {value!r} is a local path: left out")
         return _LEFT_OUT
     return _INSIDE.sub(lambda match: _last(match[0]), value)
 
 
-_FILE_KEYS = {"data", "path", "adapter_path", "resume_adapter_file", "init_reference", "data_dir", "out_dir"}
+def _hub_data(value: Any, notes: list[str], where: str) -> Any:
+    """mlx-lm's ``hf_dataset`` with the names of data sets on the Hub alone: its other entries may name local files."""
+    sections = value if isinstance(value, list) else [value]
+    paths = [section.get("path") for section in sections if isinstance(section, dict)]
+    names = [{"path": path} for path in paths if isinstance(path, str) and data_name(path)]
+    if [*sections] != names:
+        notes.append(f"{where}: only names of data sets on the Hub are kept")
+    return (names if isinstance(value, list) else names[0]) if names else _LEFT_OUT
+
+
+_FILE_KEYS = {
+    *("data_files", "data", "path", "data_dir"),
+    *("adapter_path", "resume_adapter_file", "init_reference", "out_dir"),
+}
 
 
 def _last(path: str) -> str:

@@ -17,6 +17,7 @@ Works on arrays only; the result's scale is 1.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,9 +26,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ..adapter import FINGERPRINT, Adapter, explicit_config, raise_faults
+from ..base.fingerprint import Fingerprint
 from ..base.modules import dims
 from ..base.vera import adapter_as_lora
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, MLXLoRAWarning
 from ..formats.options import is_embedding
 from ..model.compatibility import incompatibilities
 from ..model.state import HEAD, bare_modules
@@ -137,7 +139,17 @@ def merge_adapters(
     config = explicit_config(replace(adapters[0].config, embedding_side=side), ranks, dict.fromkeys(ranks, 1.0))
     bases = {adapter.base for adapter in adapters}
     prints = [adapter.metadata.get(FINGERPRINT) for adapter in adapters]
-    metadata = {FINGERPRINT: prints[0]} if prints[0] and all(one == prints[0] for one in prints) else {}
+    known = [found for one in prints if (found := Fingerprint.from_stored(one))]
+    if known and not all(known[0].matches(one) for one in known):
+        names = ", ".join(str(adapter.base or "an unnamed model") for adapter in adapters)
+        warnings.warn(
+            f"The adapters were trained on base models with different weights ({names}). Their merge may answer worse "
+            "than each of them.",
+            MLXLoRAWarning,
+            stacklevel=2,
+        )
+        known = []
+    metadata = {FINGERPRINT: known[0].stored()} if len(known) == len(prints) else {}
     return Adapter(config, new, base=bases.pop() if len(bases) == 1 else None, metadata=metadata)
 
 

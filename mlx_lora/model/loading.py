@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from ..base.loading import load_base, resolve
 from ..base.saving import write_model
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from ..fast import accelerate
 from ..formats import detect_format, load_adapter
 from .attach import mount
@@ -44,6 +44,11 @@ def load(
         ModelError: there is no such model, its files are damaged, or its architecture is unknown.
         AdapterError, FormatError: the adapter cannot be read or mounted.
     """
+    if not isinstance(adapter_path, (str, Path, type(None))):
+        raise ConfigError(
+            f"adapter_path must be one path, not a {type(adapter_path).__name__}",
+            "Load one adapter, and change it with mount(model, path); merge_adapters combines several.",
+        )
     # Detected before the base is downloaded.
     format = None if adapter_path is None else detect_format(adapter_path)
     folder = resolve(path_or_repo, revision)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapter import SHARED, raise_faults
+from ..adapter import FINGERPRINT, SHARED, raise_faults
 from ..config import AdapterConfig
 from ..errors import AdapterError, MLXLoRAError
 from ..formats import load_adapter
-from ..formats.files import read_safetensors
+from ..formats.files import read_json, read_safetensors
 from ..init import FROM_DATA, SUBTRACTED
 from ..model.attach import attach, extract, mount, unmount
 
@@ -63,4 +64,15 @@ def _take_weights(model: nn.Module, file: Path) -> None:
     ]
     hint = "Use the rank, keys and layers that the file was made with."
     raise_faults([f"{file}: {fault}" for fault in faults], hint, AdapterError)
-    mount(model, replace(new, weights=found))
+    trained_on = _config_beside(file)
+    metadata = {**new.metadata, FINGERPRINT: trained_on.get(FINGERPRINT)}
+    mount(model, replace(new, weights=found, base=trained_on.get("model") or new.base, metadata=metadata))
+
+
+def _config_beside(file: Path) -> dict[str, Any]:
+    """The config of the adapter whose weights ``file`` holds; empty where it is not beside them."""
+    try:
+        found = read_json(file.with_name("adapter_config.json"))
+    except MLXLoRAError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -143,7 +143,8 @@ def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:
     state = folder.load_state()
     if state.iteration >= settings.train.iters:
         raise ConfigError(
-            f"the run in {folder.path} has done its {state.iteration} iterations already", "Raise --iters to go on."
+            f"the run in {folder.path} has done {state.iteration} iterations; iters is {settings.train.iters}",
+            "Raise --iters to go on.",
         )
     return state
 

@@ -46,7 +46,7 @@ class Settings:
         if self.test_batches is not None and isinstance(self.data, Splits) and self.data.test is None:
             raise ConfigError("test_batches needs a test set, and data has none", "Load it too, or leave it out.")
         if self.force and not self.resume:
-            raise ConfigError("force is for resume", "Leave force out: a new run takes any settings.")
+            raise ConfigError("force (--force) works only with resume", "Leave it out: a new run takes any settings.")
         check_settings(self)
 
     @property

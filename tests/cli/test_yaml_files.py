@@ -9,7 +9,7 @@ import click
 import pytest
 
 from mlx_lora.cli.main import cli, main
-from mlx_lora.cli.yaml_files import read_yaml
+from mlx_lora.cli.yaml_files import _two_readings, read_yaml
 from mlx_lora.errors import ConfigError
 from mlx_lora.tiny_base import PATH, skill
 
@@ -20,7 +20,9 @@ def read(tmp_path: Path, text: str) -> tuple[dict, str]:
     """(options, all warnings) of a file."""
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    options, warnings = read_yaml(file, {*TRAIN, "hf_dataset"})
+    options, warnings, readings = read_yaml(file, {*TRAIN, "hf_dataset"})
+    if readings:
+        warnings.append(_two_readings({"scale": options["scale"], "rank": options.get("rank", 8)}, *readings))
     return options, "\n".join(warnings)
 
 
@@ -219,3 +221,27 @@ def test_the_test_command_reads_a_training_file(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(whole + "wibble: 1\n")
     command(["test", "-c", tmp_path / "run.yaml"], 2)
     assert "wibble is not an option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said", "silent"),
+    [
+        ([], "multiplied by 10. PEFT's reading, alpha / rank, would be 2", "rank 4"),
+        (["--rank", "4"], "multiplied by 10. PEFT's reading, alpha / rank, would be 4", "would be 2"),
+        (["--alpha", "8"], "", "alpha is not used"),
+        (["--scale", "5"], "", "alpha is not used"),
+    ],
+)
+def test_what_is_said_of_alpha_beside_scale_follows_the_flags(flags, said, silent, runs, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("lora_parameters: {rank: 8, alpha: 16, scale: 10.0}")
+    command(["train", "-c", tmp_path / "run.yaml", *flags])
+    err = capsys.readouterr().err
+    assert said in err and silent not in err
+
+
+@pytest.mark.parametrize("name", ["rslora", "use_rslora"])
+@pytest.mark.parametrize("alpha", ["alpha: 16, ", ""])
+def test_rslora_beside_scale_means_what_it_means_to_mlx_lm(name, alpha, tmp_path):
+    options, said = read(tmp_path, f"lora_parameters: {{rank: 8, {alpha}scale: 10.0, {name}: true}}")
+    assert options["scale"] == 10.0 and "rslora" not in options and "alpha" not in options
+    assert "rslora is not used" in said

@@ -66,7 +66,7 @@ def test_every_path_in_a_config_goes(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     file, _ = shared(tmp_path / "adapter_config.json", tmp_path)
     assert json.loads(file.read_text()) == {
-        "training": {"iters": 5, "hf_dataset": [{}]},
+        "training": {"iters": 5},
         "notes": "trained on rows.jsonl with care",
         "list": ["kept"],
     }
@@ -105,3 +105,24 @@ def test_a_cached_download_is_named_as_its_repository():
     assert hub_name(cached) == "Qwen/Qwen3-0.6B"
     assert hub_name("gpt2") == "gpt2" and hub_name("/x/y") is None and hub_name(None) is None
     assert data_name("a/b") == "a/b" and data_name("data") is None and data_name("/a/b") is None
+
+
+@pytest.mark.parametrize("section", [
+    {"path": "json", "config": {"data_files": {"train": "clients/acme/train.jsonl"}}},
+    {"path": "json", "data_files": {"valid": ["clients/x.jsonl"]}},
+    {"path": "/srv/acme", "data_dir": "clients"},
+])  # fmt: skip
+def test_data_sets_from_files_leave_nothing_but_the_names_of_the_hub(section, tmp_path):
+    for value, kept in ((section, {}), ([section, {"path": "a/b", "name": "en"}], {"hf_dataset": [{"path": "a/b"}]})):
+        settings = {"training": {"iters": 5, "hf_dataset": value}, "/home/me/key": 1}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+        file, notes = shared(tmp_path / "adapter_config.json", tmp_path)
+        assert json.loads(file.read_text()) == {"training": {"iters": 5, **kept}}
+        assert any("only names of data sets" in note for note in notes)
+
+
+def test_network_drives_and_short_paths_within_texts_are_shortened(tmp_path):
+    text = "See //corp/user/x, smb://host/user and /secret; <b>bold</b> or not/absolute, https://a.b/c and 1/2 stay.\n"
+    (tmp_path / "README.md").write_text(text)
+    file, _ = shared(tmp_path / "README.md", tmp_path)
+    assert file.read_text() == ("See x, user and secret; <b>bold</b> or not/absolute, https://a.b/c and 1/2 stay.\n")

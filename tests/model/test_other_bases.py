@@ -14,8 +14,10 @@ from conftest import make_model, shake
 from mlx_lora import AdapterConfig
 from mlx_lora.adapter import FINGERPRINT
 from mlx_lora.base.fingerprint import Fingerprint
+from mlx_lora.cli.main import main
 from mlx_lora.errors import MLXLoRAWarning
 from mlx_lora.model.multi import MultiLoRA
+from mlx_lora.runs.adapters import attach_for_run
 from mlx_lora.tiny_base import PATH
 
 CONFIG = AdapterConfig(rank=4, num_layers=2)
@@ -127,3 +129,37 @@ def test_the_command_line_shows_the_warning(adapter, other_base, tmp_path, capsy
         main(["generate", "--model", str(other_base), "--adapter-path", str(tmp_path / "a"), "--prompt", "Hi",
               "--max-tokens", "1"])  # fmt: skip
     assert "Warning: The adapter was trained on" in capsys.readouterr().err
+
+
+def test_a_run_that_starts_from_an_adapter_of_another_base_is_warned(adapter, other_base, tmp_path):
+    folder = mlx_lora.save_adapter(adapter, tmp_path / "a")
+    for base, warned in ((other_base, 1), (PATH, 0)):
+        model, _ = mlx_lora.load(base)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            attach_for_run(model, CONFIG, 0, file=folder / "adapters.safetensors")
+        assert sum("whose weights are not those of" in str(w.message) for w in caught) == warned
+
+
+def test_a_merge_of_adapters_of_different_bases_is_warned_and_remembers_none(adapter, other_base):
+    model, _ = mlx_lora.load(other_base)
+    mlx_lora.attach(model, CONFIG)
+    shake(model)
+    other = mlx_lora.extract(model)
+    with pytest.warns(MLXLoRAWarning, match="base models with different weights"):
+        merged = mlx_lora.merge_adapters([adapter, other])
+    assert FINGERPRINT not in merged.metadata
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MLXLoRAWarning)
+        assert mlx_lora.merge_adapters([adapter, adapter]).metadata[FINGERPRINT] == adapter.metadata[FINGERPRINT]
+
+
+@pytest.mark.parametrize("format", ["peft", "gguf"])
+def test_convert_warns_of_another_base(format, adapter, other_base, tmp_path, capsys):
+    folder = mlx_lora.save_adapter(adapter, tmp_path / "a")
+    for base, warned in ((other_base, True), (PATH, False)):
+        target = tmp_path / f"{warned}.{format}"
+        with pytest.raises(SystemExit) as ended:
+            main(["convert", str(folder), str(target), "--to", format, "--model", str(base)])
+        assert not ended.value.code
+        assert ("whose weights are not those of" in capsys.readouterr().err) == warned

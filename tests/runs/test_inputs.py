@@ -137,3 +137,17 @@ def test_attach_takes_a_dict_and_mount_a_path(model, tmp_path):
     with pytest.raises(AdapterError, match="mount takes an Adapter or a path, not dict"):
         mlx_lora.mount(model, {})
     assert not adapters_on(model) and Path(PATH).exists()
+
+
+@pytest.mark.parametrize("call", [
+    lambda: mlx_lora.mount("x", "a"), lambda: mlx_lora.unmount("x"), lambda: mlx_lora.extract(None),
+    lambda: mlx_lora.attach(("model", "tokenizer"), mlx_lora.AdapterConfig()), lambda: mlx_lora.fuse("x"),
+])  # fmt: skip
+def test_what_is_no_model_is_refused_by_name(call):
+    with pytest.raises(mlx_lora.MLXLoRAError, match="a model is needed, not"):
+        call()
+
+
+def test_load_takes_one_adapter(tmp_path):
+    with pytest.raises(mlx_lora.MLXLoRAError, match="adapter_path must be one path, not a list"):
+        mlx_lora.load(PATH, ["a", "b"])

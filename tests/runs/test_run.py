@@ -260,7 +260,7 @@ def test_resuming_a_complete_run_or_another_one(data, tmp_path):
     folder = tmp_path / "a"
     fine_tune(folder, data, 2)
     before = {p: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(ConfigError, match="2 iterations already"):
+    with pytest.raises(ConfigError, match="has done 2 iterations"):
         fine_tune(folder, data, 2, resume=True, model="nowhere")
     with pytest.raises(TrainingError, match="another run"):
         fine_tune(folder, data, 4, AdapterConfig(rank=8, num_layers=2), resume=True)

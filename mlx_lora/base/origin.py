@@ -29,10 +29,11 @@ def set_base(model: nn.Module, base: Base) -> None:
 
 def base_of(model: nn.Module) -> Base | None:
     """What ``load`` recorded about ``model``; None for a model that was not loaded by ``load``."""
-    return _checked(model).__dict__.get(_ORIGIN)
+    return checked(model).__dict__.get(_ORIGIN)
 
 
-def _checked(model: Any) -> nn.Module:
+def checked(model: Any) -> nn.Module:
+    """``model``, if it is one. Raises: ModelError."""
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"a model is needed, not {type(model).__name__}", "Load it first: model, tokenizer = mlx_lora.load(path)."

@@ -241,7 +241,7 @@ class AdapterConfig:
         found += [
             f"{name} {value:g} is negative: training then learns an update that is subtracted. Use a positive one."
             for name, value in {**stated, **alphas}.items()
-            if value is not None and value < 0
+            if value is not None and value < 0 and (name in alphas or value >= -LARGEST_SCALE)
         ]
         # rsLoRA's alpha of twice the rank is a scale of 2 sqrt(rank), 22.6 at rank 128.
         most = max(LARGEST_SCALE, 2 * math.sqrt(self.rank)) if self.rslora else LARGEST_SCALE

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from ..base.loading import DTYPES, check_dtype
 from ..base.modules import base_dtype, dense_weight, is_quantized, kind, model_dtype
 from ..base.nf4_linear import NF4Linear
+from ..base.origin import checked
 from ..errors import AdapterError, ConfigError
 from ..fast import accelerate, undo
 from ..layers import AdapterLayer, TokenRows
@@ -73,6 +74,7 @@ def fuse(
 
     Raises: ConfigError: the arguments contradict each other or the model.
     """
+    checked(model)
     check_options(bits, dtype, dequantize, force)
     floats = DTYPES[dtype] if dtype else None
     default = model_dtype(model)

@@ -28,7 +28,7 @@ from ..base.modules import (
     restore_frozen,
     unique,
 )
-from ..base.origin import base_of
+from ..base.origin import base_of, checked
 from ..base.vera import draw_projections, shared_dims
 from ..config import UNSCALED, AdapterConfig, as_config
 from ..errors import AdapterError
@@ -83,6 +83,7 @@ def attach(
 
     Returns: the adapted paths. Raises: AdapterError, ConfigError, DataError; the model is then unchanged.
     """
+    checked(model)
     config = as_config(AdapterConfig, config, "config")
     config.check_used()
     if adapters_on(model) or state_of(model) is not None:
@@ -151,6 +152,7 @@ def extract(model: nn.Module) -> Adapter:
     On a model without an adapter that is partly trainable, the trainable parameters are the adapter (method "full").
     Raises: AdapterError: the model has no adapter.
     """
+    checked(model)
     layers, state = adapters_on(model), state_of(model)
     base = base_of(model)
     name = base.name if base else None
@@ -262,6 +264,7 @@ def unmount(model: nn.Module) -> None:
 
     Does nothing on a model without an adapter.
     """
+    checked(model)
     state = take_off(model).state
     if state is not None:
         undo(state.accelerated)

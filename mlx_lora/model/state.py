@@ -11,7 +11,7 @@ from mlx.utils import tree_unflatten
 
 from ..base.fingerprint import Fingerprint
 from ..base.modules import Frozen, base_dtype, kind
-from ..base.origin import base_of
+from ..base.origin import checked
 from ..config import AdapterConfig
 from ..errors import AdapterError, MLXLoRAError
 from ..layers import AdapterLayer, MultiLoRALinear, SplitEmbedding, TokenRows
@@ -53,8 +53,7 @@ def set_state(model: nn.Module, state: State) -> None:
 
 def state_of(model: nn.Module) -> State | None:
     """The state that ``attach`` or ``mount`` stored; None if the model has no adapter. A new one for every adapter."""
-    base_of(model)  # refuses what is no model
-    return model.__dict__.get(_STATE)
+    return checked(model).__dict__.get(_STATE)
 
 
 def discard_state(model: nn.Module) -> State | None:

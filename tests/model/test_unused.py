@@ -89,6 +89,8 @@ def test_attach_refuses_what_has_no_effect_on_the_model(config, said):
         (dict(rank=128, scale=128), "alpha is 16384 at rank 128. You probably meant --alpha 128 (scale 1)."),
         (dict(rank=16, scale=32.0), "You probably meant --alpha 32 (scale 2)."),
         (dict(scale_pattern={"q_proj": -64}), "scale_pattern['q_proj'] -64 is a multiplier"),
+        (dict(scale=-1.0), "scale -1 is negative"),
+        (dict(rank=8, alpha=-8), "alpha -8 is negative"),
         (dict(rank=8, alpha=1000), "alpha 1000 at rank 8 multiplies the update by 125"),
     ],
 )

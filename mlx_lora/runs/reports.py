@@ -43,6 +43,15 @@ class Started:
 
 
 @dataclass(frozen=True)
+class NewBest:
+    """The last validation was the best of the run so far; its checkpoint was saved."""
+
+    iteration: int
+    name: str  # "val_loss" or a metric
+    value: float
+
+
+@dataclass(frozen=True)
 class EarlierRunMoved:
     """The folder held an earlier run. Its files were moved before the first checkpoint was written."""
 

@@ -6,7 +6,7 @@ run, losses, token counts and rates are those of all processes together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -40,6 +40,7 @@ class TrainReport:
     trained_tokens: int  # learned tokens since the start of the run, including those before a resume
     peak_memory: float  # GB, since the start of this call
     grad_norm: float | None  # of the last optimizer step, before clipping; None before the first
+    metrics: dict[str, float] = field(default_factory=dict)  # means of what the loss measures besides, such as rewards
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class ValReport:
     val_loss: float
     val_time: float  # seconds
     val_tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)  # of the loss and of generated answers
 
 
 @dataclass(frozen=True)

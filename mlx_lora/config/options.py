@@ -46,7 +46,7 @@ def check_types(config: Any) -> None:
         valid = isinstance(value, types) or (known.name == "layers_to_transform" and isinstance(value, int))
         if not valid or (name == "float" and isinstance(value, bool)):
             faults.append(f"{known.name} must be {what}, not {value!r}")
-        elif name == "dict" and not all(isinstance(key, str) for key in value):
+        elif known.type.startswith("dict[str") and not all(isinstance(key, str) for key in value):
             faults.append(f"{known.name} must have text keys, not {list(value)!r}")
     raise_all(faults, config)
 

@@ -54,20 +54,35 @@ class Template:
             self._same_tokens = ids == self._apply_ids(messages, tools)
         return (ids, encoding) if self._same_tokens else (self._apply_ids(messages, tools), None)
 
-    def prompt(self, messages: Sequence[dict], tools: list | None = None) -> list[int]:
-        """The tokens of a chat, up to the assistant's next answer. Raises what the template raises."""
-        return self._apply_ids(self.chat(messages), tools, add_generation_prompt=True)
+    def prompt(
+        self,
+        messages: Sequence[dict],
+        tools: list | None = None,
+        variables: dict[str, Any] | None = None,
+        begins: str | None = None,
+    ) -> list[int]:
+        """The tokens of a chat, up to the assistant's next answer. Raises what the template raises.
 
-    def _apply(self, messages: Sequence[dict], tools: list | None, prompt: bool, tokenize: bool) -> Any:
+        Args:
+            variables: for the template, such as {"enable_thinking": False}.
+            begins: the beginning of the answer, which the prompt ends with.
+        """
+        options = dict(variables or {})
+        if begins:
+            messages = [*messages, {"role": "assistant", "content": begins}]
+            options["continue_final_message"] = True
+        return self._apply_ids(self.chat(messages), tools, add_generation_prompt=not begins, **options)
+
+    def _apply(self, messages: Sequence[dict], tools: list | None, prompt: bool, tokenize: bool, **options: Any) -> Any:
         tools = self._no_tools if tools is None else tools
         return self.tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=tokenize, add_generation_prompt=prompt, return_dict=False
+            list(messages), tools=tools, tokenize=tokenize, add_generation_prompt=prompt, return_dict=False, **options
         )
 
     def _apply_ids(
-        self, messages: Sequence[dict], tools: list | None, add_generation_prompt: bool = False
+        self, messages: Sequence[dict], tools: list | None, add_generation_prompt: bool = False, **options: Any
     ) -> list[int]:
-        ids = self._apply(messages, tools, add_generation_prompt, tokenize=True)
+        ids = self._apply(messages, tools, add_generation_prompt, tokenize=True, **options)
         return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
 
     def _encode(self, text: str) -> tuple[list[int], Any]:

@@ -43,6 +43,33 @@ class MultiLoRA:
         self._frozen = frozen_parameters(model)
         self._layers = {path: self._layer(path, list(adapters.values())) for path in paths}
         self._accelerated: list[nn.Module] = []
+        self.mount()
+        here, base = Fingerprint.of(modules), base_of(model)
+        for adapter in adapters.values():
+            warn_of_another_base(adapter, here, base)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    @property
+    def mounted(self) -> bool:
+        """Whether the adapters' layers are on the model."""
+        present = {id(module) for module in self._model.modules()}
+        return any(id(layer) in present for layer in self._layers.values())
+
+    def mount(self) -> None:
+        """Put the adapters on the model again after ``unmount``. Does nothing if they are on it.
+
+        Raises: AdapterError: another adapter is on the model.
+        """
+        model = self._model
+        if self.mounted:
+            return
+        if adapters_on(model) or state_of(model) is not None:
+            raise AdapterError("the model has an adapter already", "Remove it with unmount(model).")
+        if HEAD in self._layers:
+            split_head(model)
         for layer in self._layers.values():
             set_mode(layer, model.training)
         place(model, self._layers)
@@ -52,9 +79,6 @@ class MultiLoRA:
             self.unmount()
             raise
         mark_changed(model)
-        here, base = Fingerprint.of(modules), base_of(model)
-        for adapter in adapters.values():
-            warn_of_another_base(adapter, here, base)
 
     def choose(self, names: list[str | None]) -> None:
         """Set the adapter of each row of the next batches, None for the base. A single name applies to all rows.
@@ -71,8 +95,7 @@ class MultiLoRA:
 
     def unmount(self) -> None:
         """Remove all adapters from the model. Does nothing if they were removed before."""
-        present = {id(module) for module in self._model.modules()}
-        if not any(id(layer) in present for layer in self._layers.values()):
+        if not self.mounted:
             return
         place(self._model, self._bases)
         join_head(self._model)
@@ -99,22 +122,32 @@ class MultiLoRA:
         return adapter.weights[f"{path}.lora_a"], adapter.weights[f"{path}.lora_b"]
 
 
+def why_alone(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Why ``adapter`` cannot share a batch with other adapters; empty if it can.
+
+    Raises: AdapterError: it is not for ``model``.
+    """
+    faults, hint = incompatibilities(model, adapter)
+    raise_faults(faults, hint)
+    if adapter.config.method != "lora":
+        return [f"its method is {adapter.config.method}, not lora"]
+    besides = {
+        "lora_bias": adapter.config.lora_bias,
+        "trained tokens": adapter.tokens,
+        "full parameters": adapter.full_parameters,
+    }
+    besides = [what for what, present in besides.items() if present]
+    found = [f"has {' and '.join(besides)} besides its low-rank matrices"] if besides else []
+    modules = bare_modules(model)
+    return found + [f"{path} is not a linear layer" for path in adapter.modules if kind(modules[path]) != "linear"]
+
+
 def _check(model: nn.Module, adapters: dict[str, Adapter]) -> None:
     """Refuse adapters that are not for ``model``, or that contain more than LoRA of linear layers."""
-    modules, more = bare_modules(model), []
+    alone = []
     for name, adapter in adapters.items():
-        if adapter.config.method != "lora":
-            more.append(f"{name}: its method is {adapter.config.method}, not lora")
-            continue
-        faults, hint = incompatibilities(model, adapter)
-        raise_faults([f"{name}: {fault}" for fault in faults], hint)
-        besides = {
-            "lora_bias": adapter.config.lora_bias,
-            "trained tokens": adapter.tokens,
-            "full parameters": adapter.full_parameters,
-        }
-        if besides := [what for what, present in besides.items() if present]:
-            more.append(f"{name}: has {' and '.join(besides)} besides its low-rank matrices")
-        others = [path for path in adapter.modules if kind(modules[path]) != "linear"]
-        more += [f"{name}: {path} is not a linear layer" for path in others]
-    raise_faults(more, "Mount this adapter by itself, or fuse it.")
+        try:
+            alone += [f"{name}: {reason}" for reason in why_alone(model, adapter)]
+        except AdapterError as error:
+            raise AdapterError("\n".join(f"{name}: {line}" for line in error.message.splitlines()), error.hint) from None
+    raise_faults(alone, "Mount this adapter by itself, or fuse it.")

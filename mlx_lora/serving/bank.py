@@ -1,18 +1,70 @@
-"""Named adapters for one model, of which one is mounted at a time. The base is loaded only once."""
+"""Named adapters beside one base: loaded when asked for, reloaded when their folder changes, dropped when unused.
+
+LoRA adapters of linear layers, whatever their ranks and layers, share a batch, each row with its own (``choose``).
+Every other adapter is mounted alone (``mount_alone``). The base is in memory once.
+"""
 
 from __future__ import annotations
 
-import time
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ..adapter import Adapter
 from ..base.origin import base_of
-from ..errors import AdapterError
-from ..formats import load_adapter
-from ..model.attach import mount, unmount
-from ..model.state import state_of
+from ..errors import AdapterError, MLXLoRAError
+from ..formats import detect_format, load_adapter
+from ..model.attach import adapters_on, mount, unmount
+from ..model.multi import MultiLoRA, why_alone
+from ..model.state import identity, state_of
+
+Key = tuple[str, int]  # name and version: what a row uses until it ends, also if the name gets another adapter
+
+
+@dataclass(eq=False)
+class Resident:
+    """An adapter in memory."""
+
+    name: str
+    version: int
+    adapter: Adapter
+    alone: list[str]  # why it cannot share a batch with other adapters; empty if it can
+    signature: tuple = ()  # of its files, when they were read
+    rows: int = 0  # that use it now
+    used: int = 0  # a counter: the higher, the later
+
+    @property
+    def key(self) -> Key:
+        return self.name, self.version
+
+
+@dataclass
+class Source:
+    """Where an adapter comes from."""
+
+    adapter: Adapter | None = None
+    path: Path | None = None
+    pinned: bool = False  # never dropped from memory
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What is known of a named adapter."""
+
+    name: str
+    path: str | None
+    loaded: bool
+    pinned: bool = False
+    method: str | None = None  # the rest only of loaded ones
+    rank: int | None = None
+    nbytes: int = 0
+    alone: tuple[str, ...] = field(default=())
+    rows: int = 0
 
 
 class AdapterBank:
@@ -20,42 +72,234 @@ class AdapterBank:
 
     Args:
         model: the base, without an adapter.
+        memory_limit: bytes of adapters to keep in memory; those that are pinned or in use stay anyway.
+        folder: a folder whose subfolders are adapters, each under its own name.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, model: nn.Module, memory_limit: int | None = None, folder: str | Path | None = None):
+        self._model, self.memory_limit = model, memory_limit
         base = base_of(model)
         self._base = base.folder if base else None
-        self._adapters: dict[str, Adapter] = {}
-        self.current: str | None = None
-        self.adapter: Adapter | None = None  # the mounted one
-        self._state = state_of(model)
+        self.folder = None if folder is None else Path(folder)
+        self._sources: dict[str, Source] = {}
+        self._residents: dict[str, Resident] = {}
+        self._in_use: dict[Key, Resident] = {}  # also older versions
+        self._multi: MultiLoRA | None = None
+        self._slots: list[Key] = []  # the adapters in _multi
+        self._mounted: Key | None = None  # the one that is mounted alone
+        self._clock = 0
+        self.lock = threading.RLock()  # held while the model is changed, and by the engine while it computes
+        self._own = adapters_on(model) or state_of(model) is not None
+        self._identity = identity(model)
+
+    # Which adapters there are.
 
     @property
     def names(self) -> list[str]:
-        return sorted(self._adapters)
+        """All names, loaded or not."""
+        with self.lock:
+            return sorted({*self._sources, *self._in_folder()})
 
-    def add(self, name: str, adapter: Adapter | str | Path) -> None:
-        """Store ``adapter``, or the adapter in that folder, as ``name``."""
-        self._adapters[name] = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=self._base)
+    def listed(self) -> list[Listed]:
+        """All adapters, for a list of models."""
+        with self.lock:
+            return [self._list(name) for name in self.names]
 
-    def use(self, name: str | None) -> float:
-        """Mount adapter ``name``; None unmounts. An unknown name is read as an adapter's folder.
+    def __contains__(self, name: str) -> bool:
+        with self.lock:
+            return name in self._sources or name in self._in_folder()
 
-        Returns: the seconds it took. Raises: AdapterError, FormatError; the present adapter then stays mounted.
+    def add(self, name: str, adapter: Adapter | str | Path, pinned: bool = False) -> None:
+        """Register ``adapter``, or the one in that folder, as ``name``. A folder is read when it is first used.
+
+        Raises: FormatError: the folder holds no adapter. AdapterError: the name cannot be used.
         """
-        tic = time.perf_counter()
-        if name is None:
-            unmount(self._model)
-        else:
-            if name not in self._adapters:
-                if not Path(name).is_dir():
-                    known = ", ".join(self.names) or "none"
-                    raise AdapterError(f"no adapter named {name!r}", f"Known: {known}. An adapter's folder works, too.")
-                self.add(name, name)
-            # The name may have been given to another adapter, and the caller may have unmounted this one.
-            if self._adapters[name] is not self.adapter or state_of(self._model) is not self._state:
-                mount(self._model, self._adapters[name])
-        self._state = state_of(self._model)
-        self.current, self.adapter = name, self._adapters.get(name) if name is not None else None
-        return time.perf_counter() - tic
+        if not name or name != name.strip() or any(ord(char) < 32 for char in name):
+            raise AdapterError(f"an adapter cannot be named {name!r}", "Use a name of letters, such as pirate.")
+        if not isinstance(adapter, Adapter):
+            detect_format(adapter)
+        with self.lock:
+            path = None if isinstance(adapter, Adapter) else Path(adapter)
+            self._sources[name] = Source(None if path else adapter, path, pinned)
+            self._residents.pop(name, None)
+
+    def remove(self, name: str) -> None:
+        """Forget ``name``. Rows that use it finish with it. Raises: AdapterError: unknown."""
+        with self.lock:
+            if name not in self._sources:
+                raise self._unknown(name)
+            del self._sources[name]
+            self._residents.pop(name, None)
+
+    # Adapters in use.
+
+    def load(self, name: str) -> Resident:
+        """Adapter ``name``, read from its folder unless it is in memory and the folder is unchanged.
+
+        Raises: AdapterError: unknown, or not for this model; FormatError.
+        """
+        with self.lock:
+            self._check_free()
+            source, found = self._source(name), self._residents.get(name)
+        signature, adapter = _signature(source.path), None
+        if found is None or (source.path is not None and signature != found.signature):  # without holding up the engine
+            adapter = source.adapter or load_adapter(source.path, base=self._base)
+            mx.eval(list(adapter.weights.values()))
+        with self.lock:
+            self._clock += 1
+            if adapter is not None:
+                with self._bare():
+                    alone = why_alone(self._model, adapter)
+                found = self._residents[name] = Resident(name, self._clock, adapter, alone, signature)
+            found.used = self._clock
+            self._evict(keep=found)
+            return found
+
+    def acquire(self, name: str) -> Resident:
+        """``load``, for a row that keeps this version until ``release``."""
+        with self.lock:
+            found = self.load(name)
+            found.rows += 1
+            self._in_use[found.key] = found
+            return found
+
+    def release(self, resident: Resident) -> None:
+        """A row that used ``resident`` has ended."""
+        with self.lock:
+            resident.rows -= 1
+            if resident.rows == 0:
+                self._in_use.pop(resident.key, None)
+                self._evict()
+
+    # What is on the model. Called by the thread that generates.
+
+    def choose(self, keys: Sequence[Key | None]) -> None:
+        """Make the rows of the next batches use these adapters, None for the base. A single key is for all rows."""
+        with self.lock:
+            wanted = {key for key in keys if key is not None}
+            if self._mounted is not None:
+                unmount(self._model)
+                self._mounted = None
+            if wanted - set(self._slots):
+                self._make_slots(wanted)
+            if self._multi is not None:
+                if wanted:
+                    self._multi.mount()
+                    self._multi.choose([None if key is None else str(key) for key in keys])
+                else:  # the base alone takes no update, and no gathering of zeros either
+                    self._multi.unmount()
+            self._identity = identity(self._model)
+
+    def mount_alone(self, resident: Resident) -> None:
+        """Mount one adapter for all rows of the next batches."""
+        with self.lock:
+            if self._mounted == resident.key:
+                return
+            if self._multi is not None:
+                self._multi.unmount()
+            mount(self._model, resident.adapter)
+            self._mounted, self._identity = resident.key, identity(self._model)
+
+    def clear(self) -> None:
+        """Leave the model as the base it was."""
+        self.choose([None])
+        self._multi, self._slots = None, []
+
+    def changed(self) -> bool:
+        """Whether something else than the bank has changed the model since the last call."""
+        with self.lock:
+            now, before = identity(self._model), self._identity
+            self._identity = now
+            return now != before
+
+    def _make_slots(self, wanted: set[Key]) -> None:
+        """Put the adapters that rows use, and those in memory beside them, together on the model."""
+        if self._multi is not None:
+            self._multi.unmount()
+        together = {r.key: r for r in (*self._in_use.values(), *self._residents.values()) if not r.alone}
+        self._multi, self._slots = None, []
+        adapters = {str(key): resident.adapter for key, resident in together.items()}
+        self._multi, self._slots = MultiLoRA(self._model, adapters), list(together)
+
+    def _evict(self, keep: Resident | None = None) -> None:
+        """Drop the adapters that were not used for longest, down to the limit."""
+        if self.memory_limit is None:
+            return
+        idle = [
+            r
+            for r in self._residents.values()
+            if r is not keep and r.rows == 0 and r.key != self._mounted and not self._source(r.name).pinned
+        ]
+        total = sum(resident.adapter.nbytes for resident in self._residents.values())
+        for resident in sorted(idle, key=lambda r: r.used):
+            if total <= self.memory_limit:
+                break
+            total -= resident.adapter.nbytes
+            del self._residents[resident.name]
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """A context in which the shared adapters are not on the model; its other adapters may be."""
+        mounted = self._multi is not None and self._multi.mounted
+        if mounted:
+            self._multi.unmount()
+        try:
+            yield
+        finally:
+            if mounted:
+                self._multi.mount()
+            self._identity = identity(self._model)
+
+    def _check_free(self) -> None:
+        if self._own:
+            raise AdapterError(
+                "the model has an adapter that the bank did not put there", "Remove it with unmount(model), or fuse it."
+            )
+
+    def _source(self, name: str) -> Source:
+        if name in self._sources:
+            return self._sources[name]
+        if name in self._in_folder():
+            return Source(path=self.folder / name)
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> AdapterError:
+        return AdapterError(f"no adapter named {name!r}", f"Known: {', '.join(self.names) or 'none'}.")
+
+    def _in_folder(self) -> list[str]:
+        """The adapters in the folder, by name. Its own subfolders only, and no links out of it."""
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        return sorted(path.name for path in self.folder.iterdir() if _is_adapter(path))
+
+    def _list(self, name: str) -> Listed:
+        source, found = self._source(name), self._residents.get(name)
+        path = str(source.path) if source.path else None
+        if found is None:
+            return Listed(name, path, False, source.pinned)
+        config = found.adapter.config
+        return Listed(
+            *(name, path, True, source.pinned, config.method, config.rank),
+            *(found.adapter.nbytes, tuple(found.alone), found.rows),
+        )
+
+
+def _is_adapter(path: Path) -> bool:
+    if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
+        return False
+    try:
+        detect_format(path)
+    except MLXLoRAError:
+        return False
+    return True
+
+
+def _signature(path: Path | None) -> tuple:
+    """What changes when an adapter is written again: names, sizes and times of the files in its folder."""
+    if path is None:
+        return ()
+    try:
+        files = [path] if path.is_file() else sorted(item for item in path.iterdir() if item.is_file())
+        return tuple((file.name, info.st_size, info.st_mtime_ns) for file in files if (info := file.stat()))
+    except OSError:
+        return ()

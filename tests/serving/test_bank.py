@@ -1,31 +1,130 @@
-"""Named adapters of which one is mounted."""
+"""Named adapters: loaded on demand, reloaded, dropped, shared in a batch or mounted alone."""
 
 from __future__ import annotations
 
 import mlx.core as mx
+import pytest
 
 from conftest import make_model, shake
+from mlx_lora import save_adapter
 from mlx_lora.config import AdapterConfig
+from mlx_lora.errors import AdapterError, FormatError
 from mlx_lora.model.attach import adapters_on, attach, extract, unmount
 from mlx_lora.serving.bank import AdapterBank
 
+TOKENS = mx.array([[1, 5, 9, 4]])
 
-def test_a_name_in_the_bank_may_get_another_adapter():
-    model = make_model()
-    bank, adapters = AdapterBank(model), []
-    for seed in (1, 2):
-        attach(model, AdapterConfig(rank=4, num_layers=-1))
-        shake(model, seed)
-        adapters.append(extract(model))
-        unmount(model)
-    for adapter in adapters:
-        bank.add("name", adapter)
-        bank.use("name")
-        bank.use("name")
-        got = extract(model).weights
-        assert all(mx.array_equal(got[name], array).item() for name, array in adapter.weights.items())
+
+def adapter(model, seed: int, **config):
+    attach(model, AdapterConfig(num_layers=-1, **{"rank": 4, **config}))
+    shake(model, seed)
+    made = extract(model)
     unmount(model)
-    bank.use("name")
-    assert adapters_on(model), "use() must mount again after an unmount()"
-    bank.use(None)
-    assert bank.adapter is bank.current is None and not adapters_on(model)
+    return made
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+def logits(model):
+    return model(TOKENS)
+
+
+def same(a, b) -> bool:
+    return mx.allclose(a, b, atol=1e-5).item()
+
+
+def test_rows_of_a_batch_use_their_own_adapters(model):
+    bank, base, alone = AdapterBank(model), logits(model), {}
+    for name, made in {f"a{rank}": adapter(model, rank, rank=rank) for rank in (2, 8)}.items():
+        bank.add(name, made)
+        resident = bank.acquire(name)
+        bank.mount_alone(resident)
+        alone[resident.key] = logits(model)
+        assert not same(alone[resident.key], base)
+    first, second = alone
+    bank.choose([second, None, first])
+    got = model(mx.repeat(TOKENS, 3, axis=0))
+    assert same(got[:1], alone[second]) and same(got[1:2], base) and same(got[2:], alone[first])
+    bank.choose([None])
+    assert mx.array_equal(logits(model), base), "without an adapter the base is computed as it is"
+    bank.clear()
+    assert not adapters_on(model)
+
+
+def test_an_adapter_that_is_no_plain_lora_is_alone(model):
+    bank = AdapterBank(model)
+    for name, config in (("plain", {}), ("dora", {"method": "dora"}), ("tokens", {"modules_to_save": ["lm_head"]})):
+        bank.add(name, adapter(model, 3, **config))
+        assert bool(bank.load(name).alone) == (name != "plain")
+    assert {each.name: bool(each.alone) for each in bank.listed()} == {"plain": False, "dora": True, "tokens": True}
+
+
+def test_a_folder_is_read_again_when_it_changes_and_running_rows_keep_theirs(model, tmp_path):
+    bank = AdapterBank(model, folder=tmp_path)
+    save_adapter(adapter(model, 1), tmp_path / "mine", "peft")
+    assert bank.names == ["mine"] and not bank.listed()[0].loaded
+    old = bank.acquire("mine")
+    assert bank.load("mine") is old
+    save_adapter(adapter(model, 2), tmp_path / "mine", "peft", overwrite=True)
+    new = bank.acquire("mine")
+    assert new is not old and new.key != old.key
+    bank.choose([old.key, new.key])
+    got = model(mx.repeat(TOKENS, 2, axis=0))
+    assert not same(got[:1], got[1:])
+    bank.release(old)
+    bank.release(new)
+
+
+def test_the_least_recently_used_are_dropped_at_the_limit(model):
+    bank = AdapterBank(model)
+    adapters = [adapter(model, seed) for seed in range(4)]
+    bank.memory_limit = 2 * adapters[0].nbytes
+    bank.add("pinned", adapters[0], pinned=True)
+    for number in (1, 2, 3):
+        bank.add(f"a{number}", adapters[number])
+    bank.load("pinned")
+    busy = bank.acquire("a1")
+    bank.load("a2")
+    assert {each.name for each in bank.listed() if each.loaded} == {"pinned", "a1", "a2"}, "the new one stays"
+    bank.load("a3")
+    assert {each.name for each in bank.listed() if each.loaded} == {"pinned", "a1", "a3"}
+    bank.release(busy)
+    assert {each.name for each in bank.listed() if each.loaded} == {"pinned", "a3"}
+
+
+def test_what_is_no_adapter_or_not_for_this_model_is_refused(model, tmp_path):
+    bank = AdapterBank(model, folder=tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    assert bank.names == []
+    for name in ("empty", "..", "../elsewhere", str(tmp_path), ""):
+        with pytest.raises(AdapterError, match="no adapter named"):
+            bank.load(name)
+    with pytest.raises(FormatError):
+        bank.add("empty", tmp_path / "empty")
+    bank.add("other", adapter(make_model(hidden_size=32), 1))
+    with pytest.raises(AdapterError):
+        bank.load("other")
+
+
+def test_a_name_may_get_another_adapter(model):
+    bank = AdapterBank(model)
+    results = []
+    for seed in (1, 2):
+        bank.add("name", adapter(model, seed))
+        bank.choose([bank.acquire("name").key])
+        results.append(logits(model))
+        bank.choose([None])
+    assert not same(*results)
+
+
+def test_a_model_with_an_adapter_takes_no_others(model):
+    made = adapter(model, 1)
+    attach(model, AdapterConfig(rank=2, num_layers=-1))
+    bank = AdapterBank(model)
+    bank.add("one", made)
+    with pytest.raises(AdapterError, match="has an adapter"):
+        bank.load("one")

@@ -1,0 +1,52 @@
+"""What a row takes in memory, and how much there is."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..device import is_cpu
+
+_SHARE = 0.9  # of the memory that MLX or the system reports; the rest is for activations
+
+
+class KeysAndValues:
+    """Bytes of keys and values by length, found by reading one token with the model.
+
+    vocab_size: of the model's logits.
+    """
+
+    def __init__(self, model: nn.Module):
+        from mlx_lm.models.cache import make_prompt_cache
+
+        caches = make_prompt_cache(model)
+        self.vocab_size: int = model(mx.array([[0]]), cache=caches).shape[-1]
+        mx.eval([cache.state for cache in caches])
+        self._fixed, self._growing = 0, []  # bytes; (bytes a token, most tokens or None)
+        for cache in _flat(caches):
+            step = getattr(cache, "step", None)
+            if step is None:
+                self._fixed += cache.nbytes
+            else:
+                self._growing.append((cache.nbytes / step, getattr(cache, "max_size", None)))
+
+    def nbytes(self, tokens: int) -> int:
+        """Of one row of so many tokens."""
+        grown = sum(each * (min(tokens, most) if most else tokens) for each, most in self._growing)
+        return self._fixed + int(grown)
+
+
+def _flat(caches: Any) -> list:
+    return [part for cache in caches for part in (_flat(cache.caches) if hasattr(cache, "caches") else [cache])]
+
+
+def free_memory() -> int:
+    """Bytes that keys and values may take: those of the GPU's working set, or of the system, that are not in use."""
+    if is_cpu():
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        total = mx.device_info()["max_recommended_working_set_size"]
+    return max(0, int(_SHARE * total) - mx.get_active_memory())

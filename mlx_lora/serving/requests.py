@@ -1,0 +1,87 @@
+"""What the engine takes and gives: a request, and the pieces of its answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import GenerateConfig
+from .bank import Resident
+from .sampling import Guarded, LogitsProcessor
+from .text import AnswerText
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to answer."""
+
+    tokens: Sequence[int]  # of the prompt
+    config: GenerateConfig = field(default_factory=GenerateConfig)
+    adapter: str | None = None  # a name in the bank; None for the base
+    logprobs: int | None = None  # also give the log-probability of each token, and of so many of the likeliest
+    parts: bool = False  # tell reasoning and tool calls apart from the answer
+    state: str = "normal"  # with parts: what the prompt ends in, such as "reasoning"
+    processors: Sequence[LogitsProcessor] = ()  # run after those of ``config``, such as a grammar's
+    cache: list | None = None  # a prompt cache to continue, which the answer changes; only ``tokens`` follow it
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The log-probability of a token, and of the likeliest tokens in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer. The last one has a ``finish_reason``."""
+
+    text: str
+    kind: str  # "normal", "reasoning", "tool"
+    token: int | None  # that completed the text; None where text was held back until the end
+    finish_reason: str | None  # "stop", "length" or None
+    stop_word: str | None  # that ended the answer
+    logprobs: TokenLogprobs | None
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, whose keys and values were kept from an earlier request
+    prompt_tps: float  # prompt tokens per second
+    generation_tokens: int
+    generation_tps: float  # tokens per second
+    peak_memory: float  # GB
+
+
+class Row:
+    """A request on its way through the engine.
+
+    Args:
+        deliver: called with each ``Piece``, and with the exception that ended the row, by the thread that generates.
+    """
+
+    def __init__(
+        self, request: Request, resident: Resident | None, deliver: Callable[[Any], None], extra_eos: set[int]
+    ):
+        self.request, self.resident, self.deliver = request, resident, deliver
+        self.extra_eos = extra_eos
+        self.tokens = list(request.tokens)
+        self.made: list[int] = []  # generated tokens
+        self.cached = 0
+        self.cancelled = self.ended = False
+        self.arrived = time.perf_counter()
+        self.admitted: float | None = None
+        self.first: float | None = None  # time of the first token
+        self.text: AnswerText | None = None
+        self.guard: Guarded | None = None
+        self.state: Any = None  # of the lane that computes the row
+
+    @property
+    def key(self) -> Any:
+        return self.resident.key if self.resident else None
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be generated."""
+        return self.request.config.max_tokens - len(self.made)

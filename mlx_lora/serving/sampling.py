@@ -1,0 +1,111 @@
+"""From logits to tokens: mlx-lm's samplers and logits processors, as a ``GenerateConfig`` asks for them.
+
+A row's sampler may fail without ending the rows beside it, and a row with a seed draws the same numbers whatever rows
+are beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..config import GenerateConfig
+from ..errors import ConfigError
+
+Sampler = Callable[[mx.array], mx.array]  # log-probabilities [1, vocab] -> tokens [1]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # (tokens so far [L], logits [1, vocab]) -> logits
+
+
+def make_sampler(config: GenerateConfig, tokenizer: Any) -> Sampler:
+    """mlx-lm's sampler for ``config``. Rows with greedy samplers share one, so that a batch is sampled at once."""
+    from mlx_lm import sample_utils
+
+    if config.temp == 0:
+        return greedy
+    sampler = sample_utils.make_sampler(
+        config.temp,
+        top_p=config.top_p if config.top_p < 1 else 0.0,
+        min_p=config.min_p,
+        min_tokens_to_keep=config.min_tokens_to_keep,
+        top_k=config.top_k,
+        xtc_probability=config.xtc_probability,
+        xtc_threshold=config.xtc_threshold,
+        xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids] if config.xtc_probability else None,
+    )
+    return sampler if config.seed is None else Seeded(sampler, config.seed)
+
+
+def greedy(logprobs: mx.array) -> mx.array:
+    """The most likely token of each row. logprobs: [B, vocab] -> [B]."""
+    return mx.argmax(logprobs, axis=-1)
+
+
+class Seeded:
+    """A sampler with random numbers of its own: those that it would draw alone after ``mx.random.seed(seed)``."""
+
+    def __init__(self, sampler: Sampler, seed: int):
+        self._sampler, self._state = sampler, mx.random.key(seed)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        shared, mx.random.state[0] = mx.random.state[0], self._state
+        try:
+            return self._sampler(logprobs)
+        finally:
+            self._state, mx.random.state[0] = mx.random.state[0], shared
+
+
+def make_processors(config: GenerateConfig) -> list[LogitsProcessor]:
+    """mlx-lm's logits processors for the biases and penalties of ``config``."""
+    from mlx_lm.sample_utils import make_logits_processors
+
+    return make_logits_processors(
+        config.logit_bias,
+        config.repetition_penalty,
+        config.repetition_context_size,
+        config.presence_penalty,
+        config.presence_context_size,
+        config.frequency_penalty,
+        config.frequency_context_size,
+    )
+
+
+def check_sampling(config: GenerateConfig, vocab_size: int) -> None:
+    """Refuse what the size of the vocabulary rules out. Raises: ConfigError."""
+    faults = []
+    if config.top_k >= vocab_size:
+        faults.append(f"top_k must be below {vocab_size}, the size of the vocabulary, not {config.top_k}")
+    if outside := [token for token in config.logit_bias or () if token >= vocab_size]:
+        faults.append(f"logit_bias: the vocabulary has {vocab_size} tokens, and no {', '.join(map(str, outside[:5]))}")
+    if faults:
+        raise ConfigError("\n".join(faults), "Correct these options, or leave them out.")
+
+
+class Guarded:
+    """Calls a row's sampler or processors. What one of them raises is kept in ``error`` and ends that row alone."""
+
+    def __init__(self, sampler: Sampler, processors: Sequence[LogitsProcessor]):
+        self.error: Exception | None = None
+        self.sampler = sampler if sampler is greedy else self._guard_sampler(sampler)
+        self.processors = [self._guard_processor(processor) for processor in processors]
+
+    def _guard_sampler(self, sampler: Sampler) -> Sampler:
+        def call(logprobs: mx.array) -> mx.array:
+            try:
+                return sampler(logprobs)
+            except Exception as error:
+                self.error = self.error or error
+                return greedy(logprobs)
+
+        return call
+
+    def _guard_processor(self, processor: LogitsProcessor) -> LogitsProcessor:
+        def call(tokens: mx.array, logits: mx.array) -> mx.array:
+            try:
+                return processor(tokens, logits)
+            except Exception as error:
+                self.error = self.error or error
+                return logits
+
+        return call

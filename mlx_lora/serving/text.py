@@ -1,0 +1,86 @@
+"""From tokens to text: whole characters, stop words, and the parts of an answer (reasoning, tool calls)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Segment(NamedTuple):
+    """A stretch of an answer."""
+
+    kind: str  # "normal", "reasoning", "tool" or another state of the tokenizer's response format
+    text: str
+
+
+class StopWords:
+    """Ends a text before the first of some words. Text that may begin one is held back until that is known."""
+
+    def __init__(self, words: Sequence[str] = ()):
+        self._words = tuple(words)
+        self._held = ""
+        self.found: str | None = None
+
+    def feed(self, text: str) -> str:
+        """The next text that is known to come before any stop word."""
+        text, self._held = self._held + text, ""
+        hits = [(at, word) for word in self._words if (at := text.find(word)) >= 0]
+        if hits:
+            at, self.found = min(hits, key=lambda hit: hit[0])
+            return text[:at]
+        held = max((self._overlap(text, word) for word in self._words), default=0)
+        text, self._held = text[: len(text) - held], text[len(text) - held :]
+        return text
+
+    def finish(self) -> str:
+        """What was held back, at the end of a text without a stop word."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, word: str) -> int:
+        """Characters at the end of ``text`` that begin ``word``."""
+        longest = min(len(text), len(word) - 1)
+        return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)
+
+
+class AnswerText:
+    """The text of one answer, token by token.
+
+    Args:
+        parts: whether to tell reasoning and tool calls apart, by the markers that mlx-lm knows of this tokenizer.
+            Otherwise all text is "normal", with the markers in it.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), parts: bool = False, state: str = "normal"):
+        self._detokenizer, self._stop = tokenizer.detokenizer, StopWords(stop)
+        self._machine = None
+        if parts:
+            from mlx_lm.generate import TextStateMachine, make_text_state_machine
+
+            self._machine, self._state = TextStateMachine, make_text_state_machine(tokenizer).make_state(state)
+
+    @property
+    def stopped_at(self) -> str | None:
+        """The stop word that ended the text; None if none did."""
+        return self._stop.found
+
+    def add(self, token: int) -> list[Segment]:
+        """The text that ``token`` completes."""
+        self._detokenizer.add_token(token)
+        return self._split(self._stop.feed(self._detokenizer.last_segment), last=self._stop.found is not None)
+
+    def finish(self) -> list[Segment]:
+        """The text that was held back, once no token follows."""
+        self._detokenizer.finalize()
+        text = self._stop.feed(self._detokenizer.last_segment)
+        return self._split(text + ("" if self._stop.found else self._stop.finish()), last=True)
+
+    def _split(self, text: str, last: bool) -> list[Segment]:
+        if self._machine is None:
+            return [Segment("normal", text)] if text else []
+        self._state, found = self._machine.split(self._state, text)
+        if last:
+            self._state, rest, kind = self._machine.flush(self._state)
+            found = [*found, (kind, rest)]
+        return [Segment(kind, part) for kind, part in found if part]

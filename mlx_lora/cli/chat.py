@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..config import GenerateConfig
-from ..errors import ConfigError, MLXLoRAError
+from ..errors import AdapterError, ConfigError, MLXLoRAError
 from . import console
 from .generate import load_engine
 from .options import adapter_option, build, config_options, model_option, trust_option
+from .sections import SectionedCommand
 
 HELP = """\
 /adapter NAME   answer with this adapter: a name from /adapters, or a folder
@@ -27,7 +29,7 @@ HELP = """\
 /quit           leave (or press Ctrl-D)"""
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @model_option(required=True)
 @adapter_option(
     multiple=True, help="Folder of an adapter; repeat the option to switch between several. The first one is active."
@@ -47,16 +49,12 @@ def chat(**params: Any):
     """
     config = build(GenerateConfig, params)
     paths = params.pop("adapter_path")
-    engine = load_engine(params, paths)
-    for path in paths:
-        engine.bank.add(Path(path).name if Path(path).name not in engine.bank.names else path, path)
-    if paths:
-        engine.bank.use(Path(paths[0]).name)
-    conversation = Conversation(engine, config, params["system_prompt"])
+    engine, names = load_engine(params, config, paths)
+    conversation = Conversation(engine, config, params["system_prompt"], names[0] if names else None)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing and history for input())
-        console.note(f"Adapter: {engine.bank.current or 'none'}. /help lists the commands, /quit leaves.")
+        console.note(f"Adapter: {conversation.adapter or 'none'}. /help lists the commands, /quit leaves.")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -80,8 +78,8 @@ def chat(**params: Any):
 class Conversation:
     """The messages so far, and the commands that change them."""
 
-    def __init__(self, engine, config: GenerateConfig, system: str | None):
-        self.engine, self.config, self.system = engine, config, system
+    def __init__(self, engine, config: GenerateConfig, system: str | None, adapter: str | None = None):
+        self.engine, self.config, self.system, self.adapter = engine, config, system, adapter
         self.reset()
 
     def reset(self) -> None:
@@ -91,13 +89,16 @@ class Conversation:
     def say(self, text: str) -> None:
         """Answer ``text`` and remember both, unless interrupted."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        answer = self.answer(messages)
+        answer = self.answer(messages, self.adapter)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
-    def answer(self, messages: list[dict]) -> str:
-        """Stream the answer to ``messages`` to stdout, and return it."""
+    def answer(self, messages: list[dict], adapter: str | None) -> str:
+        """Stream the answer to ``messages`` with an adapter to stdout, and return it."""
+        from ..serving.requests import Request
+
         parts = []
-        for piece in self.engine.stream(self.engine.prompt(messages), self.config):
+        tokens = self.engine.prompt(messages, config=self.config)
+        for piece in self.engine.stream(Request(tokens, self.config, adapter)):
             parts.append(piece.text)
             console.data(piece.text, newline=False)
         console.data("")
@@ -110,9 +111,8 @@ class Conversation:
         bank = self.engine.bank
         if name == "adapter":
             if not rest:
-                return console.note(f"Adapter: {bank.current or 'none'}")
-            took = bank.use(None if rest == "none" else rest)
-            return console.note(f"Adapter: {bank.current or 'none'} ({1000 * took:.0f} ms)")
+                return console.note(f"Adapter: {self.adapter or 'none'}")
+            return self.switch(None if rest == "none" else rest)
         if name == "adapters":
             return console.note(", ".join(bank.names) or "No adapters. /adapter FOLDER loads one.")
         if name == "compare":
@@ -126,10 +126,23 @@ class Conversation:
             return console.note(HELP)
         raise ConfigError(f"/{name} is not a command", "/help lists them.")
 
+    def switch(self, name: str | None) -> None:
+        """Answer with adapter ``name`` from now on: one of the bank's, or a folder."""
+        bank, tic = self.engine.bank, time.perf_counter()
+        if name is not None:
+            if name not in bank and Path(name).is_dir():
+                bank.add(name, name)
+            elif name not in bank:
+                known = ", ".join(bank.names) or "none"
+                raise AdapterError(f"no adapter named {name!r}", f"Known: {known}. An adapter's folder works, too.")
+            bank.load(name)
+        self.adapter = name
+        console.note(f"Adapter: {name or 'none'} ({1000 * (time.perf_counter() - tic):.0f} ms)")
+
     def compare(self, text: str) -> None:
         """Answer one question with the base model and with the adapter, without remembering either answer."""
         bank = self.engine.bank
-        adapter = bank.current or (bank.names[0] if bank.names else None)
+        adapter = self.adapter or (bank.names[0] if bank.names else None)
         if adapter is None:
             raise ConfigError("there is no adapter to compare with", "/adapter FOLDER loads one.")
         messages = self.messages
@@ -140,11 +153,6 @@ class Conversation:
             messages = messages[: last + 1]
         else:
             messages = [*messages, {"role": "user", "content": text}]
-        before = bank.current
-        try:
-            for name, label in ((None, "base"), (adapter, adapter)):
-                bank.use(name)
-                console.data(f"[{label}]")  # beside the answers, also where these are piped
-                self.answer(messages)
-        finally:
-            bank.use(before)
+        for name, label in ((None, "base"), (adapter, adapter)):
+            console.data(f"[{label}]")  # beside the answers, also where these are piped
+            self.answer(messages, name)

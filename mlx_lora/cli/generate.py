@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,10 +14,16 @@ from ..config import GenerateConfig
 from ..errors import ConfigError
 from . import console
 from .options import adapter_option, build, config_options, json_option, model_option, trust_option
+from .sections import SectionedCommand
 
 
-def load_engine(params: dict[str, Any], adapters: Sequence[str] = ()):
-    """An engine with the model that the options name, and no adapter. ``adapters`` that are none are refused first."""
+def load_engine(params: dict[str, Any], config: GenerateConfig, adapters: Sequence[str] = ()):
+    """An engine with the model and the draft model that the options name, and ``adapters`` under their folders' names.
+
+    Folders that hold no adapter are refused before the model is loaded.
+
+    Returns: the engine, and the names.
+    """
     from ..formats import detect_format
     from ..model.loading import load
     from ..serving.engine import Engine
@@ -24,10 +31,38 @@ def load_engine(params: dict[str, Any], adapters: Sequence[str] = ()):
     for path in adapters:
         detect_format(path)
     console.note(f"Loading {params['model']}")
-    return Engine(*load(params["model"], trust_remote_code=params["trust_remote_code"]))
+    model, tokenizer = load(params["model"], trust_remote_code=params["trust_remote_code"])
+    engine = Engine(
+        model,
+        tokenizer,
+        prefill_step_size=config.prefill_step_size,
+        draft_model=load_draft(config, tokenizer),
+    )
+    names = []
+    for path in adapters:
+        name = Path(path).resolve().name
+        names.append(path if name in names else name)
+        engine.bank.add(names[-1], path)
+    return engine, names
 
 
-@click.command()
+def load_draft(config: GenerateConfig, tokenizer: Any):
+    """The draft model that ``config`` names, or None. Raises: ConfigError: it has another vocabulary."""
+    if config.draft_model is None:
+        return None
+    from ..model.loading import load
+
+    console.note(f"Loading {config.draft_model}")
+    draft, its_tokenizer = load(config.draft_model)
+    if its_tokenizer.vocab_size != tokenizer.vocab_size:
+        sizes = f"{its_tokenizer.vocab_size} tokens, not {tokenizer.vocab_size}"
+        raise ConfigError(
+            f"draft_model: its vocabulary has {sizes}", "Name a smaller model of the same family, or leave it out."
+        )
+    return draft
+
+
+@click.command(cls=SectionedCommand)
 @model_option(required=True)
 @adapter_option()
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from standard input.")
@@ -35,6 +70,11 @@ def load_engine(params: dict[str, Any], adapters: Sequence[str] = ()):
 @click.option("--ignore-chat-template", is_flag=True, help="Continue the prompt as plain text.")
 @config_options(GenerateConfig, max_tokens=100)
 @click.option("-m", "max_tokens_short", type=int, hidden=True)
+@click.option(
+    "--prompt-cache-file",
+    metavar="FILE",
+    help="Keys and values from mlx_lm.cache_prompt, made with the same model; the prompt follows their text.",
+)
 @trust_option
 @json_option
 def generate(**params: Any):
@@ -56,18 +96,19 @@ def generate(**params: Any):
             "--system-prompt needs a chat template, and --ignore-chat-template turns it off",
             "Leave --ignore-chat-template out, or write the system prompt into --prompt.",
         )
-    engine = load_engine(params, [params["adapter_path"]] if params["adapter_path"] else [])
-    if params["adapter_path"]:
-        engine.bank.add(params["adapter_path"], params["adapter_path"])
-        engine.bank.use(params["adapter_path"])
-    tokens = _tokens(engine, text, params)
+    cache = _read_cache(params, config)
+    engine, names = load_engine(params, config, [params["adapter_path"]] if params["adapter_path"] else [])
+    from ..serving.requests import Request
+
+    tokens = _tokens(engine, text, params, config)
     answer, last = [], None
-    for last in engine.stream(tokens, config):
+    for last in engine.stream(Request(tokens, config, names[0] if names else None, cache=cache)):
         answer.append(last.text)
         if not params["as_json"]:
             console.data(last.text, newline=False)
     if params["as_json"]:
-        console.event("Answer", {**asdict(last), "text": "".join(answer)})
+        facts = {name: value for name, value in asdict(last).items() if name not in ("kind", "token", "logprobs")}
+        console.event("Answer", {**facts, "text": "".join(answer)})
         return
     console.data("")
     console.note(
@@ -76,14 +117,52 @@ def generate(**params: Any):
     )
 
 
-def _tokens(engine: Any, text: str, params: dict[str, Any]) -> list[int]:
+def _tokens(engine: Any, text: str, params: dict[str, Any], config: GenerateConfig) -> list[int]:
     """The prompt's tokens, through the chat template unless there is none or it is turned off."""
-    if params["ignore_chat_template"] or not getattr(engine.tokenizer, "chat_template", None):
-        if params["system_prompt"]:
-            raise ConfigError(
-                "--system-prompt needs a chat template, and this model's tokenizer has none",
-                "Leave --system-prompt out, and write its text into --prompt.",
-            )
-        return engine.plain_prompt(text)
-    messages = [{"role": "system", "content": params["system_prompt"]}] if params["system_prompt"] else []
-    return engine.prompt([*messages, {"role": "user", "content": text}])
+    if not params["ignore_chat_template"] and getattr(engine.tokenizer, "chat_template", None):
+        messages = [{"role": "system", "content": params["system_prompt"]}] if params["system_prompt"] else []
+        messages.append({"role": "user", "content": text})
+        if params["prompt_cache_file"]:
+            return _suffix(engine, messages, config)
+        return engine.prompt(messages, config=config)
+    needs = {"--system-prompt": params["system_prompt"], "--chat-template-config": config.chat_template_config}
+    if needs := [flag for flag, value in needs.items() if value]:
+        raise ConfigError(
+            f"{', '.join(needs)}: needs a chat template, and this model's tokenizer has none",
+            "Leave it out, and write its text into --prompt.",
+        )
+    return engine.plain_prompt(text + (config.prefill_response or ""))
+
+
+def _suffix(engine: Any, messages: list[dict], config: GenerateConfig) -> list[int]:
+    """The tokens that follow a cached prompt: those of the question, and of what the template writes after it."""
+    mark = "\ue000"
+    whole = engine.tokenizer.decode(engine.prompt([*messages[:-1], {**messages[-1], "content": mark}], config=config))
+    after = whole.partition(mark)[2]
+    return list(engine.tokenizer.encode(messages[-1]["content"] + after, add_special_tokens=False))
+
+
+def _read_cache(params: dict[str, Any], config: GenerateConfig) -> list | None:
+    """The prompt cache in --prompt-cache-file. Raises: ConfigError: it is of another model, or unreadable."""
+    file = params["prompt_cache_file"]
+    if not file:
+        return None
+    from mlx_lm.models.cache import load_prompt_cache
+
+    try:
+        cache, about = load_prompt_cache(file, return_metadata=True)
+    except Exception as error:  # of many kinds, for files that are no prompt cache
+        raise ConfigError(
+            f"{file}: is no prompt cache ({error})", "Make one with mlx_lm.cache_prompt --prompt-cache-file FILE."
+        ) from None
+    faults = []
+    if about.get("model") not in (None, params["model"]):
+        faults.append(f"{file}: was made with {about['model']}, and --model is {params['model']}")
+    bits = getattr(cache[0], "bits", None)
+    if config.kv_bits is not None and bits not in (None, config.kv_bits):
+        faults.append(f"{file}: holds keys and values of {bits} bits, and --kv-bits is {config.kv_bits}")
+    if config.draft_model is not None:
+        faults.append("--prompt-cache-file holds no keys and values of a --draft-model")
+    if faults:
+        raise ConfigError("\n".join(faults), "Give the model and options that the cache was made with.")
+    return cache

@@ -1,4 +1,4 @@
-"""``--help`` in sections. Only ``train`` has enough options for them, so only ``train`` imports cloup."""
+"""``--help`` in sections, for the commands with many options. Only these import cloup."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import Any
 import click
 import cloup
 
-from ..config import COMMON, MORE, SECTIONS
+from ..config import COMMON, MEMORY, MORE, SECTIONS
 
 # Options that are no field of ``config.py``; the others are under "Run".
 _SECTIONS = {
     "model": COMMON,
     "adapter_path": COMMON,
     "config": COMMON,
+    "prompt": COMMON,
+    "system_prompt": COMMON,
+    "ignore_chat_template": "Generation",
+    "prompt_cache_file": MEMORY,
     "trust_remote_code": "Model and data",
     "init_reference": MORE,
     "report_to": "Output",

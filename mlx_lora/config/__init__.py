@@ -24,13 +24,14 @@ from .adapter import (
 from .data import HOLD_OUT, HOLD_OUT_FROM, HOLD_OUT_MOST, DataConfig
 from .generate import GenerateConfig
 from .optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, chooses_own_rate, first_rate
-from .options import COMMON, MORE, SECTIONS, as_config
+from .options import COMMON, MEMORY, MORE, SAMPLING, SECTIONS, as_config
 from .train import REPORTERS, TrainConfig
 
 __all__ = [
     "AdapterConfig",
     "BIASES",
     "COMMON",
+    "MEMORY",
     "DEFAULT_LAYERS",
     "DEFAULT_RANK",
     "DEFAULT_SCALE",
@@ -49,6 +50,7 @@ __all__ = [
     "OptimizerConfig",
     "REPORTERS",
     "SCHEDULES",
+    "SAMPLING",
     "SECTIONS",
     "TrainConfig",
     "UNSCALED",

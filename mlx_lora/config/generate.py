@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .options import MEMORY as _CACHE
+from .options import SAMPLING as _SAMPLING
 from .options import check_types, common, option, raise_all, without_effect
-
-_SAMPLING = "Sampling"
-_CACHE = "Memory and speed"
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,17 @@ class GenerateConfig:
     chat_template_config: dict[str, Any] | None = option(
         None, 'Variables for the chat template, as JSON: {"enable_thinking": false}.'
     )
-    prefill_step_size: int = option(
-        2048, "Prompt tokens to process at a time; fewer take less memory.", section=_CACHE
-    )
+    prefill_step_size: int = option(2048, "Prompt tokens to process at a time; fewer take less memory.", section=_CACHE)
     max_kv_size: int | None = option(
         None, "Keep the keys and values of this many tokens at most; older ones are forgotten.", section=_CACHE
     )
     kv_bits: int | None = option(None, "Quantize the keys and values to this many bits.", section=_CACHE)
     kv_group_size: int = option(64, "With kv_bits: values that share a scale.", section=_CACHE)
-    quantized_kv_start: int = option(0, "With kv_bits: quantize from this token on.", section=_CACHE)
+    quantized_kv_start: int = option(5000, "With kv_bits: quantize from this token on.", section=_CACHE)
     draft_model: str | None = option(
-        None, "A small model with the same tokenizer whose tokens the model checks (speculative decoding).", section=_CACHE
+        None,
+        "A small model with the same tokenizer; the model checks its tokens (speculative decoding).",
+        section=_CACHE,
     )
     num_draft_tokens: int = option(3, "With draft_model: tokens to draft at a time.", section=_CACHE)
 
@@ -87,7 +86,9 @@ class GenerateConfig:
         at_least = {
             **dict.fromkeys(("max_tokens", "min_tokens_to_keep", "prefill_step_size", "num_draft_tokens"), 1),
             **{f"{name}_context_size": 1 for name in ("repetition", "presence", "frequency")},
-            **{"top_k": 0, "max_kv_size": 1, "quantized_kv_start": 0},
+            "top_k": 0,
+            "max_kv_size": 1,
+            "quantized_kv_start": 0,
         }
         for name, least in at_least.items():
             value = getattr(self, name)

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..errors import ConfigError
 
-# Sections of ``train --help``, in their order. ``help_section`` is the section of a config's fields without one.
+# Sections of ``--help``, in their order. ``help_section`` is the section of a config's fields without one.
 COMMON, MORE = "Common options", "More adapter options"
-SECTIONS = (COMMON, "Model and data", "Adapter", MORE, "Optimizer", "Run", "Output")
+SAMPLING, MEMORY = "Sampling", "Memory and speed"
+SECTIONS = (COMMON, "Model and data", "Adapter", MORE, "Optimizer", "Run", "Generation", SAMPLING, MEMORY, "Output")
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:

@@ -149,5 +149,7 @@ def _check(model: nn.Module, adapters: dict[str, Adapter]) -> None:
         try:
             alone += [f"{name}: {reason}" for reason in why_alone(model, adapter)]
         except AdapterError as error:
-            raise AdapterError("\n".join(f"{name}: {line}" for line in error.message.splitlines()), error.hint) from None
+            raise AdapterError(
+                "\n".join(f"{name}: {line}" for line in error.message.splitlines()), error.hint
+            ) from None
     raise_faults(alone, "Mount this adapter by itself, or fuse it.")

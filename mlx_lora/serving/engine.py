@@ -1,8 +1,9 @@
 """From messages to tokens: many requests at once over one base, each with its adapter or none.
 
 The engine queues requests, computes them in lanes (see ``lanes.py``) and delivers their text piece by piece. All rows
-whose adapters can share a batch are in one lane; an adapter that cannot has a lane of its own, and the lanes take turns.
-A row that fails ends alone. ``step`` does one turn: a server calls it in a thread, ``stream`` calls it by itself.
+whose adapters can share a batch are in one lane. An adapter that cannot has a lane of its own, and the lanes take
+turns. A row that fails ends alone. ``step`` does one turn: a server calls it in a thread; ``stream`` calls it by
+itself.
 """
 
 from __future__ import annotations
@@ -21,14 +22,20 @@ from ..data.template import Template, encode_prompt, said_by
 from ..errors import ConfigError, MLXLoRAError
 from .bank import AdapterBank
 from .lanes import BatchLane, PromptRead, SingleLane, Token
-from .memory import KeysAndValues, free_memory
+from .memory import KeysAndValues, free_memory, new_cache
 from .requests import Piece, Request, Row, TokenLogprobs
 from .sampling import Guarded, check_sampling, make_processors, make_sampler
 from .text import AnswerText, Segment
 
-_TURN = 0.25  # seconds that a lane computes while others wait
 _SHARED = ("shared",)
-_TEMPLATE_ARGUMENTS = ("tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "messages")
+_TEMPLATE_ARGUMENTS = (
+    "tools",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_dict",
+    "messages",
+)
 
 
 class BusyError(MLXLoRAError):
@@ -51,6 +58,7 @@ class Engine:
         prompt_cache_size: prompts and answers whose keys and values are kept for requests that begin alike, in at most
             prompt_cache_bytes.
         draft_model: for requests with ``draft_model``.
+        turn_seconds: how long a lane computes while others wait.
     """
 
     def __init__(
@@ -67,13 +75,14 @@ class Engine:
         prompt_cache_size: int = 8,
         prompt_cache_bytes: int | None = None,
         draft_model: nn.Module | None = None,
+        turn_seconds: float = 0.25,
     ):
-        from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache
+        from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache
 
         mx.eval(model.parameters())  # by this thread: another one cannot
         self.model, self.tokenizer, self.template = model, tokenizer, Template(tokenizer)
         self.bank = bank or AdapterBank(model)
-        self.draft_model = draft_model
+        self.draft_model, self.turn_seconds = draft_model, turn_seconds
         self.queue_size, self.batch_size = queue_size, batch_size
         self._sizes = KeysAndValues(model)
         self.memory_limit = free_memory() if memory_limit is None else memory_limit
@@ -82,7 +91,7 @@ class Engine:
             "batch_size": batch_size,
             "prefill_batch_size": prefill_batch_size,
             "prefill_step_size": prefill_step_size,
-            "keep_prompts": not can_trim_prompt_cache(make_prompt_cache(model)),
+            "keep_prompts": not can_trim_prompt_cache(new_cache(model)),
         }
         self._arrived: deque[Row] = deque()
         self._lock = threading.Lock()  # of _arrived
@@ -140,9 +149,6 @@ class Engine:
         extra_eos = {self._token(name) for name in config.extra_eos_token}
         if config.draft_model is not None and self.draft_model is None:
             raise ConfigError("the draft model is not loaded", "Name it when the engine starts: --draft-model.")
-        if config.max_kv_size is not None and hasattr(self.model, "make_cache"):
-            kind = type(self.model).__module__.rpartition(".")[2]
-            raise ConfigError(f"max_kv_size: {kind} models have caches of their own", "Leave --max-kv-size out.")
         length = len(request.tokens) + config.max_tokens
         if (needed := self._sizes.nbytes(length)) > self.memory_limit:
             sizes = f"{needed / 1e9:.2f} GB, and there are {self.memory_limit / 1e9:.2f} GB"
@@ -270,7 +276,7 @@ class Engine:
         now = time.perf_counter()
         if self._turn is not None and self._turn[0] in busy:
             name, since = self._turn
-            if len(busy) == 1 or now - since < _TURN:
+            if len(busy) == 1 or now - since < self.turn_seconds:
                 return name
             busy = [other for other in busy if other != name]
             self._served[name] = now
@@ -298,7 +304,7 @@ class Engine:
             self._waiting.pop(name, None)
 
     def _fits(self, row: Row) -> bool:
-        """Whether the keys and values of all rows fit with this one. A batch takes as much for each as for the longest."""
+        """Whether the keys and values of all rows fit with this one. A batch takes for each what the longest takes."""
         rows = [row, *(other for rows in self._active.values() for other in rows)]
         most = max(self._sizes.nbytes(len(each.request.tokens) + each.request.config.max_tokens) for each in rows)
         if len(rows) * most > self.memory_limit:
@@ -307,8 +313,6 @@ class Engine:
         return True
 
     def _insert(self, name: tuple, row: Row) -> None:
-        from mlx_lm.models.cache import make_prompt_cache
-
         request, config = row.request, row.request.config
         if row.guard is None:
             sampler, processors = make_sampler(config, self.tokenizer), make_processors(config)
@@ -323,9 +327,9 @@ class Engine:
             cache, rest = self.prompt_cache.fetch_nearest_cache(self._cache_key(row), before) if before else (None, [])
             known = before[: len(before) - len(rest)]
         if cache is None:
-            cache, known = make_prompt_cache(self.model, config.max_kv_size), []
+            cache, known = new_cache(self.model, config.max_kv_size), []
             if config.draft_model is not None:
-                cache += make_prompt_cache(self.draft_model)
+                cache += new_cache(self.draft_model)
         row.cached = row.cached or len(known)
         self._lanes[name].insert(row, cache, known)
         self._active[name].append(row)
@@ -340,7 +344,13 @@ class Engine:
 
     def _cache_key(self, row: Row) -> tuple:
         config = row.request.config
-        return (row.key, config.kv_bits, config.kv_bits and config.kv_group_size, config.max_kv_size, config.draft_model)
+        return (
+            row.key,
+            config.kv_bits,
+            config.kv_bits and config.kv_group_size,
+            config.max_kv_size,
+            config.draft_model,
+        )
 
     def _recover(self, name: tuple, error: Exception) -> None:
         """After an exception in a lane: its rows are computed again, each by itself, and one that fails then ends."""

@@ -112,7 +112,7 @@ class BatchLane:
 
 
 class SingleLane:
-    """One row, through ``mlx_lm.generate.generate_step`` or its speculative decoding, which take what batches cannot."""
+    """One row, through mlx-lm's ``generate_step`` or its speculative decoding, which take what batches cannot."""
 
     def __init__(self, model: nn.Module, choose: Callable[[list], None], eos: set[int], draft: nn.Module | None = None):
         self._model, self._choose, self._eos, self._draft = model, choose, eos, draft
@@ -163,7 +163,9 @@ class SingleLane:
         self._choose([row.key])
         token, logprobs = next(self._steps)
         token = int(token)
-        reason = "stop" if token in self._eos else "length" if len(row.made) + 1 >= row.request.config.max_tokens else None
+        reason = (
+            "stop" if token in self._eos else "length" if len(row.made) + 1 >= row.request.config.max_tokens else None
+        )
         if reason is None:
             return [Token(row, token, logprobs, None)]
         self.remove(row)

@@ -13,6 +13,21 @@ from ..device import is_cpu
 _SHARE = 0.9  # of the memory that MLX or the system reports; the rest is for activations
 
 
+def new_cache(model: nn.Module, max_kv_size: int | None = None) -> list:
+    """An empty prompt cache of one row.
+
+    Args:
+        max_kv_size: tokens that layers with plain attention keep at most; the first four are always among them.
+            mlx-lm passes over this for the classes that make their own caches, which are most.
+    """
+    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+    caches = make_prompt_cache(model)
+    if max_kv_size is None:
+        return caches
+    return [RotatingKVCache(max_size=max_kv_size, keep=4) if type(c) is KVCache else c for c in caches]
+
+
 class KeysAndValues:
     """Bytes of keys and values by length, found by reading one token with the model.
 
@@ -20,9 +35,7 @@ class KeysAndValues:
     """
 
     def __init__(self, model: nn.Module):
-        from mlx_lm.models.cache import make_prompt_cache
-
-        caches = make_prompt_cache(model)
+        caches = new_cache(model)
         self.vocab_size: int = model(mx.array([[0]]), cache=caches).shape[-1]
         mx.eval([cache.state for cache in caches])
         self._fixed, self._growing = 0, []  # bytes; (bytes a token, most tokens or None)

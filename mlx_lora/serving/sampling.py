@@ -46,14 +46,22 @@ class Seeded:
     """A sampler with random numbers of its own: those that it would draw alone after ``mx.random.seed(seed)``."""
 
     def __init__(self, sampler: Sampler, seed: int):
-        self._sampler, self._state = sampler, mx.random.key(seed)
+        self._sampler, self._state = sampler, seed
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        shared, mx.random.state[0] = mx.random.state[0], self._state
+        shared = _random_state()
+        mx.random.seed(self._state)
         try:
             return self._sampler(logprobs)
         finally:
-            self._state, mx.random.state[0] = mx.random.state[0], shared
+            self._state = _random_state()
+            mx.random.seed(shared)
+
+
+def _random_state() -> int:
+    """The seed that brings MLX's random state to where it is now."""
+    high, low = mx.random.state[0].tolist()
+    return (high << 32) | low
 
 
 def make_processors(config: GenerateConfig) -> list[LogitsProcessor]:

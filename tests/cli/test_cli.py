@@ -263,6 +263,7 @@ def test_the_prompt_cache_of_chat_does_not_change_answers(trained):
     from mlx_lora import load
     from mlx_lora.config import GenerateConfig
     from mlx_lora.serving.engine import Engine
+    from mlx_lora.serving.requests import Request
 
     engine = Engine(*load(PATH))
     engine.bank.add("a", trained)
@@ -271,11 +272,12 @@ def test_the_prompt_cache_of_chat_does_not_change_answers(trained):
     def talk(fresh: bool) -> list[str]:
         messages, said = [], []
         for turn, adapter in enumerate(["a", "a", None, "a"]):
-            engine.bank.use(adapter)
             if fresh:
-                engine._kept = None
+                engine.prompt_cache.trim_to(n_sequences=0)
             messages.append({"role": "user", "content": f"Question {turn}: where is the red kite?"})
-            said.append("".join(p.text for p in engine.stream(engine.prompt(messages), config)))
+            pieces = list(engine.stream(Request(engine.prompt(messages), config, adapter)))
+            assert (pieces[-1].cached_tokens > 0) == (not fresh and turn != 0 and adapter is not None)
+            said.append("".join(p.text for p in pieces))
             messages.append({"role": "assistant", "content": said[-1]})
         return said
 

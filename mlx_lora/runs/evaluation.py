@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..base.batching import why_not_batched
 from ..config import DataConfig
 from ..data import Question, load_dataset, questions
 from ..errors import ConfigError
@@ -91,9 +92,10 @@ def compare_paths(model: nn.Module, rows: Any, grad_checkpoint: bool = False):
 def answers(
     model: nn.Module, tokenizer: Any, asked: Sequence[Question], max_tokens: int, batch_size: int = 16
 ) -> Iterator[Answer]:
-    """Answer ``asked`` (see ``data.questions``) greedily, in batches."""
+    """Answer ``asked`` (see ``data.questions``) greedily, in batches where the model allows it."""
     from mlx_lm import batch_generate
 
+    batch_size = 1 if why_not_batched(model) else batch_size
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
         texts = batch_generate(model, tokenizer, [q.tokens for q in batch], max_tokens=max_tokens).texts

@@ -17,12 +17,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..base.batching import why_not_batched
 from ..config import GenerateConfig
 from ..data.template import Template, encode_prompt, said_by
 from ..errors import ConfigError, MLXLoRAError
 from .bank import AdapterBank
 from .lanes import BatchLane, PromptRead, SingleLane, Token
-from .memory import KeysAndValues, free_memory, new_cache
+from .memory import KeysAndValues, can_always_trim, free_memory, new_cache
 from .requests import Piece, Request, Row, TokenLogprobs
 from .sampling import Guarded, check_sampling, make_processors, make_sampler
 from .text import AnswerText, Segment
@@ -77,7 +78,7 @@ class Engine:
         draft_model: nn.Module | None = None,
         turn_seconds: float = 0.25,
     ):
-        from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache
+        from mlx_lm.models.cache import LRUPromptCache
 
         mx.eval(model.parameters())  # by this thread: another one cannot
         self.model, self.tokenizer, self.template = model, tokenizer, Template(tokenizer)
@@ -91,7 +92,7 @@ class Engine:
             "batch_size": batch_size,
             "prefill_batch_size": prefill_batch_size,
             "prefill_step_size": prefill_step_size,
-            "keep_prompts": not can_trim_prompt_cache(new_cache(model)),
+            "keep_prompts": not can_always_trim(new_cache(model)),
         }
         self._arrived: deque[Row] = deque()
         self._lock = threading.Lock()  # of _arrived
@@ -257,7 +258,8 @@ class Engine:
 
     def _lane_of(self, row: Row) -> tuple:
         config = row.request.config
-        if config.kv_bits or config.draft_model or config.max_kv_size or row.request.cache is not None:
+        options = config.kv_bits or config.draft_model or config.max_kv_size
+        if options or row.request.cache is not None or why_not_batched(self.model):
             return ("single", id(row))
         if row.resident is not None and row.resident.alone:
             return ("alone", row.key)

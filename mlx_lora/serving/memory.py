@@ -28,6 +28,11 @@ def new_cache(model: nn.Module, max_kv_size: int | None = None) -> list:
     return [RotatingKVCache(max_size=max_kv_size, keep=4) if type(c) is KVCache else c for c in caches]
 
 
+def can_always_trim(caches: list) -> bool:
+    """Whether tokens can be taken off the end at any time; a sliding window has forgotten what was before them."""
+    return all(cache.is_trimmable() and not hasattr(cache, "max_size") for cache in _flat(caches))
+
+
 class KeysAndValues:
     """Bytes of keys and values by length, found by reading one token with the model.
 

@@ -1,0 +1,34 @@
+"""Which of mlx-lm's models compute rows of different lengths in one batch as they compute each alone.
+
+Padding must change nothing. In these classes of mlx-lm 0.32.2 it does, in silence or with an error; a test compares
+all of mlx-lm's families.
+"""
+
+from __future__ import annotations
+
+import mlx.nn as nn
+
+_PADDING = "padding changes the state of its recurrent layers"
+_CACHE = "its cache cannot be batched"
+# By module of mlx_lm.models.
+NOT_BATCHED = {
+    "afm7": "padding changes its answers",
+    "baichuan_m1": _PADDING,
+    "bailing_moe_linear": _PADDING,
+    "deepseek_v41": _CACHE,
+    "gemma2": "its attention mask has one axis too few for a batch",
+    "gpt_bigcode": "it reads one length for all rows",
+    "jamba": _PADDING,
+    "llama4": _CACHE,
+    "longcat_flash_ngram": "padding changes its n-grams",
+    "mamba": _PADDING,
+    "nemotron_h": _PADDING,
+    "olmo_hybrid": _PADDING,
+    "recurrent_gemma": _PADDING,
+    "rwkv7": _PADDING,
+}
+
+
+def why_not_batched(model: nn.Module) -> str | None:
+    """Why rows of different lengths must be computed one at a time; None if they can share a batch."""
+    return NOT_BATCHED.get(type(model).__module__.rpartition(".")[2])

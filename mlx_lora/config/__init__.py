@@ -25,6 +25,7 @@ from .data import HOLD_OUT, HOLD_OUT_FROM, HOLD_OUT_MOST, DataConfig
 from .generate import GenerateConfig
 from .optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, chooses_own_rate, first_rate
 from .options import COMMON, MEMORY, MORE, SAMPLING, SECTIONS, as_config
+from .serve import LOCAL_NAMES, ServeConfig
 from .train import REPORTERS, TrainConfig
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "DataConfig",
     "FEEDFORWARD",
     "GenerateConfig",
+    "LOCAL_NAMES",
     "HOLD_OUT",
     "HOLD_OUT_FROM",
     "HOLD_OUT_MOST",
@@ -52,6 +54,7 @@ __all__ = [
     "SCHEDULES",
     "SAMPLING",
     "SECTIONS",
+    "ServeConfig",
     "TrainConfig",
     "UNSCALED",
     "VERA_RANK",

@@ -98,7 +98,12 @@ class AdapterBank:
     def names(self) -> list[str]:
         """All names, loaded or not."""
         with self.lock:
-            return sorted({*self._sources, *self._in_folder()})
+            return sorted({*self._sources, *self.in_folder()})
+
+    @property
+    def registered(self) -> list[str]:
+        """The names that were given with ``add``."""
+        return list(self._sources)
 
     def listed(self) -> list[Listed]:
         """All adapters, for a list of models."""
@@ -107,7 +112,7 @@ class AdapterBank:
 
     def __contains__(self, name: str) -> bool:
         with self.lock:
-            return name in self._sources or name in self._in_folder()
+            return name in self._sources or name in self.in_folder()
 
     def add(self, name: str, adapter: Adapter | str | Path, pinned: bool = False) -> None:
         """Register ``adapter``, or the one in that folder, as ``name``. A folder is read when it is first used.
@@ -116,19 +121,24 @@ class AdapterBank:
         """
         if not name or name != name.strip() or any(ord(char) < 32 for char in name):
             raise AdapterError(f"an adapter cannot be named {name!r}", "Use a name of letters, such as pirate.")
-        if not isinstance(adapter, Adapter):
+        if isinstance(adapter, Adapter):
+            mx.eval(list(adapter.weights.values()))  # by this thread: another one cannot
+        else:
             detect_format(adapter)
         with self.lock:
             path = None if isinstance(adapter, Adapter) else Path(adapter)
             self._sources[name] = Source(None if path else adapter, path, pinned)
             self._residents.pop(name, None)
 
-    def remove(self, name: str) -> None:
-        """Forget ``name``. Rows that use it finish with it. Raises: AdapterError: unknown."""
+    def unload(self, name: str) -> None:
+        """Drop ``name`` from memory, and forget it unless it is in the folder. Rows that use it finish with it.
+
+        Raises: AdapterError: unknown.
+        """
         with self.lock:
-            if name not in self._sources:
+            if name not in self:
                 raise self._unknown(name)
-            del self._sources[name]
+            self._sources.pop(name, None)
             self._residents.pop(name, None)
 
     # Adapters in use.
@@ -259,14 +269,14 @@ class AdapterBank:
     def _source(self, name: str) -> Source:
         if name in self._sources:
             return self._sources[name]
-        if name in self._in_folder():
+        if name in self.in_folder():
             return Source(path=self.folder / name)
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> AdapterError:
         return AdapterError(f"no adapter named {name!r}", f"Known: {', '.join(self.names) or 'none'}.")
 
-    def _in_folder(self) -> list[str]:
+    def in_folder(self) -> list[str]:
         """The adapters in the folder, by name. Its own subfolders only, and no links out of it."""
         if self.folder is None or not self.folder.is_dir():
             return []

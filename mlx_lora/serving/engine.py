@@ -131,6 +131,15 @@ class Engine:
                 "Change the messages as the template says, or use generate --ignore-chat-template with plain text.",
             ) from None
 
+    def state_after(self, tokens: list[int]) -> str:
+        """What the text after a prompt is: "reasoning" where its template has opened that, else "normal"."""
+        tokenizer = self.tokenizer
+        state = "normal"
+        if getattr(tokenizer, "has_thinking", False):
+            opened, closed = tokenizer.rfind_think_start(tokens), tokenizer.rfind_think_end(tokens)
+            state = "reasoning" if opened > closed else "normal"
+        return getattr(tokenizer, "response_initial_state", None) or state
+
     def plain_prompt(self, text: str) -> list[int]:
         """The tokens of a text to continue, without a chat template."""
         return encode_prompt(self.tokenizer, text)

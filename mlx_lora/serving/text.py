@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Segment(NamedTuple):
-    """A stretch of an answer."""
+    """A stretch of an answer. An empty one says that the kind changes, such as between two tool calls."""
 
     kind: str  # "normal", "reasoning", "tool" or another state of the tokenizer's response format
     text: str
@@ -54,7 +54,7 @@ class AnswerText:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), parts: bool = False, state: str = "normal"):
         self._detokenizer, self._stop = tokenizer.detokenizer, StopWords(stop)
-        self._machine = None
+        self._machine, self._kind = None, state
         if parts:
             from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
@@ -83,4 +83,9 @@ class AnswerText:
         if last:
             self._state, rest, kind = self._machine.flush(self._state)
             found = [*found, (kind, rest)]
-        return [Segment(kind, part) for kind, part in found if part]
+        segments = []
+        for kind, part in found:
+            if part or kind != self._kind:
+                segments.append(Segment(kind, part))
+            self._kind = kind
+        return segments

@@ -1,0 +1,43 @@
+"""The application: every route, behind the guard."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from ... import __version__
+from . import adapters, errors, health, openai
+from .safety import Guard
+from .state import Server
+
+
+def create_app(server: Server) -> FastAPI:
+    """The application for ``server``. Its start starts the thread that generates; its end ends it.
+
+    No route imports code from a model, reads a path from a request, or answers another host than it is told to.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> Any:
+        server.worker.start()
+        try:
+            yield
+        finally:
+            server.draining = True
+            server.worker.stop()
+
+    app = FastAPI(title="mlx-lora", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.server = server
+    for part in (openai, adapters, health):
+        app.include_router(part.router)
+    app.add_exception_handler(RequestValidationError, errors.on_invalid)
+    app.add_exception_handler(HTTPException, errors.on_http)
+    app.add_exception_handler(Exception, errors.on_error)
+    for kind in (errors.MLXLoRAError, errors.OutOfTime):
+        app.add_exception_handler(kind, errors.on_error)
+    app.add_middleware(Guard, config=server.config)
+    return app

@@ -25,6 +25,7 @@ COMMANDS = {
     "test": ("train", "Measure loss, perplexity and exact match on a test set."),
     "generate": ("generate", "Answer one prompt."),
     "chat": ("chat", "Chat with a model in the terminal, with and without adapters."),
+    "serve": ("serve", "Serve a model and its adapters over HTTP, as OpenAI and Anthropic do."),
     "fuse": ("adapters", "Merge an adapter into the model's weights."),
     "quantize": ("quantize", "Quantize a model with MLX's modes or NF4."),
     "merge": ("merge", "Merge several adapters into one."),

@@ -19,7 +19,6 @@ from ..errors import ConfigError
 # Fields whose flag has another name, mlx-lm's.
 _FLAGS = {"method": "fine_tune_type"}
 PATTERNS = ("rank_pattern", "scale_pattern", "alpha_pattern")
-TEXTS = ("stop", "extra_eos_token")  # repeated, and never split at commas
 LISTS = ("keys", "target_parameters", "modules_to_save", "layers_to_transform")
 
 
@@ -127,7 +126,7 @@ def _option(field: dataclasses.Field, hint: Any, section: str, default: Any) -> 
     elif field.name in LISTS:
         metavar = "NUMBER" if field.name == "layers_to_transform" else "NAME"
         extra |= {"multiple": True, "default": (), "show_default": False, "metavar": metavar}
-    elif field.name in TEXTS:
+    elif typing.get_origin(kind) is tuple:  # texts, repeated and never split at commas
         extra |= {"multiple": True, "default": (), "show_default": False, "metavar": "TEXT"}
     elif field.name == "clear_cache_threshold":
         extra["type"] = Bytes()

@@ -13,6 +13,9 @@ from ..config import COMMON, MEMORY, MORE, SECTIONS
 _SECTIONS = {
     "model": COMMON,
     "adapter_path": COMMON,
+    "adapters": COMMON,
+    "adapters_dir": COMMON,
+    "merge": MEMORY,
     "config": COMMON,
     "prompt": COMMON,
     "system_prompt": COMMON,

@@ -13,7 +13,20 @@ from ..errors import ConfigError
 # Sections of ``--help``, in their order. ``help_section`` is the section of a config's fields without one.
 COMMON, MORE = "Common options", "More adapter options"
 SAMPLING, MEMORY = "Sampling", "Memory and speed"
-SECTIONS = (COMMON, "Model and data", "Adapter", MORE, "Optimizer", "Run", "Generation", SAMPLING, MEMORY, "Output")
+SECTIONS = (
+    COMMON,
+    "Model and data",
+    "Adapter",
+    MORE,
+    "Optimizer",
+    "Run",
+    "Server",
+    "Limits",
+    "Generation",
+    SAMPLING,
+    MEMORY,
+    "Output",
+)
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:

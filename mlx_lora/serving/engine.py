@@ -103,6 +103,10 @@ class Engine:
         self._served: dict[tuple, float] = {}  # when a lane's last turn ended
         self.counts: Counter[str] = Counter()  # of requests by outcome, and of tokens
 
+    @property
+    def vocab_size(self) -> int:
+        return self._sizes.vocab_size
+
     # Prompts.
 
     def prompt(

@@ -17,7 +17,6 @@ from ...errors import ConfigError
 from .connection import unless_disconnected
 from .errors import body_of
 from .events import Answer, Event
-from .schema import response_processors
 from .state import Ask, Server
 
 router = APIRouter()
@@ -139,11 +138,11 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Any:
             max_tokens=body.max_completion_tokens or body.max_tokens,
             chat_template_config=body.chat_template_kwargs,
         ),
-        messages=[_message(message) for message in body.messages],
+        messages=[read_message(message) for message in body.messages],
         tools=tools,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         n=body.n or 1,
-        processors=response_processors(server, body.response_format),
+        response_format=body.response_format,
     )
     about = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -331,7 +330,7 @@ def _text_logprobs(server: Server, found: list) -> dict[str, Any]:
     }
 
 
-def _message(message: dict[str, Any]) -> dict[str, Any]:
+def read_message(message: dict[str, Any]) -> dict[str, Any]:
     """A message as chat templates take it. Raises: ConfigError: it has no role, or content that is no text."""
     role, content = message.get("role"), message.get("content")
     if role not in ("system", "developer", "user", "assistant", "tool", "function"):

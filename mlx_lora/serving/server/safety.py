@@ -5,13 +5,17 @@ A plain ASGI middleware: it sees every request first, and streams the body throu
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 from typing import Any
 
+from starlette.responses import Response
+
 from ...config import LOCAL_NAMES, ServeConfig
 from . import errors
 
+_BODY_SECONDS = 30  # from one part of a body to the next
 _HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
@@ -36,6 +40,8 @@ class Guard:
         refused = self._refusal(scope, headers)
         if refused is not None:
             return await errors.answer(scope["path"], *refused)(scope, receive, self._with_headers(send, headers))
+        if scope["method"] == "OPTIONS" and headers.get("origin") in self._config.allow_origin:  # a browser's preflight
+            return await Response(status_code=204)(scope, receive, self._with_headers(send, headers))
         await self._app(scope, self._limited(receive), self._with_headers(send, headers))
 
     def _refusal(self, scope: dict, headers: dict[str, str]) -> tuple[int, str] | None:
@@ -66,11 +72,15 @@ class Guard:
 
     def _limited(self, receive: Any) -> Any:
         """``receive`` that ends a body, of whatever announced length, at the limit."""
-        seen = 0
+        seen, whole = 0, False
 
         async def limited() -> dict:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, whole
+            try:  # a client that sends its body byte by byte; afterwards only its leaving is waited for
+                message = await (receive() if whole else asyncio.wait_for(receive(), _BODY_SECONDS))
+            except asyncio.TimeoutError:
+                raise errors.HTTPException(408, f"the body did not arrive within {_BODY_SECONDS} seconds") from None
+            whole = not message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > self._config.body_limit:
                 raise errors.HTTPException(413, f"the body is larger than {self._config.body_limit} bytes")

@@ -14,7 +14,8 @@ from ...config import GenerateConfig, ServeConfig
 from ...errors import AdapterError
 from ..engine import Engine
 from ..requests import Piece, Request
-from ..worker import Worker
+from ..worker import Stopped, Worker
+from .schema import response_processors
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Ask:
     tools: list[dict] | None = None
     logprobs: int | None = None
     n: int = 1
-    processors: tuple = ()
+    response_format: dict[str, Any] | None = None  # OpenAI's
 
 
 @dataclass
@@ -81,8 +82,9 @@ class Server:
         if ask.n > 1:  # each with numbers of its own
             seed = ask.config.seed
             configs = [_seeded(ask.config, None if seed is None else seed + number) for number in range(ask.n)]
+        chat, rules = ask.messages is not None, (engine.tokenizer, engine.vocab_size, ask.response_format)
         return [
-            Request(tokens, config, ask.adapter, ask.logprobs, ask.messages is not None, state, ask.processors)
+            Request(tokens, config, ask.adapter, ask.logprobs, chat, state, response_processors(*rules))
             for config in configs
         ]
 
@@ -97,23 +99,33 @@ class Server:
             return lambda piece: loop.call_soon_threadsafe(queue.put_nowait, (number, piece))
 
         rows, left = [], len(requests)
+        self._check_alive()
         try:
             for number, request in enumerate(requests):
                 rows.append(await run_in_threadpool(self.engine.submit, request, deliver(number)))
             self.worker.wake()
             deadline = loop.time() + self.config.request_timeout
             while left:
-                number, piece = await asyncio.wait_for(queue.get(), max(0.001, deadline - loop.time()))
+                try:
+                    number, piece = await asyncio.wait_for(queue.get(), min(1.0, max(0.001, deadline - loop.time())))
+                except asyncio.TimeoutError:
+                    if loop.time() >= deadline:
+                        raise OutOfTime(self.config.request_timeout) from None
+                    self._check_alive()
+                    continue
                 if isinstance(piece, Exception):
                     raise piece
                 left -= piece.finish_reason is not None
                 yield number, piece
-        except asyncio.TimeoutError:
-            raise OutOfTime(self.config.request_timeout) from None
         finally:
             for row in rows:
                 self.engine.cancel(row)
             self.worker.wake()
+
+    def _check_alive(self) -> None:
+        """Raise ``Stopped`` where nobody would answer."""
+        if self.draining or not self.worker.alive:
+            raise Stopped("the server is shutting down", "Send the request again later.")
 
 
 class UnknownModel(AdapterError):

@@ -1,0 +1,140 @@
+"""``serve``: one model and its adapters over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import GenerateConfig, ServeConfig
+from ..errors import ConfigError
+from . import console
+from .generate import load_draft
+from .options import build, config_options, model_option, trust_option
+from .sections import SectionedCommand
+
+# Options of generation that hold for the whole server; requests bring the others.
+_FOR_ALL = ("max_tokens", "prefill_step_size", "chat_template_config", "extra_eos_token")
+
+
+class Named(click.ParamType):
+    """``NAME=PATH``; a path alone has its folder's name."""
+
+    name = "name=path"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        name, equals, path = str(value).partition("=")
+        if not equals:
+            name, path = Path(value).resolve().name, value
+        if not name or not path:
+            self.fail(f"{value!r} is not of the form NAME=PATH", param, ctx)
+        return name, path
+
+
+@click.command(cls=SectionedCommand)
+@model_option(required=True)
+@click.option(
+    "--adapter",
+    "adapters",
+    type=Named(),
+    multiple=True,
+    metavar="NAME=PATH",
+    help="An adapter's folder, in any supported format, and the name that requests call it by; repeat the option.",
+)
+@click.option(
+    "--adapters-dir",
+    metavar="FOLDER",
+    help="Each subfolder is an adapter under its own name, read when asked for.",
+)
+@click.option("--merge", is_flag=True, help="Merge the one adapter into the model, which answers faster and alone.")
+@config_options(ServeConfig)
+@config_options(GenerateConfig, *_FOR_ALL, max_tokens=1024)
+@trust_option
+def serve(**params: Any):
+    """Serve a model and its adapters over HTTP, with OpenAI's and Anthropic's interfaces.
+
+    A request's "model" is the name of the base or of an adapter. Requests with different adapters are answered
+    together, in one batch. Needs the extra packages of serve: pip install 'mlx-lora[serve]'.
+
+    \b
+    mlx-lora serve --model Qwen/Qwen3-0.6B --adapter pirate=adapters
+    mlx-lora serve --model mlx-community/Qwen3-4B-4bit --adapters-dir my_adapters --port 9000
+    mlx-lora serve --model Qwen/Qwen3-0.6B --host 0.0.0.0 --api-key "$(openssl rand -hex 16)"
+    """
+    config, defaults = build(ServeConfig, params), build(GenerateConfig, params)
+    _check(params)
+    try:
+        from ..serving.server.run import serve as run
+        from ..serving.server.state import Server
+    except ImportError as error:
+        raise ConfigError(f"serve needs packages that are not installed ({error.name})", _INSTALL) from None
+    from ..serving.worker import Worker
+
+    engine, name = _engine(params, config, defaults)
+
+    def ready(url: str) -> None:
+        console.note(f"Models: {', '.join([name, *engine.bank.names])}")
+        console.note(f"Serving at {url} (Ctrl-C ends it)")
+
+    run(Server(engine, Worker(engine), config, name, defaults), ready)
+
+
+_INSTALL = "pip install 'mlx-lora[serve]', with Python 3.11 or newer"
+
+
+def _check(params: dict[str, Any]) -> None:
+    """Refuse adapters that are none, or that contradict each other, before the model is loaded."""
+    from ..formats import detect_format
+
+    faults = []
+    names = [name for name, _ in params["adapters"]]
+    faults += [f"two adapters are called {name}" for name in sorted({n for n in names if names.count(n) > 1})]
+    if params["merge"] and (len(names) != 1 or params["adapters_dir"]):
+        faults.append("--merge takes one --adapter, and no --adapters-dir")
+    if params["adapters_dir"] and not Path(params["adapters_dir"]).is_dir():
+        faults.append(f"{params['adapters_dir']}: no such folder")
+    if faults:
+        raise ConfigError("\n".join(faults), "Give each adapter once, under a name of its own, and folders that exist.")
+    for _, path in params["adapters"]:
+        detect_format(path)
+
+
+def _engine(params: dict[str, Any], config: ServeConfig, defaults: GenerateConfig):
+    """The engine with its adapters, and the base's name."""
+    from ..model.loading import load
+    from ..serving.bank import AdapterBank
+    from ..serving.engine import Engine
+
+    console.note(f"Loading {params['model']}")
+    merged = params["adapters"][0] if params["merge"] else None
+    model, tokenizer = load(
+        params["model"], merged[1] if merged else None, trust_remote_code=params["trust_remote_code"]
+    )
+    if merged:
+        from ..merge.fuse import fuse
+
+        fuse(model)
+    limit = None if config.adapter_memory is None else int(1e9 * config.adapter_memory)
+    bank = AdapterBank(model, limit, params["adapters_dir"])
+    for name, path in () if merged else params["adapters"]:
+        bank.add(name, path, pinned=False)
+        bank.load(name)
+    engine = Engine(
+        model,
+        tokenizer,
+        bank,
+        batch_size=config.batch_size,
+        queue_size=config.queue_size,
+        prefill_step_size=defaults.prefill_step_size,
+        prompt_cache_size=config.prompt_cache_size,
+        draft_model=load_draft(defaults, tokenizer),
+    )
+    return engine, merged[0] if merged else _served_name(params["model"])
+
+
+def _served_name(model: str) -> str:
+    """What requests call the base: a repository's name as it is, a folder's last part."""
+    return Path(model).resolve().name if Path(model).is_dir() else model

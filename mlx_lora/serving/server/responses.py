@@ -1,0 +1,238 @@
+"""OpenAI's responses: text and tools. Nothing is stored, so an answer cannot be continued by its id."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...errors import ConfigError
+from .connection import unless_disconnected
+from .events import Answer
+from .openai import collect, events, read_message, server_of, sse, stream
+from .state import Ask, Server
+
+router = APIRouter(tags=["responses"])
+
+
+class Responses(BaseModel):
+    """POST /v1/responses."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=100)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    stream: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None  # its effort has no meaning here
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    user: str | None = None
+    include: list[str] | None = None
+    truncation: Literal["disabled", "auto"] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+@router.post("/v1/responses")
+async def responses(request: Request, body: Responses) -> Any:
+    """Answer a conversation."""
+    server = server_of(request)
+    tools = [_tool(tool) for tool in body.tools or ()] or None
+    ask = Ask(
+        server.adapter_of(body.model),
+        server.generation(
+            temp=1.0 if body.temperature is None else body.temperature,
+            top_p=body.top_p,
+            max_tokens=body.max_output_tokens,
+        ),
+        messages=_messages(body),
+        tools=None if body.tool_choice == "none" else tools,
+        response_format=_format(body.text),
+    )
+    answer = Answer(server.engine.tokenizer.tool_parser, tools)
+    about = {
+        "id": f"resp_{uuid.uuid4().hex}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": body.model,
+        "instructions": body.instructions,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": True,
+        "temperature": ask.config.temp,
+        "top_p": ask.config.top_p,
+        "tool_choice": body.tool_choice or "auto",
+        "tools": body.tools or [],
+        "error": None,
+    }
+    if body.stream:
+        return await stream(request, _chunks(server, ask, answer, about))
+    await unless_disconnected(request, collect(server, ask, [answer]))
+    return JSONResponse({**about, **_end(answer), "output": _output(answer)})
+
+
+def _messages(body: Responses) -> list[dict[str, Any]]:
+    chat = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    if isinstance(body.input, str):
+        return [*chat, {"role": "user", "content": body.input}]
+    if not body.input:
+        raise ConfigError("input is empty", "Send a text, or a list of messages.")
+    for item in body.input:
+        kind = item.get("type", "message")
+        if kind == "message":
+            chat.append(read_message({key: item.get(key) for key in ("role", "content")}))
+        elif kind == "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            call = {"id": item.get("call_id"), "function": function}
+            chat.append(read_message({"role": "assistant", "content": "", "tool_calls": [call]}))
+        elif kind == "function_call_output":
+            output = item.get("output")
+            chat.append(read_message({"role": "tool", "tool_call_id": item.get("call_id"), "content": output}))
+        elif kind != "reasoning":
+            raise ConfigError(f"input: an item of type {kind!r} cannot be read", "Send messages and function calls.")
+    return chat
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as chat templates take it."""
+    if tool.get("type") != "function" or not isinstance(tool.get("name"), str):
+        raise ConfigError("tools: only functions with a name can be used", "Send type, name, description, parameters.")
+    function = {key: tool[key] for key in ("name", "description", "parameters") if tool.get(key) is not None}
+    return {"type": "function", "function": function}
+
+
+def _format(text: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Chat completions' response_format for ``text``."""
+    wanted = (text or {}).get("format")
+    if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
+        return wanted
+    return {"type": "json_schema", "json_schema": wanted}
+
+
+def _end(answer: Answer) -> dict[str, Any]:
+    cut, last = answer.finish_reason == "length", answer.last
+    return {
+        "status": "incomplete" if cut else "completed",
+        "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+        "usage": last
+        and {
+            "input_tokens": last.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": last.cached_tokens},
+            "output_tokens": last.generation_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": last.prompt_tokens + last.generation_tokens,
+        },
+    }
+
+
+def _output(answer: Answer) -> list[dict[str, Any]]:
+    """The items of an answer, in the order in which they began."""
+    return [item.done() for item in answer_items(answer)]
+
+
+class Item:
+    """One item of the output, as it grows."""
+
+    def __init__(self, kind: str, call: Any = None):
+        self.kind, self.call, self.text = kind, call, ""
+        prefix = {"text": "msg", "reasoning": "rs", "tool_call": "fc"}[kind]
+        self.id = f"{prefix}_{uuid.uuid4().hex}"
+
+    def begun(self) -> dict[str, Any]:
+        if self.kind == "tool_call":
+            return {**self._call("in_progress"), "arguments": ""}
+        if self.kind == "reasoning":
+            return {"id": self.id, "type": "reasoning", "summary": [], "status": "in_progress"}
+        return {"id": self.id, "type": "message", "role": "assistant", "status": "in_progress", "content": []}
+
+    def done(self) -> dict[str, Any]:
+        if self.kind == "tool_call":
+            return self._call("completed")
+        if self.kind == "reasoning":
+            content = [{"type": "reasoning_text", "text": self.text}]
+            return {"id": self.id, "type": "reasoning", "summary": [], "content": content, "status": "completed"}
+        message = {"id": self.id, "type": "message", "role": "assistant", "status": "completed"}
+        return {**message, "content": [self.part()]}
+
+    def part(self) -> dict[str, Any]:
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+
+    def _call(self, status: str) -> dict[str, Any]:
+        about = {"id": self.id, "type": "function_call", "status": status, "call_id": self.call.id}
+        return {**about, "name": self.call.name, "arguments": self.call.arguments}
+
+
+def answer_items(answer: Answer) -> list[Item]:
+    items = []
+    if answer.reasoning:
+        items.append(Item("reasoning"))
+        items[-1].text = answer.reasoning
+    if answer.text or not answer.calls:
+        items.append(Item("text"))
+        items[-1].text = answer.text
+    return items + [Item("tool_call", call) for call in answer.calls]
+
+
+async def _chunks(server: Server, ask: Ask, answer: Answer, about: dict[str, Any]) -> AsyncIterator[str]:
+    number, items = -1, []
+
+    def tell(kind: str, **data: Any) -> str:
+        nonlocal number
+        number += 1
+        return sse({"type": kind, "sequence_number": number, **data}, kind)
+
+    def close() -> list[str]:
+        item = items[-1]
+        at = {"item_id": item.id, "output_index": len(items) - 1}
+        told = []
+        if item.kind == "text":
+            told.append(tell("response.output_text.done", **at, content_index=0, text=item.text, logprobs=[]))
+            told.append(tell("response.content_part.done", **at, content_index=0, part=item.part()))
+        elif item.kind == "reasoning":
+            told.append(tell("response.reasoning_text.done", **at, content_index=0, text=item.text))
+        else:
+            told.append(
+                tell("response.function_call_arguments.done", **at, name=item.call.name, arguments=item.call.arguments)
+            )
+        return [*told, tell("response.output_item.done", output_index=len(items) - 1, item=item.done())]
+
+    empty = {**about, "status": "in_progress", "incomplete_details": None, "usage": None, "output": []}
+    async for _, new in events(server, ask, [answer]):
+        if number < 0:
+            yield tell("response.created", response=empty)
+            yield tell("response.in_progress", response=empty)
+        for event in new:
+            if not items or items[-1].kind != event.kind or event.kind == "tool_call":
+                for line in close() if items else ():
+                    yield line
+                items.append(Item(event.kind, event.call))
+                yield tell("response.output_item.added", output_index=len(items) - 1, item=items[-1].begun())
+                if event.kind == "text":
+                    at = {"item_id": items[-1].id, "output_index": len(items) - 1, "content_index": 0}
+                    yield tell("response.content_part.added", **at, part=items[-1].part())
+            items[-1].text += event.text
+            at = {"item_id": items[-1].id, "output_index": len(items) - 1}
+            if event.kind == "tool_call":
+                yield tell("response.function_call_arguments.delta", **at, delta=event.call.arguments)
+            elif event.kind == "reasoning":
+                yield tell("response.reasoning_text.delta", **at, content_index=0, delta=event.text)
+            else:
+                yield tell("response.output_text.delta", **at, content_index=0, delta=event.text, logprobs=[])
+    for line in close() if items else ():
+        yield line
+    output = [item.done() for item in items] or _output(answer)
+    kind = "response.incomplete" if answer.finish_reason == "length" else "response.completed"
+    yield tell(kind, response={**about, **_end(answer), "output": output})

@@ -1,0 +1,295 @@
+"""The server through the official clients of OpenAI and Anthropic, and as an attacker would use it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import pytest
+
+httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
+anthropic = pytest.importorskip("anthropic")
+pytest.importorskip("fastapi")
+
+from serving_helpers import make_adapters, running  # noqa: E402
+
+from mlx_lora.config import GenerateConfig, ServeConfig  # noqa: E402
+from mlx_lora.errors import ConfigError  # noqa: E402
+from mlx_lora.serving.requests import Request  # noqa: E402
+
+ASK = [{"role": "user", "content": "A red umbrella was found on a bench."}]
+ENDLESS = {"2": -100, "0": -100, "1": -100}  # the biases of the tokens that end an answer
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    make_adapters(folder, ("pirate", "lawyer", "dora"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(adapters):
+    with running(adapters, body_limit=100_000, queue_size=8, max_tokens_limit=2000) as (url, server):
+        yield url, server
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def claude(server):
+    return anthropic.Anthropic(base_url=server[0], api_key="none", max_retries=0)
+
+
+def direct(server, adapter: str | None, max_tokens: int = 12) -> str:
+    """The greedy answer of the engine itself."""
+    engine = server[1].engine
+    got, config = [], GenerateConfig(max_tokens=max_tokens)
+    row = engine.submit(Request(engine.prompt(ASK), config, adapter), got.append)
+    while not row.ended:
+        time.sleep(0.01)
+    return "".join(piece.text for piece in got)
+
+
+def test_chat_completions(server, client):
+    assert {"tiny", "pirate", "lawyer", "dora"} == {model.id for model in client.models.list()}
+    answers = {}
+    for name in ("tiny", "base", "pirate", "tiny:lawyer", "dora"):
+        made = client.chat.completions.create(model=name, messages=ASK, max_tokens=12, temperature=0)
+        answers[name] = made.choices[0].message.content
+        assert made.model == name and made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
+        assert answers[name] == direct(server, {"tiny": None, "base": None, "tiny:lawyer": "lawyer"}.get(name, name))
+    assert len(set(answers.values())) == 4
+
+
+def test_streaming_gives_the_same_text_and_usage(client):
+    options = dict(model="pirate", messages=ASK, max_tokens=12, temperature=0)
+    whole = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+
+
+def test_options_of_chat_completions(client):
+    ask = lambda **options: client.chat.completions.create(  # noqa: E731
+        **{"model": "tiny", "messages": ASK, "max_tokens": 16, "temperature": 0, **options}
+    )
+    text = ask().choices[0].message.content
+    word = text[4:8]
+    stopped = ask(stop=[word]).choices[0]
+    assert stopped.message.content == text[: text.index(word)] and stopped.finish_reason == "stop"
+    assert ask(logit_bias={"17": 100}, max_tokens=3).choices[0].message.content != text
+    one, two = (ask(temperature=1, seed=7, n=2).choices for _ in range(2))
+    assert [c.message.content for c in one] == [c.message.content for c in two]
+    assert one[0].message.content != one[1].message.content
+    content = ask(logprobs=True, top_logprobs=3, max_tokens=4).choices[0].logprobs.content
+    assert len(content) == 4 and all(len(each.top_logprobs) == 3 for each in content)
+    assert "".join(each.token for each in content) == ask(max_tokens=4).choices[0].message.content
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}}}
+    found = json.loads(ask(response_format=wanted, max_tokens=40).choices[0].message.content)
+    assert set(found) == {"n"} and 0 <= found["n"] <= 9
+
+
+def test_completions(client):
+    made = client.completions.create(
+        model="lawyer", prompt=["Once upon", "There was"], max_tokens=6, temperature=0, logprobs=2, n=1
+    )
+    assert [choice.index for choice in made.choices] == [0, 1]
+    assert all(len(choice.logprobs.tokens) == 6 for choice in made.choices)
+    chunks = client.completions.create(model="lawyer", prompt="Once upon", max_tokens=6, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == made.choices[0].text
+
+
+def test_responses(client):
+    options = dict(model="tiny", input="Hi", max_output_tokens=40, temperature=0)
+    whole = client.responses.create(**options, instructions="Be kind.")
+    with client.responses.stream(**options, instructions="Be kind.") as stream:
+        kinds = [event.type for event in stream]
+        assert stream.get_final_response().output_text == whole.output_text
+    assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
+    cut = client.responses.create(**{**options, "max_output_tokens": 3})
+    assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
+    history = [{"role": "user", "content": [{"type": "input_text", "text": "A red umbrella."}]}]
+    assert client.responses.create(**{**options, "input": history}).output_text
+
+
+def test_anthropics_messages(claude):
+    options = dict(model="pirate", messages=ASK, max_tokens=12, system="Be kind.", extra_body={"temperature": 0})
+    whole = claude.messages.create(**options)
+    assert whole.stop_reason == "max_tokens" and whole.usage.output_tokens == 12
+    with claude.messages.stream(**options) as stream:
+        assert "".join(stream.text_stream) == whole.content[0].text
+    word = whole.content[0].text[3:7]
+    stopped = claude.messages.create(**options, stop_sequences=[word])
+    assert stopped.stop_reason == "stop_sequence" and stopped.stop_sequence == word
+    assert claude.messages.count_tokens(model="tiny", messages=ASK).input_tokens > 5
+    with pytest.raises(anthropic.NotFoundError):
+        claude.messages.create(**{**options, "model": "nobody"})
+
+
+def test_what_is_wrong_is_said_and_nothing_inside_is_shown(server):
+    url, _ = server
+    chat = {"model": "tiny", "messages": ASK}
+    for body, status, text in (
+        ({**chat, "model": "nobody"}, 404, "Known: tiny"),
+        ({**chat, "adapters": "/etc"}, 400, "adapters"),
+        ({**chat, "max_tokens": 0, "top_p": 3}, 400, "top_p"),
+        ({**chat, "messages": []}, 400, "messages"),
+        ({**chat, "messages": [{"role": "wizard", "content": "x"}]}, 400, "wizard"),
+        ({**chat, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text content"),
+        ({**chat, "logit_bias": {"999999": 1}}, 400, "logit_bias"),
+        ({**chat, "response_format": {"type": "xml"}}, 400, "xml"),
+        ({**chat, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, 400, "schema"),
+        ({**chat, "chat_template_kwargs": {"tokenize": False}}, 400, "tokenize"),
+        ({**chat, "top_logprobs": 2}, 400, "logprobs"),
+        ([], 400, "body"),
+    ):
+        for stream in (False, True):
+            body = {**body, "stream": stream} if isinstance(body, dict) else body
+            got = httpx.post(f"{url}/v1/chat/completions", json=body)
+            assert got.status_code == status, (body, got.text)
+            error = got.json()["error"]["message"]
+            assert text in error and "Traceback" not in got.text and "/mlx_lora" not in got.text
+    assert httpx.get(f"{url}/nowhere").status_code == 404
+    assert httpx.get(f"{url}/v1/chat/completions").status_code == 405
+    assert (
+        httpx.post(f"{url}/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}).status_code
+        == 400
+    )
+
+
+def test_adapters_come_by_name_and_never_by_path(server, adapters):
+    url, state = server
+    for path in ("../pirate", "/etc", str(adapters / "pirate"), "pirate/..", ".", "", "nobody"):
+        got = httpx.post(f"{url}/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path})
+        assert got.status_code == 400, path
+    assert httpx.post(f"{url}/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "pirate"}).status_code == 200
+    assert "x" in state.engine.bank.names
+    assert {each["name"] for each in httpx.get(f"{url}/lora-adapters").json()} >= {"x", "pirate"}
+    assert httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 200
+    assert "x" not in state.engine.bank.names
+    assert httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 400
+
+
+def test_other_hosts_and_pages_are_refused(server):
+    url, _ = server
+    port = url.rpartition(":")[2]
+    for host in ("evil.com", f"evil.com:{port}", "127.0.0.1.evil.com", "localhost.evil.com", ""):
+        assert httpx.get(f"{url}/health", headers={"Host": host}).status_code in (400, 403), host
+    for host in (f"localhost:{port}", "127.0.0.1", "[::1]:80", "LOCALHOST"):
+        assert httpx.get(f"{url}/health", headers={"Host": host}).status_code == 200, host
+    for origin in ("http://evil.com", "null", "http://localhost:1", f"https://evil.com/{url}"):
+        got = httpx.post(f"{url}/v1/chat/completions", json={}, headers={"Origin": origin})
+        assert got.status_code == 403 and "access-control-allow-origin" not in got.headers, origin
+    assert httpx.get(f"{url}/v1/models", headers={"Origin": url}).status_code == 200
+
+
+def test_bodies_are_limited(server):
+    url, _ = server
+    big = {"model": "tiny", "messages": [{"role": "user", "content": "x" * 200_000}]}
+    assert httpx.post(f"{url}/v1/chat/completions", json=big).status_code == 413
+
+    def endless():
+        for _ in range(300):
+            yield b'{"model": "' + b"x" * 1000
+
+    got = httpx.post(f"{url}/v1/chat/completions", content=endless(), headers={"content-type": "application/json"})
+    assert got.status_code == 413
+
+
+def test_a_client_that_leaves_frees_its_slot(server):
+    url, state = server
+    body = {"model": "tiny", "messages": ASK, "max_tokens": 1900, "logit_bias": ENDLESS, "stream": True}
+    for stream in (True, False):
+        request = json.dumps({**body, "stream": stream}).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as line:
+            line.sendall(f"{head}Content-Length: {len(request)}\r\n\r\n".encode() + request)
+            _until(lambda: state.engine.active == 1)
+        _until(lambda: state.engine.active == 0 and state.engine.queued == 0)
+
+
+def test_a_full_queue_says_when_to_come_back(adapters):
+    with running(adapters, batch_size=1, queue_size=2) as (url, state):
+        engine, body = state.engine, {"model": "pirate", "messages": ASK, "max_tokens": 4}
+        config = GenerateConfig(max_tokens=3000, logit_bias=ENDLESS)
+        rows = [engine.submit(Request(engine.prompt(ASK), config), lambda _: None)]
+        _until(lambda: engine.active == 1)
+        rows += [engine.submit(Request(engine.prompt(ASK), config), lambda _: None) for _ in range(2)]
+        got = httpx.post(f"{url}/v1/chat/completions", json=body)
+        assert got.status_code == 429 and got.headers["retry-after"] == "1"
+        for row in rows:
+            engine.cancel(row)
+        _until(lambda: engine.queued == 0)
+        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
+
+
+def test_a_key_is_asked_for(adapters):
+    with running(adapters, api_key="a-secret-key") as (url, _):
+        body = {"model": "tiny", "messages": ASK, "max_tokens": 2}
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong-key"},
+            {"Authorization": "a-secret-key"},
+            {"x-api-key": ""},
+        ):
+            assert httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers).status_code == 401
+        for headers in ({"Authorization": "Bearer a-secret-key"}, {"x-api-key": "a-secret-key"}):
+            assert httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers).status_code == 200
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/metrics").status_code == httpx.get(f"{url}/openapi.json").status_code == 401
+    for host in ("0.0.0.0", "192.168.0.4", "example.org", "::"):
+        with pytest.raises(ConfigError, match="api_key"):
+            ServeConfig(host=host)
+    assert ServeConfig(host="::1").local and not ServeConfig(host="0.0.0.0", api_key="12345678").local
+
+
+def test_pages_of_an_allowed_origin(adapters):
+    with running(adapters, allow_origin=("http://localhost:3000",)) as (url, _):
+        origin = {"Origin": "http://localhost:3000"}
+        asked = {**origin, "Access-Control-Request-Method": "POST"}
+        got = httpx.options(f"{url}/v1/chat/completions", headers=asked)
+        assert got.status_code in (200, 204) and got.headers["access-control-allow-origin"] == origin["Origin"]
+        assert httpx.get(f"{url}/v1/models", headers=origin).headers["access-control-allow-origin"] == origin["Origin"]
+
+
+def test_a_dead_thread_shows_in_health(adapters):
+    with running(adapters) as (url, state):
+        assert httpx.get(f"{url}/health").json() == {"status": "ok", "active": 0, "queued": 0}
+        assert "mlx_lora_worker_alive 1.0" in httpx.get(f"{url}/metrics").text
+        state.worker.stop()
+        assert httpx.get(f"{url}/health").status_code == 503
+        got = httpx.post(f"{url}/v1/chat/completions", json={"model": "tiny", "messages": ASK}, timeout=20)
+        assert got.status_code == 503
+
+
+def test_a_step_that_raises_ends_the_rows_and_not_the_server(adapters, monkeypatch):
+    with running(adapters) as (url, state):
+        step, calls = state.engine.step, []
+
+        def failing():
+            if state.engine.queued and not calls:
+                calls.append(1)
+                raise RuntimeError("secret inside")
+            return step()
+
+        monkeypatch.setattr(state.engine, "step", failing)
+        body = {"model": "tiny", "messages": ASK, "max_tokens": 2}
+        got = httpx.post(f"{url}/v1/chat/completions", json=body)
+        assert got.status_code == 500 and "secret" not in got.text
+        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
+
+
+def _until(done, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)

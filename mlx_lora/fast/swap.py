@@ -64,7 +64,7 @@ def computed(
         del store[name]
     value = compute()
     places = [address(array) for array in arrays]
-    if None not in places and _evaluated(value):
+    if None not in places and evaluated(value):
         # The alias shares the data: it keeps a buffer from being freed, and its address from being used again.
         aliases = [array.astype(array.dtype) for array in arrays]
         store[name] = value, list(zip(arrays, aliases, places, strict=True)), key
@@ -79,7 +79,7 @@ def address(array: mx.array) -> int | None:
         return None
 
 
-def _evaluated(array: mx.array) -> bool:
+def evaluated(array: mx.array) -> bool:
     """Evaluate ``array``. False where it depends on arguments of a function being traced."""
     try:
         mx.eval(array)

@@ -98,11 +98,13 @@ def _operation(blocks: list[Block], scale: float, masks: int):
             q, k, v, *rest = part(block, after, *primals)
             g, out = (x[..., block.rows, :] for x in (cotangent, y))
             p, *p_sinks = weights(block, q, k, *rest)
+            of_v = of_v.at[:, :, block.keys].add(_transposed_matmul(p, g).astype(dtype))
+            for mask in rest[:masks]:  # the scores of a query that sees no key are constants
+                g = mx.where(mask.any(-1, keepdims=True), g, 0)
             mean = (g.astype(dtype) * out).sum(-1, keepdims=True)
             g_scores = (p * (_matmul(g, v.swapaxes(-1, -2)) - mean)).astype(p.dtype)
             of_q.append(scale * _matmul(g_scores, k))
             of_k = of_k.at[:, :, block.keys].add(_transposed_matmul(g_scores, q).astype(dtype))
-            of_v = of_v.at[:, :, block.keys].add(_transposed_matmul(p, g).astype(dtype))
             of_sinks = [x - (p * mean).sum((0, 3, 4), keepdims=True) for x, p in zip(of_sinks, p_sinks, strict=True)]
             after = [of_q[-1], of_k, of_v, *of_sinks]
         gradients = [mx.concatenate(of_q, axis=3), of_k, of_v, *map(mx.zeros_like, primals[3 : 3 + masks]), *of_sinks]

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from ..device import is_cpu
 from .block_attention import attention, blocks_of, share_seen
 from .global_names import with_global
+from .latent_attention import Scores, rewritten, where
 from .shared_input import SharesInput
 from .swap import plain_class
 
@@ -30,9 +31,13 @@ _ON_CPU, _ON_GPU = (640, 128), (1024, 256)
 _MOST_SEEN = 0.75
 
 
+def _sizes() -> tuple[int, int]:
+    return _ON_CPU if is_cpu() else _ON_GPU
+
+
 def _in_blocks(queries, keys, values, *, scale, mask=None, sinks=None, causal=False, **more) -> mx.array:
     """MLX's function, in blocks where that pays. ``causal``: whether an array mask is known to be causal."""
-    shortest, size = _ON_CPU if is_cpu() else _ON_GPU
+    shortest, size = _sizes()
     # A mask of numbers may have a gradient, which is as large as the weights.
     numbers = isinstance(mask, mx.array) and mask.dtype != mx.bool_
     usual = mask is not None and not numbers and not more and queries.ndim == 4
@@ -50,14 +55,24 @@ def _of_mlx_lm(queries, keys, values, cache, scale, mask, sinks=None) -> mx.arra
     if hasattr(cache, "bits"):
         plain = getattr(sys.modules[_BASE], _NAME)
         return plain(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+    if isinstance(mask, Scores):
+        queries, keys = mask.joined(queries, keys, scale)
+        mask = mask.mask
     causal = getattr(cache, "causal", False)
     return _in_blocks(queries, keys, values, scale=scale, mask=mask, sinks=sinks, causal=causal)
+
+
+def _scores(q: mx.array, scale: float, k: mx.array) -> Scores | mx.array:
+    """The product that a latent attention passes as a mask; not computed where there are many queries."""
+    return Scores(q, scale, k) if q.shape[2] >= _sizes()[0] else (q * scale) @ k.swapaxes(-1, -2)
 
 
 @functools.cache
 def _mlx() -> SimpleNamespace:
     """``mlx.core`` with attention in blocks."""
-    return SimpleNamespace(**{**vars(mx), "fast": SimpleNamespace(**{**vars(mx.fast), _NAME: _in_blocks})})
+    return SimpleNamespace(
+        **{**vars(mx), "where": where, "fast": SimpleNamespace(**{**vars(mx.fast), _NAME: _in_blocks})}
+    )
 
 
 def _replaced(method: Callable) -> Callable | None:
@@ -70,7 +85,12 @@ def _replaced(method: Callable) -> Callable | None:
     if method.__globals__[_NAME] is not base or not inspect.isfunction(base):
         return None
     same = list(inspect.signature(base).parameters) == list(inspect.signature(_of_mlx_lm).parameters)
-    return with_global(method, _NAME, _of_mlx_lm) if same else None
+    if not same:
+        return None
+    latent = rewritten(method, _NAME)
+    if latent is not None:
+        method = with_global(with_global(latent, "mx", _mlx()), "_scores", _scores)
+    return with_global(method, _NAME, _of_mlx_lm)
 
 
 @functools.cache

@@ -25,29 +25,36 @@ from .swap import plain_class
 _NAME, _BASE = "scaled_dot_product_attention", "mlx_lm.models.base"
 _METHODS = ("__call__", "attention")  # that read the name; the second in iquestloopcoder
 # (the fewest queries that are split, queries in a block). Measured on a CPU: below 640 queries, blocks take longer than
-# plain attention. On a GPU each block is some 20 more launches, so these numbers are larger; they are estimates.
+# plain attention. On a GPU each block is some 25 more launches, so these numbers are larger; they are estimates.
 _ON_CPU, _ON_GPU = (640, 128), (1024, 256)
 # Weights are computed twice, so leaving out a quarter of the keys makes up for it.
 _MOST_SEEN = 0.75
 
 
-def _sizes() -> tuple[int, int]:
+def sizes() -> tuple[int, int]:
     return _ON_CPU if is_cpu() else _ON_GPU
 
 
 def _in_blocks(queries, keys, values, *, scale, mask=None, sinks=None, causal=False, **more) -> mx.array:
     """MLX's function, in blocks where that pays. ``causal``: whether an array mask is known to be causal."""
-    shortest, size = _sizes()
+    shortest, size = sizes()
     # A mask of numbers may have a gradient, which is as large as the weights.
     numbers = isinstance(mask, mx.array) and mask.dtype != mx.bool_
     usual = mask is not None and not numbers and not more and queries.ndim == 4
-    if usual and shortest <= queries.shape[2] <= keys.shape[2]:
+    if usual and shortest <= queries.shape[2] <= keys.shape[2] and not _keeps_no_weights(queries, values):
         blocks = blocks_of(queries.shape[2], keys.shape[2], mask, size, causal)
         if share_seen(blocks, keys.shape[2]) <= _MOST_SEEN:
             return attention(queries, keys, values, scale, mask, sinks, blocks)
     return mx.fast.scaled_dot_product_attention(
         queries, keys, values, scale=scale, mask=mask, **({} if sinks is None else {"sinks": sinks}), **more
     )
+
+
+def _keeps_no_weights(queries: mx.array, values: mx.array) -> bool:
+    """Whether MLX itself has a backward pass without the weights: cuDNN's, under the conditions of MLX 0.32."""
+    if is_cpu() or mx.metal.is_available() or queries.dtype not in (mx.float16, mx.bfloat16):
+        return False
+    return queries.shape[2] % 128 == 0 and all(x.shape[3] % 8 == 0 and x.shape[3] <= 128 for x in (queries, values))
 
 
 def _of_mlx_lm(queries, keys, values, cache, scale, mask, sinks=None) -> mx.array:
@@ -64,7 +71,7 @@ def _of_mlx_lm(queries, keys, values, cache, scale, mask, sinks=None) -> mx.arra
 
 def _scores(q: mx.array, scale: float, k: mx.array) -> Scores | mx.array:
     """The product that a latent attention passes as a mask; not computed where there are many queries."""
-    return Scores(q, scale, k) if q.shape[2] >= _sizes()[0] else (q * scale) @ k.swapaxes(-1, -2)
+    return Scores(q, scale, k) if q.shape[2] >= sizes()[0] else (q * scale) @ k.swapaxes(-1, -2)
 
 
 @functools.cache

@@ -57,6 +57,7 @@ def rewritten(method: Callable, name: str) -> Callable | None:
     tree = ast.fix_missing_locations(change.visit(tree))
     if not change.done:
         return None
+    ast.increment_lineno(tree, method.__code__.co_firstlineno - 1)  # tracebacks show mlx-lm's lines
     known = dict(method.__globals__)
     exec(compile(tree, inspect.getfile(method), "exec", dont_inherit=True), known)
     return known[method.__name__]

@@ -202,8 +202,8 @@ def calls(monkeypatch) -> list:
     return found
 
 
-def adapted(name: str) -> nn.Module:
-    model = make_model(CONFIGS[name])
+def adapted(name: str, **changes) -> nn.Module:
+    model = make_model(CONFIGS[name], **changes)
     mlx_lora.attach(model, AdapterConfig(rank=2, scale=2.0, num_layers=-1))
     shake(model)
     return model.train()
@@ -316,7 +316,7 @@ def test_what_is_not_done_in_blocks(small, calls):
 def test_cudnns_backward_pass_is_left_to_mlx(dtype, length, left, small, calls, monkeypatch):
     monkeypatch.setattr(layers, "is_cpu", lambda: False)
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    q, k, v, _, _ = (mx.array(x).astype(getattr(mx, dtype)) for x in drawn(length))
+    q, k, *_ = (mx.array(x).astype(getattr(mx, dtype)) for x in drawn(length))
     layers._of_mlx_lm(q, k, k, None, 0.3, "causal")
     assert len(calls) == 1 - left
 
@@ -375,6 +375,6 @@ def peak(model: nn.Module, length: int, compiled: bool) -> int:
     "name, compiled", [("qwen3_5", False), ("kimi_linear", False), ("llama", False), ("llama", True)]
 )
 def test_memory_of_a_whole_model_grows_at_most_linearly_with_the_length(name, compiled):
-    model = adapted(name)
-    peaks = {length: peak(model, length, compiled) for length in (512, 1024, 4096)}
-    assert peaks[4096] <= 8 * 1.05 * peaks[512] and peaks[4096] <= 4 * 1.1 * peaks[1024], peaks
+    model = adapted(name, **({"num_hidden_layers": 2} if name == "llama" else {}))
+    peaks = {length: peak(model, length, compiled) for length in (512, 4096)}
+    assert peaks[4096] <= 8 * 1.05 * peaks[512], peaks

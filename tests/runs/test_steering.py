@@ -71,7 +71,7 @@ def test_the_run_ends_with_the_epoch(pack, epochs, data, tmp_path):
     started, done, loaded = of(reports, "Started")[0], reports[-1], of(reports, "DataLoaded")[0]
     assert started.iters == done.iteration
     tokens = done.trained_tokens / loaded.learned_tokens
-    assert tokens == epochs if epochs in (1, 3) else epochs <= tokens < epochs + 0.4
+    assert tokens == epochs if epochs in (1, 3) else abs(tokens - epochs) < 0.4
     run(tmp_path / "b", data, iters=started.iters, pack=pack, val_batches=0)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     saved = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["training"]
@@ -80,7 +80,7 @@ def test_the_run_ends_with_the_epoch(pack, epochs, data, tmp_path):
 
 def test_a_packed_run_of_several_epochs_has_every_row_in_each(data):
     """The epochs differ in their number of batches, so that no constant would do."""
-    rows = [mlx_lora.data.Example(tokens, tokens > 0) for tokens in _lengths(60, seed=3)]
+    rows = [mlx_lora.data.Example(tokens, tokens > 0) for tokens in _lengths(200, seed=3)]
     found = mlx_lora.data.Dataset(rows)
     found.summary = dataclasses.replace(found.summary, limit=100)
     counts = [mlx_lora.data.packing.packed_batches_per_epoch(found, 1, 0, epoch) for epoch in range(8)]
@@ -95,7 +95,7 @@ def _lengths(count: int, seed: int) -> list:
     import numpy as np
 
     random = np.random.RandomState(seed)
-    return [np.ones(int(length), np.int32) for length in random.randint(3, 60, count)]
+    return [np.ones(int(length), np.int32) for length in random.randint(20, 70, count)]
 
 
 def test_a_part_of_an_epoch_is_taken_as_written():
@@ -162,7 +162,8 @@ def test_patience_ends_the_run_as_complete(data, tmp_path, losses, capsys):
     assert (again[-1].iteration, again[-1].reason) == (6, "patience")
     losses(*[1.0, 5.0, 4.0, 4.0, 6.0, 7.0, 9.0])
     run(tmp_path / "b", data, **{**options, "patience": 4})
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    found = files(tmp_path / "a")
+    assert found.pop("0000005_adapters.safetensors") and found == files(tmp_path / "b")
 
 
 def test_patience_survives_a_stop(data, tmp_path, losses):

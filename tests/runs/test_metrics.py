@@ -231,9 +231,9 @@ def test_every_process_measures_and_stops_alike(data, tmp_path):
     )
     (tmp_path / "train.py").write_text(LAUNCHED)
     path = os.pathsep.join([str(Path(mlx_lora.__file__).parents[1]), *filter(None, sys.path)])
-    command = [sys.executable, "-m", "mlx._distributed_utils.launch", "-n", "2", "--env", f"PYTHONPATH={path}"]
-    command += ["--", sys.executable, str(tmp_path / "train.py"), str(tmp_path / "a"), data.data]
-    command += [f"{tmp_path / 'rank.py'}:rank"]
+    launch = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
+    command = [*launch, "-n", "2", "--env", f"PYTHONPATH={path}", sys.executable, str(tmp_path / "train.py")]
+    command += [str(tmp_path / "a"), data.data, f"{tmp_path / 'rank.py'}:rank"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=200)
     ranks = [[line.split(" ", 1)[1] for line in done.stdout.splitlines() if f"RANK{i} " in line] for i in (0, 1)]
     assert ranks[0] and ranks[0] == ranks[1], done.stdout + done.stderr

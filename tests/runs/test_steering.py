@@ -141,7 +141,7 @@ def test_iters_and_epochs_together_are_refused_and_a_flag_replaces_the_file(data
     yaml.write_text(yaml.read_text() + "epochs: 2\n")
     with pytest.raises(SystemExit) as ended:
         main(command)
-    assert ended.value.code == 1 and "iters (1000) and epochs (2.0) contradict" in capsys.readouterr().err
+    assert ended.value.code == 2 and "iters (1000) and epochs (2.0) contradict" in capsys.readouterr().err
 
 
 # --- early stopping --------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -12,7 +11,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..config import METRIC_ROWS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
+from ..config import METRIC_ROWS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..data import Dataset, Question, Splits, iterations, questions, train_batches
 from ..errors import ConfigError, DataError, MLXLoRAError, ModelError
 from ..init import FROM_DATA
@@ -171,10 +170,12 @@ def _check_incomplete(state: TrainingState, iters: int | None, settings: Setting
     """Refuse to resume a run that is complete, or that its patience has ended. Raises: ConfigError."""
     config, tally = settings.train, state.tally
     if tally.best_by == measured_by(config) and out_of_patience(tally, config):
+        best = "had a finite value"
+        if tally.best_value is not None:
+            best = f"was better than that of iteration {tally.best_iteration} ({config.best_by} {tally.best_value:.4g})"
         raise ConfigError(
-            f"the run in {folder.path} ended early at iteration {state.iteration}: {tally.not_better} validations in a "
-            f"row were not better than that of iteration {tally.best_iteration} ({config.best_by} "
-            f"{tally.best_value or math.nan:.4g}); patience is {config.patience}",
+            f"the run in {folder.path} ended early at iteration {state.iteration}: none of {tally.not_better} "
+            f"validations in a row {best}; patience is {config.patience}",
             "Raise --patience, or set it to 0, to go on.",
         )
     if iters is not None and state.iteration >= iters:
@@ -191,11 +192,11 @@ def _explained(folder: str | Path, recorded: dict[str, Any], given: dict[str, An
     try:
         yield
     except (ModelError, DataError, ConfigError) as error:
-        names = {name: recorded.get(name) for name in ("model", "init_reference") if given.get(name) is None}
-        if not isinstance(given.get("data"), (str, Path, tuple, Splits, Dataset)) and "data" in recorded:
-            data = as_config(DataConfig, {**recorded["data"], **_fields(given["data"])}, "data")
-            names["data"] = None if "data" in _fields(given["data"]) or data.hf_dataset else data.data
-        named = {n: v for n, v in names.items() if v and v in error.message and not Path(v).expanduser().exists()}
+        named = {
+            name: value
+            for name, value in _recorded_paths(recorded, given)
+            if value in error.message and not Path(value.rpartition(".py:")[0] or value).expanduser().exists()
+        }
         if not named:
             raise
         said = [f"{name} {value!r} comes from the record of the run in {folder}" for name, value in named.items()]
@@ -204,8 +205,15 @@ def _explained(folder: str | Path, recorded: dict[str, Any], given: dict[str, An
         raise type(error)("\n".join([error.message, *said]), f"{hint} {error.hint}") from error
 
 
-def _fields(config: Any) -> dict[str, Any]:
-    return asdict(config) if isinstance(config, DataConfig) else dict(config or {})
+def _recorded_paths(recorded: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(option, value) of the inputs that a resumed run takes from its record, which may be relative paths."""
+    for name in ("model", "init_reference"):
+        if given[name] is None and name in recorded:
+            yield name, recorded[name]
+    for section, name in (("data", "data"), ("train", "metric")):
+        whole, found = given[section], recorded.get(section, {}).get(name)
+        if found and (whole is None or (isinstance(whole, dict) and name not in whole)):
+            yield from ((name, value) for value in ([found] if isinstance(found, str) else found))
 
 
 def _questions(settings: Settings, tokenizer: Any) -> list[Question]:

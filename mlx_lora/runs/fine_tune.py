@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,19 @@ from mlx.utils import tree_flatten
 
 from ..config import METRIC_ROWS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..data import Dataset, Question, Splits, iterations, questions, train_batches
-from ..errors import ConfigError, DataError, MLXLoRAError, ModelError
+from ..errors import ConfigError, MLXLoRAError
 from ..init import FROM_DATA
 from ..model.attach import extract, parameter_counts, unmount
 from ..model.forward_paths import through_cache
 from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport, build_optimizer, evaluate
 from ..training import train as train_model
-from ..training.best import check_patience, measured_by, out_of_patience
+from ..training.best import check_patience
 from ..training.trainer import check_validated
 from .adapters import attach_for_run
 from .checks import check_data, check_modules, check_packing
 from .evaluation import answers, compare_paths, load_model, load_sets
 from .folder import RunFolder, is_main_process
-from .identity import check, continued, identify
+from .identity import check, check_incomplete, continued, explained, identify
 from .metrics import load_metrics, measured
 from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
 from .settings import Settings
@@ -94,7 +94,7 @@ def run(
     given = dict(model=model, data=data, adapter=adapter, optimizer=optimizer, train=train)
     given["init_reference"] = init_reference
     recorded = kept.recorded() if resume else {}
-    with _explained(folder, recorded, given):
+    with explained(folder, recorded, given):
         settings = Settings(
             **continued(given, recorded),
             resume=resume,
@@ -112,7 +112,7 @@ def run(
 def _run(
     folder: RunFolder, settings: Settings, stop: Callable[[], bool], recorded: dict[str, Any], given: dict[str, Any]
 ) -> Iterator[RunReport]:
-    with folder.lock(), _explained(folder.path, recorded, given):
+    with folder.lock(), explained(folder.path, recorded, given):
         yield from _fine_tune(folder, settings, stop)
 
 
@@ -134,7 +134,7 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
     folder.identity = {**identify(settings, model, sets), "iters": config.iters}
     if state is not None:
         check(state.run, folder.identity, settings.force, folder.path)
-        _check_incomplete(state, config.iters, settings, folder)
+        check_incomplete(state, settings.train, config.iters, folder.path)
     yield from _attach(model, sets, folder, settings)
     try:
         cached = yield from compare_paths(model, sets.train, config.grad_checkpoint)
@@ -162,58 +162,8 @@ def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:
     state = folder.load_state()
     epochs = state.run.get("settings", {}).get("train", {}).get("epochs")
     known = state.run.get("iters") if settings.train.epochs == epochs else None  # else it follows from the data
-    _check_incomplete(state, settings.train.iters or known, settings, folder)
+    check_incomplete(state, settings.train, settings.train.iters or known, folder.path)
     return state
-
-
-def _check_incomplete(state: TrainingState, iters: int | None, settings: Settings, folder: RunFolder) -> None:
-    """Refuse to resume a run that is complete, or that its patience has ended. Raises: ConfigError."""
-    config, tally = settings.train, state.tally
-    if tally.best_by == measured_by(config) and out_of_patience(tally, config):
-        best = "had a finite value"
-        if tally.best_value is not None:
-            best = f"was better than that of iteration {tally.best_iteration} ({config.best_by} {tally.best_value:.4g})"
-        raise ConfigError(
-            f"the run in {folder.path} ended early at iteration {state.iteration}: none of {tally.not_better} "
-            f"validations in a row {best}; patience is {config.patience}",
-            "Raise --patience, or set it to 0, to go on.",
-        )
-    if iters is not None and state.iteration >= iters:
-        length = f"iters is {iters}" if config.epochs is None else f"{config.epochs:g} epochs are {iters}"
-        raise ConfigError(
-            f"the run in {folder.path} has done {state.iteration} iterations; {length}",
-            f"Raise --{'iters' if config.epochs is None else 'epochs'} to go on.",
-        )
-
-
-@contextmanager
-def _explained(folder: str | Path, recorded: dict[str, Any], given: dict[str, Any]) -> Iterator[None]:
-    """Add to an error about an input that it is the run's record which names it, as a path that is not here."""
-    try:
-        yield
-    except (ModelError, DataError, ConfigError) as error:
-        named = {
-            name: value
-            for name, value in _recorded_paths(recorded, given)
-            if value in error.message and not Path(value.rpartition(".py:")[0] or value).expanduser().exists()
-        }
-        if not named:
-            raise
-        said = [f"{name} {value!r} comes from the record of the run in {folder}" for name, value in named.items()]
-        flags = " and ".join("--" + name.replace("_", "-") for name in named)
-        hint = f"If it is a path that was relative to another folder, give it as it is from here, with {flags}."
-        raise type(error)("\n".join([error.message, *said]), f"{hint} {error.hint}") from error
-
-
-def _recorded_paths(recorded: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(option, value) of the inputs that a resumed run takes from its record, which may be relative paths."""
-    for name in ("model", "init_reference"):
-        if given[name] is None and name in recorded:
-            yield name, recorded[name]
-    for section, name in (("data", "data"), ("train", "metric")):
-        whole, found = given[section], recorded.get(section, {}).get(name)
-        if found and (whole is None or (isinstance(whole, dict) and name not in whole)):
-            yield from ((name, value) for value in ([found] if isinstance(found, str) else found))
 
 
 def _questions(settings: Settings, tokenizer: Any) -> list[Question]:

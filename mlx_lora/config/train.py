@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .options import check_types, common, option, raise_all, without_effect
 
 REPORTERS = ("wandb", "swanlab")
+PREFIX_PLACES = ("none", "memory", "disk")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class TrainConfig:
     steps_per_eval: int = option(200, "Iterations between validations.")
     save_every: int = option(100, "Iterations between checkpoints.", section="Output")
     grad_checkpoint: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    cache_prefix: str = option(
+        "none",
+        "With adapters on the last layers only: compute the layers before them once for each row and keep their "
+        "output, in memory or in a file in the adapter's folder. The losses stay the same.",
+        choices=PREFIX_PLACES,
+    )
     clear_cache_threshold: int | None = option(
         None,
         "Empty MLX's cache of freed memory after a step that leaves it larger than this "
@@ -65,6 +72,10 @@ class TrainConfig:
             faults.append(f"max_skipped_steps must be at least 1, not {self.max_skipped_steps!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             faults.append(f"seed must be an integer from 0 to 2^32 - 1, not {self.seed!r}")
+        if self.cache_prefix not in PREFIX_PLACES:
+            faults.append(f"cache_prefix must be one of {', '.join(PREFIX_PLACES)}, not {self.cache_prefix!r}")
+        if self.cache_prefix != "none" and self.pack:
+            faults.append("cache_prefix cannot be used with pack, which rounds the states of a row in each place anew")
         raise_all(faults + without_effect(self, _TRAIN_RULES), self)
 
 

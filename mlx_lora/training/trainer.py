@@ -19,12 +19,14 @@ from ..config import TrainConfig
 from ..data import Dataset, packed_batches, train_batches
 from ..data.packing import capacity
 from ..device import memory_limits
-from ..errors import TrainingError
+from ..errors import ConfigError, TrainingError
 from .checkpoints import Tally, TrainingState, check_fingerprint, fingerprint
 from .evaluation import evaluate, mode
 from .losses import check_takes_packed, loss_named
 from .optimizers import MasterWeights
 from .packing_checks import check_model, check_rows
+from .prefix import FrozenPrefix
+from .prefix_checks import check_settings
 from .recompute import recomputed_layers
 from .reports import Checkpoint, Done, Progress, Report, SkippedStep, TrainReport, ValReport
 from .step import Step
@@ -40,6 +42,7 @@ def train(
     checkpoint: Callable[[TrainingState], Any] | None = None,
     resume: TrainingState | None = None,
     stop: Callable[[], bool] = lambda: False,
+    prefix: FrozenPrefix | None = None,
 ) -> Iterator[Report]:
     """Train the trainable parameters of `model`. The training happens while the caller iterates over the reports.
 
@@ -55,6 +58,8 @@ def train(
         resume: a state to continue from. The parameters, the optimizer and the order of the data are restored exactly.
         stop: called after each iteration. When it returns True, the run saves and ends. The sums of an incomplete
             window of `grad_accumulation_steps` are then part of the state, and are not applied.
+        prefix: the frozen layers of `model` and where their states are kept, for `cache_prefix` "disk" (in memory
+            without it).
 
     Yields: the reports of `reports.py`, in the order of the events; `Done` comes last.
 
@@ -84,6 +89,11 @@ def train(
     if config.pack:
         check_takes_packed(_loss_of(config))
         check_model(model, capacity(train_set))
+    if config.cache_prefix != "none":
+        check_settings(_loss_of(config), mx.distributed.init().size())
+        if prefix is None and config.cache_prefix == "disk":
+            raise ConfigError("cache_prefix 'disk' needs a file", "Call mlx_lora.run, or set cache_prefix='memory'.")
+        prefix = prefix or FrozenPrefix(model, train_set, valid_set)
     group = mx.distributed.init()
     settings = fingerprint(config, _loss_of(config), MasterWeights(optimizer).name, train_set, group.size(), parameters)
     if resume is not None:
@@ -95,7 +105,7 @@ def train(
             )
     if config.val_batches == 0 or valid_set is None or len(valid_set) == 0:
         valid_set = None
-    run = _Run(model, MasterWeights(optimizer), train_set, valid_set, config, checkpoint, stop, settings, group)
+    run = _Run(model, MasterWeights(optimizer), train_set, valid_set, config, checkpoint, stop, settings, group, prefix)
     return run.reports(resume)
 
 
@@ -116,6 +126,7 @@ class _Run:
     stop: Callable[[], bool]
     fingerprint: dict[str, Any]
     group: Any
+    prefix: FrozenPrefix | None
 
     def reports(self, resume: TrainingState | None) -> Iterator[Report]:
         begin = time.perf_counter()
@@ -125,6 +136,8 @@ class _Run:
             cleanup.enter_context(mode(self.model, training=True))
             if self.config.grad_checkpoint:
                 cleanup.enter_context(recomputed_layers(self.model))
+            if self.prefix is not None:
+                cleanup.enter_context(self.prefix.on())
             self._prepare(resume)
             cleanup.callback(self._settle)
             stopped = yield from self._iterate()
@@ -143,10 +156,11 @@ class _Run:
         self.optimizer.init(dict(tree_flatten(self.model.trainable_parameters())))
         if resume is not None:
             self.optimizer.restore(resume.optimizer)
+        loss = loss_named(_loss_of(self.config))
         self.step = Step(
             self.model,
             self.optimizer,
-            loss=loss_named(_loss_of(self.config)),
+            loss=loss if self.prefix is None else self.prefix.loss(loss),
             seed=self.config.seed,
             fused=self.config.grad_accumulation_steps == 1,
             max_grad_norm=self.config.max_grad_norm,
@@ -178,6 +192,8 @@ class _Run:
             rank=self.group.rank(),
             world=self.group.size(),
         )
+        if self.prefix is not None:
+            batches = self.prefix.train_batches(batches, config.batch_size, config.seed, tally.iteration)
         batch = _arrays(next(batches))
         while True:
             tic = time.perf_counter()
@@ -263,7 +279,8 @@ class _Run:
     def _validate(self) -> Iterator[Report]:
         if self.valid_set is not None:
             config = self.config
-            measured = evaluate(self.model, self.valid_set, config.batch_size, config.val_batches, _loss_of(config))
+            limits = config.batch_size, config.val_batches
+            measured = evaluate(self.model, self.valid_set, *limits, _loss_of(config), self.prefix)
             yield ValReport(self.tally.iteration, measured.loss, measured.seconds, measured.tokens)
 
     def _save(self, state: TrainingState) -> Iterator[Report]:

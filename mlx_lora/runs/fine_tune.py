@@ -24,11 +24,12 @@ from .checks import check_data, check_modules, check_packing
 from .evaluation import compare_paths, load_model, load_sets
 from .folder import RunFolder, is_main_process
 from .identity import check, continued, identify
-from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
+from .prefix import keep_prefix
+from .reports import DataLoaded, EarlierRunMoved, Loading, PrefixCache, Started, TestReport, Warned
 from .settings import Settings
 from .tracking import trackers
 
-RunReport = Report | Warned | Loading | DataLoaded | Started | EarlierRunMoved | TestReport
+RunReport = Report | Warned | Loading | DataLoaded | PrefixCache | Started | EarlierRunMoved | TestReport
 
 
 def run(
@@ -71,7 +72,8 @@ def run(
             current folder).
         stop: asked after each iteration; when it returns True the run saves and ends.
 
-    Yields: ``Warned`` about settings that are hardly meant; ``Loading``, ``DataLoaded`` and ``Started``; the reports of
+    Yields: ``Warned`` about settings that are hardly meant; ``Loading``, ``DataLoaded`` and ``Started``, before which
+        ``PrefixCache`` tells the size of what ``cache_prefix`` keeps; the reports of
         ``train``, with ``EarlierRunMoved`` before the first checkpoint where it applies; ``TestReport`` after ``Done``
         if ``test_batches`` is given and the run was not stopped.
 
@@ -125,12 +127,14 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
     config = settings.train
     try:
         cached = yield from compare_paths(model, sets.train, config.grad_checkpoint)
-    except MLXLoRAError:  # nothing was trained: a model that the caller loaded is as it was
+        with through_cache(model, cached):
+            prefix = yield from keep_prefix(model, sets, folder.path, folder.identity, config)
+    except (MLXLoRAError, GeneratorExit):  # nothing was trained: a model that the caller loaded is as it was
         unmount(model)
         raise
     yield _started(model, state, config.iters)
     with through_cache(model, cached):
-        done = yield from _train(model, sets, folder, settings, state, stop, logs)
+        done = yield from _train(model, sets, folder, settings, state, stop, logs, prefix)
         if settings.test_batches is not None and not done.stopped:
             result = evaluate(model, sets.test, config.batch_size, settings.test_batches, config.loss)
             yield TestReport(**asdict(result))
@@ -173,7 +177,7 @@ def _started(model: nn.Module, state: TrainingState | None, iters: int) -> Start
     return Started(state.iteration if state else 0, iters, trainable, parameters, modules)
 
 
-def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs):
+def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs, prefix):
     """Yield the reports of the training; return the last one, ``Done``."""
     moved, first = None, not settings.resume
 
@@ -186,9 +190,8 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs
     steps = -(-settings.train.iters // settings.train.grad_accumulation_steps)
     try:
         optimizer = build_optimizer(settings.optimizer, steps, model)
-        reports = train_model(
-            model, optimizer, sets.train, sets.valid, settings.train, checkpoint=save, resume=state, stop=stop
-        )
+        hooks = {"checkpoint": save, "resume": state, "stop": stop, "prefix": prefix}
+        reports = train_model(model, optimizer, sets.train, sets.valid, settings.train, **hooks)
     except MLXLoRAError:  # nothing was trained: a model that the caller loaded is as it was
         unmount(model)
         raise

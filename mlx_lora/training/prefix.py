@@ -61,9 +61,15 @@ class FrozenPrefix:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """The last frozen layer can return kept states while the context is open; then it has its own class again."""
-        with self._seam.open():
-            yield
+        """The last frozen layer can return kept states while the context is open; then it has its own class again.
+
+        The states are closed with it: those in memory are freed.
+        """
+        try:
+            with self._seam.open():
+                yield
+        finally:
+            self.states.close()
 
     def loss(self, function: Callable) -> Callable:
         """`function(model, *batch)` as a function of (model, hidden [B, T, D], *batch) that starts from `hidden`."""
@@ -105,7 +111,9 @@ class FrozenPrefix:
                 pairs.update((int(row), width) for row in rows)
         tokens = sum(int(train_set.lengths[row]) - 1 for row, _ in pairs)
         if valid_set is not None and len(valid_set) and val_batches:
-            tokens += sum(int((valid_set.lengths[rows] - 1).sum()) for rows in eval_rows(valid_set, batch_size, val_batches))
+            tokens += sum(
+                int((valid_set.lengths[rows] - 1).sum()) for rows in eval_rows(valid_set, batch_size, val_batches)
+            )
         return tokens * per_token
 
     def _record(self, tokens: mx.array) -> mx.array:

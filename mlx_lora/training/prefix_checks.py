@@ -62,7 +62,12 @@ def _measure(model: nn.Module, layers: list[nn.Module], count: int, rows: Any) -
     with mode(model, training=False), seam.open():
         with seam.recording() as seen:
             plain = model(tokens)
-        if len(seen) != 1 or not isinstance(seen[0], mx.array) or seen[0].ndim != 3 or seen[0].shape[1] != tokens.shape[1]:
+        if (
+            len(seen) != 1
+            or not isinstance(seen[0], mx.array)
+            or seen[0].ndim != 3
+            or seen[0].shape[1] != tokens.shape[1]
+        ):
             raise ConfigError(f"cache_prefix: the layers of {name} do not hand on one hidden state a token.", HINT)
         hidden = seen[0]
         mx.eval(plain, hidden)

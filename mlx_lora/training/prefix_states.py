@@ -104,6 +104,7 @@ class FileStates:
         self._end += len(record)
 
     def close(self) -> None:
+        """Close the file, which keeps its records."""
         if self._file is not None:
             os.close(self._file)
         self._file = self._map = None

@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 import mlx_lora
 from mlx_lora import AdapterConfig, TrainConfig
 from mlx_lora.data.batches import Dataset, Example
-from mlx_lora.training.prefix import FrozenPrefix
 
 LLAMA = dict(
     model_type="llama",

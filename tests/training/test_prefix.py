@@ -190,7 +190,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run(tmp_path, monkeypatch):
     [
         ({**LAST, "num_layers": -1}, "the first layer is trained"),
         ({**LAST, "modules_to_save": ["embed_tokens"]}, "embed_tokens"),
-        ({**LAST, "trainable_token_indices": [3]}, "embed_tokens"),
+        ({**LAST, "trainable_token_indices": {"embed_tokens": [3]}}, "embed_tokens"),
     ],
 )
 def test_trained_parameters_before_the_last_layers_are_refused(adapter, message):
@@ -225,11 +225,11 @@ def test_the_whole_model_is_back_also_when_the_run_is_closed_or_fails():
     mlx_lora.attach(model, AdapterConfig(**LAST))
     classes = [type(module) for module in model.modules()]
     before = model(mx.array([[1, 2, 3]]))
-    optimizer = mlx_lora.build_optimizer(mlx_lora.OptimizerConfig(learning_rate=0.0), 9)
+    optimizer = mlx_lora.build_optimizer(mlx_lora.OptimizerConfig(learning_rate=1e-30), 9)
     reports = mlx_lora.train(model, optimizer, rows(), None, TrainConfig(9, 4, cache_prefix="memory"))
     next(reports)
     assert [type(module) for module in model.modules()] != classes
-    assert mx.array_equal(model(mx.array([[1, 2, 3]])), before)  # also between two iterations
+    assert mx.allclose(model(mx.array([[1, 2, 3]])), before)  # also between two iterations
     reports.close()
     assert [type(module) for module in model.modules()] == classes
 
@@ -240,4 +240,4 @@ def test_the_whole_model_is_back_also_when_the_run_is_closed_or_fails():
     with pytest.raises(RuntimeError, match="no"):
         list(reports)
     assert [type(module) for module in model.modules()] == classes
-    assert mx.array_equal(model(mx.array([[1, 2, 3]])), before)
+    assert mx.allclose(model(mx.array([[1, 2, 3]])), before)

@@ -1,7 +1,8 @@
 """Time of an epoch with and without kept states of frozen layers: ./scripts/bench prefix [--rows 240 --batch-size 2]
 
 A random Llama of 32 layers with LoRA on the last 16, and WikiSQL's rows, one token a byte. Two runs take turns, one
-epoch each, with `cache_prefix` and without, so that a busy machine slows both. Ratios are to the same run's first
+epoch each, with `cache_prefix` and without, so that a busy machine slows both. The first epoch of either also traces the
+step for every width: judge by the plain run's same epoch. Ratios are to the same run's first
 epoch, and to the plain run's same epoch.
 """
 
@@ -68,9 +69,6 @@ def main() -> None:
     options = parser.parse_args()
     mx.set_default_device(mx.cpu)
     data = rows(options.data, options.rows, options.longest)
-    warm_up = argparse.Namespace(**{**vars(options), "epochs": 1})
-    for place in ("none", "memory"):  # compile the operations of every width, which either run would pay for once
-        list(epochs(data, warm_up, place))
     runs = {place: epochs(data, options, place) for place in ("none", "memory")}
     times: dict[str, list[float]] = {place: [] for place in runs}
     for epoch in range(options.epochs):

@@ -1,8 +1,8 @@
 """Time of an epoch with and without kept states of frozen layers: ./scripts/bench prefix [--rows 240 --batch-size 2]
 
 A random Llama of 32 layers with LoRA on the last 16, and WikiSQL's rows, one token a byte. Two runs take turns, one
-epoch each, with `cache_prefix` and without, so that a busy machine slows both. The first epoch of either also traces the
-step for every width: judge by the plain run's same epoch. Ratios are to the same run's first
+epoch each, with `cache_prefix` and without, so that a busy machine slows both. The first epoch of either also traces
+the step for every width: judge by the plain run's same epoch. Ratios are to the same run's first
 epoch, and to the plain run's same epoch.
 """
 

@@ -33,7 +33,7 @@ _WANTED = [
     *("*/adapter_model.*", "*.gguf", "*.nemo", "*.pt", "*.pth", "*.ckpt", "*.bin", "*.lora", "*.yaml", CARD),
 ]
 _NOT_ADAPTER = [
-    *("optimizer*", "training_state*", "rng_state*", "scheduler*", "training_args.bin"),
+    *("optimizer*", "training_state*", "rng_state*", "scheduler*", "training_args.bin", "frozen_prefix*"),
     *("model*", "pytorch_model*"),
 ]
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
+import click
+
+from ..errors import ConfigError
 from . import console
 
 
@@ -64,6 +69,18 @@ def show_reports(
     return last
 
 
+def ask_for_prefix(reports: Iterator[Any], yes: bool) -> Iterator[Any]:
+    """Pass ``reports`` on, and ask before the run keeps states of frozen layers."""
+    with closing(reports):
+        for report in reports:
+            yield report
+            if type(report).__name__ != "PrefixCache" or yes:
+                continue
+            if not sys.stdin.isatty():
+                raise ConfigError("--cache-prefix asks before it starts, and there is no terminal", "Add --yes.")
+            click.confirm("Keep it?", default=True, abort=True, err=True)
+
+
 class Display:
     """Shows one report after another."""
 
@@ -106,6 +123,13 @@ class Display:
         rows = ", ".join(f"{count:,} {_SPLITS[split]} rows" for split, count in r.rows.items())
         tokens = f"; {r.learned_tokens:,} tokens to learn per epoch" if r.learned_tokens else ""
         console.note(f"Data: {rows}{tokens}")
+
+    def PrefixCache(self, r: Any) -> None:
+        where = "in memory" if r.place == "memory" else f"in {r.place}, which may be deleted after the run"
+        console.note(
+            f"The output of the first {r.layers} of {r.of} layers will be kept {where}: about {r.bytes / 1e9:,.3f} GB "
+            f"of {r.free / 1e9:,.3f} GB free"
+        )
 
     def Started(self, r: Any) -> None:
         share = 100 * r.trainable / r.parameters
@@ -154,6 +178,6 @@ class Display:
             console.data(f"{name} {value:.4f}")
 
 
-_NOTES = ("Loading", "Warned", "DataLoaded", "Started", "EarlierRunMoved")  # on stderr, also with --json
+_NOTES = ("Loading", "Warned", "DataLoaded", "PrefixCache", "Started", "EarlierRunMoved")  # on stderr, also with --json
 _LOADING = {"model": "Loading", "data": "Reading", "init": "Reading training data for the initialisation"}
 _SPLITS = {"train": "training", "valid": "validation", "test": "test"}

@@ -26,7 +26,7 @@ from .options import (
     trust_option,
     yaml_option,
 )
-from .reports import Stop, show_reports
+from .reports import Stop, ask_for_prefix, show_reports
 from .sections import SectionedCommand
 from .yaml_files import settle
 
@@ -52,7 +52,7 @@ data_options = config_options(
     help="Continue the run in --adapter-path exactly where it stopped, with its model, data and options; those given "
     "must be equal. These may change: --iters, --epochs, --patience, --best-by, --metric, --metric-rows, "
     "--metric-max-tokens, --val-batches, --steps-per-report, --steps-per-eval, --save-every, --keep, "
-    "--grad-checkpoint, --clear-cache-threshold, --max-skipped-steps.",
+    "--grad-checkpoint, --cache-prefix, --clear-cache-threshold, --max-skipped-steps.",
 )
 @click.option(
     "--force",
@@ -67,6 +67,7 @@ data_options = config_options(
 @click.option("--test-batches", default=500, show_default=True, help="With --test: batches; -1 for the whole set.")
 @click.option("--report-to", metavar="NAME,..", help=f"Also log to {' or '.join(REPORTERS)}.")
 @click.option("--project-name", metavar="NAME", help="Project to log under (default: the current folder's name).")
+@click.option("--yes", is_flag=True, help="With --cache-prefix: do not ask whether the size shown is right.")
 @yaml_option("hf_dataset")
 @trust_option
 @json_option
@@ -111,7 +112,7 @@ def train(ctx: click.Context, **params: Any):
         trust_remote_code=params["trust_remote_code"],
         stop=stop,
     )
-    if show_reports(reports, stop, as_json=params["as_json"])["Done"].stopped:
+    if show_reports(ask_for_prefix(reports, params["yes"]), stop, as_json=params["as_json"])["Done"].stopped:
         console.note(f"Stopped and saved. Run the same command with --resume to continue. The adapter is in {folder}.")
         ctx.exit(130)
     if not params["test"] and not params["as_json"]:
@@ -128,6 +129,8 @@ def _check_train(ctx: click.Context, params: dict[str, Any]) -> None:
     faults = {}
     if "test_batches" in given_flags(ctx) and not params["test"]:
         faults["--test-batches has no effect without --test"] = "Add --test, or leave it out."
+    if params["yes"] and params["cache_prefix"] == "none" and not params["resume"]:
+        faults["--yes has no effect without --cache-prefix"] = "Add --cache-prefix memory or disk, or leave it out."
     if not params["adapter_path"]:
         faults["--adapter-path is empty"] = "Name the folder to save the adapter in."
     if faults:

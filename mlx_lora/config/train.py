@@ -11,6 +11,7 @@ REPORTERS = ("wandb", "swanlab")
 ITERS = 1000  # where neither iters nor epochs is given
 METRIC_ROWS = 32  # where metric_rows is not given
 VAL_LOSS = "val_loss"
+PREFIX_PLACES = ("none", "memory", "disk")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ class TrainConfig:
         section="Output",
     )
     grad_checkpoint: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    cache_prefix: str = option(
+        "none",
+        "With adapters on the last layers only: compute the layers before them once for each row and keep their "
+        "output, in memory or in a file in the adapter's folder. The losses stay the same.",
+        choices=PREFIX_PLACES,
+    )
     clear_cache_threshold: int | None = option(
         None,
         "Empty MLX's cache of freed memory after a step that leaves it larger than this "
@@ -111,6 +118,10 @@ class TrainConfig:
         # What another loss measures besides is known when it is measured.
         if self.val_batches and self.loss == "cross_entropy" and self.best_by not in (VAL_LOSS, *names):
             faults.append(f"best_by must be {' or '.join((VAL_LOSS, *names))}, not {self.best_by!r}: add it to metric")
+        if self.cache_prefix not in PREFIX_PLACES:
+            faults.append(f"cache_prefix must be one of {', '.join(PREFIX_PLACES)}, not {self.cache_prefix!r}")
+        if self.cache_prefix != "none" and self.pack:
+            faults.append("cache_prefix cannot be used with pack, which rounds the states of a row in each place anew")
         raise_all(faults + without_effect(self, _TRAIN_RULES), self)
 
 

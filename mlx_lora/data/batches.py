@@ -135,10 +135,25 @@ def eval_batches(dataset: Dataset, batch_size: int, limit: int = -1, rank: int =
     Args and returns: as in ``train_batches``; ``limit=-1`` takes all batches.
     """
     check_shares(dataset, batch_size, rank, world)
+    return (_collate(dataset, rows, batch_size, rank, world) for rows in eval_rows(dataset, batch_size, limit))
+
+
+def eval_rows(dataset: Dataset, batch_size: int, limit: int = -1) -> list[np.ndarray]:
+    """The rows of each batch of ``eval_batches``."""
     order = np.argsort(dataset.lengths, kind="stable")
     count = batches_per_epoch(dataset, batch_size)
     taken = range(count) if limit < 0 or limit >= count else [(2 * k + 1) * count // (2 * limit) for k in range(limit)]
-    return (_collate(dataset, order[i * batch_size : (i + 1) * batch_size], batch_size, rank, world) for i in taken)
+    return [order[i * batch_size : (i + 1) * batch_size] for i in taken]
+
+
+def train_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The rows of each batch of an epoch of ``train_batches``."""
+    return _epoch(dataset.lengths, batch_size, seed, epoch)
+
+
+def batch_width(dataset: Dataset, rows: np.ndarray) -> int:
+    """The width to which a batch of these rows is padded."""
+    return int(dataset.widths[np.searchsorted(dataset.widths, dataset.lengths[rows].max())])
 
 
 def batches_per_epoch(dataset: Dataset, batch_size: int) -> int:
@@ -195,7 +210,7 @@ def _epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[
 
 
 def _collate(dataset: Dataset, rows: np.ndarray, batch_size: int, rank: int, world: int) -> Batch:
-    width = int(dataset.widths[np.searchsorted(dataset.widths, dataset.lengths[rows].max())])
+    width = batch_width(dataset, rows)
     tokens = np.zeros((batch_size // world, width), np.int32)
     mask = np.zeros((batch_size // world, width - 1), bool)
     for k, row in enumerate(rows[rank::world]):

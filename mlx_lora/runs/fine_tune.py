@@ -27,11 +27,12 @@ from .evaluation import answers, compare_paths, load_model, load_sets
 from .folder import RunFolder, is_main_process
 from .identity import check, check_incomplete, continued, explained, identify
 from .metrics import load_metrics, measured
-from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
+from .prefix import keep_prefix
+from .reports import DataLoaded, EarlierRunMoved, Loading, PrefixCache, Started, TestReport, Warned
 from .settings import Settings
 from .tracking import trackers
 
-RunReport = Report | Warned | Loading | DataLoaded | Started | EarlierRunMoved | TestReport
+RunReport = Report | Warned | Loading | DataLoaded | PrefixCache | Started | EarlierRunMoved | TestReport
 
 
 def run(
@@ -75,7 +76,8 @@ def run(
             current folder).
         stop: asked after each iteration; when it returns True the run saves and ends.
 
-    Yields: ``Warned`` about settings that are hardly meant; ``Loading``, ``DataLoaded`` and ``Started``; the reports of
+    Yields: ``Warned`` about settings that are hardly meant; ``Loading``, ``DataLoaded`` and ``Started``, before which
+        ``PrefixCache`` tells the size of what ``cache_prefix`` keeps; the reports of
         ``train``, with ``EarlierRunMoved`` before the first checkpoint where it applies; ``TestReport`` after ``Done``
         if ``test_batches`` is given and the run was not stopped.
 
@@ -138,13 +140,15 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
     yield from _attach(model, sets, folder, settings)
     try:
         cached = yield from compare_paths(model, sets.train, config.grad_checkpoint)
-    except MLXLoRAError:  # nothing was trained: a model that the caller loaded is as it was
+        with through_cache(model, cached):
+            prefix = yield from keep_prefix(model, sets, folder.path, folder.identity, config)
+    except (MLXLoRAError, GeneratorExit):  # nothing was trained: a model that the caller loaded is as it was
         unmount(model)
         raise
     yield _started(model, state, config.iters)
     with through_cache(model, cached):
-        metrics = _metrics(model, tokenizer, asked, config)
-        done = yield from _train(model, sets, folder, replace(settings, train=config), state, stop, logs, metrics)
+        hooks = {"metrics": _metrics(model, tokenizer, asked, config), "prefix": prefix}
+        done = yield from _train(model, sets, folder, replace(settings, train=config), state, stop, logs, hooks)
         if settings.test_batches is not None and not done.stopped:
             if 0 < folder.best < done.iteration:
                 yield Warned(
@@ -206,7 +210,7 @@ def _started(model: nn.Module, state: TrainingState | None, iters: int) -> Start
     return Started(state.iteration if state else 0, iters, trainable, parameters, modules)
 
 
-def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs, metrics):
+def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs, hooks):
     """Yield the reports of the training; return the last one, ``Done``."""
     moved, first = None, not settings.resume
     if state is not None:
@@ -221,17 +225,8 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs
     steps = -(-settings.train.iters // settings.train.grad_accumulation_steps)
     try:
         optimizer = build_optimizer(settings.optimizer, steps, model)
-        reports = train_model(
-            model,
-            optimizer,
-            sets.train,
-            sets.valid,
-            settings.train,
-            checkpoint=save,
-            resume=state,
-            stop=stop,
-            metrics=metrics,
-        )
+        hooks = {**hooks, "checkpoint": save, "resume": state, "stop": stop}
+        reports = train_model(model, optimizer, sets.train, sets.valid, settings.train, **hooks)
     except MLXLoRAError:  # nothing was trained: a model that the caller loaded is as it was
         unmount(model)
         raise

@@ -26,7 +26,7 @@ from .settings import Settings
 # are compared by name; what the others do is seen in the tokens.
 FREE = (
     *("iters", "epochs", "val_batches", "steps_per_report", "steps_per_eval", "save_every"),
-    *("grad_checkpoint", "clear_cache_threshold", "max_skipped_steps", "keep"),
+    *("grad_checkpoint", "cache_prefix", "clear_cache_threshold", "max_skipped_steps", "keep"),
     *("patience", "best_by", "metric", "metric_rows", "metric_max_tokens"),
 )
 FORCED = (

@@ -32,6 +32,17 @@ class DataLoaded:
 
 
 @dataclass(frozen=True)
+class PrefixCache:
+    """The output of the frozen layers will be kept (``cache_prefix``). Closing the run at this report declines."""
+
+    layers: int  # whose output is kept
+    of: int  # layers of the model
+    bytes: int  # that it will take, about
+    free: int  # bytes
+    place: str  # "memory", or the file
+
+
+@dataclass(frozen=True)
 class Started:
     """The adapter is on the model, and training begins."""
 

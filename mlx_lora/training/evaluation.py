@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +18,12 @@ from .reports import Evaluation
 
 
 def evaluate(
-    model: nn.Module, dataset: Dataset, batch_size: int = 4, limit: int = -1, loss: str = "cross_entropy"
+    model: nn.Module,
+    dataset: Dataset,
+    batch_size: int = 4,
+    limit: int = -1,
+    loss: str = "cross_entropy",
+    prefix: Any = None,
 ) -> Evaluation:
     """The mean loss of `model` on `dataset`: the sum over all batches and processes, divided by the count.
 
@@ -27,6 +33,7 @@ def evaluate(
     Args:
         limit: batches to measure at most; -1 for the whole set.
         loss: a name in `LOSSES`.
+        prefix: the open `FrozenPrefix` of this model that keeps the states of `dataset`.
 
     Raises: TrainingError where there is nothing to measure. ConfigError for an unknown loss.
     """
@@ -35,7 +42,10 @@ def evaluate(
     tic = time.perf_counter()
     total, count = 0.0, 0.0
     with mode(model, training=False):
-        for batch in eval_batches(dataset, batch_size, limit, group.rank(), group.size()):
+        batches = eval_batches(dataset, batch_size, limit, group.rank(), group.size())
+        if prefix is not None:
+            batch_loss, batches = prefix.loss(batch_loss), prefix.eval_batches(batches, batch_size, limit)
+        for batch in batches:
             sums = batch_loss(model, *(mx.array(array) for array in batch))
             mx.eval(sums)
             total, count = total + sums[0].item(), count + sums[1].item()

@@ -26,6 +26,8 @@ from .evaluation import evaluate, mode
 from .losses import check_takes_packed, loss_named
 from .optimizers import MasterWeights
 from .packing_checks import check_model, check_rows
+from .prefix import FrozenPrefix
+from .prefix_checks import check_settings
 from .recompute import recomputed_layers
 from .reports import Checkpoint, Done, NewBest, Progress, Report, SkippedStep, TrainReport, ValReport
 from .step import Step
@@ -42,6 +44,7 @@ def train(
     resume: TrainingState | None = None,
     stop: Callable[[], bool] = lambda: False,
     metrics: Callable[[], dict[str, float]] | None = None,
+    prefix: FrozenPrefix | None = None,
 ) -> Iterator[Report]:
     """Train the trainable parameters of `model`. The training happens while the caller iterates over the reports.
 
@@ -61,6 +64,8 @@ def train(
             window of `grad_accumulation_steps` are then part of the state, and are not applied.
         metrics: called at every validation, with the model in evaluation mode; its values go into the report. It must
             return the same in every process.
+        prefix: the frozen layers of `model` and where their states are kept, for `cache_prefix` "disk" (in memory
+            without it).
 
     Yields: the reports of `reports.py`, in the order of the events; `Done` comes last.
 
@@ -91,6 +96,11 @@ def train(
     if config.pack:
         check_takes_packed(_loss_of(config))
         check_model(model, capacity(train_set))
+    if config.cache_prefix != "none":
+        check_settings(_loss_of(config), mx.distributed.init().size())
+        if prefix is None and config.cache_prefix == "disk":
+            raise ConfigError("cache_prefix 'disk' needs a file", "Call mlx_lora.run, or set cache_prefix='memory'.")
+        prefix = prefix or FrozenPrefix(model, train_set, valid_set)
     group = mx.distributed.init()
     settings = fingerprint(config, _loss_of(config), MasterWeights(optimizer).name, train_set, group.size(), parameters)
     if resume is not None:
@@ -105,7 +115,8 @@ def train(
     check_validated(config, valid_set)
     check_patience(config, config.iters)
     run = _Run(
-        model, MasterWeights(optimizer), train_set, valid_set, config, checkpoint, stop, metrics, settings, group
+        *(model, MasterWeights(optimizer), train_set, valid_set, config),
+        *(checkpoint, stop, metrics, settings, group, prefix),
     )
     return run.reports(resume)
 
@@ -135,6 +146,7 @@ class _Run:
     metrics: Callable[[], dict[str, float]] | None
     fingerprint: dict[str, Any]
     group: Any
+    prefix: FrozenPrefix | None
 
     def reports(self, resume: TrainingState | None) -> Iterator[Report]:
         begin = time.perf_counter()
@@ -144,6 +156,8 @@ class _Run:
             cleanup.enter_context(mode(self.model, training=True))
             if self.config.grad_checkpoint:
                 cleanup.enter_context(recomputed_layers(self.model))
+            if self.prefix is not None:
+                cleanup.enter_context(self.prefix.on())
             self._prepare(resume)
             cleanup.callback(self._settle)
             reason = yield from self._iterate()
@@ -162,10 +176,11 @@ class _Run:
         self.optimizer.init(dict(tree_flatten(self.model.trainable_parameters())))
         if resume is not None:
             self.optimizer.restore(resume.optimizer)
+        loss = loss_named(_loss_of(self.config))
         self.step = Step(
             self.model,
             self.optimizer,
-            loss=loss_named(_loss_of(self.config)),
+            loss=loss if self.prefix is None else self.prefix.loss(loss),
             seed=self.config.seed,
             fused=self.config.grad_accumulation_steps == 1,
             max_grad_norm=self.config.max_grad_norm,
@@ -196,6 +211,8 @@ class _Run:
             rank=self.group.rank(),
             world=self.group.size(),
         )
+        if self.prefix is not None:
+            batches = self.prefix.train_batches(batches, config.batch_size, config.seed, tally.iteration)
         batch = _arrays(next(batches))
         while True:
             tic = time.perf_counter()
@@ -285,7 +302,8 @@ class _Run:
         if self.valid_set is None:
             return False
         config = self.config
-        measured = evaluate(self.model, self.valid_set, config.batch_size, config.val_batches, _loss_of(config))
+        limits = config.batch_size, config.val_batches
+        measured = evaluate(self.model, self.valid_set, *limits, _loss_of(config), self.prefix)
         with mode(self.model, training=False):
             values = self.metrics() if self.metrics else {}
         report = ValReport(self.tally.iteration, measured.loss, measured.seconds, measured.tokens, values)

@@ -148,5 +148,10 @@ class Display:
 
 
 _NOTES = ("Loading", "Warned", "DataLoaded", "Started", "EarlierRunMoved")  # on stderr, also with --json
-_LOADING = {"model": "Loading", "data": "Reading", "init": "Reading training data for the initialisation"}
+_LOADING = {
+    "model": "Loading",
+    "data": "Reading",
+    "init": "Reading training data for the initialisation",
+    "answers": "Answering",
+}
 _SPLITS = {"train": "training", "valid": "validation", "test": "test"}

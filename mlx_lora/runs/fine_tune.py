@@ -17,16 +17,16 @@ from ..errors import ConfigError, MLXLoRAError
 from ..init import FROM_DATA
 from ..model.attach import extract, parameter_counts, unmount
 from ..model.forward_paths import through_cache
-from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport, build_optimizer, evaluate
+from ..training import Checkpoint, Report, TrainingState, build_optimizer, evaluate
 from ..training import train as train_model
 from .adapters import attach_for_run
 from .checks import check_data, check_modules, check_packing
 from .evaluation import compare_paths, load_model, load_sets
-from .folder import RunFolder, is_main_process
+from .folder import RunFolder
 from .identity import check, continued, identify
+from .recorder import Recorder
 from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
 from .settings import Settings
-from .tracking import trackers
 
 RunReport = Report | Warned | Loading | DataLoaded | Started | EarlierRunMoved | TestReport
 
@@ -67,8 +67,8 @@ def run(
         resume_adapter_file: start from the weights in this ``adapters.safetensors``.
         init_reference: the model before it was quantized, for ``init`` "loftq".
         test_batches: measure on the test set afterwards, this many batches at most; -1 for the whole set.
-        report_to: also log to these services, "wandb" or "swanlab", under ``project_name`` (default: the name of the
-            current folder).
+        report_to: also log to these experiment trackers, see ``REPORTERS``; under ``project_name`` (default: the name of
+            the current folder), except for TensorBoard, whose files are in ``folder``.
         stop: asked after each iteration; when it returns True the run saves and ends.
 
     Yields: ``Warned`` about settings that are hardly meant; ``Loading``, ``DataLoaded`` and ``Started``; the reports of
@@ -104,23 +104,27 @@ def run(
 
 
 def _run(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Iterator[RunReport]:
+    recorder = Recorder(folder, settings)
     with folder.lock():
-        yield from _fine_tune(folder, settings, stop)
+        yield from recorder.record(_fine_tune(folder, settings, stop, recorder))
 
 
-def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Iterator[RunReport]:
+def _fine_tune(
+    folder: RunFolder, settings: Settings, stop: Callable[[], bool], recorder: Recorder
+) -> Iterator[RunReport]:
     state = _state(folder, settings)
     for text in settings.adapter.doubts():
         yield Warned(text)
     check_data(settings.data, settings.splits)
     check_modules(settings.model, settings.adapter)
     check_packing(settings)
-    logs = trackers(settings.report_to, settings.project_name, settings.tracked()) if is_main_process() else []
+    recorder.start_trackers()
     model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
     sets = yield from load_sets(settings.data, tokenizer, settings.splits)
     folder.identity = identify(settings, model, sets)
     if state is not None:
         check(state.run, folder.identity, settings.force, folder.path)
+    yield from recorder.prepare(model, tokenizer, sets, None if state is None else state.iteration)
     yield from _attach(model, sets, folder, settings)
     config = settings.train
     try:
@@ -130,7 +134,7 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
         raise
     yield _started(model, state, config.iters)
     with through_cache(model, cached):
-        done = yield from _train(model, sets, folder, settings, state, stop, logs)
+        done = yield from _train(model, sets, folder, settings, state, stop)
         if settings.test_batches is not None and not done.stopped:
             result = evaluate(model, sets.test, config.batch_size, settings.test_batches, config.loss)
             yield TestReport(**asdict(result))
@@ -173,7 +177,7 @@ def _started(model: nn.Module, state: TrainingState | None, iters: int) -> Start
     return Started(state.iteration if state else 0, iters, trainable, parameters, modules)
 
 
-def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs):
+def _train(model, sets, folder: RunFolder, settings: Settings, state, stop):
     """Yield the reports of the training; return the last one, ``Done``."""
     moved, first = None, not settings.resume
 
@@ -181,7 +185,7 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs
         nonlocal moved, first
         moved = folder.save(extract(model), state, move_earlier=first) or moved
         first = False
-        return folder.numbered(state)
+        return folder.numbered(state.iteration)
 
     steps = -(-settings.train.iters // settings.train.grad_accumulation_steps)
     try:
@@ -197,7 +201,5 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs
             if isinstance(report, Checkpoint) and moved is not None:
                 yield EarlierRunMoved(moved)
                 moved = None
-            for log in logs if isinstance(report, (TrainReport, ValReport)) else ():
-                log(report)
             yield report
     return report

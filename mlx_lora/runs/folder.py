@@ -3,6 +3,7 @@
 adapters.safetensors, adapter_config.json   the adapter of the last checkpoint, in mlx-lm's format
 0000100_adapters.safetensors                the weights of each checkpoint, by iteration
 training_state.safetensors                  the state that ``resume`` continues from
+log.jsonl, report.html                      what happened, see log.py and report/
 earlier-1/                                  the files of a run that was in this folder before
 .mlx-lora.lock                              while a run or command writes here, see base/locking.py
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..formats.files import TEMPORARY, file_digest, write_folder
 from ..formats.options import WriteOptions
 from ..training import TrainingState
 from ..training.checkpoints import read_run
+from .log import LOG, PAGE
 
 STATE = "training_state.safetensors"
 _ADAPTER = "adapter file"  # entry of a state's ``run``: a hash of the adapter that was written with it
@@ -52,6 +54,8 @@ class RunFolder:
         self.path = Path(path)
         self.settings: dict[str, Any] = {}
         self.identity: dict[str, Any] = {}
+        self.before_checkpoint: Callable[[], None] = lambda: None  # called when an earlier run's files are moved
+        self.earlier = False  # whether an earlier run is in the folder
         self._saved: int | None = None  # iteration of the last checkpoint
         self._device: int | None = None  # number of the file system
 
@@ -79,6 +83,7 @@ class RunFolder:
             return
         with locked(self.path):
             self._device = os.stat(self.path).st_dev
+            self.earlier = bool(self.files())
             for left in self.path.glob(f"{TEMPORARY}*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             yield
@@ -105,7 +110,7 @@ class RunFolder:
         numbered = [path for path in self._numbered() if int(path.name.partition("_")[0]) > state.iteration]
         if found in map(file_digest, numbered):
             return
-        kept = self.path / f"{state.iteration:07d}_{mlx_lm.WEIGHTS}"
+        kept = self.numbered(state.iteration)
         back = f"copy {kept.name} over it" if kept.exists() else "move it to another folder"
         raise ConfigError(
             f"{file}: is not the adapter that the run saved at iteration {state.iteration}, and resuming would "
@@ -131,14 +136,15 @@ class RunFolder:
 
         def write(folder: Path) -> None:
             mlx_lm.write(adapter, folder, WriteOptions())
-            shutil.copyfile(folder / mlx_lm.WEIGHTS, folder / self.numbered(state).name)
+            shutil.copyfile(folder / mlx_lm.WEIGHTS, folder / self.numbered(state.iteration).name)
             run = {**self.identity, _ADAPTER: file_digest(folder / mlx_lm.WEIGHTS)}
             replace(state, run=run).write(folder / STATE)
 
         def before() -> None:
             if self._device not in (None, os.stat(self.path).st_dev):  # an empty mount point is left of the drive
                 raise OSError(errno.ENODEV, "the drive was removed")
-            moved[0] = self.move_earlier_run() if move_earlier else None
+            moved[0] = self.move_earlier_run() if move_earlier and self.earlier else None
+            self.before_checkpoint()
 
         # The state is renamed last: whatever is interrupted, it is complete and not newer than the adapter.
         needed = 2 * adapter.nbytes + state.nbytes
@@ -146,19 +152,23 @@ class RunFolder:
         self._saved = state.iteration
         return moved[0]
 
-    def numbered(self, state: TrainingState) -> Path:
-        """The file that keeps the weights of this checkpoint."""
-        return self.path / f"{state.iteration:07d}_{mlx_lm.WEIGHTS}"
+    def numbered(self, iteration: int) -> Path:
+        """The file that keeps the weights of the checkpoint of this iteration."""
+        return self.path / f"{iteration:07d}_{mlx_lm.WEIGHTS}"
 
     def _kept(self) -> str:
         if self._saved is None:
             return "No checkpoint of this run was written before."
         return f"The checkpoint of iteration {self._saved} is kept: resume continues from it."
 
+    def files(self) -> list[Path]:
+        """The files of the run in this folder."""
+        names = [mlx_lm.CONFIG, mlx_lm.WEIGHTS, STATE, LOG, PAGE]
+        return [*self._numbered(), *(self.path / name for name in names if (self.path / name).exists())]
+
     def move_earlier_run(self) -> Path | None:
         """Move the files of an earlier run to ``earlier-N`` and return that folder; None where there are none."""
-        names = [mlx_lm.CONFIG, mlx_lm.WEIGHTS, STATE]
-        files = [*self._numbered(), *(self.path / name for name in names if (self.path / name).exists())]
+        files = self.files()
         if not files or not is_main_process():
             return None
         number = 1

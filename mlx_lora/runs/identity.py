@@ -20,7 +20,7 @@ from .settings import Settings
 # are compared by name; what the others do is seen in the tokens.
 FREE = (
     *("iters", "val_batches", "steps_per_report", "steps_per_eval", "save_every"),
-    *("grad_checkpoint", "clear_cache_threshold", "max_skipped_steps"),
+    *("grad_checkpoint", "clear_cache_threshold", "max_skipped_steps", "report_prompts"),
 )
 FORCED = (
     *("learning_rate", "lr_schedule", "warmup", "optimizer_config", "max_grad_norm"),

@@ -67,8 +67,8 @@ def run(
         resume_adapter_file: start from the weights in this ``adapters.safetensors``.
         init_reference: the model before it was quantized, for ``init`` "loftq".
         test_batches: measure on the test set afterwards, this many batches at most; -1 for the whole set.
-        report_to: also log to these experiment trackers, see ``REPORTERS``; under ``project_name`` (default: the name of
-            the current folder), except for TensorBoard, whose files are in ``folder``.
+        report_to: also log to these experiment trackers, see ``REPORTERS``, under ``project_name`` (default: the name
+            of the current folder). TensorBoard has no projects: its files are in ``folder``.
         stop: asked after each iteration; when it returns True the run saves and ends.
 
     Yields: ``Warned`` about settings that are hardly meant; ``Loading``, ``DataLoaded`` and ``Started``; the reports of

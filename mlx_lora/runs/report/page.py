@@ -18,7 +18,7 @@ from .charts import SERIES, Line, draw
 from .history import CURVES, TRAIN, VALID, Curve, History
 
 ROWS = 200  # of the table of numbers
-_HEAD = {"loss": (9.6, 3.0)}  # size of the first chart on a wide page, inches
+_SIZES = {"svg": (4.6, 2.3), "svg_wide": (9.6, 3.0)}  # inches
 _ZERO = ("learning_rate", "tokens_per_second", "peak_memory")  # charts whose vertical axis begins at 0
 _UNSET = (None, [], {}, "", ())
 
@@ -133,12 +133,11 @@ def _charts(runs: list[History]) -> list[dict[str, str]]:
             continue
         title, unit = CURVES.get(key, (key, ""))
         legend = [{"label": line.label, "colour": line.colour, "dashed": line.dashed} for line in lines]
-        chart = {"title": title, "unit": unit, "wide": key in _HEAD, "legend": legend if len(lines) > 1 else []}
-        sizes = {"svg": (4.6, 2.3), **({"svg_wide": _HEAD[key]} if key in _HEAD else {})}
-        found.append(
-            chart | {name: draw(f"{name}-{number}", title, lines, size, key in _ZERO) for name, size in sizes.items()}
-        )
-        found[-1]["best"] = any(line.best is not None for line in lines)
+        chart = {"title": title, "unit": unit, "wide": key == "loss", "legend": legend if len(lines) > 1 else []}
+        chart["best"] = any(line.best is not None for line in lines)
+        for name in ("svg", "svg_wide") if chart["wide"] else ("svg",):
+            chart[name] = draw(f"{name}-{number}", title, lines, _SIZES[name], key in _ZERO)
+        found.append(chart)
     return found
 
 
@@ -191,10 +190,14 @@ def _last_metric(run: History, key: str) -> float | None:
 
 
 def _differing(runs: list[History]) -> list[tuple[str, list[str]]]:
-    """The settings in which the runs differ, with the value of each."""
+    """The settings in which the runs differ, with the value of each. An older log may hold no settings."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    rows = [(name, [run.settings.get(name) for run in runs]) for name in names]
-    return [(name, [shown(v) for v in values]) for name, values in rows if any(v != values[0] for v in values)]
+    known = [run.settings for run in runs if run.settings]
+    return [
+        (name, [shown(run.settings.get(name)) for run in runs])
+        for name in names
+        if len({shown(None if value in _UNSET else value) for value in (own.get(name) for own in known)}) > 1
+    ]
 
 
 def _grouped(settings: dict[str, str]) -> list[tuple[str, list[tuple[str, str]]]]:

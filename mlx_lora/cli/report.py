@@ -39,7 +39,8 @@ def report(folders: tuple[str, ...], output: str | None, open_page: bool, as_jso
     runs = write_report(folders, target)
     for run in runs:
         if run.unreadable:
-            console.warn(f"{run.name}: {run.unreadable} lines of the log cannot be read; the page leaves them out")
+            lines = f"{run.unreadable} line{'s' * (run.unreadable > 1)}"
+            console.warn(f"{run.name}: {lines} of the log cannot be read; the page leaves them out")
         if as_json:
             console.event("Report", {**summary(run), "page": target})
     if not as_json:

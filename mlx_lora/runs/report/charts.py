@@ -14,7 +14,7 @@ from html import escape
 
 import numpy as np
 
-from .history import Curve
+from .history import Curve, clean
 
 POINTS = 400  # drawn of a curve; the mean of a group of points where there are more
 _SMOOTH_FROM = 60  # points of a curve that is drawn thin, with its moving mean over it
@@ -158,11 +158,13 @@ def _as_element(text: str, name: str, title: str, described: str) -> str:
     text = re.sub(r' id="([^"]+)"', rf' id="{name}-\1"', text)
     text = re.sub(r'(url\(#|xlink:href="#|href="#)', rf"\g<1>{name}-", text).replace("xlink:href", "href")
     text = re.sub(r"font: [^;\"]*?([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's
     for colour, variable in {**_COLOURS, **_SERIES}.items():
         text = text.replace(colour, variable)
     view = re.search(r'viewBox="([^"]+)"', text)[1]
+    title, described = (escape(clean(words)) for words in (title, described))
     head = (
         f'<svg viewBox="{view}" role="img" aria-labelledby="{name}-title {name}-desc">'
-        f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(described)}</desc>'
+        f'<title id="{name}-title">{title}</title><desc id="{name}-desc">{described}</desc>'
     )
     return re.sub(r"<svg[^>]*>", lambda _: head, text, count=1)

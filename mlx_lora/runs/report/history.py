@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def read_history(folder: Path, name: str | None = None) -> History:
             continue
         values = {"loss": record.get("train_loss" if on == TRAIN else "val_loss")}
         values |= {key: record[key] for key in CURVES if key != "loss" and key in record}
-        values |= record["metrics"] if isinstance(record.get("metrics"), dict) else {}
+        values |= mapping(record.get("metrics"))
         for key, value in values.items():
             curves.setdefault(str(key), {}).setdefault(on, Curve()).add(int(iteration), number(value))
     answers = {str(r.get("of")): r for r in records if r["kind"] == "Answers"}
@@ -115,13 +116,24 @@ def _best(records: list[dict[str, Any]], curves: dict) -> tuple[int, str, float]
     return (min(points)[1], "val_loss", min(points)[0]) if points else None
 
 
-def flat(mapping: Any, path: str = "") -> dict[str, Any]:
+def mapping(value: Any) -> dict[str, Any]:
+    """``value`` if it is a mapping; an empty one otherwise."""
+    return value if isinstance(value, dict) else {}
+
+
+def flat(nested: Any, path: str = "") -> dict[str, Any]:
     """Nested mappings as one, with names such as ``optimizer.learning_rate``."""
     found: dict[str, Any] = {}
-    for name, value in (mapping or {}).items() if isinstance(mapping, dict) else ():
-        nested = isinstance(value, dict) and value
-        found |= flat(value, f"{path}{name}.") if nested else {f"{path}{name}": value}
+    for name, value in mapping(nested).items():
+        found |= flat(value, f"{path}{name}.") if mapping(value) else {f"{path}{name}": value}
     return found
+
+
+def clean(value: Any) -> Any:
+    """Text without control characters and half surrogate pairs, which no page may hold; other values as they are."""
+    if type(value) is not str or value.isprintable():
+        return value
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in value)
 
 
 def number(value: Any) -> float | None:

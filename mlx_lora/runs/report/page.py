@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-import unicodedata
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from .answers import correct, prompts, why_none
 from .charts import SERIES, Line, draw
-from .history import CURVES, TRAIN, VALID, Curve, History
+from .history import CURVES, TRAIN, VALID, Curve, History, clean, mapping
 
 ROWS = 200  # of the table of numbers
 _SIZES = {"svg": (4.6, 2.3), "svg_wide": (9.6, 3.0)}  # inches
@@ -68,21 +67,14 @@ def _template() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_clean
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=clean
     )
     return environment.from_string((Path(__file__).parent / "page.html").read_text("utf-8"))
 
 
-def _clean(value: Any) -> Any:
-    """Text without control characters, which no page may hold. Markup of our own stays as it is."""
-    if type(value) is not str or value.isprintable():
-        return value
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in value)
-
-
 def _subtitle(run: History) -> str:
     described, settings = run.last_of("Run"), run.settings
-    base = settings.get("model") or (described.get("base") or {}).get("model_type")
+    base = settings.get("model") or mapping(described.get("base")).get("model_type")
     rank = f"rank {settings['adapter.rank']}" if settings.get("adapter.rank") else ""
     method = settings.get("adapter.method")
     began = next((r["time"] for r in run.records if isinstance(r.get("time"), (int, float))), None)
@@ -112,15 +104,22 @@ def _figures(run: History) -> list[tuple[str, str, str]]:
             found.append((f"Last {on} loss", shown(loss[on].last), f"first {shown(first)}"))
     if tested := run.last_of("TestReport"):
         found.append(("Test loss", shown(tested.get("loss")), f"perplexity {shown(tested.get('perplexity'))}"))
-    reports = run.all_of("TrainReport")
-    if reports:
-        speeds = sorted(r["tokens_per_second"] for r in reports if isinstance(r.get("tokens_per_second"), (int, float)))
+    if reports := run.all_of("TrainReport"):
         found.append(("Tokens learned", compact(reports[-1].get("trained_tokens")), ""))
-        if speeds:
-            found.append(("Tokens per second", compact(speeds[len(speeds) // 2]), "median"))
-        memory = max((r.get("peak_memory") or 0 for r in reports), default=0)
+    if speed := _median(run, "tokens_per_second"):
+        found.append(("Tokens per second", compact(speed), "median"))
+    if memory := max(_values(run, "peak_memory"), default=None):
         found.append(("Peak memory", f"{memory:.2f} GB", ""))
     return found
+
+
+def _values(run: History, key: str) -> list[float]:
+    return [value for value in run.curves.get(key, {}).get(TRAIN, Curve()).values if value is not None]
+
+
+def _median(run: History, key: str) -> float | None:
+    values = sorted(_values(run, key))
+    return values[len(values) // 2] if values else None
 
 
 def _charts(runs: list[History]) -> list[dict[str, str]]:
@@ -169,8 +168,8 @@ def _compared(runs: list[History]) -> list[tuple[str, list[str], int | None]]:
         **{f"Last {on} loss": [curves.get(on, Curve()).last for curves in losses] for on in (VALID, TRAIN)},
         "Test loss": [run.last_of("TestReport").get("loss") for run in runs],
         "Tokens learned": [run.last_of("TrainReport").get("trained_tokens") for run in runs],
-        "Tokens per second": [run.curves.get("tokens_per_second", {}).get(TRAIN, Curve()).last for run in runs],
-        "Peak memory, GB": [run.curves.get("peak_memory", {}).get(TRAIN, Curve()).last for run in runs],
+        "Tokens per second": [_median(run, "tokens_per_second") for run in runs],
+        "Peak memory, GB": [max(_values(run, "peak_memory"), default=None) for run in runs],
     }
     metrics = dict.fromkeys(key for run in runs for key in run.curves if key not in CURVES)
     rows |= {f"Last {key}": [_last_metric(run, key) for run in runs] for key in metrics}
@@ -212,18 +211,17 @@ def _grouped(settings: dict[str, str]) -> list[tuple[str, list[tuple[str, str]]]
 def _facts(run: History) -> list[tuple[str, list[tuple[str, str]]]]:
     """The data summary, the model and the machine."""
     described, started = run.last_of("Run"), run.last_of("Started")
-    data = described.get("data") if isinstance(described.get("data"), dict) else {}
     keys = ("rows", "kept", "truncated", "dropped", "tokens", "learned_tokens", "longest")
     words = {"train": "Training data", "valid": "Validation data", "test": "Test data"}
     found = [
         (words.get(split, split), [(key.replace("_", " "), shown(facts[key])) for key in keys if key in facts])
-        for split, facts in data.items()
+        for split, facts in mapping(described.get("data")).items()
         if isinstance(facts, dict)
     ]
-    model = {"type": (described.get("base") or {}).get("model_type"), "parameters": started.get("parameters")}
+    model = {"type": mapping(described.get("base")).get("model_type"), "parameters": started.get("parameters")}
     model |= {"trainable": started.get("trainable"), "trained modules": started.get("modules")}
     found.append(("Model", [(name, shown(value)) for name, value in model.items() if value is not None]))
-    machine = {**(described.get("machine") or {}), **(described.get("versions") or {})}
+    machine = {**mapping(described.get("machine")), **mapping(described.get("versions"))}
     found.append(("Machine", [(n.replace("_", " "), shown(v)) for n, v in machine.items() if v is not None]))
     return [(title, rows) for title, rows in found if rows]
 
@@ -273,8 +271,8 @@ def shown(value: Any) -> str:
         if not math.isfinite(value):
             return str(value)
         if value and not 1e-3 <= abs(value) < 1e5:
-            mantissa, _, power = f"{value:.3g}".partition("e")
-            return f"{mantissa}e{int(power)}" if power else f"{value:,.0f}" if abs(value) >= 1e5 else mantissa
+            mantissa, power = f"{value:.2e}".split("e")
+            return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(shown(item) for item in value)

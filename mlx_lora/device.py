@@ -115,11 +115,11 @@ class Device:
     memory: float  # GB, of the machine
     working_set: float | None  # GB that the GPU may keep resident; None where MLX does not report it
     blas: str
-    matmul_gflops: float  # float32, 1024 x 1024, measured now
+    matmul_gflops: float | None  # float32, 1024 x 1024, measured now; None where it was not
 
 
-def describe() -> Device:
-    """Measure and describe this machine (about 0.2 s).
+def describe(measure: bool = True) -> Device:
+    """Describe this machine and, with ``measure``, time it (about 0.2 s, and draws random numbers).
 
     Returns: a ``Device``. On a CPU, ``matmul_gflops`` below 20 means that no fast BLAS is in use.
     """
@@ -138,7 +138,7 @@ def describe() -> Device:
         memory=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         working_set=round(working_set / 1e9, 1) if working_set else None,
         blas=_blas if backend == "CPU" else "not used",
-        matmul_gflops=round(_matmul_gflops(), 1),
+        matmul_gflops=round(_matmul_gflops(), 1) if measure else None,
     )
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": ("demo", "Fine-tune a built-in tiny model and compare its answers before and after."),
     "train": ("train", "Fine-tune a model."),
     "test": ("train", "Measure loss, perplexity and exact match on a test set."),
+    "report": ("report", "Show what a run did on one page, or compare several runs."),
     "generate": ("generate", "Answer one prompt."),
     "chat": ("chat", "Chat with a model in the terminal, with and without adapters."),
     "fuse": ("adapters", "Merge an adapter into the model's weights."),

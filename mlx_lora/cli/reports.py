@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import Any
@@ -12,6 +13,9 @@ import click
 
 from ..errors import ConfigError
 from . import console
+from .sparkline import status
+
+RECENT = 200  # iterations whose losses the bar draws
 
 
 class Stop:
@@ -86,8 +90,10 @@ class Display:
 
     def __init__(self, as_json: bool, rows: int = 0, hidden: bool = False):
         self.as_json, self.hidden = as_json, hidden
-        self.bar = console.Bar(rows, unit="row", hidden=as_json or hidden or not rows)
-        self.facts: dict[str, str] = {}  # shown next to the bar
+        self.bar = console.Bar(rows, hidden=as_json or hidden or not rows)
+        self.losses: deque[float | None] = deque(maxlen=RECENT)
+        self.speed: float | None = None  # tokens per second
+        self.memory: float | None = None  # GB
 
     def show(self, name: str, report: Any) -> None:
         """Step the bar, print a JSON object, or print a line."""
@@ -95,15 +101,17 @@ class Display:
             self.iters = report.iters
             self.bar = console.Bar(report.iters, report.iteration, hidden=self.as_json or self.hidden)
         elif name == "TrainReport":
-            self.facts |= {"tokens/s": f"{report.tokens_per_second:,.0f}", "peak": f"{report.peak_memory:.2f} GB"}
+            self.speed, self.memory = report.tokens_per_second, report.peak_memory
         elif name == "TestReport":
             self.bar.close()
         if self.hidden:
             return
-        if name in ("Progress", "Answer"):
-            if getattr(report, "loss", None) is not None:
-                self.facts["loss"] = f"{report.loss:.3f}"
-            self.bar.step(**self.facts)
+        if name == "Progress":
+            self.losses.append(report.loss)
+            room = self.bar.room
+            self.bar.step(status(room, self.losses, self.speed, self.memory, self.bar.levels) if room else "")
+        elif name == "Answer":
+            self.bar.step()
         elif self.as_json and name not in _NOTES:
             console.report_event(report)
         else:
@@ -179,5 +187,10 @@ class Display:
 
 
 _NOTES = ("Loading", "Warned", "DataLoaded", "PrefixCache", "Started", "EarlierRunMoved")  # on stderr, also with --json
-_LOADING = {"model": "Loading", "data": "Reading", "init": "Reading training data for the initialisation"}
+_LOADING = {
+    "model": "Loading",
+    "data": "Reading",
+    "init": "Reading training data for the initialisation",
+    "answers": "Answering",
+}
 _SPLITS = {"train": "training", "valid": "validation", "test": "test"}

@@ -52,7 +52,7 @@ data_options = config_options(
     help="Continue the run in --adapter-path exactly where it stopped, with its model, data and options; those given "
     "must be equal. These may change: --iters, --epochs, --patience, --best-by, --metric, --metric-rows, "
     "--metric-max-tokens, --val-batches, --steps-per-report, --steps-per-eval, --save-every, --keep, "
-    "--grad-checkpoint, --cache-prefix, --clear-cache-threshold, --max-skipped-steps.",
+    "--grad-checkpoint, --cache-prefix, --clear-cache-threshold, --max-skipped-steps, --report-prompts.",
 )
 @click.option(
     "--force",
@@ -65,7 +65,7 @@ data_options = config_options(
     "--test/--no-test", default=False, help="Measure the loss on the test set; without --train, only measure."
 )
 @click.option("--test-batches", default=500, show_default=True, help="With --test: batches; -1 for the whole set.")
-@click.option("--report-to", metavar="NAME,..", help=f"Also log to {' or '.join(REPORTERS)}.")
+@click.option("--report-to", metavar="NAME,..", help=f"Also log to {', '.join(REPORTERS)}.")
 @click.option("--project-name", metavar="NAME", help="Project to log under (default: the current folder's name).")
 @click.option("--yes", is_flag=True, help="With --cache-prefix: do not ask whether the size shown is right.")
 @yaml_option("hf_dataset")

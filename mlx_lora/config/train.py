@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .options import check_types, common, option, raise_all, without_effect
 
-REPORTERS = ("wandb", "swanlab")
+REPORTERS = ("tensorboard", "trackio", "wandb", "swanlab")
 ITERS = 1000  # where neither iters nor epochs is given
 METRIC_ROWS = 32  # where metric_rows is not given
 VAL_LOSS = "val_loss"
@@ -61,6 +61,9 @@ class TrainConfig:
         "Keep the weights of the newest N checkpoints, and of the best one (default: of all).",
         section="Output",
     )
+    report_prompts: int = option(
+        10, "Validation rows whose prompts are answered for report.html; 0 for none.", section="Output"
+    )
     grad_checkpoint: bool = option(False, "Recompute activations in the backward pass to save memory.")
     cache_prefix: str = option(
         "none",
@@ -108,6 +111,9 @@ class TrainConfig:
         norm = self.max_grad_norm
         if norm is not None and not (isinstance(norm, (int, float)) and 0 < norm < math.inf):
             faults.append(f"max_grad_norm must be a positive number, not {norm!r}")
+        shown = self.report_prompts
+        if isinstance(shown, bool) or not isinstance(shown, int) or shown < 0:
+            faults.append(f"report_prompts must be 0 (none) or more, not {shown!r}")
         if not isinstance(self.max_skipped_steps, int) or self.max_skipped_steps < 1:
             faults.append(f"max_skipped_steps must be at least 1, not {self.max_skipped_steps!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:

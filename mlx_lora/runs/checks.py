@@ -47,8 +47,9 @@ def check_settings(settings: Any) -> None:
         faults[fault] = "Leave the options of LoRA+ out."
     if unknown := [name for name in settings.report_to if name not in REPORTERS]:
         faults[f"report_to {', '.join(unknown)} is not known"] = f"Known: {', '.join(REPORTERS)}."
-    if settings.project_name and not settings.report_to:
-        faults["project_name needs report_to"] = f"Set report_to ({', '.join(REPORTERS)}), or leave project_name out."
+    if settings.project_name and not {*settings.report_to} - {"tensorboard"}:  # TensorBoard has no projects
+        projects = ", ".join(name for name in REPORTERS if name != "tensorboard")
+        faults["project_name needs report_to"] = f"Set report_to ({projects}), or leave project_name out."
     if faults:
         raise ConfigError("\n".join(faults), "\n".join(dict.fromkeys(faults.values())))
     if train.iters is not None:  # else it follows from the data

@@ -17,20 +17,20 @@ from ..errors import ConfigError, MLXLoRAError
 from ..init import FROM_DATA
 from ..model.attach import extract, parameter_counts, unmount
 from ..model.forward_paths import through_cache
-from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport, build_optimizer, evaluate
+from ..training import Checkpoint, Report, TrainingState, build_optimizer, evaluate
 from ..training import train as train_model
 from ..training.best import check_patience
 from ..training.trainer import check_validated
 from .adapters import attach_for_run
 from .checks import check_data, check_modules, check_packing
 from .evaluation import answers, compare_paths, load_model, load_sets
-from .folder import RunFolder, is_main_process
+from .folder import RunFolder
 from .identity import check, check_incomplete, continued, explained, identify
 from .metrics import load_metrics, measured
 from .prefix import keep_prefix
+from .recorder import Recorder
 from .reports import DataLoaded, EarlierRunMoved, Loading, PrefixCache, Started, TestReport, Warned
 from .settings import Settings
-from .tracking import trackers
 
 RunReport = Report | Warned | Loading | DataLoaded | PrefixCache | Started | EarlierRunMoved | TestReport
 
@@ -72,8 +72,8 @@ def run(
         resume_adapter_file: start from the weights in this ``adapters.safetensors``.
         init_reference: the model before it was quantized, for ``init`` "loftq".
         test_batches: measure on the test set afterwards, this many batches at most; -1 for the whole set.
-        report_to: also log to these services, "wandb" or "swanlab", under ``project_name`` (default: the name of the
-            current folder).
+        report_to: also log to these experiment trackers, see ``REPORTERS``, under ``project_name`` (default: the name
+            of the current folder). TensorBoard has no projects: its files are in ``folder``.
         stop: asked after each iteration; when it returns True the run saves and ends.
 
     Yields: ``Warned`` about settings that are hardly meant; ``Loading``, ``DataLoaded`` and ``Started``, before which
@@ -114,18 +114,21 @@ def run(
 def _run(
     folder: RunFolder, settings: Settings, stop: Callable[[], bool], recorded: dict[str, Any], given: dict[str, Any]
 ) -> Iterator[RunReport]:
+    recorder = Recorder(folder, settings)
     with folder.lock(), explained(folder.path, recorded, given):
-        yield from _fine_tune(folder, settings, stop)
+        yield from recorder.record(_fine_tune(folder, settings, stop, recorder))
 
 
-def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Iterator[RunReport]:
+def _fine_tune(
+    folder: RunFolder, settings: Settings, stop: Callable[[], bool], recorder: Recorder
+) -> Iterator[RunReport]:
     state = _state(folder, settings)
     for text in settings.adapter.doubts():
         yield Warned(text)
     check_data(settings.data, settings.splits)
     check_modules(settings.model, settings.adapter)
     check_packing(settings)
-    logs = trackers(settings.report_to, settings.project_name, settings.tracked()) if is_main_process() else []
+    recorder.start_trackers()
     model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
     sets = yield from load_sets(settings.data, tokenizer, settings.splits)
     config = replace(settings.train, iters=iterations(settings.train, sets.train), epochs=None)
@@ -137,6 +140,7 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
     if state is not None:
         check(state.run, folder.identity, settings.force, folder.path)
         check_incomplete(state, settings.train, config.iters, folder.path)
+    yield from recorder.prepare(model, tokenizer, sets, None if state is None else state.iteration)
     yield from _attach(model, sets, folder, settings)
     try:
         cached = yield from compare_paths(model, sets.train, config.grad_checkpoint)
@@ -148,7 +152,7 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
     yield _started(model, state, config.iters)
     with through_cache(model, cached):
         hooks = {"metrics": _metrics(model, tokenizer, asked, config), "prefix": prefix}
-        done = yield from _train(model, sets, folder, replace(settings, train=config), state, stop, logs, hooks)
+        done = yield from _train(model, sets, folder, replace(settings, train=config), state, stop, hooks)
         if settings.test_batches is not None and not done.stopped:
             if 0 < folder.best < done.iteration:
                 yield Warned(
@@ -210,7 +214,7 @@ def _started(model: nn.Module, state: TrainingState | None, iters: int) -> Start
     return Started(state.iteration if state else 0, iters, trainable, parameters, modules)
 
 
-def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs, hooks):
+def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, hooks):
     """Yield the reports of the training; return the last one, ``Done``."""
     moved, first = None, not settings.resume
     if state is not None:
@@ -220,7 +224,7 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs
         nonlocal moved, first
         moved = folder.save(extract(model), state, move_earlier=first) or moved
         first = False
-        return folder.numbered(state)
+        return folder.numbered(state.iteration)
 
     steps = -(-settings.train.iters // settings.train.grad_accumulation_steps)
     try:
@@ -235,7 +239,5 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs
             if isinstance(report, Checkpoint) and moved is not None:
                 yield EarlierRunMoved(moved)
                 moved = None
-            for log in logs if isinstance(report, (TrainReport, ValReport)) else ():
-                log(report)
             yield report
     return report

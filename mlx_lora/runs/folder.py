@@ -4,6 +4,7 @@ adapters.safetensors, adapter_config.json   the adapter of the last checkpoint, 
 best/                                       that of the best validation, in the same format
 0000100_adapters.safetensors                the weights of each checkpoint, by iteration
 training_state.safetensors                  the state that ``resume`` continues from
+log.jsonl, report.html                      what happened, see log.py and report/
 earlier-1/                                  the files of a run that was in this folder before
 .mlx-lora.lock                              while a run or command writes here, see base/locking.py
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from ..formats.files import TEMPORARY, file_digest, read_json, write_folder, wri
 from ..formats.options import WriteOptions
 from ..training import TrainingState
 from ..training.checkpoints import Tally, read_run
+from .log import LOG, PAGE
 
 _ADAPTER = "adapter file"  # entry of a state's ``run``: a hash of the adapter that was written with it
 
@@ -54,6 +56,8 @@ class RunFolder:
         self.settings: dict[str, Any] = {}
         self.identity: dict[str, Any] = {}
         self.best = 0  # iteration of the best validation, in the last checkpoint
+        self.before_checkpoint: Callable[[], None] = lambda: None  # called when an earlier run's files are moved
+        self.earlier = False  # whether an earlier run is in the folder
         self._saved: int | None = None  # iteration of the last checkpoint
         self._device: int | None = None  # number of the file system
 
@@ -81,6 +85,7 @@ class RunFolder:
             return
         with locked(self.path):
             self._device = os.stat(self.path).st_dev
+            self.earlier = bool(self.files())
             for left in self.path.glob(f"{TEMPORARY}*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             yield
@@ -106,7 +111,7 @@ class RunFolder:
             return
         if found in [file_digest(path) for path in numbered(self.path) if iteration(path) > state.iteration]:
             return
-        kept = self.path / f"{state.iteration:07d}_{mlx_lm.WEIGHTS}"
+        kept = self.numbered(state.iteration)
         back = f"copy {kept.name} over it" if kept.exists() else "move it to another folder"
         raise ConfigError(
             f"{file}: is not the adapter that the run saved at iteration {state.iteration}, and resuming would "
@@ -116,7 +121,7 @@ class RunFolder:
 
     def restore_best(self, state: TrainingState) -> None:
         """Make ``best`` what it was when ``state`` was saved: a process that was killed may have left a later one."""
-        best, file = self.path / BEST, self._numbered(state.tally.best_iteration)
+        best, file = self.path / BEST, self.numbered(state.tally.best_iteration)
         if not is_main_process():
             return
         if not state.tally.best_iteration and facts(best):
@@ -142,7 +147,7 @@ class RunFolder:
         def write(folder: Path) -> None:
             mlx_lm.write(adapter, folder, WriteOptions())
             weights = folder / mlx_lm.WEIGHTS
-            shutil.copyfile(weights, folder / self.numbered(state).name)
+            shutil.copyfile(weights, folder / self.numbered(state.iteration).name)
             config, digest = read_json(folder / mlx_lm.CONFIG), file_digest(weights)
             if best:
                 _write_best(folder, config, weights, state.tally)
@@ -154,7 +159,8 @@ class RunFolder:
         def before() -> None:
             if self._device not in (None, os.stat(self.path).st_dev):  # an empty mount point is left of the drive
                 raise OSError(errno.ENODEV, "the drive was removed")
-            moved[0] = self.move_earlier_run() if move_earlier else None
+            moved[0] = self.move_earlier_run() if move_earlier and self.earlier else None
+            self.before_checkpoint()
 
         # The state is renamed last: whatever is interrupted, it is complete and not newer than the adapter.
         needed = (3 if best else 2) * adapter.nbytes + state.nbytes
@@ -164,11 +170,8 @@ class RunFolder:
         self._remove_old(state)
         return moved[0]
 
-    def numbered(self, state: TrainingState) -> Path:
-        """The file that keeps the weights of this checkpoint."""
-        return self._numbered(state.iteration)
-
-    def _numbered(self, iteration: int) -> Path:
+    def numbered(self, iteration: int) -> Path:
+        """The file that keeps the weights of the checkpoint of this iteration."""
         return self.path / f"{iteration:07d}_{mlx_lm.WEIGHTS}"
 
     def _remove_old(self, state: TrainingState) -> None:
@@ -184,11 +187,15 @@ class RunFolder:
             return "No checkpoint of this run was written before."
         return f"The checkpoint of iteration {self._saved} is kept: resume continues from it."
 
+    def files(self) -> list[Path]:
+        """The files of the run in this folder."""
+        names = [mlx_lm.CONFIG, mlx_lm.WEIGHTS, STATE, LOG, PAGE]
+        names += [BEST] if facts(self.path / BEST) else []
+        return [*numbered(self.path), *(self.path / name for name in names if (self.path / name).exists())]
+
     def move_earlier_run(self) -> Path | None:
         """Move the files of an earlier run to ``earlier-N`` and return that folder; None where there are none."""
-        names = [mlx_lm.CONFIG, mlx_lm.WEIGHTS, STATE]
-        names += [BEST] if facts(self.path / BEST) else []
-        files = [*numbered(self.path), *(self.path / name for name in names if (self.path / name).exists())]
+        files = self.files()
         if not files or not is_main_process():
             return None
         number = 1

@@ -27,7 +27,7 @@ from .settings import Settings
 FREE = (
     *("iters", "epochs", "val_batches", "steps_per_report", "steps_per_eval", "save_every"),
     *("grad_checkpoint", "cache_prefix", "clear_cache_threshold", "max_skipped_steps", "keep"),
-    *("patience", "best_by", "metric", "metric_rows", "metric_max_tokens"),
+    *("patience", "best_by", "metric", "metric_rows", "metric_max_tokens", "report_prompts"),
 )
 FORCED = (
     *("learning_rate", "lr_schedule", "warmup", "optimizer_config", "max_grad_norm"),

@@ -10,8 +10,8 @@ from pathlib import Path
 class Loading:
     """Something that takes a while begins."""
 
-    what: str  # "model", "data", or "init": an initialisation that reads training data
-    name: str  # the model, the data set or the initialisation
+    what: str  # "model", "data", "init": an initialisation that reads training data, "answers" for report.html
+    name: str  # the model, the data set, the initialisation, or how many prompts
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ def events(out: str) -> list[dict]:
 def test_train_writes_its_checkpoints(trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {
+        "log.jsonl",
+        "report.html",
         "adapters.safetensors",
         "adapter_config.json",
         "best",

@@ -35,8 +35,9 @@ ALWAYS = {
         *("iters", "batch_size", "loss", "grad_accumulation_steps", "max_grad_norm", "val_batches", "steps_per_report"),
         *("save_every", "grad_checkpoint", "clear_cache_threshold", "max_skipped_steps", "resume", "train", "test"),
         *("epochs", "keep", "best_by", "metric"),
-        *("trust_remote_code", "report_to"),
+        *("trust_remote_code", "report_to", "report_prompts"),
     },
+    "report": {"folders", "output", "open_page"},
     "test": {
         *("data", "mask_prompt", "max_seq_length", "text_feature", "prompt_feature", "completion_feature"),
         *("chat_feature", "adapter_path", "batch_size", "loss", "test_batches", "exact_match", "trust_remote_code"),

@@ -88,7 +88,7 @@ def train(ctx: click.Context, **params: Any):
     if not (params["train"] or (params["train"] is None and not params["test"])):
         return _test_only(ctx, data, config, params)
     _check_train(ctx, params)
-    from ..runs import run
+    from ..runs import is_main_process, run
 
     stop, folder = Stop(), Path(params["adapter_path"])
     settings = {"model": params["model"], "data": data, "adapter": adapter, "optimizer": optimizer, "train": config}
@@ -110,7 +110,7 @@ def train(ctx: click.Context, **params: Any):
     if show_reports(reports, stop, as_json=params["as_json"])["Done"].stopped:
         console.note(f"Stopped and saved. Run the same command with --resume to continue. The adapter is in {folder}.")
         ctx.exit(130)
-    if not params["test"] and not params["as_json"]:
+    if not params["test"] and not params["as_json"] and is_main_process():
         saved = json.loads((folder / "adapter_config.json").read_text("utf-8")) if params["resume"] else {}
         _next_steps(saved.get("model", params["model"]), folder, saved.get("fine_tune_type", adapter.method))
 

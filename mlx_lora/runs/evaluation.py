@@ -17,6 +17,7 @@ from ..model.loading import load
 from ..training import evaluate
 from ..training.losses import loss_named
 from .checks import check_data
+from .peers import watched
 from .reports import Answer, DataLoaded, Loading, TestReport, Warned
 from .settings import as_data, as_model, check_test_batches
 
@@ -59,7 +60,7 @@ def measure(
     data = as_data(data)
     model = as_model(model, needs_tokenizer=isinstance(data, DataConfig) or exact_match > 0)
     measured = (batch_size, test_batches, loss)
-    return _measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code)
+    return watched(_measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code))
 
 
 def _measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code):

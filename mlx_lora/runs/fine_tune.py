@@ -20,10 +20,12 @@ from ..model.forward_paths import through_cache
 from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport, build_optimizer, evaluate
 from ..training import train as train_model
 from .adapters import attach_for_run
+from .agreement import check_agreement
 from .checks import check_data, check_modules, check_packing
 from .evaluation import compare_paths, load_model, load_sets
 from .folder import RunFolder, is_main_process
 from .identity import check, continued, identify
+from .peers import watched
 from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
 from .settings import Settings
 from .tracking import trackers
@@ -100,7 +102,7 @@ def run(
         force=force,
     )
     kept.settings = settings.record()
-    return _run(kept, settings, stop)
+    return watched(_run(kept, settings, stop), kept, settings.train.peer_timeout)
 
 
 def _run(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Iterator[RunReport]:
@@ -122,6 +124,7 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
     if state is not None:
         check(state.run, folder.identity, settings.force, folder.path)
     yield from _attach(model, sets, folder, settings)
+    check_agreement(folder.identity, model, state)
     config = settings.train
     try:
         cached = yield from compare_paths(model, sets.train, config.grad_checkpoint)

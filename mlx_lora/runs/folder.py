@@ -18,8 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from ..adapter import Adapter
 from ..base.locking import check_unlocked, locked
 from ..base.saving import check_writable
@@ -29,6 +27,7 @@ from ..formats.files import TEMPORARY, file_digest, write_folder
 from ..formats.options import WriteOptions
 from ..training import TrainingState
 from ..training.checkpoints import read_run
+from .peers import group
 
 STATE = "training_state.safetensors"
 _ADAPTER = "adapter file"  # entry of a state's ``run``: a hash of the adapter that was written with it
@@ -36,7 +35,7 @@ _ADAPTER = "adapter file"  # entry of a state's ``run``: a hash of the adapter t
 
 def is_main_process() -> bool:
     """True in the one process that writes and reports; the only one unless started by ``mlx.launch``."""
-    return mx.distributed.init().rank() == 0
+    return group().rank() == 0
 
 
 class RunFolder:
@@ -52,7 +51,7 @@ class RunFolder:
         self.path = Path(path)
         self.settings: dict[str, Any] = {}
         self.identity: dict[str, Any] = {}
-        self._saved: int | None = None  # iteration of the last checkpoint
+        self.saved: int | None = None  # iteration of the last checkpoint
         self._device: int | None = None  # number of the file system
 
     def check(self, resume: bool) -> None:
@@ -60,7 +59,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path}: is a file", "Choose another folder for the adapter.")
         if resume and not (self.path / STATE).exists():
-            raise ConfigError(f"{self.path}: holds no {STATE} to resume", "Name the run's folder, or start a new run.")
+            copy = "" if is_main_process() else " On this machine: copy the folder from rank 0, which writes it."
+            hint = f"Name the run's folder, or start a new run.{copy}"
+            raise ConfigError(f"{self.path}: holds no {STATE} to resume", hint)
         check_writable(self.path, ConfigError)
         if is_main_process():
             check_unlocked(self.path)
@@ -91,7 +92,7 @@ class RunFolder:
         """The training state of the last checkpoint. Raises: ConfigError: the adapter beside it is not its own."""
         state = TrainingState.load(self.path / STATE)
         self._check_adapter(state)
-        self._saved = state.iteration
+        self.saved = state.iteration
         return state
 
     def _check_adapter(self, state: TrainingState) -> None:
@@ -143,7 +144,7 @@ class RunFolder:
         # The state is renamed last: whatever is interrupted, it is complete and not newer than the adapter.
         needed = 2 * adapter.nbytes + state.nbytes
         write_folder(self.path, write, before=before, needed=needed, kept=self._kept())
-        self._saved = state.iteration
+        self.saved = state.iteration
         return moved[0]
 
     def numbered(self, state: TrainingState) -> Path:
@@ -151,9 +152,9 @@ class RunFolder:
         return self.path / f"{state.iteration:07d}_{mlx_lm.WEIGHTS}"
 
     def _kept(self) -> str:
-        if self._saved is None:
+        if self.saved is None:
             return "No checkpoint of this run was written before."
-        return f"The checkpoint of iteration {self._saved} is kept: resume continues from it."
+        return f"The checkpoint of iteration {self.saved} is kept: resume continues from it."
 
     def move_earlier_run(self) -> Path | None:
         """Move the files of an earlier run to ``earlier-N`` and return that folder; None where there are none."""

@@ -199,10 +199,10 @@ class Peers:
             selector.register(self._woken, selectors.EVENT_READ, None)
             for link in self._links:
                 selector.register(link.socket, selectors.EVENT_READ, link)
-            before = time.monotonic()
+            before, beat = time.monotonic(), min(BEAT, self.timeout / 6 or BEAT)
             while not self._leaving:
                 self._send()
-                for key, _ in selector.select(BEAT):
+                for key, _ in selector.select(beat):
                     if key.data is None:
                         self._read_signals()
                         continue
@@ -211,7 +211,7 @@ class Peers:
                     if key.data.closed:
                         selector.unregister(key.fileobj)
                 now = time.monotonic()
-                if now - before > self.timeout / 3:  # this thread could not run, so it has not listened
+                if now - before > beat + self.timeout / 3:  # this thread could not run, so it has not listened
                     for link in self._links:
                         link.seen = now
                 before = now

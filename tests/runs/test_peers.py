@@ -128,22 +128,18 @@ def loop(folder: Path, count: int, act: str = "-") -> Launched:
 
 CLOSED, SILENT = "ended unexpectedly: its connection was closed", "has not answered for 3 seconds"
 TOLD = "was told to end"
-    "ended unexpectedly: its connection was closed",
-    "has not answered for 3 seconds",
-    "was told to end",
-)
 
 
 @pytest.mark.parametrize(
     "count, victim, number, said, seconds",
     [
-        (2, 0, signal.SIGKILL, CLOSED, 6),
-        (2, 1, signal.SIGKILL, CLOSED, 6),
-        (4, 0, signal.SIGKILL, CLOSED, 6),
-        (4, 2, signal.SIGKILL, CLOSED, 6),
-        (2, 0, signal.SIGSTOP, SILENT, 12),
-        (4, 3, signal.SIGSTOP, SILENT, 12),
-        (2, 1, signal.SIGTERM, TOLD, 8),
+        (2, 0, signal.SIGKILL, CLOSED, 15),
+        (2, 1, signal.SIGKILL, CLOSED, 15),
+        (4, 0, signal.SIGKILL, CLOSED, 15),
+        (4, 2, signal.SIGKILL, CLOSED, 15),
+        (2, 0, signal.SIGSTOP, SILENT, 20),
+        (4, 3, signal.SIGSTOP, SILENT, 20),
+        (2, 1, signal.SIGTERM, TOLD, 15),
     ],
 )
 def test_a_lost_process_ends_the_run_with_a_message(count, victim, number, said, seconds, tmp_path):
@@ -236,7 +232,7 @@ def test_a_run_is_resumed_from_the_checkpoint_that_is_named(count, victim, numbe
     launched = train(tmp_path, count, rows, 10**4)
     launched.wait_for("out/0000003_adapters.safetensors", seconds=120)
     os.kill(launched.pid(victim), number)
-    output = launched.output(12)
+    output = launched.output(20)
     assert f"Error: rank {victim} (127.0.0.1) {CLOSED}" in output
     done = TrainingState.load(tmp_path / "out" / "training_state.safetensors").iteration
     assert done >= 3

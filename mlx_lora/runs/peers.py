@@ -164,7 +164,9 @@ class Peers:
             lines.append(
                 "No checkpoint of this run was written before."
                 if known is None
-                else f"The checkpoint of iteration {known} in {self.folder.path} of rank 0 is complete."
+                # Rank 0 may have written one more than it could tell.
+                else f"The checkpoint of iteration {known}{', or a later one,' if self.rank and rank == 0 else ''} is "
+                f"complete in {self.folder.path} of rank 0."
             )
             again = again if known is None else "continue from the checkpoint: the same command with --resume"
         return TrainingError("\n".join(lines), f"Look at the output of rank {rank} and at its machine, then {again}.")

@@ -13,7 +13,7 @@ from ..config import GenerateConfig
 from ..errors import ConfigError, MLXLoRAError
 from . import console
 from .generate import load_engine
-from .options import adapter_option, build, config_options, model_option, trust_option
+from .options import adapter_option, build, checkpoint_option, chosen, config_options, model_option, trust_option
 
 HELP = """\
 /adapter NAME   answer with this adapter: a name from /adapters, or a folder
@@ -32,6 +32,7 @@ HELP = """\
 @adapter_option(
     multiple=True, help="Folder of an adapter; repeat the option to switch between several. The first one is active."
 )
+@checkpoint_option
 @click.option("--system-prompt", help="System message.")
 @config_options(GenerateConfig)
 @trust_option
@@ -47,9 +48,12 @@ def chat(**params: Any):
     """
     config = build(GenerateConfig, params)
     paths = params.pop("adapter_path")
-    engine = load_engine(params, paths)
-    for path in paths:
-        engine.bank.add(Path(path).name if Path(path).name not in engine.bank.names else path, path)
+    if params["checkpoint"] and not paths:
+        chosen(None, params["checkpoint"])
+    adapters = [chosen(path, params["checkpoint"]) for path in paths]
+    engine = load_engine(params, adapters)
+    for path, adapter in zip(paths, adapters, strict=True):
+        engine.bank.add(Path(path).name if Path(path).name not in engine.bank.names else path, adapter)
     if paths:
         engine.bank.use(Path(paths[0]).name)
     conversation = Conversation(engine, config, params["system_prompt"])
@@ -111,6 +115,8 @@ class Conversation:
         if name == "adapter":
             if not rest:
                 return console.note(f"Adapter: {bank.current or 'none'}")
+            if rest != "none" and rest not in bank.names and Path(rest).is_dir():
+                bank.add(rest, chosen(rest, None))
             took = bank.use(None if rest == "none" else rest)
             return console.note(f"Adapter: {bank.current or 'none'} ({1000 * took:.0f} ms)")
         if name == "adapters":

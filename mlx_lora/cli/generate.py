@@ -12,7 +12,16 @@ import click
 from ..config import GenerateConfig
 from ..errors import ConfigError
 from . import console
-from .options import adapter_option, build, config_options, json_option, model_option, trust_option
+from .options import (
+    adapter_option,
+    build,
+    checkpoint_option,
+    chosen,
+    config_options,
+    json_option,
+    model_option,
+    trust_option,
+)
 
 
 def load_engine(params: dict[str, Any], adapters: Sequence[str] = ()):
@@ -30,6 +39,7 @@ def load_engine(params: dict[str, Any], adapters: Sequence[str] = ()):
 @click.command()
 @model_option(required=True)
 @adapter_option()
+@checkpoint_option
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from standard input.")
 @click.option("--system-prompt", help="System message.")
 @click.option("--ignore-chat-template", is_flag=True, help="Continue the prompt as plain text.")
@@ -56,9 +66,10 @@ def generate(**params: Any):
             "--system-prompt needs a chat template, and --ignore-chat-template turns it off",
             "Leave --ignore-chat-template out, or write the system prompt into --prompt.",
         )
-    engine = load_engine(params, [params["adapter_path"]] if params["adapter_path"] else [])
-    if params["adapter_path"]:
-        engine.bank.add(params["adapter_path"], params["adapter_path"])
+    adapter = chosen(params["adapter_path"], params["checkpoint"])
+    engine = load_engine(params, [adapter] if adapter else [])
+    if adapter:
+        engine.bank.add(params["adapter_path"], adapter)
         engine.bank.use(params["adapter_path"])
     tokens = _tokens(engine, text, params)
     answer, last = [], None

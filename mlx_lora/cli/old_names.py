@@ -26,6 +26,9 @@ RENAMED = {
     **dict.fromkeys(("use_rslora", "rs_lora"), "rslora"),
     **dict.fromkeys(("lora_keys", "target_modules", "lora_target_modules", "lora_modules"), "keys"),
     **dict.fromkeys(("steps", "max_steps", "num_steps", "num_iters", "iterations"), "iters"),
+    **dict.fromkeys(("num_epochs", "num_train_epochs"), "epochs"),
+    "early_stopping_patience": "patience",
+    "save_total_limit": "keep",
     "lr": "learning_rate",
     "lr_scheduler": "lr_schedule",
     "warmup_steps": "warmup",
@@ -40,14 +43,12 @@ RENAMED = {
     **dict.fromkeys(("data_path", "dataset"), "data"),
     "resume_from": "resume_adapter_file",
 }
-_EPOCHS = "give iters, the number of batches: rows / batch_size * epochs"
 _QUANTIZE = "name a quantized model, or make one: mlx-lora quantize --model MODEL --save-path FOLDER"
 _OTHER_TRAINING = "mlx-lora trains on given answers (sft) only"
 # Keys without a counterpart: the values with which they change nothing, and what to do about any other value.
 _WITHOUT = {
     **dict.fromkeys(("train_mode", "training_mode"), (("sft", "normal"), _OTHER_TRAINING)),
     "sft_loss_type": (("nll", "chunked_nll"), "choose a loss with the option loss"),
-    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), ((), _EPOCHS)),
     **dict.fromkeys(("load_in_4bits", "load_in_6bits", "load_in_8bits", "load_in_mxfp4"), ((False,), _QUANTIZE)),
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), ((False,), _QUANTIZE)),
     "efficient_long_context": ((False,), "set grad_checkpoint to save memory"),
@@ -75,7 +76,6 @@ _FLAGS = {
     "gguf-path": "mlx-lora convert ADAPTER model.gguf --to merged --model MODEL",
     "upload-repo": "mlx-lora push ADAPTER OWNER/NAME for an adapter, or hf upload OWNER/NAME FOLDER for a model",
     "hf-path": "--model",
-    "epochs": "--iters, the number of batches: rows / batch size * epochs",
     "q-bits": "--bits",
     "q-group-size": "--group-size",
     "q-mode": "--mode",

@@ -125,7 +125,11 @@ class Display:
         )
 
     def ValReport(self, r: Any) -> None:
-        self.bar.line(f"Iteration {r.iteration:>5}: validation loss {r.val_loss:.3f} ({r.val_time:.1f} s)")
+        metrics = "".join(f", {name} {value:.3f}" for name, value in r.metrics.items())
+        self.bar.line(f"Iteration {r.iteration:>5}: validation loss {r.val_loss:.3f}{metrics} ({r.val_time:.1f} s)")
+
+    def NewBest(self, r: Any) -> None:
+        self.bar.line(f"Iteration {r.iteration:>5}: best validation so far ({r.name} {r.value:.3f})")
 
     def SkippedStep(self, r: Any) -> None:
         self.bar.line(f"Iteration {r.iteration:>5}: skipped a step, its gradient is not finite ({r.in_a_row} in a row)")
@@ -135,8 +139,9 @@ class Display:
 
     def Done(self, r: Any) -> None:
         skipped = f", {r.skipped_steps} steps skipped" if r.skipped_steps else ""
+        how = {"stopped": "Stopped", "patience": "Ended early, because validation got no better,"}.get(r.reason, "Done")
         self.bar.line(
-            f"{'Stopped' if r.stopped else 'Done'} after {console.seconds(r.seconds)}: {r.trained_tokens:,} tokens "
+            f"{how} after {console.seconds(r.seconds)}: {r.trained_tokens:,} tokens "
             f"learned, peak {r.peak_memory:.2f} GB{skipped}"
         )
 
@@ -145,6 +150,8 @@ class Display:
         if r.answered:
             correct = round(r.exact_match * r.answered)
             console.data(f"Exact match {correct} of {r.answered} ({100 * r.exact_match:.0f} %)")
+        for name, value in r.metrics.items():
+            console.data(f"{name} {value:.4f}")
 
 
 _NOTES = ("Loading", "Warned", "DataLoaded", "Started", "EarlierRunMoved")  # on stderr, also with --json

@@ -15,6 +15,8 @@ from . import console
 from .options import (
     adapter_option,
     build,
+    checkpoint_option,
+    chosen,
     config_options,
     flag_of,
     given_flags,
@@ -48,7 +50,8 @@ data_options = config_options(
     "--resume",
     is_flag=True,
     help="Continue the run in --adapter-path exactly where it stopped, with its model, data and options; those given "
-    "must be equal. These may change: --iters, --val-batches, --steps-per-report, --steps-per-eval, --save-every, "
+    "must be equal. These may change: --iters, --epochs, --patience, --best-by, --metric, --metric-rows, "
+    "--metric-max-tokens, --val-batches, --steps-per-report, --steps-per-eval, --save-every, --keep, "
     "--grad-checkpoint, --clear-cache-threshold, --max-skipped-steps.",
 )
 @click.option(
@@ -131,7 +134,7 @@ def _check_train(ctx: click.Context, params: dict[str, Any]) -> None:
 
 
 _MEASURING = {
-    *(field.name for field in dataclasses.fields(DataConfig)),
+    *(field.name for field in dataclasses.fields(DataConfig) if field.name != "valid_split"),
     *("model", "adapter_path", "batch_size", "loss", "train", "test", "test_batches", "trust_remote_code", "as_json"),
 }
 
@@ -152,7 +155,7 @@ def _test_only(ctx: click.Context, data: DataConfig, config: TrainConfig, params
     reports = measure(
         params["model"],
         data,
-        params["adapter_path"] or None,
+        chosen(params["adapter_path"] or None, None),
         batch_size=config.batch_size,
         loss=config.loss,
         test_batches=params["test_batches"],
@@ -175,38 +178,45 @@ def _next_steps(model: str, folder: Path, method: str) -> None:
 @model_option(required=True)
 @data_options
 @adapter_option(help="Folder of the adapter, in any supported format; without one, the base model is measured.")
+@checkpoint_option
 @config_options(TrainConfig, "batch_size", "loss")
 @click.option("--test-batches", default=-1, show_default=True, help="Batches to measure; -1 for the whole set.")
 @click.option("--exact-match", default=0, metavar="N", help="Also answer N rows and count the exact matches.")
-@click.option("--max-tokens", default=128, show_default=True, help="With --exact-match: longest answer.")
+@config_options(TrainConfig, "metric", "metric_rows")
+@click.option("--max-tokens", default=128, show_default=True, help="With --exact-match or --metric: longest answer.")
 @yaml_option("hf_dataset", passes=lambda: {param.name for param in train.params})
 @trust_option
 @json_option
 @click.pass_context
 def test(ctx: click.Context, **params: Any):
-    """Measure loss, perplexity and exact match on a test set.
+    """Measure loss, perplexity, exact match and other metrics on a test set.
 
     A YAML file for train may be given with -c: its settings of the training are passed over.
 
     \b
     mlx-lora test --model Qwen/Qwen3-0.6B --adapter-path adapters --data my_data
     mlx-lora test --model Qwen/Qwen3-0.6B --data my_data --exact-match 100
+    mlx-lora test --model Qwen/Qwen3-0.6B --adapter-path adapters --checkpoint last --data my_data --metric rouge_l
     """
     settle(ctx, params)
     data, config = _data(ctx, params), build(TrainConfig, params)
-    if "max_tokens" in given_flags(ctx) and not params["exact_match"]:
-        raise ConfigError("--max-tokens has no effect without --exact-match", "Add --exact-match N, or leave it out.")
+    if "max_tokens" in given_flags(ctx) and not params["exact_match"] and not config.metric:
+        raise ConfigError(
+            "--max-tokens has no effect without --exact-match or --metric", "Add one of the two, or leave it out."
+        )
     from ..runs import measure
 
     reports = measure(
         params["model"],
         data,
-        params["adapter_path"] or None,
+        chosen(params["adapter_path"] or None, params["checkpoint"]),
         batch_size=config.batch_size,
         loss=config.loss,
         test_batches=params["test_batches"],
         exact_match=params["exact_match"],
         max_tokens=params["max_tokens"],
+        metric=config.metric,
+        metric_rows=config.metric_rows or -1,
         trust_remote_code=params["trust_remote_code"],
     )
     show_reports(reports, as_json=params["as_json"], rows=params["exact_match"])

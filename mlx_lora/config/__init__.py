@@ -25,7 +25,7 @@ from .data import HOLD_OUT, HOLD_OUT_FROM, HOLD_OUT_MOST, DataConfig
 from .generate import GenerateConfig
 from .optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, chooses_own_rate, first_rate
 from .options import COMMON, MORE, SECTIONS, as_config
-from .train import REPORTERS, TrainConfig
+from .train import ITERS, METRIC_ROWS, REPORTERS, VAL_LOSS, TrainConfig, metric_name
 
 __all__ = [
     "AdapterConfig",
@@ -41,9 +41,11 @@ __all__ = [
     "HOLD_OUT_FROM",
     "HOLD_OUT_MOST",
     "INITS",
+    "ITERS",
     "LARGEST_SCALE",
     "LEAVES",
     "METHODS",
+    "METRIC_ROWS",
     "MORE",
     "OPTIMIZERS",
     "OptimizerConfig",
@@ -52,10 +54,12 @@ __all__ = [
     "SECTIONS",
     "TrainConfig",
     "UNSCALED",
+    "VAL_LOSS",
     "VERA_RANK",
     "as_config",
     "chooses_own_rate",
     "first_rate",
     "ignored_alpha",
     "match_pattern",
+    "metric_name",
 ]

@@ -29,9 +29,10 @@ def questions(config: DataConfig, tokenizer: Any, split: str = "test", count: in
     Raises: DataError: bad rows, or rows without answers.
     """
     faults: list[Fault] = []
-    source = sources.find(config, (split,), faults)
+    # A validation set that is held out is a part of the training rows.
+    source = sources.find(config, ("train", "valid") if split == "valid" else (split,), faults)
     samples: list[Sample] = []
-    for part in source.parts:
+    for part in (part for part in source.parts if part.split == split):
         samples += check(part.rows, part.config, template_of(tokenizer), faults).samples
     if not faults and not samples:
         raise DataError(f"the {split} set has no rows", "Write one JSON object on each line.")

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from ..base.loading import resolve
 from ..base.modules import layer_paths
 from ..base.names import BaseModel
-from ..config import REPORTERS, AdapterConfig, DataConfig
+from ..config import ITERS, REPORTERS, AdapterConfig, DataConfig
 from ..data.sources import find
 from ..errors import AdapterError, ConfigError, ModelError
 from ..formats.files import read_safetensors
@@ -19,8 +19,10 @@ from ..layers import check_rank
 from ..model.full_parameters import modules_to_save
 from ..model.targets import check_patterns, select, select_named
 from ..training import build_optimizer
+from ..training.best import check_patience
 from ..training.losses import check_takes_packed, loss_named
 from ..training.packing_checks import check_model
+from .metrics import load_metrics
 
 
 def check_settings(settings: Any) -> None:
@@ -49,8 +51,11 @@ def check_settings(settings: Any) -> None:
         faults["project_name needs report_to"] = f"Set report_to ({', '.join(REPORTERS)}), or leave project_name out."
     if faults:
         raise ConfigError("\n".join(faults), "\n".join(dict.fromkeys(faults.values())))
+    if train.iters is not None:  # else it follows from the data
+        check_patience(train, train.iters)
     # On a module without parameters: the optimizer's arguments and the schedule are checked all the same.
-    build_optimizer(optimizer, -(-train.iters // train.grad_accumulation_steps), nn.Module())
+    build_optimizer(optimizer, -(-(train.iters or ITERS) // train.grad_accumulation_steps), nn.Module())
+    load_metrics(train.metric)
     if settings.resume_adapter_file:
         check_initial_weights(Path(settings.resume_adapter_file), adapter)
 

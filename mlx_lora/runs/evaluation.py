@@ -17,7 +17,12 @@ from ..model.loading import load
 from ..training import evaluate
 from ..training.losses import loss_named
 from .checks import check_data
+<<<<<<< HEAD
 from .peers import watched
+=======
+from .metrics import load_metrics
+from .metrics import measured as measure_answers
+>>>>>>> steer
 from .reports import Answer, DataLoaded, Loading, TestReport, Warned
 from .settings import as_data, as_model, check_test_batches
 
@@ -32,6 +37,8 @@ def measure(
     loss: str = "cross_entropy",
     exact_match: int = 0,
     max_tokens: int = 128,
+    metric: Sequence[str] | None = None,
+    metric_rows: int = -1,
     trust_remote_code: bool = False,
 ) -> Iterator[Loading | DataLoaded | Warned | Answer | TestReport]:
     """Measure a model on the test set of ``data``; ``TestReport`` is yielded last.
@@ -45,6 +52,7 @@ def measure(
         exact_match: rows to answer greedily, spread over the set. An ``Answer`` is yielded for each, and the report
             says how many are exactly the row's last answer.
         max_tokens: longest answer.
+        metric: also answer ``metric_rows`` rows (-1: all), and measure the answers by these, see ``metrics.py``.
 
     Raises: ConfigError, at once; DataError, ModelError, AdapterError, FormatError while running.
     """
@@ -54,28 +62,39 @@ def measure(
             f"exact_match ({exact_match}) must be 0 or more, and max_tokens ({max_tokens}) at least 1",
             "Give the number of rows to answer, such as 100; leave max_tokens out for 128.",
         )
+    metrics = load_metrics(metric)
     if adapter_path is not None and isinstance(model, tuple):
         raise ConfigError("adapter_path cannot be used with a loaded model", "Load the model with its adapter.")
     loss_named(loss)
     data = as_data(data)
-    model = as_model(model, needs_tokenizer=isinstance(data, DataConfig) or exact_match > 0)
+    model = as_model(model, needs_tokenizer=isinstance(data, DataConfig) or exact_match > 0 or bool(metrics))
     measured = (batch_size, test_batches, loss)
+<<<<<<< HEAD
     return watched(_measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code))
+=======
+    asked = (exact_match, metric_rows if metrics else 0, max_tokens)
+    return _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_code)
+>>>>>>> steer
 
 
-def _measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code):
+def _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_code):
+    exact_match, metric_rows, max_tokens = asked
     check_data(data, ("test",))
     model, tokenizer = yield from load_model(model, adapter_path, trust_remote_code)
     sets = yield from load_sets(data, tokenizer, ("test",))
-    asked = questions(data, tokenizer, "test", exact_match) if exact_match else []
+    asked = {count: questions(data, tokenizer, "test", count) for count in (exact_match, metric_rows) if count}
     cached = yield from compare_paths(model, sets.test)
     with through_cache(model, cached):
         result = asdict(evaluate(model, sets.test, *measured))
-    correct = 0
-    for answer in answers(model, tokenizer, asked, max_tokens):
-        correct += answer.correct
-        yield answer
-    yield TestReport(**result, exact_match=correct / len(asked) if asked else None, answered=len(asked))
+    given = {}
+    for count, rows in asked.items():
+        given[count] = []
+        for answer in answers(model, tokenizer, rows, max_tokens):
+            given[count].append(answer)
+            yield answer
+    counted, values = given.get(exact_match, []), measure_answers(metrics, given[metric_rows]) if metrics else {}
+    share = sum(answer.correct for answer in counted) / len(counted) if counted else None
+    yield TestReport(**result, exact_match=share, answered=len(counted), metrics=values)
 
 
 def compare_paths(model: nn.Module, rows: Any, grad_checkpoint: bool = False):

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
-from ..data import Dataset, Splits, train_batches
-from ..errors import ConfigError, MLXLoRAError
+from ..config import METRIC_ROWS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
+from ..data import Dataset, Question, Splits, iterations, questions, train_batches
+from ..errors import ConfigError, DataError, MLXLoRAError, ModelError
 from ..init import FROM_DATA
 from ..model.attach import extract, parameter_counts, unmount
 from ..model.forward_paths import through_cache
 from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport, build_optimizer, evaluate
 from ..training import train as train_model
+from ..training.best import check_patience, measured_by, out_of_patience
+from ..training.trainer import check_validated
 from .adapters import attach_for_run
 from .agreement import check_agreement
 from .checks import check_data, check_modules, check_packing
-from .evaluation import compare_paths, load_model, load_sets
+from .evaluation import answers, compare_paths, load_model, load_sets
 from .folder import RunFolder, is_main_process
 from .identity import check, continued, identify
+<<<<<<< HEAD
 from .peers import watched
+=======
+from .metrics import load_metrics, measured
+>>>>>>> steer
 from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
 from .settings import Settings
 from .tracking import trackers
@@ -53,8 +60,9 @@ def run(
 ) -> Iterator[RunReport]:
     """Fine-tune a model and keep the adapter in ``folder``; the work is done while the reports are iterated over.
 
-    The folder receives the adapter in mlx-lm's format, a numbered copy of its weights for each checkpoint, and the
-    training state. The files of an earlier run in it are moved to ``earlier-N`` before the first checkpoint.
+    The folder receives the adapter in mlx-lm's format, a numbered copy of its weights for each checkpoint, the training
+    state and, where there is a validation set, the adapter of the best validation in ``best``. The files of an earlier
+    run in it are moved to ``earlier-N`` before the first checkpoint.
 
     Args:
         model: a folder or repository, or a pair (model, tokenizer) from ``load`` without an adapter; the model then
@@ -91,22 +99,30 @@ def run(
     kept.check(resume)
     given = dict(model=model, data=data, adapter=adapter, optimizer=optimizer, train=train)
     given["init_reference"] = init_reference
-    settings = Settings(
-        **continued(given, kept.recorded() if resume else {}),
-        resume=resume,
-        resume_adapter_file=resume_adapter_file,
-        test_batches=test_batches,
-        report_to=report_to,
-        project_name=project_name,
-        trust_remote_code=trust_remote_code,
-        force=force,
-    )
+    recorded = kept.recorded() if resume else {}
+    with _explained(folder, recorded, given):
+        settings = Settings(
+            **continued(given, recorded),
+            resume=resume,
+            resume_adapter_file=resume_adapter_file,
+            test_batches=test_batches,
+            report_to=report_to,
+            project_name=project_name,
+            trust_remote_code=trust_remote_code,
+            force=force,
+        )
     kept.settings = settings.record()
+<<<<<<< HEAD
     return watched(_run(kept, settings, stop), kept, settings.train.peer_timeout)
+=======
+    return _run(kept, settings, stop, recorded, given)
+>>>>>>> steer
 
 
-def _run(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Iterator[RunReport]:
-    with folder.lock():
+def _run(
+    folder: RunFolder, settings: Settings, stop: Callable[[], bool], recorded: dict[str, Any], given: dict[str, Any]
+) -> Iterator[RunReport]:
+    with folder.lock(), _explained(folder.path, recorded, given):
         yield from _fine_tune(folder, settings, stop)
 
 
@@ -120,12 +136,21 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
     logs = trackers(settings.report_to, settings.project_name, settings.tracked()) if is_main_process() else []
     model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
     sets = yield from load_sets(settings.data, tokenizer, settings.splits)
-    folder.identity = identify(settings, model, sets)
+    config = replace(settings.train, iters=iterations(settings.train, sets.train), epochs=None)
+    check_validated(config, None if config.val_batches == 0 else sets.valid)
+    check_patience(config, config.iters)
+    asked = _questions(settings, tokenizer)
+    folder.settings["iters"] = config.iters
+    folder.identity = {**identify(settings, model, sets), "iters": config.iters}
     if state is not None:
         check(state.run, folder.identity, settings.force, folder.path)
+        _check_incomplete(state, config.iters, settings, folder)
     yield from _attach(model, sets, folder, settings)
+<<<<<<< HEAD
     check_agreement(folder.identity, model, state)
     config = settings.train
+=======
+>>>>>>> steer
     try:
         cached = yield from compare_paths(model, sets.train, config.grad_checkpoint)
     except MLXLoRAError:  # nothing was trained: a model that the caller loaded is as it was
@@ -133,8 +158,14 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
         raise
     yield _started(model, state, config.iters)
     with through_cache(model, cached):
-        done = yield from _train(model, sets, folder, settings, state, stop, logs)
+        metrics = _metrics(model, tokenizer, asked, config)
+        done = yield from _train(model, sets, folder, replace(settings, train=config), state, stop, logs, metrics)
         if settings.test_batches is not None and not done.stopped:
+            if 0 < folder.best < done.iteration:
+                yield Warned(
+                    f"the test set is measured with the last adapter (iteration {done.iteration}); mlx-lora test "
+                    f"measures the best one (iteration {folder.best})"
+                )
             result = evaluate(model, sets.test, config.batch_size, settings.test_batches, config.loss)
             yield TestReport(**asdict(result))
 
@@ -144,12 +175,67 @@ def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:
     if not settings.resume:
         return None
     state = folder.load_state()
-    if state.iteration >= settings.train.iters:
-        raise ConfigError(
-            f"the run in {folder.path} has done {state.iteration} iterations; iters is {settings.train.iters}",
-            "Raise --iters to go on.",
-        )
+    epochs = state.run.get("settings", {}).get("train", {}).get("epochs")
+    known = state.run.get("iters") if settings.train.epochs == epochs else None  # else it follows from the data
+    _check_incomplete(state, settings.train.iters or known, settings, folder)
     return state
+
+
+def _check_incomplete(state: TrainingState, iters: int | None, settings: Settings, folder: RunFolder) -> None:
+    """Refuse to resume a run that is complete, or that its patience has ended. Raises: ConfigError."""
+    config, tally = settings.train, state.tally
+    if tally.best_by == measured_by(config) and out_of_patience(tally, config):
+        raise ConfigError(
+            f"the run in {folder.path} ended early at iteration {state.iteration}: {tally.not_better} validations in a "
+            f"row were not better than that of iteration {tally.best_iteration} ({config.best_by} "
+            f"{tally.best_value or math.nan:.4g}); patience is {config.patience}",
+            "Raise --patience, or set it to 0, to go on.",
+        )
+    if iters is not None and state.iteration >= iters:
+        length = f"iters is {iters}" if config.epochs is None else f"{config.epochs:g} epochs are {iters}"
+        raise ConfigError(
+            f"the run in {folder.path} has done {state.iteration} iterations; {length}",
+            f"Raise --{'iters' if config.epochs is None else 'epochs'} to go on.",
+        )
+
+
+@contextmanager
+def _explained(folder: str | Path, recorded: dict[str, Any], given: dict[str, Any]) -> Iterator[None]:
+    """Add to an error about an input that it is the run's record which names it, as a path that is not here."""
+    try:
+        yield
+    except (ModelError, DataError, ConfigError) as error:
+        names = {name: recorded.get(name) for name in ("model", "init_reference") if given.get(name) is None}
+        if not isinstance(given.get("data"), (str, Path, tuple, Splits, Dataset)) and "data" in recorded:
+            data = as_config(DataConfig, {**recorded["data"], **_fields(given["data"])}, "data")
+            names["data"] = None if "data" in _fields(given["data"]) or data.hf_dataset else data.data
+        named = {n: v for n, v in names.items() if v and v in error.message and not Path(v).expanduser().exists()}
+        if not named:
+            raise
+        said = [f"{name} {value!r} comes from the record of the run in {folder}" for name, value in named.items()]
+        flags = " and ".join("--" + name.replace("_", "-") for name in named)
+        hint = f"If it is a path that was relative to another folder, give it as it is from here, with {flags}."
+        raise type(error)("\n".join([error.message, *said]), f"{hint} {error.hint}") from error
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return asdict(config) if isinstance(config, DataConfig) else dict(config or {})
+
+
+def _questions(settings: Settings, tokenizer: Any) -> list[Question]:
+    """The validation rows that metrics are measured on; none without a metric."""
+    config = settings.train
+    return questions(settings.data, tokenizer, "valid", config.metric_rows or METRIC_ROWS) if config.metric else []
+
+
+def _metrics(
+    model: nn.Module, tokenizer: Any, asked: list[Question], config: TrainConfig
+) -> Callable[[], dict[str, float]] | None:
+    """A function that answers the questions ``asked`` and measures the answers; None without a metric."""
+    functions = load_metrics(config.metric)
+    if not functions:
+        return None
+    return lambda: measured(functions, list(answers(model, tokenizer, asked, config.metric_max_tokens)))
 
 
 def _attach(model: nn.Module, sets: Splits, folder: RunFolder, settings: Settings) -> Iterator[Loading]:
@@ -176,9 +262,11 @@ def _started(model: nn.Module, state: TrainingState | None, iters: int) -> Start
     return Started(state.iteration if state else 0, iters, trainable, parameters, modules)
 
 
-def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs):
+def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs, metrics):
     """Yield the reports of the training; return the last one, ``Done``."""
     moved, first = None, not settings.resume
+    if state is not None:
+        folder.restore_best(state)
 
     def save(state: TrainingState) -> Path:
         nonlocal moved, first
@@ -190,7 +278,15 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs
     try:
         optimizer = build_optimizer(settings.optimizer, steps, model)
         reports = train_model(
-            model, optimizer, sets.train, sets.valid, settings.train, checkpoint=save, resume=state, stop=stop
+            model,
+            optimizer,
+            sets.train,
+            sets.valid,
+            settings.train,
+            checkpoint=save,
+            resume=state,
+            stop=stop,
+            metrics=metrics,
         )
     except MLXLoRAError:  # nothing was trained: a model that the caller loaded is as it was
         unmount(model)

@@ -19,14 +19,22 @@ from .settings import Settings
 # The config of a resumed run may differ in FREE at will, and in FORCED with ``force``. Of the data's settings SHAPING
 # are compared by name; what the others do is seen in the tokens.
 FREE = (
-    *("iters", "val_batches", "steps_per_report", "steps_per_eval", "save_every"),
-    *("grad_checkpoint", "clear_cache_threshold", "max_skipped_steps", "peer_timeout"),
+    *("iters", "epochs", "val_batches", "steps_per_report", "steps_per_eval", "save_every"),
+    *("grad_checkpoint", "clear_cache_threshold", "max_skipped_steps", "keep"),
+    *("patience", "best_by", "metric", "metric_rows", "metric_max_tokens", "peer_timeout"),
 )
 FORCED = (
     *("learning_rate", "lr_schedule", "warmup", "optimizer_config", "max_grad_norm"),
     *("loraplus_lr_ratio", "loraplus_lr_embedding", "loraplus_weight_decay"),
 )
-_INSTEAD = {"scale": ("alpha", "rslora"), "alpha": ("scale",), "data": ("hf_dataset",), "hf_dataset": ("data",)}
+_INSTEAD = {
+    "scale": ("alpha", "rslora"),
+    "alpha": ("scale",),
+    "data": ("hf_dataset",),
+    "hf_dataset": ("data",),
+    "iters": ("epochs",),
+    "epochs": ("iters",),
+}
 SHAPING = ("mask_prompt", "mask_turns", "max_seq_length")
 _OTHER_WEIGHTS = "base model: other weights, or weights that are quantized in another way"
 _FORCE = "Leave these options out to keep them, or add --force (in Python force=True) to change them."
@@ -98,7 +106,7 @@ def check(saved: dict[str, Any], here: dict[str, Any], force: bool, folder: Any)
     forced = [difference(name, *values) for name, values in changed.items() if name in FORCED]
     if faults or (forced and not force):
         raise another_run(faults + forced, hint=None if faults else _FORCE)
-    for text in (*forced, *_stretched(saved["settings"], here["settings"])):
+    for text in (*forced, *_stretched(saved, here)):
         warnings.warn(f"The run continues with another setting: {text}", MLXLoRAWarning, stacklevel=2)
 
 
@@ -131,8 +139,8 @@ def _comparable(section: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _stretched(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """What a new number of iterations does to a schedule whose length follows from it."""
-    before, now = saved["train"]["iters"], here["train"]["iters"]
-    schedule = here["optimizer"]["lr_schedule"]
+    before, now = (run.get("iters") or run["settings"]["train"]["iters"] for run in (saved, here))
+    schedule = here["settings"]["optimizer"]["lr_schedule"]
     mapping = schedule if isinstance(schedule, dict) else {"name": schedule}
     if before == now or mapping.get("name") in (None, "constant") or mapping.get("arguments") is not None:
         return []

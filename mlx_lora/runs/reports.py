@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -43,15 +43,6 @@ class Started:
 
 
 @dataclass(frozen=True)
-class NewBest:
-    """The last validation was the best of the run so far; its checkpoint was saved."""
-
-    iteration: int
-    name: str  # "val_loss" or a metric
-    value: float
-
-
-@dataclass(frozen=True)
 class EarlierRunMoved:
     """The folder held an earlier run. Its files were moved before the first checkpoint was written."""
 
@@ -81,3 +72,4 @@ class TestReport:
     seconds: float
     exact_match: float | None = None  # share of correct answers
     answered: int = 0  # rows answered for exact_match
+    metrics: dict[str, float] = field(default_factory=dict)  # of the rows answered for ``metric``

@@ -45,6 +45,11 @@ class Settings:
         check_test_batches(self.test_batches)
         if self.test_batches is not None and isinstance(self.data, Splits) and self.data.test is None:
             raise ConfigError("test_batches needs a test set, and data has none", "Load it too, or leave it out.")
+        if self.train.metric and not isinstance(self.data, DataConfig):
+            raise ConfigError(
+                "metric needs the rows as text, and data is tokenized",
+                "Give data as a DataConfig, or leave metric out.",
+            )
         if self.force and not self.resume:
             raise ConfigError("force (--force) works only with resume", "Leave it out: a new run takes any settings.")
         check_settings(self)

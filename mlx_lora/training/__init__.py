@@ -9,7 +9,7 @@ from .checkpoints import TrainingState
 from .evaluation import evaluate
 from .losses import LOSSES
 from .optimizers import MasterWeights, build_optimizer
-from .reports import Checkpoint, Done, Evaluation, Progress, Report, SkippedStep, TrainReport, ValReport
+from .reports import Checkpoint, Done, Evaluation, NewBest, Progress, Report, SkippedStep, TrainReport, ValReport
 from .trainer import train
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Done",
     "Evaluation",
     "MasterWeights",
+    "NewBest",
     "Progress",
     "Report",
     "SkippedStep",

@@ -35,6 +35,10 @@ class Tally:
     window_tokens: int = 0
     window_iterations: int = 0
     window_seconds: float = 0.0
+    best_by: str = ""  # what the best validation is chosen by, see best.py
+    best_value: float | None = None
+    best_iteration: int = 0
+    not_better: int = 0  # validations in a row since the best one
 
 
 @dataclass(frozen=True)

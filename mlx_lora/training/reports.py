@@ -55,6 +55,15 @@ class ValReport:
 
 
 @dataclass(frozen=True)
+class NewBest:
+    """The last validation was the best of the run so far; its checkpoint was saved."""
+
+    iteration: int
+    name: str  # "val_loss" or a metric
+    value: float
+
+
+@dataclass(frozen=True)
 class SkippedStep:
     """An optimizer step was skipped, because its loss or gradients were not finite. It changed nothing."""
 
@@ -77,9 +86,10 @@ class Done:
     iteration: int
     trained_tokens: int
     seconds: float  # of this call, including validation and saving
-    stopped: bool  # True where `stop` ended the run before `iters`
+    stopped: bool  # True where `stop` ended the run: it is not complete
     peak_memory: float  # GB
     skipped_steps: int
+    reason: str = "complete"  # why it ended: "complete" (all iterations), "patience" or "stopped"
 
 
-Report = Progress | TrainReport | ValReport | SkippedStep | Checkpoint | Done
+Report = Progress | TrainReport | ValReport | NewBest | SkippedStep | Checkpoint | Done

@@ -7,6 +7,7 @@ a model is loaded, with the option's name in the message.
 from __future__ import annotations
 
 import json
+import shutil
 
 import click
 import pytest
@@ -33,12 +34,13 @@ ALWAYS = {
         ),
         *("iters", "batch_size", "loss", "grad_accumulation_steps", "max_grad_norm", "val_batches", "steps_per_report"),
         *("save_every", "grad_checkpoint", "clear_cache_threshold", "max_skipped_steps", "resume", "train", "test"),
-        *("trust_remote_code", "report_to", "valid_split"),
+        *("epochs", "keep", "best_by", "metric"),
+        *("trust_remote_code", "report_to"),
     },
     "test": {
         *("data", "mask_prompt", "max_seq_length", "text_feature", "prompt_feature", "completion_feature"),
         *("chat_feature", "adapter_path", "batch_size", "loss", "test_batches", "exact_match", "trust_remote_code"),
-        *("valid_split",),
+        "metric",
     },
     # Greedy decoding passes over what shapes sampling, in mlx-lm as here; scripts set temp alone to 0.
     "generate": {
@@ -119,6 +121,40 @@ RULES = {
         f"{TRAIN} --resume-adapter-file peft/adapter_model.safetensors",
         f"{TRAIN} --resume-adapter-file a",
     ],
+    ("train", "iters"): [f"{TRAIN} --iters 20 --epochs 2", f"{TRAIN} --iters 1000 --epochs 2", f"{TRAIN} --iters 0"],
+    ("train", "epochs"): [f"{TRAIN} --iters 20 --epochs 2", f"{TRAIN} --epochs 0", f"{TRAIN} --epochs -1"],
+    ("train", "patience"): [
+        f"{TRAIN} --patience 2 --val-batches 0",
+        f"{TRAIN} --patience 2 --iters 600",
+        f"{TRAIN} --patience -1",
+    ],
+    ("train", "keep"): [f"{TRAIN} --keep 0"],
+    ("train", "best_by"): [
+        f"{TRAIN} --best-by rouge_l",
+        f"{TRAIN} --metric exact_match --best-by exact_match --val-batches 0",
+    ],
+    ("train", "metric"): [
+        f"{TRAIN} --metric rouge",
+        f"{TRAIN} --metric exact_match --val-batches 0",
+        f"{TRAIN} --metric nowhere.py:f",
+        f"{TRAIN} --metric exact_match,exact_match",
+    ],
+    ("train", "metric_rows"): [f"{TRAIN} --metric-rows 4", f"{TRAIN} --metric exact_match --metric-rows 0"],
+    ("train", "metric_max_tokens"): [f"{TRAIN} --metric-max-tokens 4"],
+    ("train", "valid_split"): [f"{TRAIN} --no-train --test --valid-split 0.1"],
+    ("test", "metric"): ["test --model BASE --data data --metric rouge"],
+    ("test", "metric_rows"): ["test --model BASE --data data --metric-rows 4"],
+    **{(line.split()[0], "checkpoint"): [line] for line in (
+        "test --model BASE --data data --adapter-path a --checkpoint best",
+        "generate --model BASE --prompt x --checkpoint best",
+        "chat --model BASE --adapter-path a --adapter-path run --checkpoint 2",
+        f"{FUSE} --checkpoint 100",
+        "convert peft new --to mlx-lm --checkpoint last",
+        "inspect a --checkpoint best",
+        "push a me/x --checkpoint 5",
+        "merge a a --checkpoint best",
+        "doctor --model BASE --adapter-path run --checkpoint 7",
+    )},
     ("train", "test_batches"): [f"{TRAIN} --test-batches 5"],
     ("train", "project_name"): [f"{TRAIN} --project-name x"],
     ("test", "mask_turns"): ["test --model BASE --data data --mask-turns last"],
@@ -190,8 +226,7 @@ def test_every_option_is_in_a_table():
     known = {(name, option) for name, options in ALWAYS.items() for option in options} | set(RULES)
     missing = {(n, o) for n, o in found if (n, o) not in known and o not in ALWAYS["*"]}
     assert not missing, "options of which nobody said when they act"
-    optional = {("train", "valid_split"), ("test", "valid_split")}
-    gone = {(n, o) for n, o in known if n != "*" and (n, o) not in found} - optional
+    gone = {(n, o) for n, o in known if n != "*" and (n, o) not in found}
     assert not gone, "options that are no longer there"
 
 
@@ -208,6 +243,8 @@ def folder(tmp_path_factory):
     mlx_lora.save_adapter(adapter, root / "peft", "peft")
     mlx_lora.save_adapter(adapter, root / "with_card")
     (root / "with_card" / "README.md").write_text("mine")
+    shutil.copytree(root / "a", root / "run")
+    shutil.copy(root / "a" / "adapters.safetensors", root / "run" / "0000002_adapters.safetensors")
     (root / "data").mkdir()
     for split in ("train", "valid", "test"):
         text = "".join(json.dumps(row) + "\n" for row in skill.rows(split, 4))

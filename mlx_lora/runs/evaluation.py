@@ -17,12 +17,9 @@ from ..model.loading import load
 from ..training import evaluate
 from ..training.losses import loss_named
 from .checks import check_data
-<<<<<<< HEAD
-from .peers import watched
-=======
 from .metrics import load_metrics
 from .metrics import measured as measure_answers
->>>>>>> steer
+from .peers import watched
 from .reports import Answer, DataLoaded, Loading, TestReport, Warned
 from .settings import as_data, as_model, check_test_batches
 
@@ -69,12 +66,8 @@ def measure(
     data = as_data(data)
     model = as_model(model, needs_tokenizer=isinstance(data, DataConfig) or exact_match > 0 or bool(metrics))
     measured = (batch_size, test_batches, loss)
-<<<<<<< HEAD
-    return watched(_measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code))
-=======
     asked = (exact_match, metric_rows if metrics else 0, max_tokens)
-    return _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_code)
->>>>>>> steer
+    return watched(_measure(model, data, adapter_path, measured, asked, metrics, trust_remote_code))
 
 
 def _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_code):

@@ -28,11 +28,8 @@ from .checks import check_data, check_modules, check_packing
 from .evaluation import answers, compare_paths, load_model, load_sets
 from .folder import RunFolder, is_main_process
 from .identity import check, continued, identify
-<<<<<<< HEAD
-from .peers import watched
-=======
 from .metrics import load_metrics, measured
->>>>>>> steer
+from .peers import watched
 from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
 from .settings import Settings
 from .tracking import trackers
@@ -112,11 +109,7 @@ def run(
             force=force,
         )
     kept.settings = settings.record()
-<<<<<<< HEAD
-    return watched(_run(kept, settings, stop), kept, settings.train.peer_timeout)
-=======
-    return _run(kept, settings, stop, recorded, given)
->>>>>>> steer
+    return watched(_run(kept, settings, stop, recorded, given), kept, settings.train.peer_timeout)
 
 
 def _run(
@@ -146,11 +139,7 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
         check(state.run, folder.identity, settings.force, folder.path)
         _check_incomplete(state, config.iters, settings, folder)
     yield from _attach(model, sets, folder, settings)
-<<<<<<< HEAD
     check_agreement(folder.identity, model, state)
-    config = settings.train
-=======
->>>>>>> steer
     try:
         cached = yield from compare_paths(model, sets.train, config.grad_checkpoint)
     except MLXLoRAError:  # nothing was trained: a model that the caller loaded is as it was

@@ -66,13 +66,13 @@ def watched(reports: Iterator[Any], folder: Any = None, timeout: float = TIMEOUT
 
     Args:
         folder: the ``RunFolder``, whose last checkpoint the message names.
-        timeout: seconds without an answer until a process counts as lost, 0 for no limit. One whose connection is
-            closed is lost at once.
+        timeout: seconds without an answer until a process counts as lost. One whose connection is closed is lost at
+            once. 0: do not watch.
 
     Raises: TrainingError. Where the main thread cannot be reached, the process ends instead.
     """
     everyone = group()
-    if everyone.size() == 1:
+    if everyone.size() == 1 or not timeout:
         yield from reports
         return
     peers = Peers(everyone, folder, timeout)
@@ -99,9 +99,10 @@ class Peers:
         self.lost: tuple[int, str] | None = None  # the rank that ended the run, and what happened to it
         self.saved: int | None = None  # iteration of the last checkpoint that any process knows of
         self.done: set[int] = set()  # ranks that have completed the run
-        self._told = self._leaving = False
+        self._leaving = False
         self._signal = self._decided = None  # times
-        self._training, self._last, self._longest = False, time.monotonic(), 0.0
+        self._begun = self._training = False
+        self._last, self._longest = time.monotonic(), 0.0
         # A collective tells the ports: a process that is lost already must not be waited for without a limit.
         limit = threading.Timer(START, self._end, [f"another process did not start within {START:.0f} seconds"])
         limit.start()
@@ -110,7 +111,8 @@ class Peers:
         except (OSError, RuntimeError) as error:
             raise TrainingError(
                 f"rank {self.rank} cannot connect to the other processes: {error}",
-                "Check that all of them run, and that no firewall is between the machines.",
+                "Check that all of them run, and that no firewall is between the machines. With --peer-timeout 0 the "
+                "run needs no such connection, and does not notice a lost process.",
             ) from error
         finally:
             limit.cancel()
@@ -125,11 +127,15 @@ class Peers:
     # ---- called by the main thread
 
     def progress(self, report: str) -> None:
-        """Note that the run goes on. Only training is timed: a model may be downloaded for hours."""
+        """Note that the run goes on. Only training is timed: a model may be downloaded for hours.
+
+        The first validation counts for the longest time, so that the later ones are not taken for a hang.
+        """
         now = time.monotonic()
-        if self._training:
+        if self._begun:
             self._longest = max(self._longest, now - self._last)
-        self._last, self._training = now, report != "Done" and (self._training or report == "Progress")
+        self._last, self._begun = now, self._begun or report == "Started"
+        self._training = report != "Done" and (self._training or report == "Progress")
 
     def finish(self) -> None:
         """Wait until the other processes have completed the run too. Raises: TrainingError: one was lost."""
@@ -201,7 +207,7 @@ class Peers:
             selector.register(self._woken, selectors.EVENT_READ, None)
             for link in self._links:
                 selector.register(link.socket, selectors.EVENT_READ, link)
-            before, beat = time.monotonic(), min(BEAT, self.timeout / 6 or BEAT)
+            before, beat = time.monotonic(), min(BEAT, self.timeout / 6)
             while not self._leaving:
                 self._send()
                 for key, _ in selector.select(beat):
@@ -251,13 +257,13 @@ class Peers:
                 continue
             if link.closed:
                 self.lost = link.rank, "ended unexpectedly: its connection was closed"
-            elif self.timeout and now - link.seen > self.timeout:
+            elif now - link.seen > self.timeout:
                 self.lost = link.rank, f"has not answered for {self.timeout:g} seconds"
         if self.lost is None and self._signal and now - self._signal[0] > GRACE / 2:
             # `mlx.launch` ends all processes when one has failed: the reason may be on its way
             self.lost = self.rank, f"was told to end ({signal.Signals(self._signal[1]).name})"
         quiet, limit = now - self._last, max(_TIMEOUTS * self.timeout, _SLOWER * self._longest)
-        if self.lost is None and self._training and self.timeout and quiet > limit:
+        if self.lost is None and self._training and quiet > limit:
             self.lost = self.rank, f"has waited for {quiet:.0f} seconds without completing an iteration"
         if self.lost is None and len(self.done) < self.size:
             return

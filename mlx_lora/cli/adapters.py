@@ -319,8 +319,11 @@ def inspect(path, source, checkpoint, model, as_json):
     mlx-lora inspect adapter.gguf --model Qwen/Qwen3-0.6B
     """
     from ..formats import describe
+    from ..formats.checkpoints import checkpoints
 
     facts = describe(chosen(path, checkpoint), source, model)
+    if found := list(checkpoints(path)):
+        facts["checkpoints"] = found
     if as_json:
         return console.event("Adapter", facts)
     for name, value in facts.items():

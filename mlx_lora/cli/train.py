@@ -75,7 +75,8 @@ def train(ctx: click.Context, **params: Any):
     """Fine-tune a model with LoRA, DoRA, VeRA, or in full.
 
     The adapter is saved in --adapter-path in mlx-lm's format, every --save-every iterations and at the end. Ctrl-C
-    saves and stops; --resume continues. mlx-lm's flags and YAML files work unchanged; as there, --test without --train
+    saves and stops; --resume continues. The adapter of the best validation is kept in its folder best, and other
+    commands use that one (--checkpoint). mlx-lm's flags and YAML files work unchanged; as there, --test without --train
     only measures the adapter in --adapter-path.
 
     \b
@@ -219,4 +220,4 @@ def test(ctx: click.Context, **params: Any):
         metric_rows=config.metric_rows or -1,
         trust_remote_code=params["trust_remote_code"],
     )
-    show_reports(reports, as_json=params["as_json"], rows=params["exact_match"])
+    show_reports(reports, as_json=params["as_json"], rows=params["exact_match"] + max(0, config.metric_rows or 0))

@@ -11,9 +11,9 @@ from .packing import packed_batches_per_epoch
 
 
 def iterations(config: TrainConfig, train_set: Dataset) -> int:
-    """The batches of a run over ``train_set``. A part of an epoch is rounded up to whole batches."""
-    if config.epochs is None:
-        return config.iters
+    """The number of batches of a run over ``train_set``. A part of an epoch is rounded up to whole batches."""
+    if config.epochs is None or not len(train_set):  # ``train`` refuses an empty set
+        return config.iters or 1
     asked = Fraction(str(config.epochs))  # as written: 0.1 of 30 batches are 3
     if not config.pack:
         return math.ceil(asked * batches_per_epoch(train_set, config.batch_size))

@@ -50,11 +50,14 @@ def choose(path: str | Path, checkpoint: str | int | None = None) -> Path:
         checkpoint: ``last``, ``best`` or an iteration of the run whose folder ``path`` is. By default it is the best
             where there is one; but where the adapter in the folder is not the one that the run saved, it is that one.
 
-    Raises: ConfigError: ``path`` is not the folder of a run, or it does not have this checkpoint.
+    Raises: ConfigError: ``path`` is not the folder of a run, or it does not have this checkpoint. FormatError: there is
+        no such path.
     """
     found = checkpoints(path)
     if checkpoint is None:
         return found[BEST] if BEST in found and is_own(path) else Path(path)
+    if not Path(path).exists():
+        raise FormatError(f"{path}: does not exist", "Name the folder of the run.")
     name = str(checkpoint).strip()
     name = str(int(name)) if name.isdecimal() else name
     if not found:

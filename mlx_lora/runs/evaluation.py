@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..config import DataConfig
+from ..config import DataConfig, TrainConfig
 from ..data import Question, load_dataset, questions
 from ..errors import ConfigError
 from ..model.forward_paths import needs_cache, through_cache
@@ -34,7 +34,7 @@ def measure(
     loss: str = "cross_entropy",
     exact_match: int = 0,
     max_tokens: int = 128,
-    metric: Sequence[str] | None = None,
+    metric: str | Sequence[str] | None = None,
     metric_rows: int = -1,
     trust_remote_code: bool = False,
 ) -> Iterator[Loading | DataLoaded | Warned | Answer | TestReport]:
@@ -59,7 +59,7 @@ def measure(
             f"exact_match ({exact_match}) must be 0 or more, and max_tokens ({max_tokens}) at least 1",
             "Give the number of rows to answer, such as 100; leave max_tokens out for 128.",
         )
-    metrics = load_metrics(metric)
+    metrics = load_metrics(TrainConfig(metric=metric, metric_rows=metric_rows).metric if metric else None)
     if adapter_path is not None and isinstance(model, tuple):
         raise ConfigError("adapter_path cannot be used with a loaded model", "Load the model with its adapter.")
     loss_named(loss)

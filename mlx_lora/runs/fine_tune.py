@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,22 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..config import METRIC_ROWS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
+from ..config import METRIC_ROWS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..data import Dataset, Question, Splits, iterations, questions, train_batches
-from ..errors import ConfigError, DataError, MLXLoRAError, ModelError
+from ..errors import ConfigError, MLXLoRAError
 from ..init import FROM_DATA
 from ..model.attach import extract, parameter_counts, unmount
 from ..model.forward_paths import through_cache
 from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport, build_optimizer, evaluate
 from ..training import train as train_model
-from ..training.best import check_patience, measured_by, out_of_patience
+from ..training.best import check_patience
 from ..training.trainer import check_validated
 from .adapters import attach_for_run
 from .agreement import check_agreement
 from .checks import check_data, check_modules, check_packing
 from .evaluation import answers, compare_paths, load_model, load_sets
 from .folder import RunFolder, is_main_process
-from .identity import check, continued, identify
+from .identity import check, check_incomplete, continued, explained, identify
 from .metrics import load_metrics, measured
 from .peers import watched
 from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
@@ -97,7 +96,7 @@ def run(
     given = dict(model=model, data=data, adapter=adapter, optimizer=optimizer, train=train)
     given["init_reference"] = init_reference
     recorded = kept.recorded() if resume else {}
-    with _explained(folder, recorded, given):
+    with explained(folder, recorded, given):
         settings = Settings(
             **continued(given, recorded),
             resume=resume,
@@ -115,7 +114,7 @@ def run(
 def _run(
     folder: RunFolder, settings: Settings, stop: Callable[[], bool], recorded: dict[str, Any], given: dict[str, Any]
 ) -> Iterator[RunReport]:
-    with folder.lock(), _explained(folder.path, recorded, given):
+    with folder.lock(), explained(folder.path, recorded, given):
         yield from _fine_tune(folder, settings, stop)
 
 
@@ -137,7 +136,7 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
     folder.identity = {**identify(settings, model, sets), "iters": config.iters}
     if state is not None:
         check(state.run, folder.identity, settings.force, folder.path)
-        _check_incomplete(state, config.iters, settings, folder)
+        check_incomplete(state, settings.train, config.iters, folder.path)
     yield from _attach(model, sets, folder, settings)
     check_agreement(folder.identity, model, state)
     try:
@@ -166,49 +165,8 @@ def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:
     state = folder.load_state()
     epochs = state.run.get("settings", {}).get("train", {}).get("epochs")
     known = state.run.get("iters") if settings.train.epochs == epochs else None  # else it follows from the data
-    _check_incomplete(state, settings.train.iters or known, settings, folder)
+    check_incomplete(state, settings.train, settings.train.iters or known, folder.path)
     return state
-
-
-def _check_incomplete(state: TrainingState, iters: int | None, settings: Settings, folder: RunFolder) -> None:
-    """Refuse to resume a run that is complete, or that its patience has ended. Raises: ConfigError."""
-    config, tally = settings.train, state.tally
-    if tally.best_by == measured_by(config) and out_of_patience(tally, config):
-        raise ConfigError(
-            f"the run in {folder.path} ended early at iteration {state.iteration}: {tally.not_better} validations in a "
-            f"row were not better than that of iteration {tally.best_iteration} ({config.best_by} "
-            f"{tally.best_value or math.nan:.4g}); patience is {config.patience}",
-            "Raise --patience, or set it to 0, to go on.",
-        )
-    if iters is not None and state.iteration >= iters:
-        length = f"iters is {iters}" if config.epochs is None else f"{config.epochs:g} epochs are {iters}"
-        raise ConfigError(
-            f"the run in {folder.path} has done {state.iteration} iterations; {length}",
-            f"Raise --{'iters' if config.epochs is None else 'epochs'} to go on.",
-        )
-
-
-@contextmanager
-def _explained(folder: str | Path, recorded: dict[str, Any], given: dict[str, Any]) -> Iterator[None]:
-    """Add to an error about an input that it is the run's record which names it, as a path that is not here."""
-    try:
-        yield
-    except (ModelError, DataError, ConfigError) as error:
-        names = {name: recorded.get(name) for name in ("model", "init_reference") if given.get(name) is None}
-        if not isinstance(given.get("data"), (str, Path, tuple, Splits, Dataset)) and "data" in recorded:
-            data = as_config(DataConfig, {**recorded["data"], **_fields(given["data"])}, "data")
-            names["data"] = None if "data" in _fields(given["data"]) or data.hf_dataset else data.data
-        named = {n: v for n, v in names.items() if v and v in error.message and not Path(v).expanduser().exists()}
-        if not named:
-            raise
-        said = [f"{name} {value!r} comes from the record of the run in {folder}" for name, value in named.items()]
-        flags = " and ".join("--" + name.replace("_", "-") for name in named)
-        hint = f"If it is a path that was relative to another folder, give it as it is from here, with {flags}."
-        raise type(error)("\n".join([error.message, *said]), f"{hint} {error.hint}") from error
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    return asdict(config) if isinstance(config, DataConfig) else dict(config or {})
 
 
 def _questions(settings: Settings, tokenizer: Any) -> list[Question]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
@@ -12,7 +16,9 @@ import mlx.nn as nn
 from ..base.fingerprint import digest
 from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
 from ..data import Splits
-from ..errors import MLXLoRAWarning
+from ..errors import ConfigError, DataError, MLXLoRAWarning, ModelError
+from ..training import TrainingState
+from ..training.best import measured_by, out_of_patience
 from ..training.checkpoints import OTHER_DATA, another_run, difference
 from .settings import Settings
 
@@ -108,6 +114,64 @@ def check(saved: dict[str, Any], here: dict[str, Any], force: bool, folder: Any)
         raise another_run(faults + forced, hint=None if faults else _FORCE)
     for text in (*forced, *_stretched(saved, here)):
         warnings.warn(f"The run continues with another setting: {text}", MLXLoRAWarning, stacklevel=2)
+
+
+def check_incomplete(state: TrainingState, config: TrainConfig, iters: int | None, folder: Path) -> None:
+    """Refuse to resume a run that is complete, or that its patience has ended.
+
+    Args:
+        iters: the number of iterations of the run that would continue it; None where that is not known yet.
+
+    Raises: ConfigError.
+    """
+    tally = state.tally
+    if tally.best_by == measured_by(config) and out_of_patience(tally, config):
+        best = "had a finite value"
+        if tally.best_value is not None:
+            best = f"was better than that of iteration {tally.best_iteration} ({config.best_by} {tally.best_value:.4g})"
+        raise ConfigError(
+            f"the run in {folder} ended early at iteration {state.iteration}: none of {tally.not_better} "
+            f"validations in a row {best}; patience is {config.patience}",
+            "Raise --patience, or set it to 0, to go on.",
+        )
+    if iters is not None and state.iteration >= iters:
+        length = f"iters is {iters}" if config.epochs is None else f"{config.epochs:g} epochs are {iters}"
+        raise ConfigError(
+            f"the run in {folder} has done {state.iteration} iterations; {length}",
+            f"Raise --{'iters' if config.epochs is None else 'epochs'} to go on.",
+        )
+
+
+@contextmanager
+def explained(folder: str | Path, recorded: dict[str, Any], given: dict[str, Any]) -> Iterator[None]:
+    """Add to an error about an input that it is the run's record which names it, as a path that is not here."""
+    try:
+        yield
+    except (ModelError, DataError, ConfigError) as error:
+        named = {
+            name: value
+            for name, value in _recorded_paths(recorded, given)
+            if re.search(rf"(?<![\w/.-]){re.escape(value)}(?![\w-])", error.message)
+            and not Path(value.rpartition(":")[0] if name == "metric" else value).expanduser().exists()
+        }
+        if not named:
+            raise
+        said = [f"{name} {value!r} comes from the record of the run in {folder}" for name, value in named.items()]
+        flags = " and ".join("--" + name.replace("_", "-") for name in named)
+        hint = f"If it is a path that was relative to another folder, give it as it is from here, with {flags}."
+        raise type(error)("\n".join([error.message, *said]), f"{hint} {error.hint}") from error
+
+
+def _recorded_paths(recorded: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(option, value) of the inputs that a resumed run takes from its record, which may be relative paths."""
+    for name in ("model", "init_reference"):
+        if given[name] is None and name in recorded:
+            yield name, recorded[name]
+    for section, name in (("data", "data"), ("train", "metric")):
+        whole, found = given[section], recorded.get(section, {}).get(name)
+        if found and (whole is None or (isinstance(whole, dict) and name not in whole)):
+            values = [found] if isinstance(found, str) else [metric for metric in found if ":" in metric]
+            yield from ((name, value) for value in values)
 
 
 def _data_facts(rows: Any) -> tuple[int, str | None]:

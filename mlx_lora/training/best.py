@@ -66,6 +66,8 @@ def measured_by(config: TrainConfig) -> str:
 def continued(tally: Tally, config: TrainConfig) -> Tally:
     """A copy of the tally of a run that is resumed. Another measure makes the next validation the best so far."""
     now = measured_by(config)
+    if not config.val_batches:
+        return replace(tally)
     if tally.best_value is None or tally.best_by == now:
         return replace(tally, best_by=now)
     text = f"The best validation is now chosen by {now} instead of {tally.best_by}: the next validation is the best"

@@ -57,6 +57,7 @@ def test_train_writes_its_checkpoints(trained):
     assert names == {
         "adapters.safetensors",
         "adapter_config.json",
+        "best",
         "0000006_adapters.safetensors",
         "0000012_adapters.safetensors",
         "training_state.safetensors",

@@ -348,6 +348,7 @@ def test_a_run_killed_while_it_saves_resumes_exactly(point, data, tmp_path):
     assert next(r for r in reports if type(r).__name__ == "Started").iteration == 2
     run(tmp_path / "b", data=data, train=config)
     assert weights(folder) == weights(tmp_path / "b")
+    assert weights(folder / "best") == weights(tmp_path / "b" / "best") == weights(folder)
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert names == {
         *("best/adapters.safetensors", "best/adapter_config.json"),

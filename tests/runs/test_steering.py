@@ -155,7 +155,7 @@ def test_patience_ends_the_run_as_complete(data, tmp_path, losses, capsys):
     assert (done.iteration, done.reason, done.stopped) == (5, "patience", False)
     assert [(r.iteration, r.value) for r in of(reports, "NewBest")] == [(1, 5.0), (2, 4.0)]
     assert [r.iteration for r in of(reports, "Checkpoint")] == [1, 2, 5] and of(reports, "TrainReport")
-    with pytest.raises(ConfigError, match=r"ended early at iteration 5: 3 validations.*iteration 2 \(val_loss 4\)"):
+    with pytest.raises(ConfigError, match=r"ended early at iteration 5: none of 3 valid.*iteration 2 \(val_loss 4\)"):
         list(mlx_lora.run(tmp_path / "a", model="nowhere", resume=True))
     losses(9.0, 9.0)
     again = list(mlx_lora.run(tmp_path / "a", train={"patience": 4}, resume=True))
@@ -243,6 +243,15 @@ def test_another_measure_makes_the_next_validation_the_best(data, tmp_path, loss
     assert [r.iteration for r in of(reports, "NewBest")] == [4]
 
 
+def test_a_part_without_validation_keeps_the_best(data, tmp_path, losses, recwarn):
+    losses(9.0, 1.0)
+    run(tmp_path / "a", data, iters=2)
+    run(tmp_path / "a", data, iters=3, val_batches=0, resume=True)
+    losses(2.0)
+    assert not of(run(tmp_path / "a", data, iters=4, resume=True), "NewBest")
+    assert not [w for w in recwarn if issubclass(w.category, mlx_lora.errors.MLXLoRAWarning)]
+
+
 def test_a_run_without_validation_has_no_best(data, tmp_path):
     run(tmp_path / "a", data, iters=2, val_batches=0)
     assert "best" not in checkpoints(tmp_path / "a")
@@ -287,7 +296,14 @@ def test_a_relative_path_of_the_record_is_explained(data, tmp_path, monkeypatch)
             list(mlx_lora.run("here/a", **given, train={"iters": 3}, resume=True))
         assert f"{name} comes from the record of the run in here/a" in caught.value.message
         assert flag in caught.value.hint
+    (tmp_path / "here" / "m.py").write_text("def f(given, expected):\n    return 1.0\n")
     with pytest.raises(mlx_lora.MLXLoRAError) as caught:
         list(mlx_lora.run("here/a", model="gone", data=data.data, train={"iters": 3}, resume=True))
     assert "record" not in str(caught.value)
-    list(mlx_lora.run("here/a", model="here/small", data="here/rows", train={"iters": 3}, resume=True))
+    here = {"model": "here/small", "data": "here/rows", "resume": True}
+    measuring = {"iters": 3, "val_batches": 1, "metric_rows": 1, "metric_max_tokens": 1}
+    list(mlx_lora.run("here/a", **here, train={**measuring, "metric": "here/m.py:f"}))
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError, match=r"metric 'here/m.py:f' comes from the record of the run in a"):
+        mlx_lora.run("a", model="small", data="rows", train={"iters": 4}, resume=True)
+    list(mlx_lora.run("a", model="small", data="rows", train={"iters": 4, "metric": "m.py:f"}, resume=True))

@@ -34,6 +34,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import mlx.core as mx
 from mlx_lora.errors import DataError, MLXLoRAError
+from mlx_lora.runs import links
 from mlx_lora.runs.peers import group, watched
 
 class Progress: ...
@@ -42,6 +43,8 @@ folder, act = Path(sys.argv[1]), sys.argv[2]
 everyone = group()
 rank = everyone.rank()
 run = SimpleNamespace(path="adapters", saved=None)
+if act == "star":  # as for JACCL, NCCL and MPI: every process is connected to rank 0
+    links.hosts = lambda size: (["127.0.0.1"] + [""] * (size - 1), False)
 
 def steps():
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
@@ -124,7 +127,7 @@ class Launched:
 
 def loop(folder: Path, count: int, act: str = "-") -> Launched:
     launched = Launched(folder, count, "-c", LOOP, str(folder), act)
-    launched.wait_for(*(f"ready-{rank}" for rank in range(count) if act == "-"))
+    launched.wait_for(*(f"ready-{rank}" for rank in range(count) if act in ("-", "star")))
     return launched
 
 
@@ -152,6 +155,14 @@ def test_a_lost_process_ends_the_run_with_a_message(count, victim, number, said,
     for rank in range(count):
         with pytest.raises(ProcessLookupError):
             os.kill(launched.pid(rank), 0)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_processes_that_reach_only_rank_0_learn_it_from_there(victim, tmp_path):
+    launched = loop(tmp_path, 4, "star")
+    os.kill(launched.pid(victim), signal.SIGKILL)
+    output = launched.output(20)
+    assert f"rank {victim} " in output and CLOSED in output
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ data_options = config_options(
     help="Continue the run in --adapter-path exactly where it stopped, with its model, data and options; those given "
     "must be equal. These may change: --iters, --epochs, --patience, --best-by, --metric, --metric-rows, "
     "--metric-max-tokens, --val-batches, --steps-per-report, --steps-per-eval, --save-every, --keep, "
-    "--grad-checkpoint, --cache-prefix, --clear-cache-threshold, --max-skipped-steps, --report-prompts.",
+    "--grad-checkpoint, --cache-prefix, --clear-cache-threshold, --max-skipped-steps, --report-prompts, --peer-timeout.",
 )
 @click.option(
     "--force",
@@ -93,7 +93,7 @@ def train(ctx: click.Context, **params: Any):
     if not (params["train"] or (params["train"] is None and not params["test"])):
         return _test_only(ctx, data, config, params)
     _check_train(ctx, params)
-    from ..runs import run
+    from ..runs import is_main_process, run
 
     stop, folder = Stop(), Path(params["adapter_path"])
     settings = {"model": params["model"], "data": data, "adapter": adapter, "optimizer": optimizer, "train": config}
@@ -115,7 +115,7 @@ def train(ctx: click.Context, **params: Any):
     if show_reports(ask_for_prefix(reports, params["yes"]), stop, as_json=params["as_json"])["Done"].stopped:
         console.note(f"Stopped and saved. Run the same command with --resume to continue. The adapter is in {folder}.")
         ctx.exit(130)
-    if not params["test"] and not params["as_json"]:
+    if not params["test"] and not params["as_json"] and is_main_process():
         saved = json.loads((folder / "adapter_config.json").read_text("utf-8")) if params["resume"] else {}
         _next_steps(saved.get("model", params["model"]), folder, saved.get("fine_tune_type", adapter.method))
 

@@ -77,6 +77,9 @@ class TrainConfig:
         "(default: keep it, up to a quarter of the GPU's working set).",
     )
     max_skipped_steps: int = option(10, "Stop after this many steps in a row with non-finite gradients.")
+    peer_timeout: float = option(
+        30.0, "Several machines: end the run where one has not answered for this many seconds; 0: do not watch them."
+    )
     seed: int = option(0, "Seed of the initialisation, dropout and the order of the data.")
 
     def __post_init__(self):
@@ -116,6 +119,8 @@ class TrainConfig:
             faults.append(f"report_prompts must be 0 (none) or more, not {shown!r}")
         if not isinstance(self.max_skipped_steps, int) or self.max_skipped_steps < 1:
             faults.append(f"max_skipped_steps must be at least 1, not {self.max_skipped_steps!r}")
+        if not 0 <= self.peer_timeout < math.inf:
+            faults.append(f"peer_timeout must be 0 (do not watch) or a number of seconds, not {self.peer_timeout!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             faults.append(f"seed must be an integer from 0 to 2^32 - 1, not {self.seed!r}")
         names = [metric_name(name) for name in self.metric or () if isinstance(name, str)]

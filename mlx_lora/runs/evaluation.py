@@ -19,6 +19,7 @@ from ..training.losses import loss_named
 from .checks import check_data
 from .metrics import load_metrics
 from .metrics import measured as measure_answers
+from .peers import watched
 from .reports import Answer, DataLoaded, Loading, TestReport, Warned
 from .settings import as_data, as_model, check_test_batches
 
@@ -66,7 +67,7 @@ def measure(
     model = as_model(model, needs_tokenizer=isinstance(data, DataConfig) or exact_match > 0 or bool(metrics))
     measured = (batch_size, test_batches, loss)
     asked = (exact_match, metric_rows if metrics else 0, max_tokens)
-    return _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_code)
+    return watched(_measure(model, data, adapter_path, measured, asked, metrics, trust_remote_code))
 
 
 def _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_code):

@@ -22,11 +22,13 @@ from ..training import train as train_model
 from ..training.best import check_patience
 from ..training.trainer import check_validated
 from .adapters import attach_for_run
+from .agreement import check_agreement
 from .checks import check_data, check_modules, check_packing
 from .evaluation import answers, compare_paths, load_model, load_sets
 from .folder import RunFolder
 from .identity import check, check_incomplete, continued, explained, identify
 from .metrics import load_metrics, measured
+from .peers import watched
 from .prefix import keep_prefix
 from .recorder import Recorder
 from .reports import DataLoaded, EarlierRunMoved, Loading, PrefixCache, Started, TestReport, Warned
@@ -108,7 +110,7 @@ def run(
             force=force,
         )
     kept.settings = settings.record()
-    return _run(kept, settings, stop, recorded, given)
+    return watched(_run(kept, settings, stop, recorded, given), kept, settings.train.peer_timeout)
 
 
 def _run(
@@ -142,6 +144,7 @@ def _fine_tune(
         check_incomplete(state, settings.train, config.iters, folder.path)
     yield from recorder.prepare(model, tokenizer, sets, None if state is None else state.iteration)
     yield from _attach(model, sets, folder, settings)
+    check_agreement(folder.identity, model, state)
     try:
         cached = yield from compare_paths(model, sets.train, config.grad_checkpoint)
         with through_cache(model, cached):

@@ -20,8 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from ..adapter import Adapter
 from ..base.locking import check_unlocked, locked
 from ..base.saving import check_writable
@@ -33,13 +31,14 @@ from ..formats.options import WriteOptions
 from ..training import TrainingState
 from ..training.checkpoints import Tally, read_run
 from .log import LOG, PAGE
+from .peers import group
 
 _ADAPTER = "adapter file"  # entry of a state's ``run``: a hash of the adapter that was written with it
 
 
 def is_main_process() -> bool:
     """True in the one process that writes and reports; the only one unless started by ``mlx.launch``."""
-    return mx.distributed.init().rank() == 0
+    return group().rank() == 0
 
 
 class RunFolder:
@@ -66,7 +65,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path}: is a file", "Choose another folder for the adapter.")
         if resume and not (self.path / STATE).exists():
-            raise ConfigError(f"{self.path}: holds no {STATE} to resume", "Name the run's folder, or start a new run.")
+            copy = "" if is_main_process() else " On this machine: copy the folder from rank 0, which writes it."
+            hint = f"Name the run's folder, or start a new run.{copy}"
+            raise ConfigError(f"{self.path}: holds no {STATE} to resume", hint)
         check_writable(self.path, ConfigError)
         if is_main_process():
             check_unlocked(self.path)
@@ -169,6 +170,11 @@ class RunFolder:
         self.best = state.tally.best_iteration
         self._remove_old(state)
         return moved[0]
+
+    @property
+    def saved(self) -> int | None:
+        """The iteration of the last checkpoint that was written or loaded."""
+        return self._saved
 
     def numbered(self, iteration: int) -> Path:
         """The file that keeps the weights of the checkpoint of this iteration."""

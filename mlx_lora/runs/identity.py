@@ -27,7 +27,7 @@ from .settings import Settings
 FREE = (
     *("iters", "epochs", "val_batches", "steps_per_report", "steps_per_eval", "save_every"),
     *("grad_checkpoint", "cache_prefix", "clear_cache_threshold", "max_skipped_steps", "keep"),
-    *("patience", "best_by", "metric", "metric_rows", "metric_max_tokens", "report_prompts"),
+    *("patience", "best_by", "metric", "metric_rows", "metric_max_tokens", "report_prompts", "peer_timeout"),
 )
 FORCED = (
     *("learning_rate", "lr_schedule", "warmup", "optimizer_config", "max_grad_norm"),
@@ -54,7 +54,7 @@ def identify(settings: Settings, model: nn.Module, sets: Splits) -> dict[str, An
     config = asdict(arguments) if is_dataclass(arguments) else {}
     facts = {
         "settings": settings_of(settings),
-        "base": {"weights": digest(model), **_flat(config)},
+        "base": {"weights": digest(model), **flat(config)},
         "data": {split: _data_facts(getattr(sets, split)) for split in _SPLITS},
     }
     return json.loads(json.dumps(facts, default=str))
@@ -211,8 +211,8 @@ def _stretched(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return [f"{mapping['name']} now spans {now} iterations instead of {before}, so that the learning rate changes"]
 
 
-def _flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:
+def flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in config.items():
-        found |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
+        found |= flat(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
     return found

@@ -35,6 +35,7 @@ ALWAYS = {
         *("iters", "batch_size", "loss", "grad_accumulation_steps", "max_grad_norm", "val_batches", "steps_per_report"),
         *("save_every", "grad_checkpoint", "clear_cache_threshold", "max_skipped_steps", "resume", "train", "test"),
         *("epochs", "keep", "best_by", "metric"),
+        "peer_timeout",  # one process has no others to watch; the same YAML file serves one and several
         *("trust_remote_code", "report_to", "report_prompts"),
     },
     "report": {"folders", "output", "open_page"},

@@ -51,8 +51,8 @@ data_options = config_options(
     is_flag=True,
     help="Continue the run in --adapter-path exactly where it stopped, with its model, data and options; those given "
     "must be equal. These may change: --iters, --epochs, --patience, --best-by, --metric, --metric-rows, "
-    "--metric-max-tokens, --val-batches, --steps-per-report, --steps-per-eval, --save-every, --keep, "
-    "--grad-checkpoint, --cache-prefix, --clear-cache-threshold, --max-skipped-steps, --report-prompts, --peer-timeout.",
+    "--metric-max-tokens, --val-batches, --steps-per-report, --steps-per-eval, --save-every, --keep, --report-prompts, "
+    "--grad-checkpoint, --cache-prefix, --clear-cache-threshold, --max-skipped-steps, --peer-timeout.",
 )
 @click.option(
     "--force",

@@ -25,6 +25,7 @@ from .data import HOLD_OUT, HOLD_OUT_FROM, HOLD_OUT_MOST, DataConfig
 from .generate import GenerateConfig
 from .optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, chooses_own_rate, first_rate
 from .options import COMMON, MORE, SECTIONS, as_config
+from .preference import LABELS, PAIRS, PREFERENCES, TOKENS, preference_of
 from .train import REPORTERS, TrainConfig
 
 __all__ = [
@@ -43,13 +44,17 @@ __all__ = [
     "INITS",
     "LARGEST_SCALE",
     "LEAVES",
+    "LABELS",
     "METHODS",
     "MORE",
     "OPTIMIZERS",
     "OptimizerConfig",
+    "PAIRS",
+    "PREFERENCES",
     "REPORTERS",
     "SCHEDULES",
     "SECTIONS",
+    "TOKENS",
     "TrainConfig",
     "UNSCALED",
     "VERA_RANK",
@@ -58,4 +63,5 @@ __all__ = [
     "first_rate",
     "ignored_alpha",
     "match_pattern",
+    "preference_of",
 ]

@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 
 from .options import check_types, common, option, raise_all, without_effect
+from .preference import PREFERENCES, PreferenceOptions
 
 REPORTERS = ("wandb", "swanlab")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(PreferenceOptions):
     """The length of a run, its batches and its reports. One iteration is one batch."""
 
     help_section = "Run"
@@ -23,7 +24,7 @@ class TrainConfig:
         "Place several rows side by side in each sequence of --max-seq-length tokens; every row attends to itself "
         "alone, and none is cut for it. --batch-size then counts sequences.",
     )
-    loss: str = option("cross_entropy", "Name of the loss.")
+    loss: str = option("cross_entropy", f"cross_entropy; or, to learn from preferences: {', '.join(PREFERENCES)}.")
     grad_accumulation_steps: int = option(1, "Batches per optimizer step; every token has the same weight.")
     max_grad_norm: float | None = option(None, "Clip the gradient to this global norm.")
     val_batches: int = option(25, "Validation batches; -1 for the whole set.")
@@ -65,7 +66,7 @@ class TrainConfig:
             faults.append(f"max_skipped_steps must be at least 1, not {self.max_skipped_steps!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             faults.append(f"seed must be an integer from 0 to 2^32 - 1, not {self.seed!r}")
-        raise_all(faults + without_effect(self, _TRAIN_RULES), self)
+        raise_all(faults + self.preference_faults() + without_effect(self, _TRAIN_RULES), self)
 
 
 _TRAIN_RULES = ((("steps_per_eval",), lambda c: c.val_batches != 0, "has no effect where val_batches is 0"),)

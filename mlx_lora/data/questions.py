@@ -8,7 +8,8 @@ from ..config import DataConfig
 from ..errors import DataError
 from . import sources
 from .faults import Fault, listing
-from .rows import Sample, check
+from .rows import check
+from .samples import Sample
 from .template import Template, encode_prompt, said_by, template_of
 
 

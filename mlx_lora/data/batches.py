@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..config import TOKENS
 from ..errors import ConfigError, DataError
 
 MAX_WIDTHS = 32
@@ -74,6 +75,8 @@ class Summary:
 
 class Dataset(Sequence):
     """Examples in the order of their rows; ``lengths`` [N], and ``widths`` [W] to which batches are padded."""
+
+    kind = TOKENS  # what a loss must take, see ``config.preference``
 
     def __init__(self, examples: Iterable[Example], summary: Summary | None = None):
         self._examples = list(examples)

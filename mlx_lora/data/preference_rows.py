@@ -144,8 +144,8 @@ def _shared_messages(
         before = read_messages(prompt, shape.context, _needed(template), renamed)
         if chosen[: len(before)] == before and len(chosen) > len(before):
             raise Unreadable(
-                f"has the messages of {shape.context!r} in {shape.main!r}, too: remove {shape.context!r} from the rows, "
-                "or these messages from the answers"
+                f"has the messages of {shape.context!r} in {shape.main!r}, too: "
+                f"remove {shape.context!r} from the rows, or these messages from the answers"
             )
         return before, chosen, rejected
     if chosen[0]["role"] == "assistant":

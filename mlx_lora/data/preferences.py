@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import LABELS
+from ..config import LABELS, PAIRS
 from .batches import Dataset, Example, epoch_batches, pad
 from .chat import Unrenderable, common_length
 from .faults import Place, counted, ranges
@@ -78,6 +78,7 @@ class LabelBatch(NamedTuple):
 class PairDataset(Dataset):
     """Pairs. reference: [N, 2] float32, the log-probabilities of the chosen and the rejected answers; None at first."""
 
+    kind = PAIRS
     reference: np.ndarray | None = None
 
     def with_reference(self, reference: np.ndarray) -> PairDataset:
@@ -110,6 +111,8 @@ class LabelDataset(PairDataset):
     The other answer is that of the row before, in the batch. So that its log-probability is known, the rows of a batch
     stay together: later epochs have the batches of the first one in another order.
     """
+
+    kind = LABELS
 
     def __init__(self, examples: Iterable[Labelled], *args: Any):
         super().__init__(examples, *args)
@@ -198,8 +201,8 @@ class AnswerEncoder:
         lines = self._left_out.warnings()
         if self._differs:
             lines.append(
-                f"{_numbered(self._differs)}: the tokens of the prompt alone are not those before the answer; the answer begins "
-                "where they differ"
+                f"{_numbered(self._differs)}: the tokens of the prompt alone are not those before the answer; "
+                "the answer begins where they differ"
             )
         if self._equal:
             lines.append(f"{_numbered(self._equal)}: the chosen and the rejected answer are the same")

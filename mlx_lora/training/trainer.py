@@ -15,17 +15,19 @@ import mlx.optimizers as opt
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..config import TrainConfig
+from ..config import TOKENS, TrainConfig, preference_of
 from ..data import Dataset, packed_batches, train_batches
 from ..data.packing import capacity
 from ..device import memory_limits
 from ..errors import TrainingError
 from .checkpoints import Tally, TrainingState, check_fingerprint, fingerprint
+from .evaluation import check_rows as check_kind
 from .evaluation import evaluate, mode
-from .losses import check_takes_packed, loss_named
+from .losses import check_takes_packed, loss_named, means
 from .optimizers import MasterWeights
 from .packing_checks import check_model, check_rows
 from .recompute import recomputed_layers
+from .reference import referenced
 from .reports import Checkpoint, Done, Progress, Report, SkippedStep, TrainReport, ValReport
 from .step import Step
 
@@ -81,6 +83,9 @@ def train(
         )
     if len(train_set) == 0:
         raise TrainingError("The training set is empty.", "Check that train.jsonl in the data folder has rows.")
+    for rows in (train_set, valid_set):
+        if rows is not None:
+            check_kind(rows, _loss_of(config))
     if config.pack:
         check_takes_packed(_loss_of(config))
         check_model(model, capacity(train_set))
@@ -136,6 +141,7 @@ class _Run:
 
     def _prepare(self, resume: TrainingState | None) -> None:
         mx.eval(self.model.parameters())  # else each call of the compiled step would compute them again
+        self._set_references(resume)
         if self.config.pack:
             with mode(self.model, training=False):
                 longest = np.argsort(-self.train_set.lengths, kind="stable")[[0, min(1, len(self.train_set) - 1)]]
@@ -146,7 +152,7 @@ class _Run:
         self.step = Step(
             self.model,
             self.optimizer,
-            loss=loss_named(_loss_of(self.config)),
+            loss=loss_named(_loss_of(self.config), self.config.preference_options()),
             seed=self.config.seed,
             fused=self.config.grad_accumulation_steps == 1,
             max_grad_norm=self.config.max_grad_norm,
@@ -156,6 +162,21 @@ class _Run:
         if resume is not None:
             self.step.restore(resume.parameters, resume.pending)
             self.tally = dataclasses.replace(resume.tally)
+
+    def _set_references(self, resume: TrainingState | None) -> None:
+        """Give data sets of preferences the log-probabilities by the model as the run began."""
+        kept, seeds = resume.reference if resume is not None else {}, {"train": self.config.seed, "valid": None}
+        for split, seed in seeds.items():
+            rows = getattr(self, f"{split}_set")
+            if rows is not None and preference_of(_loss_of(self.config)).rows != TOKENS:
+                known = kept.get(split, rows.reference)
+                ready = referenced(self.model, rows, _loss_of(self.config), self.config.batch_size, seed, known)
+                setattr(self, f"{split}_set", ready)
+
+    def _references(self) -> dict[str, mx.array]:
+        sets = {"train": self.train_set, "valid": self.valid_set}
+        found = {split: getattr(rows, "reference", None) for split, rows in sets.items()}
+        return {split: mx.array(array) for split, array in found.items() if array is not None}
 
     def _settle(self) -> None:
         """Leave no tracer in the model, the optimizer or the random state, whatever ended the run."""
@@ -192,12 +213,14 @@ class _Run:
             finite = math.isfinite(outcome.loss)
             if finite:
                 tally.window_loss += outcome.loss
+                tally.window_count += outcome.count
+                tally.window_measured = _added(tally.window_measured, outcome.measured)
                 tally.window_tokens += outcome.tokens
                 tally.trained_tokens += outcome.tokens
             tally.window_iterations += 1
             tally.window_seconds += time.perf_counter() - tic
 
-            yield Progress(tally.iteration, outcome.loss / outcome.tokens if finite and outcome.tokens else None)
+            yield Progress(tally.iteration, outcome.loss / outcome.count if finite and outcome.count else None)
             yield from self._count_step(outcome.finite, outcome.grad_norm)
             if tally.iteration % config.steps_per_report == 0:
                 yield self._report()
@@ -249,22 +272,31 @@ class _Run:
         tally = self.tally
         report = TrainReport(
             iteration=tally.iteration,
-            train_loss=tally.window_loss / tally.window_tokens if tally.window_tokens else math.nan,
+            train_loss=tally.window_loss / tally.window_count if tally.window_count else math.nan,
             learning_rate=self.optimizer.learning_rate.item(),
             iterations_per_second=tally.window_iterations / tally.window_seconds,
             tokens_per_second=tally.window_tokens / tally.window_seconds,
             trained_tokens=tally.trained_tokens,
             peak_memory=_peak(),
             grad_norm=tally.grad_norm,
+            metrics=means(tally.window_measured),
         )
+        tally.window_count, tally.window_measured = 0, {}
         tally.window_loss, tally.window_tokens, tally.window_iterations, tally.window_seconds = 0.0, 0, 0, 0.0
         return report
 
     def _validate(self) -> Iterator[Report]:
         if self.valid_set is not None:
             config = self.config
-            measured = evaluate(self.model, self.valid_set, config.batch_size, config.val_batches, _loss_of(config))
-            yield ValReport(self.tally.iteration, measured.loss, measured.seconds, measured.tokens)
+            measured = evaluate(
+                self.model,
+                self.valid_set,
+                config.batch_size,
+                config.val_batches,
+                _loss_of(config),
+                config.preference_options(),
+            )
+            yield ValReport(self.tally.iteration, measured.loss, measured.seconds, measured.tokens, measured.metrics)
 
     def _save(self, state: TrainingState) -> Iterator[Report]:
         if self.checkpoint is not None:
@@ -276,6 +308,7 @@ class _Run:
             parameters=dict(self.step.parameters),
             optimizer=dict(tree_flatten(self.step.state)),
             pending=self.step.pending,
+            reference=self._references(),
             tally=dataclasses.replace(self.tally),
             fingerprint=self.fingerprint,
         )
@@ -286,6 +319,12 @@ class _Run:
         if self.group.size() > 1:
             stopped = mx.distributed.all_sum(mx.array(float(stopped)), group=self.group).item() > 0
         return stopped
+
+
+def _added(sums: dict[str, Any], more: Any) -> dict[str, tuple[float, float]]:
+    """The sums and counts of both, as a new dict, because states of the run share the old one."""
+    zero = (0.0, 0.0)
+    return {name: tuple(map(sum, zip(sums.get(name, zero), new, strict=True))) for name, new in more.items()}
 
 
 def _arrays(batch: Any) -> tuple[mx.array, ...]:

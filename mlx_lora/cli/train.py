@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from ..config.preference import PreferenceOptions
 from ..errors import ConfigError
 from . import console
 from .options import (
@@ -33,6 +34,8 @@ data_options = config_options(
     *("data", "mask_prompt", "mask_turns", "max_seq_length"),
     *("text_feature", "prompt_feature", "completion_feature", "chat_feature"),
 )
+
+_PREFERENCE = tuple(field.name for field in dataclasses.fields(PreferenceOptions))
 
 
 @click.command(cls=SectionedCommand)
@@ -132,6 +135,7 @@ def _check_train(ctx: click.Context, params: dict[str, Any]) -> None:
 
 _MEASURING = {
     *(field.name for field in dataclasses.fields(DataConfig)),
+    *_PREFERENCE,
     *("model", "adapter_path", "batch_size", "loss", "train", "test", "test_batches", "trust_remote_code", "as_json"),
 }
 
@@ -155,6 +159,7 @@ def _test_only(ctx: click.Context, data: DataConfig, config: TrainConfig, params
         params["adapter_path"] or None,
         batch_size=config.batch_size,
         loss=config.loss,
+        options=config.preference_options(),
         test_batches=params["test_batches"],
         trust_remote_code=params["trust_remote_code"],
     )
@@ -175,7 +180,7 @@ def _next_steps(model: str, folder: Path, method: str) -> None:
 @model_option(required=True)
 @data_options
 @adapter_option(help="Folder of the adapter, in any supported format; without one, the base model is measured.")
-@config_options(TrainConfig, "batch_size", "loss")
+@config_options(TrainConfig, "batch_size", "loss", *_PREFERENCE)
 @click.option("--test-batches", default=-1, show_default=True, help="Batches to measure; -1 for the whole set.")
 @click.option("--exact-match", default=0, metavar="N", help="Also answer N rows and count the exact matches.")
 @click.option("--max-tokens", default=128, show_default=True, help="With --exact-match: longest answer.")
@@ -204,6 +209,7 @@ def test(ctx: click.Context, **params: Any):
         params["adapter_path"] or None,
         batch_size=config.batch_size,
         loss=config.loss,
+        options=config.preference_options(),
         test_batches=params["test_batches"],
         exact_match=params["exact_match"],
         max_tokens=params["max_tokens"],

@@ -1,6 +1,7 @@
 """The losses that learn from preferences: what rows each takes, whether it needs a reference, and its options.
 
-Names and defaults are TRL's. There, simpo is a loss of the CPO trainer, and ``cpo_alpha`` 0 must be set to have it alone.
+Names and defaults are TRL's. There, simpo is a loss of the CPO trainer, and ``cpo_alpha`` 0 must be set to have it
+alone.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import mlx.nn as nn
 from ..base.loading import resolve
 from ..base.modules import layer_paths
 from ..base.names import BaseModel
-from ..config import REPORTERS, AdapterConfig, DataConfig
+from ..config import REPORTERS, TOKENS, AdapterConfig, DataConfig, preference_of
+from ..config.options import is_set
 from ..data.sources import find
 from ..errors import AdapterError, ConfigError, ModelError
 from ..formats.files import read_safetensors
@@ -30,6 +31,7 @@ def check_settings(settings: Any) -> None:
     loss_named(train.loss)
     faults: dict[str, str] = {}  # with their hints
     init, one = init_of(adapter), "Choose one of the two."
+    named = isinstance(settings.data, DataConfig)
     if settings.resume and settings.resume_adapter_file:
         faults["resume and resume_adapter_file contradict each other"] = one
     if settings.resume_adapter_file and adapter.init != "default":
@@ -43,6 +45,13 @@ def check_settings(settings: Any) -> None:
     if optimizer.loraplus_lr_ratio is not None and adapter.method in ("full", "vera"):
         fault = f"loraplus_lr_ratio is for methods that train A and B, not for {adapter.method}"
         faults[fault] = "Leave the options of LoRA+ out."
+    if preference_of(train.loss).rows != TOKENS:
+        if adapter.init == "lora_ga":
+            faults[f"init 'lora_ga' follows the gradient of cross_entropy, not of {train.loss}"] = "Use another init."
+        masked = [name for name in ("mask_prompt", "mask_turns") if is_set(settings.data, name)] if named else []
+        for name in masked:
+            fault = f"{name} has no effect with loss {train.loss!r}: of preferences, only answers are compared"
+            faults[fault] = f"Leave {name} out."
     if unknown := [name for name in settings.report_to if name not in REPORTERS]:
         faults[f"report_to {', '.join(unknown)} is not known"] = f"Known: {', '.join(REPORTERS)}."
     if settings.project_name and not settings.report_to:

@@ -9,12 +9,13 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..config import DataConfig
+from ..config import TOKENS, DataConfig, TrainConfig, as_config, preference_of
 from ..data import Question, load_dataset, questions
 from ..errors import ConfigError
+from ..model.attach import disable_adapter
 from ..model.forward_paths import needs_cache, through_cache
 from ..model.loading import load
-from ..training import evaluate
+from ..training import evaluate, referenced
 from ..training.losses import loss_named
 from .checks import check_data
 from .reports import Answer, DataLoaded, Loading, TestReport, Warned
@@ -29,6 +30,7 @@ def measure(
     batch_size: int = 4,
     test_batches: int = -1,
     loss: str = "cross_entropy",
+    options: dict[str, float] | None = None,
     exact_match: int = 0,
     max_tokens: int = 128,
     trust_remote_code: bool = False,
@@ -40,7 +42,8 @@ def measure(
         data: a DataConfig, or its ``data``.
         adapter_path: an adapter of any format to load with the model; not with a pair.
         test_batches: batches to measure at most; -1 for the whole set.
-        loss: a name in ``LOSSES``.
+        loss: a name in ``LOSSES``. The reference of losses of preferences is the model without its adapter.
+        options: of the loss, such as {"beta": 0.1}.
         exact_match: rows to answer greedily, spread over the set. An ``Answer`` is yielded for each, and the report
             says how many are exactly the row's last answer.
         max_tokens: longest answer.
@@ -56,20 +59,27 @@ def measure(
     if adapter_path is not None and isinstance(model, tuple):
         raise ConfigError("adapter_path cannot be used with a loaded model", "Load the model with its adapter.")
     loss_named(loss)
+    options = as_config(TrainConfig, {**(options or {}), "loss": loss, "batch_size": batch_size}, "options")
     data = as_data(data)
     model = as_model(model, needs_tokenizer=isinstance(data, DataConfig) or exact_match > 0)
-    measured = (batch_size, test_batches, loss)
+    measured = (batch_size, test_batches, loss, options.preference_options())
     return _measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code)
 
 
 def _measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code):
     check_data(data, ("test",))
     model, tokenizer = yield from load_model(model, adapter_path, trust_remote_code)
-    sets = yield from load_sets(data, tokenizer, ("test",))
-    asked = questions(data, tokenizer, "test", exact_match) if exact_match else []
+    batch_size, _, loss, _ = measured
+    kind = preference_of(loss).rows
+    sets = yield from load_sets(data, tokenizer, ("test",), loss)
+    asked = questions(data, tokenizer, "test", exact_match, kind) if exact_match else []
     cached = yield from compare_paths(model, sets.test)
     with through_cache(model, cached):
-        result = asdict(evaluate(model, sets.test, *measured))
+        test = sets.test
+        if kind != TOKENS:
+            with disable_adapter(model):
+                test = referenced(model, test, loss, batch_size)
+        result = asdict(evaluate(model, test, *measured))
     correct = 0
     for answer in answers(model, tokenizer, asked, max_tokens):
         correct += answer.correct
@@ -109,15 +119,16 @@ def load_model(model: Any, adapter_path: str | Path | None = None, trust_remote_
     return load(model, adapter_path, trust_remote_code=trust_remote_code)
 
 
-def load_sets(data: Any, tokenizer: Any, splits: tuple[str, ...]):
+def load_sets(data: Any, tokenizer: Any, splits: tuple[str, ...], loss: str = "cross_entropy"):
     """Yield what is read; return the ``Splits``. Sets that are loaded already are taken as they are.
 
     Args:
         data: a DataConfig or ``Splits``.
+        loss: decides what the rows are read as.
     """
     if isinstance(data, DataConfig):
         yield Loading("data", "hf_dataset" if data.hf_dataset else data.data)
-        data = load_dataset(data, tokenizer, splits)
+        data = load_dataset(data, tokenizer, splits, preference_of(loss).rows)
     found = {split: getattr(data, split) for split in splits}
     rows = {split: len(found[split]) for split in splits if found[split] is not None}
     summary = getattr(data.train, "summary", None)

@@ -24,6 +24,7 @@ from .checks import check_data, check_modules, check_packing
 from .evaluation import compare_paths, load_model, load_sets
 from .folder import RunFolder, is_main_process
 from .identity import check, continued, identify
+from .preferences import with_references, with_test_reference
 from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
 from .settings import Settings
 from .tracking import trackers
@@ -117,7 +118,7 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
     check_packing(settings)
     logs = trackers(settings.report_to, settings.project_name, settings.tracked()) if is_main_process() else []
     model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
-    sets = yield from load_sets(settings.data, tokenizer, settings.splits)
+    sets = yield from load_sets(settings.data, tokenizer, settings.splits, settings.train.loss)
     folder.identity = identify(settings, model, sets)
     if state is not None:
         check(state.run, folder.identity, settings.force, folder.path)
@@ -130,9 +131,12 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
         raise
     yield _started(model, state, config.iters)
     with through_cache(model, cached):
+        sets = yield from with_references(model, sets, config, state)
         done = yield from _train(model, sets, folder, settings, state, stop, logs)
         if settings.test_batches is not None and not done.stopped:
-            result = evaluate(model, sets.test, config.batch_size, settings.test_batches, config.loss)
+            result = evaluate(
+                model, sets.test, config.batch_size, settings.test_batches, config.loss, config.preference_options()
+            )
             yield TestReport(**asdict(result))
 
 
@@ -179,7 +183,7 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs
 
     def save(state: TrainingState) -> Path:
         nonlocal moved, first
-        moved = folder.save(extract(model), state, move_earlier=first) or moved
+        moved = folder.save(extract(model), with_test_reference(state, sets), move_earlier=first) or moved
         first = False
         return folder.numbered(state)
 

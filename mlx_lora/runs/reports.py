@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -10,8 +10,8 @@ from pathlib import Path
 class Loading:
     """Something that takes a while begins."""
 
-    what: str  # "model", "data", or "init": an initialisation that reads training data
-    name: str  # the model, the data set or the initialisation
+    what: str  # "model", "data", "reference", or "init": an initialisation that reads training data
+    name: str  # the model, the data set, the rows to compute the reference of, or the initialisation
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class TestReport:
 
     loss: float  # nats a learned token
     tokens: int  # learned tokens the loss is the mean of
-    perplexity: float  # exp(loss)
+    perplexity: float | None  # exp(loss); None for losses of preferences
     seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)  # means of what the loss measures besides, such as rewards
     exact_match: float | None = None  # share of correct answers
     answered: int = 0  # rows answered for exact_match

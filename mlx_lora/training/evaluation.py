@@ -79,7 +79,7 @@ def check_rows(dataset: Dataset, loss: str) -> None:
     if (found := getattr(dataset, "kind", ROWS)) != kind:
         raise ConfigError(
             f"The loss {loss!r} takes {_ROWS[kind]}, and the data set has {_ROWS[found]}.",
-            f"Read the data with load_dataset(..., kind={kind!r}) or tokenize(..., kind={kind!r}), or set another loss.",
+            f"Give load_dataset or tokenize the argument kind={kind!r}, or set another loss.",
         )
 
 

@@ -26,7 +26,7 @@ def masked_sum(losses: mx.array, mask: mx.array, **options: Any) -> mx.array:
 
 
 def log_probabilities(model: nn.Module, tokens: Any, mask: Any) -> mx.array:
-    """The log-probability of each answer [B], float32. tokens: [B, T]; mask: [B, T-1], True for the answer's targets."""
+    """The log-probability of each answer [B], float32. tokens: [B, T]; mask: [B, T-1], True for its targets."""
     return -masked_sum(losses_of_tokens(model, mx.array(tokens)), mx.array(mask), axis=1)
 
 

@@ -1,4 +1,4 @@
-"""Losses of pairs without a reference, beside the cross entropy: CPO (arXiv:2401.08417) and SimPO (arXiv:2405.14734)."""
+"""Losses of pairs without a reference: CPO (arXiv:2401.08417) and SimPO (arXiv:2405.14734)."""
 
 from __future__ import annotations
 

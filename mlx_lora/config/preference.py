@@ -79,8 +79,12 @@ class PreferenceOptions:
                     faults.append(f"{name} has no effect with loss {self.loss!r} (it is for {losses})")
                 continue
             low, high, what = _RANGES.get(name, (0.0, math.inf, "of at least 0"))
-            if value is not None and not (low <= value < high and (value > 0 or name != "beta")):
+            if value is not None and not (math.isfinite(value) and low <= value < high and (value or name != "beta")):
                 faults.append(f"{name} must be a number {what}, not {value!r}")
+        if preference_of(self.loss).rows == LABELS and self.batch_size == 1:
+            faults.append(
+                f"batch_size must be at least 2 with loss {self.loss!r}, which compares with other rows' answers"
+            )
         return faults
 
 

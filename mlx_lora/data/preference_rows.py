@@ -22,6 +22,16 @@ _LABELS = {"true": True, "1": True, "false": False, "0": False}  # of a CSV cell
 
 def preference_shape(columns: dict[str, type], config: DataConfig, kind: str) -> Shape:
     """The shape of rows with these columns (see ``shape_of``), for a loss that takes ``kind``. Raises: Unreadable."""
+    shape = _shape(columns, config, kind)
+    read = [name for name in (shape.context, shape.main, shape.answer) if name]
+    for part in ("prompt", "completion", "chat", "text"):
+        name = getattr(config, f"{part}_feature")
+        if name != getattr(DataConfig, f"{part}_feature") and (name not in read or part in ("chat", "text")):
+            raise Unreadable(f"is read by {' and '.join(read)}, not by --{part}-feature {name}: leave the option out")
+    return shape
+
+
+def _shape(columns: dict[str, type], config: DataConfig, kind: str) -> Shape:
     lower = {key.strip().lower(): key for key in columns}
     tools = next((lower[name] for name in TOOLS if name in lower), "")
     prompt, completion = _named(columns, config, "prompt"), _named(columns, config, "completion")

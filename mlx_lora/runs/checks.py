@@ -31,7 +31,6 @@ def check_settings(settings: Any) -> None:
     loss_named(train.loss)
     faults: dict[str, str] = {}  # with their hints
     init, one = init_of(adapter), "Choose one of the two."
-    named = isinstance(settings.data, DataConfig)
     if settings.resume and settings.resume_adapter_file:
         faults["resume and resume_adapter_file contradict each other"] = one
     if settings.resume_adapter_file and adapter.init != "default":
@@ -48,10 +47,7 @@ def check_settings(settings: Any) -> None:
     if preference_of(train.loss).rows != TOKENS:
         if adapter.init == "lora_ga":
             faults[f"init 'lora_ga' follows the gradient of cross_entropy, not of {train.loss}"] = "Use another init."
-        masked = [name for name in ("mask_prompt", "mask_turns") if is_set(settings.data, name)] if named else []
-        for name in masked:
-            fault = f"{name} has no effect with loss {train.loss!r}: of preferences, only answers are compared"
-            faults[fault] = f"Leave {name} out."
+        faults |= masks_without_effect(settings.data, train.loss)
     if unknown := [name for name in settings.report_to if name not in REPORTERS]:
         faults[f"report_to {', '.join(unknown)} is not known"] = f"Known: {', '.join(REPORTERS)}."
     if settings.project_name and not settings.report_to:
@@ -62,6 +58,15 @@ def check_settings(settings: Any) -> None:
     build_optimizer(optimizer, -(-train.iters // train.grad_accumulation_steps), nn.Module())
     if settings.resume_adapter_file:
         check_initial_weights(Path(settings.resume_adapter_file), adapter)
+
+
+def masks_without_effect(data: Any, loss: str) -> dict[str, str]:
+    """Faults, with their hints, of options that mask prompts where the loss takes preferences."""
+    if preference_of(loss).rows == TOKENS or not isinstance(data, DataConfig):
+        return {}
+    masks = [name for name in ("mask_prompt", "mask_turns") if is_set(data, name)]
+    why = f"has no effect with loss {loss!r}, which compares answers, never prompts"
+    return {f"{name} {why}": f"Leave {name} out." for name in masks}
 
 
 def check_packing(settings: Any) -> None:

@@ -17,7 +17,7 @@ from ..model.forward_paths import needs_cache, through_cache
 from ..model.loading import load
 from ..training import evaluate, referenced
 from ..training.losses import loss_named
-from .checks import check_data
+from .checks import check_data, masks_without_effect
 from .reports import Answer, DataLoaded, Loading, TestReport, Warned
 from .settings import as_data, as_model, check_test_batches
 
@@ -61,6 +61,8 @@ def measure(
     loss_named(loss)
     options = as_config(TrainConfig, {**(options or {}), "loss": loss, "batch_size": batch_size}, "options")
     data = as_data(data)
+    if faults := masks_without_effect(data, loss):
+        raise ConfigError("\n".join(faults), "\n".join(faults.values()))
     model = as_model(model, needs_tokenizer=isinstance(data, DataConfig) or exact_match > 0)
     measured = (batch_size, test_batches, loss, options.preference_options())
     return _measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
-from ..config.preference import PreferenceOptions
+from ..config.preference import PREFERENCE_OPTIONS
 from ..errors import ConfigError
 from . import console
 from .options import (
@@ -34,8 +34,6 @@ data_options = config_options(
     *("data", "mask_prompt", "mask_turns", "max_seq_length"),
     *("text_feature", "prompt_feature", "completion_feature", "chat_feature"),
 )
-
-_PREFERENCE = tuple(field.name for field in dataclasses.fields(PreferenceOptions))
 
 
 @click.command(cls=SectionedCommand)
@@ -135,7 +133,7 @@ def _check_train(ctx: click.Context, params: dict[str, Any]) -> None:
 
 _MEASURING = {
     *(field.name for field in dataclasses.fields(DataConfig)),
-    *_PREFERENCE,
+    *PREFERENCE_OPTIONS,
     *("model", "adapter_path", "batch_size", "loss", "train", "test", "test_batches", "trust_remote_code", "as_json"),
 }
 
@@ -180,7 +178,7 @@ def _next_steps(model: str, folder: Path, method: str) -> None:
 @model_option(required=True)
 @data_options
 @adapter_option(help="Folder of the adapter, in any supported format; without one, the base model is measured.")
-@config_options(TrainConfig, "batch_size", "loss", *_PREFERENCE)
+@config_options(TrainConfig, "batch_size", "loss", *PREFERENCE_OPTIONS)
 @click.option("--test-batches", default=-1, show_default=True, help="Batches to measure; -1 for the whole set.")
 @click.option("--exact-match", default=0, metavar="N", help="Also answer N rows and count the exact matches.")
 @click.option("--max-tokens", default=128, show_default=True, help="With --exact-match: longest answer.")

@@ -71,8 +71,8 @@ class PreferenceOptions:
     def preference_faults(self) -> list[str]:
         """A fault for each of these fields that is out of its range, or that this config's loss does not use."""
         used, faults = preference_of(self.loss).options, []
-        for known in dataclasses.fields(PreferenceOptions):
-            name, value = known.name, getattr(self, known.name)
+        for name in PREFERENCE_OPTIONS:
+            value = getattr(self, name)
             if name not in used:
                 if is_set(self, name):
                     losses = ", ".join(loss for loss, needs in PREFERENCES.items() if name in needs.options)
@@ -93,3 +93,5 @@ _RANGES = {
     "label_smoothing": (0.0, 0.5, "of at least 0 and below 0.5"),
     "simpo_gamma": (-math.inf, math.inf, "that is finite"),
 }
+
+PREFERENCE_OPTIONS = tuple(known.name for known in dataclasses.fields(PreferenceOptions))

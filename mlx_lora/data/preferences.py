@@ -162,6 +162,12 @@ class LabelDataset(PairDataset):
         return np.packbits([example.label for example in self]).tobytes()
 
 
+def as_dataset(rows: Sequence[Any]) -> Dataset:
+    """A data set of examples, pairs or labelled answers, whichever the first row is."""
+    kinds = {Pair: PairDataset, Labelled: LabelDataset}
+    return kinds.get(type(next(iter(rows), None)), Dataset)(rows)
+
+
 class AnswerEncoder:
     """Makes pairs and labelled answers of samples.
 

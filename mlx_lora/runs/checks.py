@@ -12,6 +12,7 @@ from ..base.modules import layer_paths
 from ..base.names import BaseModel
 from ..config import REPORTERS, TOKENS, AdapterConfig, DataConfig, preference_of
 from ..config.options import is_set
+from ..data import Splits
 from ..data.sources import find
 from ..errors import AdapterError, ConfigError, ModelError
 from ..formats.files import read_safetensors
@@ -20,6 +21,7 @@ from ..layers import check_rank
 from ..model.full_parameters import modules_to_save
 from ..model.targets import check_patterns, select, select_named
 from ..training import build_optimizer
+from ..training.evaluation import check_rows
 from ..training.losses import check_takes_packed, loss_named
 from ..training.packing_checks import check_model
 
@@ -29,6 +31,9 @@ def check_settings(settings: Any) -> None:
     adapter, optimizer, train = settings.adapter, settings.optimizer, settings.train
     adapter.check_used()
     loss_named(train.loss)
+    for split in ("train", "valid", "test"):
+        if isinstance(settings.data, Splits) and (rows := getattr(settings.data, split)) is not None:
+            check_rows(rows, train.loss)
     faults: dict[str, str] = {}  # with their hints
     init, one = init_of(adapter), "Choose one of the two."
     if settings.resume and settings.resume_adapter_file:

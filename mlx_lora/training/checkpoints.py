@@ -52,10 +52,10 @@ class TrainingState:
     parameters: dict[str, mx.array]  # the trained parameters by path, in the model's dtype
     optimizer: dict[str, mx.array]  # flattened state, the float32 master weights included
     pending: dict[str, mx.array] = field(default_factory=dict)  # sums of gradients, loss and token count
-    reference: dict[str, mx.array] = field(default_factory=dict)  # by set: [N, 2] of `referenced`, at the run's start
     tally: Tally = field(default_factory=Tally)
     fingerprint: dict[str, Any] = field(default_factory=dict)  # what must be equal in the resumed run
     run: dict[str, Any] = field(default_factory=dict)  # JSON values that the caller of `train` keeps with the state
+    reference: dict[str, mx.array] = field(default_factory=dict)  # by set: [N, 2] of `referenced`, at the run's start
 
     @property
     def iteration(self) -> int:

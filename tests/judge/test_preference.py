@@ -250,7 +250,8 @@ def test_defaults(loss, shape, base, tmp_path):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_options(loss, base, tmp_path):
     rows = rows_of("messages")
-    compare(loss, base, labelled(rows) if loss == "kto" else rows, tmp_path, options=OPTIONS[loss])
+    measured = compare(loss, base, labelled(rows) if loss == "kto" else rows, tmp_path, options=OPTIONS[loss])
+    assert measured.get("kl", 1) > 0  # else the term would not be compared
 
 
 @pytest.mark.parametrize("shape", ["implicit messages", "implicit text", "tools"])

@@ -18,7 +18,7 @@ import mlx_lora
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from mlx_lora.cli.main import main
 from mlx_lora.errors import ConfigError
-from mlx_lora.runs import TestReport, measure
+from mlx_lora.runs import measure, reports
 from mlx_lora.tiny_base import PATH
 from mlx_lora.training import TrainReport, ValReport
 
@@ -63,7 +63,7 @@ def weights(folder: Path) -> bytes:
 
 
 def test_a_trained_adapter_is_the_reference_of_the_run_that_starts_from_it(data, tmp_path):
-    """The loss begins at log 2. After a resume, too, the reference is that start, not the base and not the last step."""
+    """The loss begins at log 2. After a resume, too, the reference is that start, not the base or the last step."""
     fine_tune(tmp_path / "first", data, loss="cpo")
     start = {"resume_adapter_file": tmp_path / "first" / "adapters.safetensors"}
     whole = fine_tune(tmp_path / "whole", data, iters=6, **start)
@@ -78,8 +78,8 @@ def test_a_trained_adapter_is_the_reference_of_the_run_that_starts_from_it(data,
 @pytest.mark.parametrize("adapter", [{"init": "pissa"}, {"method": "dora"}])
 def test_any_start_is_the_reference_also_when_resumed(adapter, data, tmp_path):
     settings = {"adapter": AdapterConfig(rank=4, num_layers=2, **adapter)}
-    reports = fine_tune(tmp_path / "whole", data, **settings)
-    assert of(reports, ValReport)[0].val_loss == pytest.approx(0.693147, abs=1e-4)
+    whole = fine_tune(tmp_path / "whole", data, **settings)
+    assert of(whole, ValReport)[0].val_loss == pytest.approx(0.693147, abs=1e-4)
     fine_tune(tmp_path / "parts", data, iters=2, **settings)
     fine_tune(tmp_path / "parts", data, resume=True, **settings)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
@@ -114,8 +114,8 @@ def test_a_killed_run_resumes_to_the_bit(loss, tmp_path):
 
 
 def test_the_test_set_has_the_reference_of_the_run(data, tmp_path):
-    reports = fine_tune(tmp_path / "a", data, test_batches=-1)
-    (here,) = of(reports, TestReport)
+    found = fine_tune(tmp_path / "a", data, test_batches=-1)
+    (here,) = of(found, reports.TestReport)
     assert here.perplexity is None and {"rewards/accuracies", "rewards/margins"} <= set(here.metrics)
     *_, measured = measure(PATH, data, tmp_path / "a", loss="dpo", exact_match=2, max_tokens=4)
     assert measured.loss == pytest.approx(here.loss, abs=1e-5) and measured.answered == 2
@@ -131,9 +131,9 @@ def test_a_resumed_run_cannot_test_what_it_has_no_reference_for(data, tmp_path):
     with pytest.raises(ConfigError, match="is not kept for the test set"):
         fine_tune(tmp_path / "a", data, iters=4, resume=True, test_batches=-1)
     fine_tune(tmp_path / "b", data, iters=2, test_batches=-1)
-    (report,) = of(fine_tune(tmp_path / "b", data, resume=True, test_batches=-1), TestReport)
+    (report,) = of(fine_tune(tmp_path / "b", data, resume=True, test_batches=-1), reports.TestReport)
     whole = fine_tune(tmp_path / "c", data, test_batches=-1)
-    assert report.metrics == of(whole, TestReport)[0].metrics
+    assert report.metrics == of(whole, reports.TestReport)[0].metrics
 
 
 def test_other_options_of_the_loss_are_another_run(data, tmp_path):
@@ -142,17 +142,23 @@ def test_other_options_of_the_loss_are_another_run(data, tmp_path):
         fine_tune(tmp_path / "a", data, resume=True, train={"beta": 0.3})
 
 
+def command(*words: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(list(words))
+    assert not end.value.code
+
+
 def test_the_command_line(data, tmp_path, capsys):
     start = ["--model", str(PATH), "--data", data.data, "--loss", "dpo", "--adapter-path", str(tmp_path / "a")]
     options = ["--beta", "0.3", "--iters", "4", "--batch-size", "4", "--num-layers", "2", "--learning-rate", "1e-3"]
-    assert main(["train", *start, *options, "--steps-per-report", "2"]) == 0
+    command("train", *start, *options, "--steps-per-report", "2")
     said = capsys.readouterr().err
     assert "Computing the log-probabilities of the reference: 24 train rows" in said
     assert "rewards/accuracies" in said and "rewards/margins" in said and "perplexity" not in said
-    assert main(["test", *start, "--beta", "0.3", "--json"]) == 0
+    command("test", *start, "--beta", "0.3", "--json")
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["perplexity"] is None and report["metrics"]["rewards/accuracies"] >= 0
-    assert main(["test", *start]) == 0
+    command("test", *start)
     assert "rewards/margins" in capsys.readouterr().out
 
 
@@ -197,7 +203,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto", "orpo"])
+@pytest.mark.parametrize("loss", ["kto", "orpo"])  # their sums over processes are part of the loss
 def test_two_processes_compute_what_one_does(loss, tmp_path):
     data = write(tmp_path / "data", loss)
     path = os.pathsep.join([str(ROOT), *sys.path])
@@ -214,7 +220,7 @@ def test_two_processes_compute_what_one_does(loss, tmp_path):
                 subprocess.Popen(command, env={**environment, **ring}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             )
         said = [process.communicate(timeout=240) for process in processes]
-        for out, error in said:
+        for _, error in said:
             assert error.decode().splitlines()[-1] == str(size), error.decode()
         found[size] = [json.loads(line) for line in said[0][0].decode().splitlines()]
     assert len(found[1]) == len(found[2]) == 4

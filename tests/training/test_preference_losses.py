@@ -181,6 +181,16 @@ def test_the_head_in_chunks_gives_the_same(loss, tied, monkeypatch):
         assert_close(gradient, expected[name], 1e-4, name)
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_compiled_steps_with_the_head_in_chunks_and_activations_recomputed(loss, monkeypatch):
+    whole = run(loss, adapted(), rows(loss), iters=3)
+    monkeypatch.setattr(head, "WHOLE", 0)
+    monkeypatch.setattr(head, "PIECE", 64 * 4 * 96)
+    chunked = run(loss, adapted(), rows(loss), iters=3, grad_checkpoint=True)
+    assert chunked[0].train_loss == pytest.approx(whole[0].train_loss, abs=1e-5)
+    assert chunked[0].metrics == pytest.approx(whole[0].metrics, rel=1e-3, abs=1e-4)
+
+
 def run(loss, model, data, valid=None, resume=None, states=None, stop=lambda: False, **changes):
     settings = {"iters": 6, "batch_size": 4, "steps_per_report": 3, "steps_per_eval": 3, "save_every": 100}
     config = TrainConfig(loss=loss, **{**settings, **changes})

@@ -7,6 +7,7 @@ template.py  the chat template               left_out.py  what the template leav
 chat.py      a sample's tokens and mask      load.py      data sets from sources or from rows in memory
 batches.py   the data set, its batches       packing.py   batches with several rows in a sequence
 numbered.py  whether a split is complete     questions.py rows as questions with known answers
+samples.py   a checked row, and its parts    preference_rows.py, preferences.py   rows with preferences, their batches
 """
 
 from __future__ import annotations

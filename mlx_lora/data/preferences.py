@@ -121,7 +121,7 @@ class LabelDataset(PairDataset):
     def with_batches(self, batches: Iterable[Sequence[int]]) -> LabelDataset:
         """A copy in which the other answer of a row is that of the row before it in its batch, the last for the first.
 
-        A row that is alone in its batch keeps the one it has.
+        A row that is alone in its batch keeps the one it has. Log-probabilities of other answers are dropped.
         """
         found = copy.copy(self)
         found.__dict__.pop("widths", None)
@@ -129,6 +129,8 @@ class LabelDataset(PairDataset):
         for rows in batches:
             if len(rows) > 1:
                 found.other[rows] = np.roll(rows, 1)
+        if not np.array_equal(found.other, self.other):
+            found.reference = None
         return found
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

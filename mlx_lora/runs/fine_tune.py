@@ -24,7 +24,7 @@ from .checks import check_data, check_modules, check_packing
 from .evaluation import compare_paths, load_model, load_sets
 from .folder import RunFolder, is_main_process
 from .identity import check, continued, identify
-from .preferences import with_references, with_test_reference
+from .preferences import keeping_references, with_references
 from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
 from .settings import Settings
 from .tracking import trackers
@@ -183,7 +183,7 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs
 
     def save(state: TrainingState) -> Path:
         nonlocal moved, first
-        moved = folder.save(extract(model), with_test_reference(state, sets), move_earlier=first) or moved
+        moved = folder.save(extract(model), keeping_references(state, sets), move_earlier=first) or moved
         first = False
         return folder.numbered(state)
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import TOKENS, TrainConfig, preference_of
+from ..config import LABELS, TrainConfig, preference_of
 from ..data import Splits
-from ..errors import ConfigError
-from ..training import TrainingState, referenced
-from .reports import Loading
+from ..data.preferences import LabelDataset
+from ..training import TrainingState
+from ..training.reference import ready, stored
+from .reports import Loading, Warned
 
 
 def with_references(model: nn.Module, sets: Splits, config: TrainConfig, state: TrainingState | None):
@@ -22,30 +21,33 @@ def with_references(model: nn.Module, sets: Splits, config: TrainConfig, state: 
         model: as the run begins.
         state: of the run that is resumed; the log-probabilities are then those of its beginning.
 
-    Raises: ConfigError: a test set that the run which is resumed did not have.
+    Raises: TrainingError: a test set that the run which is resumed did not have.
     """
-    needs = preference_of(config.loss)
-    if needs.rows == TOKENS:
-        return sets
-    found = {}
+    if preference_of(config.loss).rows == LABELS and (text := _unbalanced(sets.train, config)):
+        yield Warned(text)
+    kept, found = state.reference if state is not None else None, {}
     for split in ("train", "valid", "test"):
         rows = getattr(sets, split)
-        if rows is None or len(rows) == 0:
-            continue
-        known = state.reference.get(split) if state is not None else None
-        if needs.reference and known is None:
-            if state is not None:
-                raise ConfigError(
-                    f"test: {config.loss} compares with the model as the run began, which is not kept for the test set",
-                    "Leave --test out, and measure the adapter with mlx-lora test afterwards (in Python runs.measure).",
-                )
+        if kept is None and rows is not None and preference_of(config.loss).reference:
             yield Loading("reference", f"{len(rows):,} {split} rows")
-        seed = config.seed if split == "train" else None
-        found[split] = referenced(model, rows, config.loss, config.batch_size, seed, known)
+        found[split] = ready(model, rows, config, split, kept)
     return replace(sets, **found)
 
 
-def with_test_reference(state: TrainingState, sets: Splits) -> TrainingState:
-    """The state with the log-probabilities of the test set beside those that ``train`` keeps."""
-    known: Any = getattr(sets.test, "reference", None)
-    return state if known is None else replace(state, reference={**state.reference, "test": mx.array(known)})
+def _unbalanced(rows: LabelDataset, config: TrainConfig) -> str | None:
+    """A warning where good and bad answers weigh too differently (equation 8 of KTO's paper, arXiv:2402.01306)."""
+    good = sum(row.label for row in rows)
+    bad = len(rows) - good
+    by_good, by_bad = good * config.desirable_weight, bad * config.undesirable_weight
+    if good == bad or by_bad <= by_good <= by_bad * 4 / 3:
+        return None
+    text = f"{good} good and {bad} bad answers, times their weights, are {by_good:g} to {by_bad:g}"
+    if not (good and bad):
+        return f"{text}: kto is made for data with both"
+    low = by_bad / good
+    return f"{text}: kto's authors advise 1 to 4/3 times, such as a desirable_weight of {low:.2f} to {low * 4 / 3:.2f}"
+
+
+def keeping_references(state: TrainingState, sets: Splits) -> TrainingState:
+    """The state with the log-probabilities of all sets, also of those that ``train`` did not use."""
+    return replace(state, reference=stored(train=sets.train, valid=sets.valid, test=sets.test))

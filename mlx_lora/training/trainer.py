@@ -15,7 +15,7 @@ import mlx.optimizers as opt
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..config import TOKENS, TrainConfig, preference_of
+from ..config import TrainConfig
 from ..data import Dataset, packed_batches, train_batches
 from ..data.packing import capacity
 from ..device import memory_limits
@@ -27,7 +27,7 @@ from .losses import check_takes_packed, loss_named, means
 from .optimizers import MasterWeights
 from .packing_checks import check_model, check_rows
 from .recompute import recomputed_layers
-from .reference import referenced
+from .reference import ready, stored
 from .reports import Checkpoint, Done, Progress, Report, SkippedStep, TrainReport, ValReport
 from .step import Step
 
@@ -64,10 +64,10 @@ def train(
     limits are set for training. When it ends, also by an error or by closing the generator, the model has evaluated
     parameters and its own layers, each module is in the mode it had, and the memory limits are what they were.
 
-    Raises: at once, ConfigError for an unknown loss, and TrainingError where there is nothing to train, no training
-        data, or where `resume` is the state of another run; ConfigError where the model does not compute packed rows
-        (`config.pack`) as each alone, some of it when the iteration begins; while running, TrainingError after
-        `max_skipped_steps` steps in a row with non-finite gradients.
+    Raises: at once, ConfigError for an unknown loss or rows of another kind than it takes, and TrainingError where
+        there is nothing to train, no training data, or where `resume` is the state of another run; ConfigError where
+        the model does not compute packed rows (`config.pack`) as each alone, some of it when the iteration begins;
+        while running, TrainingError after `max_skipped_steps` steps in a row with non-finite gradients.
     """
     config = config or TrainConfig()
     loss_named(_loss_of(config))
@@ -141,7 +141,9 @@ class _Run:
 
     def _prepare(self, resume: TrainingState | None) -> None:
         mx.eval(self.model.parameters())  # else each call of the compiled step would compute them again
-        self._set_references(resume)
+        kept = resume.reference if resume is not None else None
+        self.train_set = ready(self.model, self.train_set, self.config, "train", kept)
+        self.valid_set = ready(self.model, self.valid_set, self.config, "valid", kept)
         if self.config.pack:
             with mode(self.model, training=False):
                 longest = np.argsort(-self.train_set.lengths, kind="stable")[[0, min(1, len(self.train_set) - 1)]]
@@ -162,21 +164,6 @@ class _Run:
         if resume is not None:
             self.step.restore(resume.parameters, resume.pending)
             self.tally = dataclasses.replace(resume.tally)
-
-    def _set_references(self, resume: TrainingState | None) -> None:
-        """Give data sets of preferences the log-probabilities by the model as the run began."""
-        kept, seeds = resume.reference if resume is not None else {}, {"train": self.config.seed, "valid": None}
-        for split, seed in seeds.items():
-            rows = getattr(self, f"{split}_set")
-            if rows is not None and preference_of(_loss_of(self.config)).rows != TOKENS:
-                known = kept.get(split, rows.reference)
-                ready = referenced(self.model, rows, _loss_of(self.config), self.config.batch_size, seed, known)
-                setattr(self, f"{split}_set", ready)
-
-    def _references(self) -> dict[str, mx.array]:
-        sets = {"train": self.train_set, "valid": self.valid_set}
-        found = {split: getattr(rows, "reference", None) for split, rows in sets.items()}
-        return {split: mx.array(array) for split, array in found.items() if array is not None}
 
     def _settle(self) -> None:
         """Leave no tracer in the model, the optimizer or the random state, whatever ended the run."""
@@ -308,7 +295,7 @@ class _Run:
             parameters=dict(self.step.parameters),
             optimizer=dict(tree_flatten(self.step.state)),
             pending=self.step.pending,
-            reference=self._references(),
+            reference=stored(train=self.train_set, valid=self.valid_set),
             tally=dataclasses.replace(self.tally),
             fingerprint=self.fingerprint,
         )

@@ -17,7 +17,7 @@ import pytest
 import mlx_lora
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from mlx_lora.cli.main import main
-from mlx_lora.errors import ConfigError
+from mlx_lora.errors import ConfigError, TrainingError
 from mlx_lora.runs import measure, reports
 from mlx_lora.tiny_base import PATH
 from mlx_lora.training import TrainReport, ValReport
@@ -128,9 +128,9 @@ def test_the_test_set_has_the_reference_of_the_run(data, tmp_path):
 
 def test_a_resumed_run_cannot_test_what_it_has_no_reference_for(data, tmp_path):
     fine_tune(tmp_path / "a", data, iters=2)
-    with pytest.raises(ConfigError, match="is not kept for the test set"):
+    with pytest.raises(TrainingError, match="is not kept for the test set"):
         fine_tune(tmp_path / "a", data, iters=4, resume=True, test_batches=-1)
-    fine_tune(tmp_path / "b", data, iters=2, test_batches=-1)
+    fine_tune(tmp_path / "b", data, iters=2, test_batches=-1, train={"val_batches": 0})  # free to change
     (report,) = of(fine_tune(tmp_path / "b", data, resume=True, test_batches=-1), reports.TestReport)
     whole = fine_tune(tmp_path / "c", data, test_batches=-1)
     assert report.metrics == of(whole, reports.TestReport)[0].metrics
@@ -169,6 +169,20 @@ def test_settings_that_do_not_go_together(data, tmp_path):
         fine_tune(tmp_path / "a", data, adapter=AdapterConfig(rank=4, num_layers=2, init="lora_ga"))
     with pytest.raises(ConfigError, match="pack: the loss 'dpo' does not take packed rows"):
         fine_tune(tmp_path / "a", data, train={"pack": True})
+
+
+def test_unbalanced_labels_are_warned_of(tmp_path):
+    def said(good: int, bad: int, **weights) -> list[str]:
+        rows = [{"prompt": "a", "completion": f"b{k}", "label": k < good} for k in range(good + bad)]
+        model, tokenizer = mlx_lora.load(PATH)
+        sets = (mlx_lora.tokenize(rows, tokenizer, DataConfig(), kind="labels"), None)
+        found = fine_tune(tmp_path / "a", sets, "kto", 1, weights, model=(model, tokenizer))
+        return [report.text for report in found if isinstance(report, reports.Warned)]
+
+    assert said(4, 4) == said(4, 2, undesirable_weight=2.0) == said(2, 4, desirable_weight=2.5) == []
+    (text,) = said(6, 2)
+    assert "6 good and 2 bad answers" in text and "desirable_weight of 0.33 to 0.44" in text
+    assert "data with both" in said(4, 0)[0]
 
 
 def test_eva_reads_the_answers(data, tmp_path):

@@ -231,6 +231,13 @@ def test_a_resumed_run_is_the_same_to_the_bit(loss, accumulation, tmp_path):
     assert all(np.array_equal(got[name], expected[name]) for name in expected)
 
 
+def test_a_resumed_run_has_no_new_validation_set():
+    states = []
+    run("dpo", adapted(), rows("dpo"), states=states, iters=2)
+    with pytest.raises(TrainingError, match="is not kept for the valid set"):
+        run("dpo", adapted(), rows("dpo"), rows("dpo", 5, 3), resume=states[-1], iters=4)
+
+
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo"])
 def test_accumulated_batches_are_one_large_batch(loss):
     data = rows(loss, 8)
@@ -304,6 +311,16 @@ def test_kto_keeps_the_rows_of_a_batch_together():
     for name in whole._fields:
         for rank, share in enumerate(shares):
             assert np.array_equal(getattr(share, name), getattr(whole, name)[rank::2]), name
+
+
+def test_other_batches_need_other_log_probabilities():
+    """KTO's other answers depend on the batches, so what was computed for other batches is not used."""
+    model, data = adapted(), rows("kto", 11)
+    first = referenced(model, data, "kto", 4, seed=0)
+    again, other = referenced(model, first, "kto", 4, seed=0), referenced(model, first, "kto", 3, seed=0)
+    assert np.array_equal(again.reference, first.reference)
+    assert np.allclose(other.reference, referenced(model, data, "kto", 3, seed=0).reference)
+    assert not np.allclose(other.reference[:, 1], first.reference[:, 1])
 
 
 def test_the_other_answer_is_cut_like_any_row():

@@ -163,6 +163,7 @@ def compare(loss, base, rows, folder, *, options=None, limit=64, from_adapter=Fa
     tokenizer.chat_template = chat if template else None
     kind = preference_of(loss).rows
     data = tokenize(rows, tokenizer, DataConfig(max_seq_length=limit), kind=kind)
+    mx.random.seed(1)
     mlx_lora.attach(model, AdapterConfig(rank=RANK, scale=SCALE, keys=KEYS, num_layers=-1))
     if from_adapter:
         shake(model, 7)

@@ -153,12 +153,11 @@ class Display:
         self.bar.line(
             f"Iteration {r.iteration:>5}: loss {r.train_loss:.3f}, learning rate {r.learning_rate:.2e}, "
             f"{r.tokens_per_second:,.0f} tokens/s, {r.iterations_per_second:.2f} it/s, "
-            f"{r.trained_tokens:,} tokens, peak {r.peak_memory:.2f} GB, {console.seconds(left)} left"
+            f"{r.trained_tokens:,} tokens, peak {r.peak_memory:.2f} GB, {console.seconds(left)} left{_metrics(r)}"
         )
 
     def ValReport(self, r: Any) -> None:
-        metrics = "".join(f", {name} {value:.3f}" for name, value in r.metrics.items())
-        self.bar.line(f"Iteration {r.iteration:>5}: validation loss {r.val_loss:.3f}{metrics} ({r.val_time:.1f} s)")
+        self.bar.line(f"Iteration {r.iteration:>5}: validation loss {r.val_loss:.3f}{_metrics(r)} ({r.val_time:.1f} s)")
 
     def NewBest(self, r: Any) -> None:
         self.bar.line(f"Iteration {r.iteration:>5}: best validation so far ({r.name} {r.value:.3f})")
@@ -178,7 +177,8 @@ class Display:
         )
 
     def TestReport(self, r: Any) -> None:
-        console.data(f"Test loss {r.loss:.3f}, perplexity {r.perplexity:.3f} ({r.tokens:,} tokens)")
+        perplexity = "" if r.perplexity is None else f", perplexity {r.perplexity:.3f}"
+        console.data(f"Test loss {r.loss:.3f}{perplexity} ({r.tokens:,} tokens)")
         if r.answered:
             correct = round(r.exact_match * r.answered)
             console.data(f"Exact match {correct} of {r.answered} ({100 * r.exact_match:.0f} %)")
@@ -186,10 +186,17 @@ class Display:
             console.data(f"{name} {value:.4f}")
 
 
+def _metrics(r: Any) -> str:
+    """What else was measured. Rewards and log-probabilities of the two sides are left to ``--json``."""
+    shown = {name: value for name, value in r.metrics.items() if not name.endswith(("/chosen", "/rejected"))}
+    return "".join(f", {name} {value:.3f}" for name, value in shown.items())
+
+
 _NOTES = ("Loading", "Warned", "DataLoaded", "PrefixCache", "Started", "EarlierRunMoved")  # on stderr, also with --json
 _LOADING = {
     "model": "Loading",
     "data": "Reading",
+    "reference": "Computing the log-probabilities of the reference:",
     "init": "Reading training data for the initialisation",
     "answers": "Answering",
 }

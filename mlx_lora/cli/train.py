@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from ..config.preference import PREFERENCE_OPTIONS
 from ..errors import ConfigError
 from . import console
 from .options import (
@@ -139,6 +140,7 @@ def _check_train(ctx: click.Context, params: dict[str, Any]) -> None:
 
 _MEASURING = {
     *(field.name for field in dataclasses.fields(DataConfig) if field.name != "valid_split"),
+    *PREFERENCE_OPTIONS,
     *("model", "adapter_path", "batch_size", "loss", "train", "test", "test_batches", "trust_remote_code", "as_json"),
 }
 
@@ -162,6 +164,7 @@ def _test_only(ctx: click.Context, data: DataConfig, config: TrainConfig, params
         chosen(params["adapter_path"] or None, None),
         batch_size=config.batch_size,
         loss=config.loss,
+        options=config.preference_options(),
         test_batches=params["test_batches"],
         trust_remote_code=params["trust_remote_code"],
     )
@@ -183,7 +186,7 @@ def _next_steps(model: str, folder: Path, method: str) -> None:
 @data_options
 @adapter_option(help="Folder of the adapter, in any supported format; without one, the base model is measured.")
 @checkpoint_option
-@config_options(TrainConfig, "batch_size", "loss")
+@config_options(TrainConfig, "batch_size", "loss", *PREFERENCE_OPTIONS)
 @click.option("--test-batches", default=-1, show_default=True, help="Batches to measure; -1 for the whole set.")
 @click.option("--exact-match", default=0, metavar="N", help="Also answer N rows and count the exact matches.")
 @config_options(TrainConfig, "metric", "metric_rows")
@@ -216,6 +219,7 @@ def test(ctx: click.Context, **params: Any):
         chosen(params["adapter_path"] or None, params["checkpoint"]),
         batch_size=config.batch_size,
         loss=config.loss,
+        options=config.preference_options(),
         test_batches=params["test_batches"],
         exact_match=params["exact_match"],
         max_tokens=params["max_tokens"],

@@ -25,6 +25,7 @@ from .data import HOLD_OUT, HOLD_OUT_FROM, HOLD_OUT_MOST, DataConfig
 from .generate import GenerateConfig
 from .optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, chooses_own_rate, first_rate
 from .options import COMMON, MORE, SECTIONS, as_config
+from .preference import LABELS, PAIRS, PREFERENCES, TOKENS, preference_of
 from .train import ITERS, METRIC_ROWS, REPORTERS, VAL_LOSS, TrainConfig, metric_name
 
 __all__ = [
@@ -44,14 +45,18 @@ __all__ = [
     "ITERS",
     "LARGEST_SCALE",
     "LEAVES",
+    "LABELS",
     "METHODS",
     "METRIC_ROWS",
     "MORE",
     "OPTIMIZERS",
     "OptimizerConfig",
+    "PAIRS",
+    "PREFERENCES",
     "REPORTERS",
     "SCHEDULES",
     "SECTIONS",
+    "TOKENS",
     "TrainConfig",
     "UNSCALED",
     "VAL_LOSS",
@@ -62,4 +67,5 @@ __all__ = [
     "ignored_alpha",
     "match_pattern",
     "metric_name",
+    "preference_of",
 ]

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 
 # Sections of ``train --help``, in their order. ``help_section`` is the section of a config's fields without one.
 COMMON, MORE = "Common options", "More adapter options"
-SECTIONS = (COMMON, "Model and data", "Adapter", MORE, "Optimizer", "Run", "Output")
+SECTIONS = (COMMON, "Model and data", "Adapter", MORE, "Optimizer", "Run", "Preferences", "Output")
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:

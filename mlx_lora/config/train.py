@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from .options import check_types, common, option, raise_all, without_effect
+from .preference import PREFERENCES, TOKENS, PreferenceOptions, preference_of
 
 REPORTERS = ("tensorboard", "trackio", "wandb", "swanlab")
 ITERS = 1000  # where neither iters nor epochs is given
@@ -15,7 +16,7 @@ PREFIX_PLACES = ("none", "memory", "disk")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(PreferenceOptions):
     """The length of a run, its batches and its reports. One iteration is one batch."""
 
     help_section = "Run"
@@ -31,7 +32,7 @@ class TrainConfig:
         "Place several rows side by side in each sequence of --max-seq-length tokens; every row attends to itself "
         "alone, and none is cut for it. --batch-size then counts sequences.",
     )
-    loss: str = option("cross_entropy", "Name of the loss.")
+    loss: str = option("cross_entropy", f"cross_entropy; or, to learn from preferences: {', '.join(PREFERENCES)}.")
     grad_accumulation_steps: int = option(1, "Batches per optimizer step; every token has the same weight.")
     max_grad_norm: float | None = option(None, "Clip the gradient to this global norm.")
     val_batches: int = option(25, "Validation batches; -1 for the whole set.")
@@ -133,7 +134,9 @@ class TrainConfig:
             faults.append(f"cache_prefix must be one of {', '.join(PREFIX_PLACES)}, not {self.cache_prefix!r}")
         if self.cache_prefix != "none" and self.pack:
             faults.append("cache_prefix cannot be used with pack, which rounds the states of a row in each place anew")
-        raise_all(faults + without_effect(self, _TRAIN_RULES), self)
+        if self.cache_prefix != "none" and preference_of(self.loss).rows != TOKENS:
+            faults.append(f"cache_prefix cannot be used with the loss {self.loss}, which reads two answers of a row")
+        raise_all(faults + self.preference_faults() + without_effect(self, _TRAIN_RULES), self)
 
 
 def metric_name(metric: str) -> str:

@@ -8,6 +8,7 @@ chat.py      a sample's tokens and mask      load.py      data sets from sources
 batches.py   the data set, its batches       packing.py   batches with several rows in a sequence
 numbered.py  whether a split is complete     questions.py rows as questions with known answers
 epochs.py    the batches of a run's epochs
+samples.py   a checked row, and its parts    preference_rows.py, preferences.py   rows with preferences, their batches
 """
 
 from __future__ import annotations

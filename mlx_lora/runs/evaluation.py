@@ -9,14 +9,15 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..config import DataConfig, TrainConfig
+from ..config import TOKENS, DataConfig, TrainConfig, as_config, preference_of
 from ..data import Question, load_dataset, questions
 from ..errors import ConfigError
+from ..model.attach import disable_adapter
 from ..model.forward_paths import needs_cache, through_cache
 from ..model.loading import load
-from ..training import evaluate
+from ..training import evaluate, referenced
 from ..training.losses import loss_named
-from .checks import check_data
+from .checks import check_data, masks_without_effect
 from .metrics import load_metrics
 from .metrics import measured as measure_answers
 from .peers import watched
@@ -32,6 +33,7 @@ def measure(
     batch_size: int = 4,
     test_batches: int = -1,
     loss: str = "cross_entropy",
+    options: dict[str, float] | None = None,
     exact_match: int = 0,
     max_tokens: int = 128,
     metric: str | Sequence[str] | None = None,
@@ -45,7 +47,8 @@ def measure(
         data: a DataConfig, or its ``data``.
         adapter_path: an adapter of any format to load with the model; not with a pair.
         test_batches: batches to measure at most; -1 for the whole set.
-        loss: a name in ``LOSSES``.
+        loss: a name in ``LOSSES``. The reference of losses of preferences is the model without its adapter.
+        options: of the loss, such as {"beta": 0.1}.
         exact_match: rows to answer greedily, spread over the set. An ``Answer`` is yielded for each, and the report
             says how many are exactly the row's last answer.
         max_tokens: longest answer.
@@ -63,9 +66,12 @@ def measure(
     if adapter_path is not None and isinstance(model, tuple):
         raise ConfigError("adapter_path cannot be used with a loaded model", "Load the model with its adapter.")
     loss_named(loss)
+    options = as_config(TrainConfig, {**(options or {}), "loss": loss, "batch_size": batch_size}, "options")
     data = as_data(data)
+    if faults := masks_without_effect(data, loss):
+        raise ConfigError("\n".join(faults), "\n".join(faults.values()))
     model = as_model(model, needs_tokenizer=isinstance(data, DataConfig) or exact_match > 0 or bool(metrics))
-    measured = (batch_size, test_batches, loss)
+    measured = (batch_size, test_batches, loss, options.preference_options())
     asked = (exact_match, metric_rows if metrics else 0, max_tokens)
     return watched(_measure(model, data, adapter_path, measured, asked, metrics, trust_remote_code))
 
@@ -74,11 +80,17 @@ def _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_c
     exact_match, metric_rows, max_tokens = asked
     check_data(data, ("test",))
     model, tokenizer = yield from load_model(model, adapter_path, trust_remote_code)
-    sets = yield from load_sets(data, tokenizer, ("test",))
-    asked = {count: questions(data, tokenizer, "test", count) for count in (exact_match, metric_rows) if count}
+    batch_size, _, loss, _ = measured
+    kind = preference_of(loss).rows
+    sets = yield from load_sets(data, tokenizer, ("test",), loss)
+    asked = {count: questions(data, tokenizer, "test", count, kind) for count in (exact_match, metric_rows) if count}
     cached = yield from compare_paths(model, sets.test)
     with through_cache(model, cached):
-        result = asdict(evaluate(model, sets.test, *measured))
+        test = sets.test
+        if kind != TOKENS:
+            with disable_adapter(model):
+                test = referenced(model, test, loss, batch_size)
+        result = asdict(evaluate(model, test, *measured))
     given = {}
     for count, rows in asked.items():
         given[count] = []
@@ -87,6 +99,7 @@ def _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_c
             yield answer
     counted, values = given.get(exact_match, []), measure_answers(metrics, given[metric_rows]) if metrics else {}
     share = sum(answer.correct for answer in counted) / len(counted) if counted else None
+    values = {**result.pop("metrics"), **values}
     yield TestReport(**result, exact_match=share, answered=len(counted), metrics=values)
 
 
@@ -122,15 +135,16 @@ def load_model(model: Any, adapter_path: str | Path | None = None, trust_remote_
     return load(model, adapter_path, trust_remote_code=trust_remote_code)
 
 
-def load_sets(data: Any, tokenizer: Any, splits: tuple[str, ...]):
+def load_sets(data: Any, tokenizer: Any, splits: tuple[str, ...], loss: str = "cross_entropy"):
     """Yield what is read; return the ``Splits``. Sets that are loaded already are taken as they are.
 
     Args:
         data: a DataConfig or ``Splits``.
+        loss: decides what the rows are read as.
     """
     if isinstance(data, DataConfig):
         yield Loading("data", "hf_dataset" if data.hf_dataset else data.data)
-        data = load_dataset(data, tokenizer, splits)
+        data = load_dataset(data, tokenizer, splits, preference_of(loss).rows)
     found = {split: getattr(data, split) for split in splits}
     rows = {split: len(found[split]) for split in splits if found[split] is not None}
     summary = getattr(data.train, "summary", None)

@@ -29,6 +29,7 @@ from .folder import RunFolder
 from .identity import check, check_incomplete, continued, explained, identify
 from .metrics import load_metrics, measured
 from .peers import watched
+from .preferences import keeping_references, with_references
 from .prefix import keep_prefix
 from .recorder import Recorder
 from .reports import DataLoaded, EarlierRunMoved, Loading, PrefixCache, Started, TestReport, Warned
@@ -132,7 +133,7 @@ def _fine_tune(
     check_packing(settings)
     recorder.start_trackers()
     model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
-    sets = yield from load_sets(settings.data, tokenizer, settings.splits)
+    sets = yield from load_sets(settings.data, tokenizer, settings.splits, settings.train.loss)
     config = replace(settings.train, iters=iterations(settings.train, sets.train), epochs=None)
     check_validated(config, None if config.val_batches == 0 else sets.valid)
     check_patience(config, config.iters)
@@ -154,6 +155,7 @@ def _fine_tune(
         raise
     yield _started(model, state, config.iters)
     with through_cache(model, cached):
+        sets = yield from with_references(model, sets, config, state)
         hooks = {"metrics": _metrics(model, tokenizer, asked, config), "prefix": prefix}
         done = yield from _train(model, sets, folder, replace(settings, train=config), state, stop, hooks)
         if settings.test_batches is not None and not done.stopped:
@@ -162,7 +164,8 @@ def _fine_tune(
                     f"the test set is measured with the last adapter (iteration {done.iteration}); mlx-lora test "
                     f"measures the best one (iteration {folder.best})"
                 )
-            result = evaluate(model, sets.test, config.batch_size, settings.test_batches, config.loss)
+            of_loss = config.loss, config.preference_options()
+            result = evaluate(model, sets.test, config.batch_size, settings.test_batches, *of_loss)
             yield TestReport(**asdict(result))
 
 
@@ -180,7 +183,10 @@ def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:
 def _questions(settings: Settings, tokenizer: Any) -> list[Question]:
     """The validation rows that metrics are measured on; none without a metric."""
     config = settings.train
-    return questions(settings.data, tokenizer, "valid", config.metric_rows or METRIC_ROWS) if config.metric else []
+    if not config.metric:
+        return []
+    rows = config.metric_rows or METRIC_ROWS
+    return questions(settings.data, tokenizer, "valid", rows, preference_of(config.loss).rows)
 
 
 def _metrics(
@@ -225,7 +231,7 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, hook
 
     def save(state: TrainingState) -> Path:
         nonlocal moved, first
-        moved = folder.save(extract(model), state, move_earlier=first) or moved
+        moved = folder.save(extract(model), keeping_references(state, sets), move_earlier=first) or moved
         first = False
         return folder.numbered(state.iteration)
 

@@ -69,7 +69,7 @@ def _questions(data: Any, valid: Dataset, tokenizer: Any, count: int) -> list[Qu
     """``count`` rows, evenly spread: as the data's files say, or made from the tokens where they hold no answers."""
     if isinstance(data, DataConfig):
         try:
-            found = questions(data, tokenizer, "valid", count)
+            found = questions(data, tokenizer, "valid", count, valid.kind)
             longest = data.max_seq_length
             return [question for question in found if len(question.tokens) <= longest] or found[:1]
         except DataError:  # rows of text, or that end without an answer

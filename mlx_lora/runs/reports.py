@@ -10,8 +10,8 @@ from pathlib import Path
 class Loading:
     """Something that takes a while begins."""
 
-    what: str  # "model", "data", "init": an initialisation that reads training data, "answers" for report.html
-    name: str  # the model, the data set, the initialisation, or how many prompts
+    what: str  # "model", "data", "reference", "init": an initialisation that reads training data, or "answers"
+    name: str  # the model, the data set, the rows to compute the reference of, the initialisation, how many prompts
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class TestReport:
 
     loss: float  # nats a learned token
     tokens: int  # learned tokens the loss is the mean of
-    perplexity: float  # exp(loss)
+    perplexity: float | None  # exp(loss); None for losses of preferences
     seconds: float
     exact_match: float | None = None  # share of correct answers
     answered: int = 0  # rows answered for exact_match
-    metrics: dict[str, float] = field(default_factory=dict)  # of the rows answered for ``metric``
+    metrics: dict[str, float] = field(default_factory=dict)  # of the loss, such as rewards, and of answered rows

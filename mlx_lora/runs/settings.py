@@ -8,8 +8,10 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
+from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config, preference_of
+from ..config.preference import PREFERENCE_OPTIONS
 from ..data import Dataset, Splits
+from ..data.preferences import as_dataset
 from ..errors import ConfigError
 from .checks import check_settings
 
@@ -63,7 +65,9 @@ class Settings:
         """The settings to keep with the adapter: those of data, optimizer and training that are set."""
         configs = [self.data] if isinstance(self.data, DataConfig) else []
         configs += [self.optimizer, self.train]
-        return {name: value for config in configs for name, value in asdict(config).items() if value is not None}
+        unused = set(PREFERENCE_OPTIONS) - set(preference_of(self.train.loss).options)
+        found = {name: value for config in configs for name, value in asdict(config).items() if value is not None}
+        return {name: value for name, value in found.items() if name not in unused}
 
     def tracked(self) -> dict[str, Any]:
         """The settings to show in an experiment tracker."""
@@ -100,7 +104,7 @@ def _as_set(rows: Any, name: str) -> Any:
             f"data: the {name} set holds a {kind}, not tokenized rows",
             "Give (tokenize(rows, tokenizer, DataConfig()), None), or DataConfig(data=folder).",
         )
-    return Dataset(rows) if isinstance(rows, (list, tuple)) else rows
+    return as_dataset(rows) if isinstance(rows, (list, tuple)) else rows
 
 
 def as_model(model: Any, needs_tokenizer: bool) -> Any:

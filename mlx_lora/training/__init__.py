@@ -9,6 +9,7 @@ from .checkpoints import TrainingState
 from .evaluation import evaluate
 from .losses import LOSSES
 from .optimizers import MasterWeights, build_optimizer
+from .reference import referenced
 from .reports import Checkpoint, Done, Evaluation, NewBest, Progress, Report, SkippedStep, TrainReport, ValReport
 from .trainer import train
 
@@ -27,5 +28,6 @@ __all__ = [
     "ValReport",
     "build_optimizer",
     "evaluate",
+    "referenced",
     "train",
 ]

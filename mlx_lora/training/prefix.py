@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..data import Dataset
-from ..data.batches import batch_width, batches_per_epoch, eval_rows, train_rows
+from ..data.batches import batches_per_epoch, eval_rows
 from ..device import is_cpu
 from .prefix_checks import check_model
 from .prefix_states import MemoryStates
@@ -85,10 +85,10 @@ class FrozenPrefix:
         dataset = self._sets[0]
         epoch, skip = divmod(start, batches_per_epoch(dataset, batch_size))
         while True:
-            upcoming = train_rows(dataset, batch_size, seed, epoch)[skip:]
+            upcoming = dataset.epoch(batch_size, seed, epoch)[skip:]
             waiting: dict[int, list[int]] = {}  # by width: rows of this epoch without states, the last first
             for rows in reversed(upcoming):
-                waiting.setdefault(batch_width(dataset, rows), []).extend(int(row) for row in rows[::-1])
+                waiting.setdefault(dataset.width(rows), []).extend(int(row) for row in rows[::-1])
             for rows in upcoming:
                 arrays = tuple(mx.array(array) for array in next(batches))
                 yield self._hidden(0, rows, arrays[0], waiting, self._compiled), *arrays
@@ -106,8 +106,8 @@ class FrozenPrefix:
         pairs: set[tuple[int, int]] = set()
         epochs = -(-iters // batches_per_epoch(train_set, batch_size))
         for epoch in range(min(epochs, _EPOCHS if self.exact else 1)):
-            for rows in train_rows(train_set, batch_size, seed, epoch):
-                width = batch_width(train_set, rows) if self.exact else 0
+            for rows in train_set.epoch(batch_size, seed, epoch):
+                width = train_set.width(rows) if self.exact else 0
                 pairs.update((int(row), width) for row in rows)
         tokens = sum(int(train_set.lengths[row]) - 1 for row, _ in pairs)
         if valid_set is not None and len(valid_set) and val_batches:

@@ -1,6 +1,7 @@
 """The reports that a run yields: frozen, without arrays, ready for JSON.
 
-Every loss is a mean over the learned tokens (those that the mask selects), in nats for cross entropy. In a distributed
+Every loss is a mean over the learned tokens (those that the mask selects), in nats for cross entropy, or over the pairs
+or answers for losses of preferences. In a distributed
 run, losses, token counts and rates are those of all processes together.
 """
 
@@ -16,8 +17,9 @@ class Evaluation:
 
     loss: float  # mean over learned tokens
     tokens: int  # learned tokens
-    perplexity: float  # exp(loss)
+    perplexity: float | None  # exp(loss); None for losses of preferences
     seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)  # means of what the loss measures besides
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,15 @@ from ..device import memory_limits
 from ..errors import ConfigError, TrainingError
 from .best import check_patience, continued, is_best, out_of_patience, with_best_of
 from .checkpoints import Tally, TrainingState, check_fingerprint, fingerprint
+from .evaluation import check_rows as check_kind
 from .evaluation import evaluate, mode
-from .losses import check_takes_packed, loss_named
+from .losses import check_takes_packed, loss_named, means
 from .optimizers import MasterWeights
 from .packing_checks import check_model, check_rows
 from .prefix import FrozenPrefix
 from .prefix_checks import check_settings
 from .recompute import recomputed_layers
+from .reference import ready, stored
 from .reports import Checkpoint, Done, NewBest, Progress, Report, SkippedStep, TrainReport, ValReport
 from .step import Step
 
@@ -73,10 +75,10 @@ def train(
     limits are set for training. When it ends, also by an error or by closing the generator, the model has evaluated
     parameters and its own layers, each module is in the mode it had, and the memory limits are what they were.
 
-    Raises: at once, ConfigError for an unknown loss, and TrainingError where there is nothing to train, no training
-        data, or where `resume` is the state of another run; ConfigError where the model does not compute packed rows
-        (`config.pack`) as each alone, some of it when the iteration begins; while running, TrainingError after
-        `max_skipped_steps` steps in a row with non-finite gradients.
+    Raises: at once, ConfigError for an unknown loss or rows of another kind than it takes, and TrainingError where
+        there is nothing to train, no training data, or where `resume` is the state of another run; ConfigError where
+        the model does not compute packed rows (`config.pack`) as each alone, some of it when the iteration begins;
+        while running, TrainingError after `max_skipped_steps` steps in a row with non-finite gradients.
     """
     config = config or TrainConfig()
     loss_named(_loss_of(config))
@@ -93,6 +95,9 @@ def train(
     if len(train_set) == 0:
         raise TrainingError("The training set is empty.", "Check that train.jsonl in the data folder has rows.")
     config = dataclasses.replace(config, iters=iterations(config, train_set), epochs=None)
+    for rows in (train_set, valid_set):
+        if rows is not None:
+            check_kind(rows, _loss_of(config))
     if config.pack:
         check_takes_packed(_loss_of(config))
         check_model(model, capacity(train_set))
@@ -169,6 +174,9 @@ class _Run:
 
     def _prepare(self, resume: TrainingState | None) -> None:
         mx.eval(self.model.parameters())  # else each call of the compiled step would compute them again
+        kept = resume.reference if resume is not None else None
+        self.train_set = ready(self.model, self.train_set, self.config, "train", kept)
+        self.valid_set = ready(self.model, self.valid_set, self.config, "valid", kept)
         if self.config.pack:
             with mode(self.model, training=False):
                 longest = np.argsort(-self.train_set.lengths, kind="stable")[[0, min(1, len(self.train_set) - 1)]]
@@ -176,7 +184,7 @@ class _Run:
         self.optimizer.init(dict(tree_flatten(self.model.trainable_parameters())))
         if resume is not None:
             self.optimizer.restore(resume.optimizer)
-        loss = loss_named(_loss_of(self.config))
+        loss = loss_named(_loss_of(self.config), self.config.preference_options())
         self.step = Step(
             self.model,
             self.optimizer,
@@ -227,12 +235,14 @@ class _Run:
             finite = math.isfinite(outcome.loss)
             if finite:
                 tally.window_loss += outcome.loss
+                tally.window_count += outcome.count
+                tally.window_measured = _added(tally.window_measured, outcome.measured)
                 tally.window_tokens += outcome.tokens
                 tally.trained_tokens += outcome.tokens
             tally.window_iterations += 1
             tally.window_seconds += time.perf_counter() - tic
 
-            yield Progress(tally.iteration, outcome.loss / outcome.tokens if finite and outcome.tokens else None)
+            yield Progress(tally.iteration, outcome.loss / outcome.count if finite and outcome.count else None)
             yield from self._count_step(outcome.finite, outcome.grad_norm)
             if tally.iteration % config.steps_per_report == 0:
                 yield self._report()
@@ -286,14 +296,16 @@ class _Run:
         tally = self.tally
         report = TrainReport(
             iteration=tally.iteration,
-            train_loss=tally.window_loss / tally.window_tokens if tally.window_tokens else math.nan,
+            train_loss=tally.window_loss / tally.window_count if tally.window_count else math.nan,
             learning_rate=self.optimizer.learning_rate.item(),
             iterations_per_second=tally.window_iterations / tally.window_seconds,
             tokens_per_second=tally.window_tokens / tally.window_seconds,
             trained_tokens=tally.trained_tokens,
             peak_memory=_peak(),
             grad_norm=tally.grad_norm,
+            metrics=means(tally.window_measured),
         )
+        tally.window_count, tally.window_measured = 0, {}
         tally.window_loss, tally.window_tokens, tally.window_iterations, tally.window_seconds = 0.0, 0, 0, 0.0
         return report
 
@@ -302,10 +314,13 @@ class _Run:
         if self.valid_set is None:
             return False
         config = self.config
-        limits = config.batch_size, config.val_batches
-        measured = evaluate(self.model, self.valid_set, *limits, _loss_of(config), self.prefix)
+        of_loss = _loss_of(config), config.preference_options()
+        measured = evaluate(
+            self.model, self.valid_set, config.batch_size, config.val_batches, *of_loss, prefix=self.prefix
+        )
         with mode(self.model, training=False):
             values = self.metrics() if self.metrics else {}
+        values = {**measured.metrics, **values}
         report = ValReport(self.tally.iteration, measured.loss, measured.seconds, measured.tokens, values)
         yield report
         return is_best(self.tally, report, config)
@@ -322,6 +337,7 @@ class _Run:
             parameters=dict(self.step.parameters),
             optimizer=dict(tree_flatten(self.step.state)),
             pending=self.step.pending,
+            reference=stored(train=self.train_set, valid=self.valid_set),
             tally=dataclasses.replace(self.tally),
             fingerprint=self.fingerprint,
         )
@@ -332,6 +348,12 @@ class _Run:
         if self.group.size() > 1:
             stopped = mx.distributed.all_sum(mx.array(float(stopped)), group=self.group).item() > 0
         return stopped
+
+
+def _added(sums: dict[str, Any], more: Any) -> dict[str, tuple[float, float]]:
+    """The sums and counts of both, as a new dict, because states of the run share the old one."""
+    zero = (0.0, 0.0)
+    return {name: tuple(map(sum, zip(sums.get(name, zero), new, strict=True))) for name, new in more.items()}
 
 
 def _arrays(batch: Any) -> tuple[mx.array, ...]:

@@ -21,7 +21,7 @@ ALWAYS = {
     "*": {"model", "save_path", "force", "as_json", "config", "seed", "system_prompt", "message", "repo", "folder"},
     "demo": {"output"},
     "train": {
-        *("data", "mask_prompt", "max_seq_length", "text_feature", "prompt_feature", "completion_feature"),
+        *("data", "max_seq_length", "text_feature", "prompt_feature", "completion_feature"),
         *(
             "chat_feature",
             "adapter_path",
@@ -40,7 +40,7 @@ ALWAYS = {
     },
     "report": {"folders", "output", "open_page"},
     "test": {
-        *("data", "mask_prompt", "max_seq_length", "text_feature", "prompt_feature", "completion_feature"),
+        *("data", "max_seq_length", "text_feature", "prompt_feature", "completion_feature"),
         *("chat_feature", "adapter_path", "batch_size", "loss", "test_batches", "exact_match", "trust_remote_code"),
         "metric",
     },
@@ -117,7 +117,7 @@ RULES = {
     ("train", "loraplus_lr_embedding"): [f"{TRAIN} --loraplus-lr-embedding 1e-6"],
     ("train", "loraplus_weight_decay"): [f"{TRAIN} --loraplus-weight-decay 0.1"],
     ("train", "steps_per_eval"): [f"{TRAIN} --val-batches 0 --steps-per-eval 5"],
-    ("train", "pack"): [f"{TRAIN} --pack --no-train --test"],
+    ("train", "pack"): [f"{TRAIN} --pack --no-train --test", f"{TRAIN} --pack --loss dpo"],
     ("train", "resume_adapter_file"): [
         f"{TRAIN} --resume-adapter-file a/adapters.safetensors --init gaussian",
         f"{TRAIN} --resume-adapter-file peft/adapter_model.safetensors",
@@ -157,6 +157,16 @@ RULES = {
         "merge a a --checkpoint best",
         "doctor --model BASE --adapter-path run --checkpoint 7",
     )},
+    **{
+        (command, option): [f"{start}{named} --{option.replace('_', '-')} 0.3" for named in ("", f" --loss {loss}")]
+        for command, start in (("train", TRAIN), ("test", "test --model BASE --data data"))
+        for option, loss in {
+            "beta": "cross_entropy", "label_smoothing": "ipo", "simpo_gamma": "cpo", "cpo_alpha": "dpo",
+            "desirable_weight": "dpo", "undesirable_weight": "orpo",
+        }.items()
+    },
+    ("train", "mask_prompt"): [f"{TRAIN} --loss dpo --mask-prompt"],
+    ("test", "mask_prompt"): ["test --model BASE --data data --loss dpo --mask-prompt"],
     ("train", "test_batches"): [f"{TRAIN} --test-batches 5"],
     ("train", "project_name"): [f"{TRAIN} --project-name x"],
     ("test", "mask_turns"): ["test --model BASE --data data --mask-turns last"],

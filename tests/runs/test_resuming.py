@@ -16,6 +16,7 @@ import pytest
 
 import mlx_lora
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from mlx_lora.config.preference import PREFERENCE_OPTIONS
 from mlx_lora.errors import ConfigError, FormatError, MLXLoRAWarning, TrainingError
 from mlx_lora.runs.identity import FORCED, FREE
 from mlx_lora.tiny_base import PATH, skill
@@ -193,6 +194,7 @@ def test_every_setting_is_free_forced_or_compared():
         "loss",
         "grad_accumulation_steps",
         "seed",
+        *PREFERENCE_OPTIONS,
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..config import METRIC_ROWS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from ..config import METRIC_ROWS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, preference_of
 from ..data import Dataset, Question, Splits, iterations, questions, train_batches
 from ..errors import ConfigError, MLXLoRAError
 from ..init import FROM_DATA

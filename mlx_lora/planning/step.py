@@ -1,0 +1,124 @@
+"""The peak memory of a training step, from a trace of the step itself on arrays that are never computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as opt
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from ..config import TrainConfig
+from ..fast.swap import traced_only
+from ..training.evaluation import mode
+from ..training.losses import loss_named
+from ..training.optimizers import MasterWeights
+from ..training.recompute import recomputed_layers
+from ..training.step import Step
+from .custom_vjps import trace_with_vjps
+from .graph import Graph, fuse
+from .memory import Peak, Queue, peak_of
+
+
+def stand_in(array: mx.array) -> mx.array:
+    """An array of the same shape and dtype that takes no memory."""
+    return mx.broadcast_to(mx.zeros((), array.dtype), array.shape)
+
+
+class Traced:
+    """Traces steps on ``model``, whose arrays need not be evaluated. The model keeps them."""
+
+    def __init__(self, model: nn.Module, make: Callable[[], opt.Optimizer], config: TrainConfig, queue: Queue):
+        self.model, self.make, self.config, self.queue = model, make, config, queue
+
+    def peak(self, *batch: mx.array) -> Peak:
+        """The peak of a step on a batch of such arrays, in a run that has done a step before."""
+        with _restored(self.model), mode(self.model, training=True), _checkpointing(self.model, self.config):
+            trained = dict(tree_flatten(self.model.trainable_parameters()))
+            weights = {p: a for p, a in tree_flatten(self.model.parameters()) if p not in trained}
+            optimizer = MasterWeights(self.make())
+            optimizer.init(trained)
+            fused = self.config.grad_accumulation_steps == 1
+            step = Step(
+                self.model,
+                optimizer,
+                loss=loss_named(getattr(self.config, "loss", "cross_entropy")),
+                seed=0,
+                fused=fused,
+                max_grad_norm=self.config.max_grad_norm,
+            )
+            state = step.state
+            # The step keeps the parameters that it began with.
+            first = _bytes(trained)
+            if fused:
+                run = lambda p, s, *b: step._train_batch_fn(p, s, *b)  # noqa: E731
+                return self._peak(run, weights, (trained, state), batch, first)
+            sums = step._nothing
+            run = lambda p, s, *b: step._accumulate_fn(p, s, *b)  # noqa: E731
+            kept = first + _bytes(sums) + _bytes(state)
+            accumulate = self._peak(run, weights, (trained, sums), batch, kept)
+            update = self._peak(step._update_fn, {}, (trained, state, sums), (), first + _bytes(sums) + _bytes(weights))
+            return max(accumulate, update, key=lambda peak: peak.total)
+
+    def _peak(self, run: Callable, weights: dict, changing: tuple, batch: tuple, resident: int) -> Peak:
+        graph, kept = self._graph(run, weights, changing, batch)
+        count, fixed = len(tree_flatten(changing)), len(weights) + len(kept)
+        freed = graph.inputs[fixed : fixed + count]
+        return peak_of(graph, freed, resident, self.queue)
+
+    def _graph(self, run: Callable, weights: dict, changing: tuple, batch: tuple) -> tuple[Graph, list]:
+        """The fused graph of ``run(*changing, *batch)``, and the arrays that the model keeps between calls."""
+        kept: dict[Any, mx.array] = {}
+        flat = [array for _, array in tree_flatten(changing)]
+        names = list(weights)
+
+        def function(*arrays: mx.array) -> list[mx.array]:
+            known = dict(zip(kept, arrays, strict=False))
+            rest = iter(arrays[len(known) :])
+
+            def keep(module: nn.Module, name: str, compute: Callable[[], mx.array]) -> mx.array:
+                key = id(module), name
+                if key not in known:
+                    known[key] = compute()
+                    kept[key] = stand_in(known[key])
+                return known[key]
+
+            self.model.update(tree_unflatten([(name, next(rest)) for name in names]))
+            arguments = tree_map(lambda _: next(rest), changing)
+            with traced_only(keep):
+                made = run(*arguments, *rest)
+            return [array for _, array in tree_flatten(made)]
+
+        inputs = [*map(stand_in, weights.values()), *map(stand_in, flat), *batch]
+        graph = trace_with_vjps(function, inputs, complete=False)
+        if kept:  # now that their shapes are known, they are inputs
+            inputs = [*kept.values(), *inputs]
+        graph = trace_with_vjps(function, inputs)
+        fuse(graph)
+        return graph, list(kept)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(tree))
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put the parameters of ``model`` back at the end: tracing leaves tracers in them."""
+    before = model.parameters()
+    try:
+        yield
+    finally:
+        model.update(before)
+
+
+@contextmanager
+def _checkpointing(model: nn.Module, config: TrainConfig) -> Iterator[None]:
+    if not config.grad_checkpoint:
+        yield
+        return
+    with recomputed_layers(model):
+        yield

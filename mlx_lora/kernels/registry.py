@@ -99,6 +99,11 @@ def traced_by(tracer: Callable) -> Iterator[None]:
         _tracer.reset(token)
 
 
+def is_traced() -> bool:
+    """Whether the code runs within ``traced_by``, in this thread."""
+    return _tracer.get() is not None
+
+
 def _as_list(arrays: Any) -> list[mx.array]:
     return [array for _, array in tree_flatten(arrays)] if not isinstance(arrays, mx.array) else [arrays]
 

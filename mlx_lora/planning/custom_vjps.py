@@ -8,13 +8,15 @@ cotangent of y arrives and where that of x is expected; the operation's own vjp,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..kernels.registry import traced_by
+from ..kernels.registry import is_traced, traced_by, with_backward
 from .graph import Graph, Operation, simplify, trace
 
 _FIRST_TAG = 7_654_321  # exact in float32, and in no model
@@ -50,7 +52,7 @@ def _trace(function: Callable, inputs: list[mx.array], tags, numbers, complete: 
         return calls[-1].results[0] if calls[-1].single else tuple(calls[-1].results)
 
     def traced(*arrays: mx.array) -> list[mx.array]:
-        with traced_by(tracer):
+        with traced_by(tracer), _exportable_products():
             made = list(function(*arrays))
         return made + [array for call in calls for array in (*call.arguments, *call.outputs, *call.results)]
 
@@ -62,6 +64,36 @@ def _trace(function: Callable, inputs: list[mx.array], tags, numbers, complete: 
     if calls and complete:
         _Splicing(graph, tags, numbers).splice(calls)
     return graph
+
+
+@contextmanager
+def _exportable_products() -> Iterator[None]:
+    """MLX cannot export the gradient of `mx.gather_mm` for sorted experts, a segmented product: replace it here."""
+    own = mx.gather_mm
+
+    def gather_mm(a: mx.array, b: mx.array, *rest: Any, sorted_indices: bool = False, **named: Any) -> mx.array:
+        indices = named.get("rhs_indices")
+        if not is_traced() or not sorted_indices or rest or set(named) - {"rhs_indices"} or indices is None:
+            return own(a, b, *rest, sorted_indices=sorted_indices, **named)
+        return with_backward(_sorted_product, _sorted_backward)(a, b, indices)
+
+    def _sorted_product(a: mx.array, b: mx.array, indices: mx.array) -> mx.array:
+        return own(a, b, rhs_indices=indices, sorted_indices=True)
+
+    def _sorted_backward(primals: tuple, cotangent: mx.array, _: Any) -> tuple:  # as in mlx/primitives.cpp
+        a, b, indices = primals
+        of_a = own(cotangent, b.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=True)
+        # Not the values, but the inputs and the shape of the segmented product: its rows are multiplied once.
+        first = mx.zeros(b.shape[:-2], mx.uint32)
+        left, right = cotangent.flatten(0, -2).swapaxes(0, 1)[None], a.flatten(0, -2)[None]
+        of_b = own(left, right, lhs_indices=first, rhs_indices=first).swapaxes(-1, -2)
+        return of_a.reshape(a.shape) if of_a.size == a.size else mx.zeros_like(a), of_b, mx.zeros_like(indices)
+
+    mx.gather_mm = gather_mm
+    try:
+        yield
+    finally:
+        mx.gather_mm = own
 
 
 def _call(forward: Callable, backward: Callable, arguments: tuple[mx.array, ...], tags) -> _Call:
@@ -99,12 +131,10 @@ class _Splicing:
         renamed: dict[str, str] = {}
         for call in calls:
             arguments, outputs, results = _split(call)
-            maker = self.graph.makers.get(results[0])
             self._replace_forward(arguments, outputs, results)
             cotangents = [self._cotangent_of(*pair) for pair in zip(call.result_tags, results, strict=True)]
             expected = [self._expected(*pair) for pair in zip(call.argument_tags, arguments, strict=True)]
             if any(cotangents) and any(expected):
-                del maker
                 renamed |= self._insert(call, arguments, results, cotangents, expected)
         operations = self.graph.operations
         for op in operations:

@@ -93,10 +93,9 @@ class Traced:
             return [array for _, array in tree_flatten(made)]
 
         inputs = [*map(stand_in, weights.values()), *map(stand_in, flat), *batch]
-        graph = trace_with_vjps(function, inputs, complete=False)
-        if kept:  # now that their shapes are known, they are inputs
-            inputs = [*kept.values(), *inputs]
         graph = trace_with_vjps(function, inputs)
+        if kept:  # now that their shapes are known, they are inputs
+            graph = trace_with_vjps(function, [*kept.values(), *inputs])
         fuse(graph)
         return graph, list(kept)
 

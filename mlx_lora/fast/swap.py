@@ -35,6 +35,11 @@ def traced_only(stand_in: Callable[[nn.Module, str, Callable[[], mx.array]], mx.
         _stand_in.reset(token)
 
 
+def is_traced_only() -> bool:
+    """Whether the code runs within ``traced_only``."""
+    return _stand_in.get() is not None
+
+
 class Changes:
     """Mixin that forgets what ``keep`` stored with a module whenever one of its attributes is set."""
 

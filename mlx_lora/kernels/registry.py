@@ -25,6 +25,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
+from ..device import is_assumed_gpu
 from ..errors import ConfigError
 from . import cuda
 
@@ -50,6 +51,8 @@ def enabled(*kernels: str) -> bool:
         raise ConfigError(f"MLX_LORA_KERNELS is {wanted!r}", "Set it to auto, off or on.")
     if wanted != "auto":
         return wanted == "on"
+    if is_assumed_gpu():
+        return True
     if mx.default_device().type != mx.DeviceType.gpu:
         return False
     if _on_cuda():

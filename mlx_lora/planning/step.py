@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +13,7 @@ import mlx.nn as nn
 import mlx.optimizers as opt
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from ..base.modules import dims, kind
 from ..config import TrainConfig
 from ..fast.swap import traced_only
 from ..training.evaluation import mode
@@ -28,46 +31,73 @@ def stand_in(array: mx.array) -> mx.array:
     return mx.broadcast_to(mx.zeros((), array.dtype), array.shape)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What the peak consists of, in bytes."""
+
+    weights: int  # frozen, with the float32 copies that a CPU keeps of quantized ones
+    adapter: int  # trained parameters, as they are and as they were at the start
+    optimizer: int  # state, and the sums of gradients between its steps
+    logits: int
+    activations: int  # and gradients and all else that a step computes
+    peak: int
+
+    def __add__(self, other: Parts) -> Parts:
+        return Parts(*map(operator.add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: Parts) -> Parts:
+        return Parts(*map(operator.sub, astuple(self), astuple(other)))
+
+    def __mul__(self, times: int) -> Parts:
+        return Parts(*(part * times for part in astuple(self)))
+
+
 class Traced:
     """Traces steps on ``model``, whose arrays need not be evaluated. The model keeps them."""
 
     def __init__(self, model: nn.Module, make: Callable[[], opt.Optimizer], config: TrainConfig, queue: Queue):
         self.model, self.make, self.config, self.queue = model, make, config, queue
 
-    def peak(self, *batch: mx.array) -> Peak:
+    def parts(self, *batch: mx.array) -> Parts:
         """The peak of a step on a batch of such arrays, in a run that has done a step before."""
         with _restored(self.model), mode(self.model, training=True), _checkpointing(self.model, self.config):
             trained = dict(tree_flatten(self.model.trainable_parameters()))
             weights = {p: a for p, a in tree_flatten(self.model.parameters()) if p not in trained}
             optimizer = MasterWeights(self.make())
             optimizer.init(trained)
-            fused = self.config.grad_accumulation_steps == 1
             step = Step(
                 self.model,
                 optimizer,
                 loss=loss_named(getattr(self.config, "loss", "cross_entropy")),
                 seed=0,
-                fused=fused,
+                fused=self.config.grad_accumulation_steps == 1,
                 max_grad_norm=self.config.max_grad_norm,
             )
             state = step.state
-            # The step keeps the parameters that it began with.
-            first = _bytes(trained)
-            if fused:
-                run = lambda p, s, *b: step._train_batch_fn(p, s, *b)  # noqa: E731
-                return self._peak(run, weights, (trained, state), batch, first)
-            sums = step._nothing
-            run = lambda p, s, *b: step._accumulate_fn(p, s, *b)  # noqa: E731
-            kept = first + _bytes(sums) + _bytes(state)
-            accumulate = self._peak(run, weights, (trained, sums), batch, kept)
-            update = self._peak(step._update_fn, {}, (trained, state, sums), (), first + _bytes(sums) + _bytes(weights))
-            return max(accumulate, update, key=lambda peak: peak.total)
+            first = _bytes(trained)  # the step keeps the parameters that it began with
+            if self.config.grad_accumulation_steps == 1:
+                sums = {}
+                run = step._train_batch_fn
+                found = self._peak(run, weights, (trained, state), batch, first)
+            else:
+                sums = step._nothing
+                kept = first + _bytes(sums) + _bytes(state)
+                found = self._peak(step._accumulate_fn, weights, (trained, sums), batch, kept)
+                kept = first + _bytes(sums) + found.weights
+                update = self._peak(step._update_fn, {}, (trained, state, sums), (), kept)
+                found = max(found, update, key=lambda one: one.peak.total)
+            adapter, held, frozen = 2 * first, _bytes(state) + 2 * _bytes(sums), max(found.weights, _bytes(weights))
+            rest = found.peak.total - frozen - adapter - held - found.logits
+            return Parts(frozen, adapter, held, found.logits, max(0, rest), found.peak.total)
 
-    def _peak(self, run: Callable, weights: dict, changing: tuple, batch: tuple, resident: int) -> Peak:
+    def _peak(self, run: Callable, weights: dict, changing: tuple, batch: tuple, resident: int) -> _Found:
         graph, kept = self._graph(run, weights, changing, batch)
         count, fixed = len(tree_flatten(changing)), len(weights) + len(kept)
-        freed = graph.inputs[fixed : fixed + count]
-        return peak_of(graph, freed, resident, self.queue)
+        peak = peak_of(graph, graph.inputs[fixed : fixed + count], resident, self.queue)
+        vocabulary = vocabulary_of(self.model)
+        wide = [name for name in peak.live if graph.shapes.get(name, ())[-1:] == (vocabulary,)]
+        of_weights = sum(graph.bytes(name) for name in graph.inputs[:fixed])
+        return _Found(peak, sum(peak.live[name] for name in wide), of_weights)
 
     def _graph(self, run: Callable, weights: dict, changing: tuple, batch: tuple) -> tuple[Graph, list]:
         """The fused graph of ``run(*changing, *batch)``, and the arrays that the model keeps between calls."""
@@ -98,6 +128,18 @@ class Traced:
             graph = trace_with_vjps(function, [*kept.values(), *inputs])
         fuse(graph)
         return graph, list(kept)
+
+
+@dataclass(frozen=True)
+class _Found:
+    peak: Peak
+    logits: int  # bytes at the peak
+    weights: int  # bytes of frozen inputs
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """Rows of the largest embedding."""
+    return max((dims(m)[0] for m in model.modules() if kind(m) == "embedding"), default=0)
 
 
 def _bytes(tree: Any) -> int:

@@ -98,6 +98,9 @@ class Display:
     def Warned(self, r: Any) -> None:
         console.warn(r.text)
 
+    def Planned(self, r: Any) -> None:
+        console.note(planned_line(r))
+
     def DataLoaded(self, r: Any) -> None:
         for text in r.notes:
             console.note(text)
@@ -147,6 +150,17 @@ class Display:
             console.data(f"Exact match {correct} of {r.answered} ({100 * r.exact_match:.0f} %)")
 
 
-_NOTES = ("Loading", "Warned", "DataLoaded", "Started", "EarlierRunMoved")  # on stderr, also with --json
+def planned_line(r: Any) -> str:
+    """The short form of a plan."""
+    if r.peak is None:
+        return f"Plan: not planned: {r.reason}"
+    length = f"{r.iters:,} iterations" + (f" ({r.epochs:g} epochs)" if r.epochs is not None else "")
+    padding = f", {100 * r.padding:.0f} % padding" if r.padding is not None else ""
+    time = f"about {console.seconds(r.seconds)}" if r.seconds else "time not known: nothing was trained here yet"
+    memory = f"peak about {console.gigabytes(r.peak)} of {console.gigabytes(r.limit)}"
+    return f"Plan: {r.trainable:,} parameters to train, {memory}; {length}{padding}, {time}"
+
+
+_NOTES = ("Loading", "Warned", "Planned", "DataLoaded", "Started", "EarlierRunMoved")  # on stderr, also with --json
 _LOADING = {"model": "Loading", "data": "Reading", "init": "Reading training data for the initialisation"}
 _SPLITS = {"train": "training", "valid": "validation", "test": "test"}

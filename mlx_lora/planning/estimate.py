@@ -106,6 +106,8 @@ def _extrapolated(traced: Traced, batch: tuple[mx.array, ...], runs: list[tuple[
 
 
 def _batch(variant: Variant, processes: int) -> tuple[mx.array, ...]:
+    if getattr(variant.train, "loss", "cross_entropy") != "cross_entropy":
+        raise ModelError(f"the memory of the loss {variant.train.loss} is not known", "Train it without a plan.")
     rows, length = max(1, variant.train.batch_size // processes), max(2, variant.length)
     tokens, mask = mx.zeros((rows, length), mx.int32), mx.zeros((rows, length - 1), mx.bool_)
     return (tokens, mask, tokens) if variant.train.pack else (tokens, mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from ..config import AdapterConfig, DataConfig, TrainConfig
+from ..config import AdapterConfig, TrainConfig
 
 MACS = (8, 16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory
 
@@ -91,7 +91,3 @@ def verdicts(options: list[Variant], peak: Callable[[Variant], int]) -> list[Ver
         found.append(Verdict(gigabytes, size, fitting is options[0], best, flags))
     return found[::-1]
 
-
-def default_length(data: DataConfig | None) -> int:
-    """Tokens of the longest row where the data are not known."""
-    return data.max_seq_length if data else DataConfig.max_seq_length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from ..data import load_dataset
 from ..device import is_cpu, memory_limit
 from ..errors import ConfigError, MLXLoRAError
 from . import speed
-from .bare import folder_of
+from .bare import folder_of, quantization_of
 from .estimate import Estimate, estimate
-from .machines import Variant, Verdict, default_length, variants, verdicts
+from .machines import Variant, Verdict, variants, verdicts
 from .rows import Epoch, epoch_of
 from .step import Parts
 
@@ -30,13 +30,14 @@ class Plan:
     memory: Parts
     limit: int  # what MLX can use on this machine
     fits: bool  # on this machine
-    measured: bool  # False where `memory` is estimated for a Mac's GPU from another machine
     epoch: Epoch | None  # None where the data are not known
     length: int  # tokens of the widest batch
     iters: int
     epochs: float | None
     tokens_per_step: int | None  # of an optimizer step, of all processes, padding left out; a mean
     processes: int
+    layers: int
+    flops_per_step: float  # of a batch of mean length, without attention; of this process
     seconds: float | None  # of the whole run; None where this machine has not been measured
     verdicts: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()
@@ -50,6 +51,7 @@ def plan(
     optimizer: OptimizerConfig | dict | None = None,
     train: TrainConfig | dict | None = None,
     processes: int = 1,
+    max_seq_length: int | None = None,
     machines: bool = True,
     trust_remote_code: bool = False,
 ) -> Plan:
@@ -61,6 +63,7 @@ def plan(
     Args:
         model: a folder or repository; a folder may hold no more than a ``config.json``.
         data: a DataConfig or its ``data``; without one the rows are taken to have ``max_seq_length`` tokens.
+        max_seq_length: where there are no data; 2048 by default.
         adapter, optimizer, train: the settings of the run, or a dict of them.
         processes: of a distributed run (``mlx.launch -n``), which divide ``batch_size`` among themselves.
         machines: whether to say on which Macs the run fits, which takes a few seconds more.
@@ -78,10 +81,22 @@ def plan(
         )
     folder = folder_of(model)
     rows, notes = None, []
+    if data is None:
+        length = max_seq_length or DataConfig.max_seq_length
+        notes.append(f"No data: every row is taken to have {length} tokens (max_seq_length)")
     if data is not None:
-        rows = _rows(folder, data, trust_remote_code, notes)
+        rows = read_rows(folder, data, trust_remote_code, notes)
     return plan_of(
-        BaseModel(folder), str(model), rows, data, adapter, optimizer, train, processes, machines=machines, notes=notes
+        BaseModel(folder),
+        str(model),
+        rows,
+        data.max_seq_length if data else length,
+        adapter,
+        optimizer,
+        train,
+        processes,
+        machines=machines,
+        notes=notes,
     )
 
 
@@ -89,7 +104,7 @@ def plan_of(
     base: BaseModel,
     name: str,
     rows: Any,
-    data: DataConfig | None,
+    max_seq_length: int,
     adapter: AdapterConfig,
     optimizer: OptimizerConfig,
     train: TrainConfig,
@@ -98,20 +113,22 @@ def plan_of(
     machines: bool = False,
     notes: list[str] | None = None,
 ) -> Plan:
-    """The same with settings that are complete, and ``rows`` as a data set of ``mlx_lora.data`` or None."""
+    """The same with settings that are complete, and ``rows`` as a data set of ``mlx_lora.data`` or None.
+
+    Args:
+        max_seq_length: tokens of a row where there is no data set.
+    """
     epoch = epoch_of(rows, train) if rows is not None else None
-    length = epoch.longest if epoch else default_length(data)
+    length = epoch.longest if epoch else max_seq_length
     asked, here = Variant(adapter, train, length=length), not is_cpu()
     found = estimate(base, optimizer, asked, here, processes)
     limit = memory_limit()
     table: tuple[Verdict, ...] = ()
     if machines:
         table = tuple(_verdicts(base, optimizer, asked, found, here, processes))
-    steps = train.iters
-    seconds, rate = None, speed.measured()
-    if epoch and rate:
-        padded = epoch.tokens / (1 - epoch.padding) / epoch.batches
-        seconds = step_flops(found, train, padded) * steps / processes / rate
+    steps = train.iters or math.ceil(getattr(train, "epochs", 1) * epoch.batches if epoch else 1)
+    padded = epoch.tokens / (1 - epoch.padding) / epoch.batches if epoch else train.batch_size * length
+    flops, rate = step_flops(found, train, padded) / processes, speed.measured()
     per_step = None
     if epoch:
         per_step = round(epoch.tokens / epoch.batches * train.grad_accumulation_steps)
@@ -122,14 +139,15 @@ def plan_of(
         memory=found.parts,
         limit=limit,
         fits=found.parts.peak <= limit,
-        measured=True,
         epoch=epoch,
         length=length,
         iters=steps,
         epochs=round(steps / epoch.batches, 2) if epoch else None,
         tokens_per_step=per_step,
         processes=processes,
-        seconds=seconds,
+        layers=found.layers,
+        flops_per_step=flops,
+        seconds=flops * steps / rate if rate else None,
         verdicts=table,
         notes=tuple(notes or ()),
     )
@@ -158,18 +176,21 @@ def _verdicts(base, optimizer, asked: Variant, found: Estimate, gpu: bool, proce
     return verdicts(options, peak)
 
 
-def suggestion(base, optimizer, asked: Variant, found: Estimate, limit: int, processes: int = 1) -> tuple[str, ...]:
-    """The options with which a run fits into ``limit`` bytes of this machine; none where nothing helps."""
-    for variant in list(variants(asked, found.quantized, found.layers, processes))[1:]:
+def suggestion(
+    base: BaseModel, adapter: AdapterConfig, optimizer: OptimizerConfig, train: TrainConfig, found: Plan
+) -> tuple[str, ...]:
+    """The options with which the run of the plan ``found`` fits this machine; none where nothing that is known helps."""
+    asked, quantized = Variant(adapter, train, length=found.length), bool(quantization_of(base.config))
+    for variant in list(variants(asked, quantized, found.layers, found.processes))[1:]:
         try:
-            if estimate(base, optimizer, variant, not is_cpu(), processes).parts.peak <= limit:
+            if estimate(base, optimizer, variant, not is_cpu(), found.processes).parts.peak <= found.limit:
                 return variant.flags
-        except MLXLoRAError:
+        except MLXLoRAError:  # settings that this model does not have
             continue
     return ()
 
 
-def _rows(folder: Path, data: DataConfig, trust_remote_code: bool, notes: list[str]) -> Any:
+def read_rows(folder: Path, data: DataConfig, trust_remote_code: bool, notes: list[str]) -> Any:
     """The training set; None, with a note, where the model's folder has no tokenizer."""
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
         notes.append(
@@ -179,9 +200,6 @@ def _rows(folder: Path, data: DataConfig, trust_remote_code: bool, notes: list[s
     from mlx_lm.utils import load_tokenizer
 
     tokenizer = load_tokenizer(folder, {"trust_remote_code": trust_remote_code})
-    sets = load_dataset(data, tokenizer, ("train",))
+    sets = load_dataset(data, tokenizer, ("train", "valid"))  # without a validation set, rows are held out for it
     notes += [*sets.all_warnings(), *sets.all_notes()]
     return sets.train
-
-
-

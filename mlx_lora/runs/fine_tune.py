@@ -24,11 +24,12 @@ from .checks import check_data, check_modules, check_packing
 from .evaluation import compare_paths, load_model, load_sets
 from .folder import RunFolder, is_main_process
 from .identity import check, continued, identify
-from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
+from .planned import check_weights, keep_speed, plan_run
+from .reports import DataLoaded, EarlierRunMoved, Loading, Planned, Started, TestReport, Warned
 from .settings import Settings
 from .tracking import trackers
 
-RunReport = Report | Warned | Loading | DataLoaded | Started | EarlierRunMoved | TestReport
+RunReport = Report | Warned | Loading | DataLoaded | Planned | Started | EarlierRunMoved | TestReport
 
 
 def run(
@@ -63,7 +64,8 @@ def run(
         resume: continue the run in ``folder`` exactly where it stopped. Whatever of the arguments above is left out is
             taken from that run, and so are the fields that a dict leaves out. Fields in ``identity.FREE``, such as
             ``iters``, may differ from it; those in ``identity.FORCED``, such as ``learning_rate``, with ``force``.
-        force: with ``resume``: continue with other settings of the optimizer, and warn of each.
+        force: train although the plan says that the run does not fit into memory; with ``resume`` also continue with
+            other settings of the optimizer, and warn of each.
         resume_adapter_file: start from the weights in this ``adapters.safetensors``.
         init_reference: the model before it was quantized, for ``init`` "loftq".
         test_batches: measure on the test set afterwards, this many batches at most; -1 for the whole set.
@@ -110,17 +112,19 @@ def _run(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Ite
 
 def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Iterator[RunReport]:
     state = _state(folder, settings)
-    for text in settings.adapter.doubts():
+    for text in settings.doubts():
         yield Warned(text)
     check_data(settings.data, settings.splits)
     check_modules(settings.model, settings.adapter)
     check_packing(settings)
     logs = trackers(settings.report_to, settings.project_name, settings.tracked()) if is_main_process() else []
+    check_weights(settings)
     model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
     sets = yield from load_sets(settings.data, tokenizer, settings.splits)
     folder.identity = identify(settings, model, sets)
     if state is not None:
         check(state.run, folder.identity, settings.force, folder.path)
+    planned = yield from plan_run(settings, model, sets)
     yield from _attach(model, sets, folder, settings)
     config = settings.train
     try:
@@ -131,6 +135,7 @@ def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) 
     yield _started(model, state, config.iters)
     with through_cache(model, cached):
         done = yield from _train(model, sets, folder, settings, state, stop, logs)
+        keep_speed(planned, done, state)
         if settings.test_batches is not None and not done.stopped:
             result = evaluate(model, sets.test, config.batch_size, settings.test_batches, config.loss)
             yield TestReport(**asdict(result))

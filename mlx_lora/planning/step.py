@@ -86,13 +86,14 @@ class Traced:
                 kept = first + _bytes(sums) + found.weights
                 update = self._peak(step._update_fn, {}, (trained, state, sums), (), kept)
                 found = max(found, update, key=lambda one: one.peak.total)
-            adapter, held, frozen = 2 * first, _bytes(state) + 2 * _bytes(sums), max(found.weights, _bytes(weights))
+            adapter, held, frozen = 2 * first, _bytes(state) + 2 * _bytes(sums), found.weights
             rest = found.peak.total - frozen - adapter - held - found.logits
             return Parts(frozen, adapter, held, found.logits, max(0, rest), found.peak.total)
 
     def _peak(self, run: Callable, weights: dict, changing: tuple, batch: tuple, resident: int) -> _Found:
         graph, kept = self._graph(run, weights, changing, batch)
-        count, fixed = len(tree_flatten(changing)), len(weights) + len(kept)
+        shared = len(weights) - len({id(array) for array in weights.values()})
+        count, fixed = len(tree_flatten(changing)), len(weights) - shared + len(kept)
         peak = peak_of(graph, graph.inputs[fixed : fixed + count], resident, self.queue)
         vocabulary = vocabulary_of(self.model)
         wide = [name for name in peak.live if graph.shapes.get(name, ())[-1:] == (vocabulary,)]
@@ -103,29 +104,31 @@ class Traced:
         """The fused graph of ``run(*changing, *batch)``, and the arrays that the model keeps between calls."""
         kept: dict[Any, mx.array] = {}
         flat = [array for _, array in tree_flatten(changing)]
-        names = list(weights)
+        own = {id(array): array for array in weights.values()}  # several modules may share an array
+
+        known: dict[Any, mx.array] = {}  # what stands for them in the trace
+
+        def keep(module: nn.Module, name: str, compute: Callable[[], mx.array]) -> mx.array:
+            key = id(module), name
+            if key not in known:
+                known[key] = compute()
+                kept[key] = stand_in(known[key])
+            return known[key]
 
         def function(*arrays: mx.array) -> list[mx.array]:
-            known = dict(zip(kept, arrays, strict=False))
+            known.update(zip(kept, arrays, strict=False))
             rest = iter(arrays[len(known) :])
-
-            def keep(module: nn.Module, name: str, compute: Callable[[], mx.array]) -> mx.array:
-                key = id(module), name
-                if key not in known:
-                    known[key] = compute()
-                    kept[key] = stand_in(known[key])
-                return known[key]
-
-            self.model.update(tree_unflatten([(name, next(rest)) for name in names]))
+            given = {key: next(rest) for key in own}
+            self.model.update(tree_unflatten([(name, given[id(array)]) for name, array in weights.items()]))
             arguments = tree_map(lambda _: next(rest), changing)
-            with traced_only(keep):
-                made = run(*arguments, *rest)
-            return [array for _, array in tree_flatten(made)]
+            return [array for _, array in tree_flatten(run(*arguments, *rest))]
 
-        inputs = [*map(stand_in, weights.values()), *map(stand_in, flat), *batch]
-        graph = trace_with_vjps(function, inputs)
-        if kept:  # now that their shapes are known, they are inputs
-            graph = trace_with_vjps(function, [*kept.values(), *inputs])
+        inputs = [*map(stand_in, own.values()), *map(stand_in, flat), *batch]
+        with traced_only(keep):  # also while the vjps are traced
+            graph = trace_with_vjps(function, inputs)
+            if kept:  # now that their shapes are known, they are inputs
+                known.clear()
+                graph = trace_with_vjps(function, [*kept.values(), *inputs])
         fuse(graph)
         return graph, list(kept)
 

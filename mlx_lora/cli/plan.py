@@ -100,7 +100,10 @@ def _show(found: Any) -> None:
         ("optimizer", size(parts.optimizer)),
         ("activations", size(parts.activations)),
         ("logits", size(parts.logits)),
-        ("peak", f"{size(parts.peak)}; MLX can use {size(found.limit)} here: " + ("fits" if found.fits else "too much")),
+        (
+            "peak",
+            f"{size(parts.peak)}; MLX can use {size(found.limit)} here: " + ("fits" if found.fits else "too much"),
+        ),
     ]
     if epoch:
         learned = f"{epoch.tokens:,} tokens, {epoch.learned_tokens:,} to learn, {100 * epoch.padding:.1f} % padding"

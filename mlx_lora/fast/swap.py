@@ -22,7 +22,9 @@ _KEPT, _COMPUTED, GROUP = "_fast_kept", "_fast_computed", "_fast_group"
 _OWN = (_KEPT, _COMPUTED, GROUP)
 _BYTE = ctypes.c_char * 1
 # While a plan traces a step, see `traced_only`.
-_stand_in: ContextVar[Callable[[nn.Module, str, Callable[[], mx.array]], mx.array] | None] = ContextVar("stand_in", default=None)
+_stand_in: ContextVar[Callable[[nn.Module, str, Callable[[], mx.array]], mx.array] | None] = ContextVar(
+    "stand_in", default=None
+)
 
 
 @contextmanager

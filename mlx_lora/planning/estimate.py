@@ -66,7 +66,9 @@ def _estimate(base: BaseModel, optimizer: OptimizerConfig, variant: Variant, gpu
         flops = flops_per_token(model, base.config)
         subtracted = variant.adapter.init.startswith(SUBTRACTED)
         with traced_only(lambda module, name, compute: compute()):
-            attach(model, replace(variant.adapter, init="default", init_batches=None) if subtracted else variant.adapter)
+            attach(
+                model, replace(variant.adapter, init="default", init_batches=None) if subtracted else variant.adapter
+            )
         trainable, parameters = parameter_counts(model)
         train = variant.train
         steps = -(-train.iters // train.grad_accumulation_steps)

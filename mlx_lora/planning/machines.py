@@ -90,4 +90,3 @@ def verdicts(options: list[Variant], peak: Callable[[Variant], int]) -> list[Ver
         flags = fitting.flags if fitting else None
         found.append(Verdict(gigabytes, size, fitting is options[0], best, flags))
     return found[::-1]
-

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 
 from .graph import ELEMENTWISE, Graph, Operation, evaluation_order
 
-_DONATES = ELEMENTWISE | {"Compiled", "Softmax", "SliceUpdate", "Scatter", "ScatterAxis", "RMSNorm", "LayerNorm", "Scan"}
+_DONATES = ELEMENTWISE | {
+    "Compiled",
+    "Softmax",
+    "SliceUpdate",
+    "Scatter",
+    "ScatterAxis",
+    "RMSNorm",
+    "LayerNorm",
+    "Scan",
+}
 _PRODUCTS = ("Matmul", "AddMM", "BlockMaskedMM", "GatherMM", "SegmentedMM")
 _ALIGNED = 16
 

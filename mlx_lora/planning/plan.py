@@ -72,7 +72,10 @@ def plan(
     """
     data = DataConfig(data=str(data)) if isinstance(data, (str, Path)) else data
     data = as_config(DataConfig, data, "data") if isinstance(data, dict) else data
-    adapter, optimizer = as_config(AdapterConfig, adapter, "adapter"), as_config(OptimizerConfig, optimizer, "optimizer")
+    adapter, optimizer = (
+        as_config(AdapterConfig, adapter, "adapter"),
+        as_config(OptimizerConfig, optimizer, "optimizer"),
+    )
     train = as_config(TrainConfig, train, "train")
     if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1 or train.batch_size % processes:
         raise ConfigError(

@@ -88,4 +88,3 @@ def _value(value: Any) -> str:
         mantissa, _, exponent = f"{value:g}".partition("e")
         return f"{mantissa}{'' if '.' in mantissa else '.0'}e{exponent}" if exponent else f"{value:g}"
     return json.dumps(value, ensure_ascii=False)
-

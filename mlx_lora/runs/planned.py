@@ -56,9 +56,7 @@ def plan_run(settings: Settings, model: nn.Module, sets: Any):
         yield Planned(None, limit, reason=reason.splitlines()[0][:200])
         return None
     padding = found.epoch.padding if found.epoch else None
-    yield Planned(
-        found.memory.peak, limit, found.trainable, found.iters, found.epochs, padding, found.seconds
-    )
+    yield Planned(found.memory.peak, limit, found.trainable, found.iters, found.epochs, padding, found.seconds)
     if not found.fits and not settings.force:
         flags = suggestion(name, settings.adapter, settings.optimizer, settings.train, found)
         advice = f"It fits with {', '.join(flags)}. " if flags else "Nothing that was tried makes it fit here. "
@@ -76,4 +74,3 @@ def keep_speed(plan: Plan | None, done: Any, state: Any) -> None:
         return
     iterations = done.iteration - (state.iteration if state is not None else 0)
     speed.keep(plan.flops_per_step, iterations, done.seconds)
-

@@ -35,6 +35,8 @@ ALWAYS = {
         *("save_every", "grad_checkpoint", "clear_cache_threshold", "max_skipped_steps", "resume", "train", "test"),
         *("trust_remote_code", "report_to", "valid_split"),
     },
+    # The settings of train are refused by the same configs; here all of them act on what is planned, or are shown.
+    "plan": {param.name for param in cli.get_command(None, "plan").params},
     "test": {
         *("data", "mask_prompt", "max_seq_length", "text_feature", "prompt_feature", "completion_feature"),
         *("chat_feature", "adapter_path", "batch_size", "loss", "test_batches", "exact_match", "trust_remote_code"),
@@ -121,6 +123,11 @@ RULES = {
     ],
     ("train", "test_batches"): [f"{TRAIN} --test-batches 5"],
     ("train", "project_name"): [f"{TRAIN} --project-name x"],
+    ("plan", "write"): [
+        "plan --model BASE --write run.yaml",
+        "plan --model BASE --data data --write run.yaml --batch-size 2",
+    ],
+    ("plan", "processes"): ["plan --model BASE --data data --processes 3"],
     ("test", "mask_turns"): ["test --model BASE --data data --mask-turns last"],
     ("test", "max_tokens"): ["test --model BASE --data data --max-tokens 5"],
     ("generate", "system_prompt"): [

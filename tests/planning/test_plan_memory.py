@@ -8,9 +8,9 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import LLAMA, QWEN3_MOE, make_model
 
 import mlx_lora
+from conftest import LLAMA, QWEN3_MOE, make_model
 from mlx_lora.base.names import BaseModel
 from mlx_lora.config import AdapterConfig, OptimizerConfig, TrainConfig
 from mlx_lora.data import Dataset, Example

@@ -34,9 +34,9 @@ _WRITING = {*(field.name for field in dataclasses.fields(DataConfig)), "model", 
 def plan(ctx: click.Context, **params: Any):
     """Say what a run will take before it starts: memory, steps, time, and on which Macs it fits.
 
-    Takes train's options and YAML files. No weight is loaded: the training step is traced with the shapes in config.json
-    and in the headers of the weight files. Without --data, every row is taken to have --max-seq-length tokens. The
-    figures for Macs are estimated.
+    Takes train's options and YAML files. No weight is loaded: the training step is traced with the shapes in
+    config.json and in the headers of the weight files. Without --data, every row is taken to have
+    --max-seq-length tokens. The figures for Macs are estimated.
 
     \b
     mlx-lora plan --model mlx-community/Qwen3-8B-4bit --data my_data --batch-size 2

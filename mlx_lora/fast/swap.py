@@ -29,7 +29,7 @@ _stand_in: ContextVar[Callable[[nn.Module, str, Callable[[], mx.array]], mx.arra
 
 @contextmanager
 def traced_only(stand_in: Callable[[nn.Module, str, Callable[[], mx.array]], mx.array]) -> Iterator[None]:
-    """A context in which nothing is evaluated: ``stand_in(module, name, compute)`` is called in place of ``computed``."""
+    """A context in which nothing is evaluated: ``stand_in(module, name, compute)`` replaces ``computed``."""
     token = _stand_in.set(stand_in)
     try:
         yield

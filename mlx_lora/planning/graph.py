@@ -160,10 +160,10 @@ def _group(graph: Graph, last: int, place: dict, readers: dict, results: set[str
         if not fusable or (name in results and graph.shapes[name] != shape):
             inputs.add(name)
             return
-        if depth and any(reader not in group for reader in readers[name]):
-            if graph.operations[i].name != "Broadcast" or len(inputs) >= _MOST_INPUTS:
-                inputs.add(name)
-                return
+        splits = graph.operations[i].name == "Broadcast" and len(inputs) < _MOST_INPUTS
+        if depth and not splits and any(reader not in group for reader in readers[name]):
+            inputs.add(name)
+            return
         (inputs.add if name in results else inputs.discard)(name)
         if len(inputs) >= _MOST_INPUTS:
             return

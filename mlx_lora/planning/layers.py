@@ -84,10 +84,10 @@ def _layers(model: nn.Module) -> tuple[nn.Module, str] | None:
 def _sign(layer: nn.Module) -> tuple:
     trained = {name for name, _ in tree_flatten(layer.trainable_parameters())}
     arrays = [(name, tuple(a.shape), str(a.dtype), name in trained) for name, a in tree_flatten(layer.parameters())]
-    plain = (bool, int, float, str, type(None))
+    plain, numbers = (bool, int, float, str, type(None)), ("layer_idx", "layer_index", "layer_id")
     facts = []
     for path, module in layer.named_modules():
         own = {**vars(module), **{k: v for k, v in module.items() if not isinstance(v, mx.array)}}
-        facts.append((path, type(module).__name__, *sorted((k, v) for k, v in own.items() if isinstance(v, plain)
-                                                           and k not in ("layer_idx", "layer_index", "layer_id"))))  # fmt: skip
+        same = sorted((k, v) for k, v in own.items() if isinstance(v, plain) and k not in numbers)
+        facts.append((path, type(module).__name__, *same))
     return (*arrays, repr(facts))

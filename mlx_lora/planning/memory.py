@@ -83,7 +83,7 @@ class _Arrays:
             return True
         source, shapes = op.inputs[0], self.graph.shapes
         strides, shape = self.strides[source], shapes[source]
-        for i, out in enumerate(op.outputs):
+        for out in op.outputs:
             found = _view_strides(op, strides, shape, shapes[out])
             if found is None:
                 return False
@@ -155,7 +155,8 @@ def peak_of(graph: Graph, freed: Iterable[str], resident: int, queue: Queue) -> 
     for op in order:
         for name in op.inputs:
             uses[name] = uses.get(name, 0) + 1
-    results = set(graph.outputs)
+    inputs = set(graph.inputs)
+    stays = {*graph.outputs, *(inputs - freed), *graph.constants}
     sizes = {name: graph.bytes(name) for name in graph.inputs}
     held = {name: 1 for name in graph.inputs if name not in freed}  # holders of a buffer: arrays, and work in flight
     for name in (*freed, *graph.constants):
@@ -190,7 +191,7 @@ def peak_of(graph: Graph, freed: Iterable[str], resident: int, queue: Queue) -> 
                 held[arrays.buffer[name]] += 1
         else:
             kernels = 2
-            for name, donor in _outputs(op, arrays, left, held, freed, sizes):
+            for name, donor in _outputs(op, arrays, left, held, stays, sizes):
                 if donor is None:
                     arrays.own(name, _strides_of(op, name, arrays))
                     sizes[name] = max(graph.bytes(name), _ALIGNED)
@@ -212,14 +213,12 @@ def peak_of(graph: Graph, freed: Iterable[str], resident: int, queue: Queue) -> 
         done(buffers + [temporary] * bool(copies), kernels, made + copies)
         for name in op.inputs:
             left[name] -= 1
-            if left[name] == 0 and name not in results and (name in freed or name not in graph.inputs):
-                if name in arrays.buffer and name not in graph.constants:
-                    release(arrays.buffer[name])
-    inputs = set(graph.inputs)
+            if left[name] == 0 and name not in stays and name in arrays.buffer:
+                release(arrays.buffer[name])
     return Peak(best, moment, {name: size for name, size in live.items() if name not in inputs})
 
 
-def _outputs(op, arrays: _Arrays, left, held, freed, sizes):
+def _outputs(op, arrays: _Arrays, left, held, stays, sizes):
     """(output, the input whose buffer it takes over, or None) of an operation that computes."""
     graph, taken = arrays.graph, set()
     for name in op.outputs:
@@ -228,7 +227,7 @@ def _outputs(op, arrays: _Arrays, left, held, freed, sizes):
             buffer = arrays.buffer.get(read)
             if buffer is None or read in taken or left[read] != 1 or held.get(buffer) != 1:
                 continue
-            if read in graph.constants or (read in graph.inputs and read not in freed) or read in graph.outputs:
+            if read in stays:
                 continue
             same = graph.shapes[read] == graph.shapes[name] and graph.itemsizes[read] == graph.itemsizes[name]
             if same and arrays.is_dense(read) and sizes.get(buffer, 0) <= graph.bytes(name) + 16384:

@@ -182,7 +182,7 @@ def _verdicts(base, optimizer, asked: Variant, found: Estimate, gpu: bool, proce
 def suggestion(
     base: BaseModel, adapter: AdapterConfig, optimizer: OptimizerConfig, train: TrainConfig, found: Plan
 ) -> tuple[str, ...]:
-    """The options with which the run of the plan ``found`` fits this machine; none where nothing that is known helps."""
+    """The options with which the run of the plan ``found`` fits this machine; none where nothing helps."""
     asked, quantized = Variant(adapter, train, length=found.length), bool(quantization_of(base.config))
     for variant in list(variants(asked, quantized, found.layers, found.processes))[1:]:
         try:

@@ -165,7 +165,7 @@ def reports_of(folder, data, **options):
 def test_train_refuses_what_does_not_fit_unless_forced(tmp_path, data, monkeypatch):
     monkeypatch.setattr("mlx_lora.planning.plan.memory_limit", lambda: 20_000_000)
     train = {"iters": 1, "val_batches": 0, "batch_size": 8}
-    with pytest.raises(TrainingError, match="needs about .* GB at its peak") as caught:
+    with pytest.raises(TrainingError, match="this run needs about") as caught:
         reports_of(tmp_path / "a", data, train=train)
     assert "--batch-size" in caught.value.hint and "--force" in caught.value.hint
     assert not (tmp_path / "a" / "adapters.safetensors").exists()

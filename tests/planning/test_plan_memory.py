@@ -67,9 +67,8 @@ def measured(config, adapter, data, settings, quantize) -> int:
     optimizer = build_optimizer(OptimizerConfig(), 4, model)
     gc.collect()
     mx.clear_cache()
-    for report in train(model, optimizer, data, None, settings):
-        pass
-    return round(report.peak_memory * 1e9)
+    *_, done = train(model, optimizer, data, None, settings)
+    return round(done.peak_memory * 1e9)
 
 
 def predicted(folder, config, adapter, data, settings, quantize) -> int:

@@ -47,7 +47,7 @@ def weights(folder: Path) -> bytes:
 def test_reports_and_files(data, tmp_path):
     reports = fine_tune(tmp_path / "a", data, 4, train={"save_every": 2})
     assert names(reports) == [
-        *("Loading", "Loading", "DataLoaded", "Started", "ValReport", "TrainReport", "TrainReport", "Checkpoint"),
+        *("Loading", "Loading", "DataLoaded", "Planned", "Started", "ValReport", "TrainReport", "TrainReport", "Checkpoint"),
         *("TrainReport", "TrainReport", "ValReport", "Checkpoint", "Done"),
     ]
     loading, loaded, started = reports[:2], reports[2], reports[3]

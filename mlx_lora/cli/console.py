@@ -57,6 +57,11 @@ def table(rows: list[tuple], head: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def gigabytes(count: float) -> str:
+    """Format bytes as 1.50 GB (10^9 bytes), small ones as 15 MB."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
 def seconds(value: float) -> str:
     """Format seconds as 1:15 or 1:01:15."""
     minutes, rest = divmod(round(value), 60)

@@ -123,6 +123,9 @@ class Display:
     def Warned(self, r: Any) -> None:
         console.warn(r.text)
 
+    def Planned(self, r: Any) -> None:
+        console.note(planned_line(r))
+
     def DataLoaded(self, r: Any) -> None:
         for text in r.notes:
             console.note(text)
@@ -192,7 +195,19 @@ def _metrics(r: Any) -> str:
     return "".join(f", {name} {value:.3f}" for name, value in shown.items())
 
 
-_NOTES = ("Loading", "Warned", "DataLoaded", "PrefixCache", "Started", "EarlierRunMoved")  # on stderr, also with --json
+def planned_line(r: Any) -> str:
+    """The short form of a plan."""
+    if r.peak is None:
+        return f"Plan: not planned: {r.reason}"
+    length = f"{r.iters:,} iterations" + (f" ({r.epochs:g} epochs)" if r.epochs is not None else "")
+    padding = f", {100 * r.padding:.0f} % padding" if r.padding is not None else ""
+    time = f"about {console.seconds(r.seconds)}" if r.seconds else "time not known: nothing was trained here yet"
+    memory = f"peak about {console.gigabytes(r.peak)} of {console.gigabytes(r.limit)}"
+    return f"Plan: {r.trainable:,} parameters to train, {memory}; {length}{padding}, {time}"
+
+
+# On stderr, also with --json.
+_NOTES = ("Loading", "Warned", "Planned", "DataLoaded", "PrefixCache", "Started", "EarlierRunMoved")
 _LOADING = {
     "model": "Loading",
     "data": "Reading",

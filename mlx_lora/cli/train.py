@@ -58,7 +58,8 @@ data_options = config_options(
 @click.option(
     "--force",
     is_flag=True,
-    help="With --resume: change the learning rate, its schedule, --optimizer-config, --max-grad-norm or LoRA+.",
+    help="Train although the plan says that the run does not fit into memory. With --resume also: change the learning "
+    "rate, its schedule, --optimizer-config, --max-grad-norm or LoRA+.",
 )
 @click.option("--resume-adapter-file", metavar="FILE", help="Start from the weights in this adapters.safetensors.")
 @click.option("--train/--no-train", default=None, help="Train (default: unless --test is given without it).")
@@ -97,7 +98,8 @@ def train(ctx: click.Context, **params: Any):
     from ..runs import is_main_process, run
 
     stop, folder = Stop(), Path(params["adapter_path"])
-    settings = {"model": params["model"], "data": data, "adapter": adapter, "optimizer": optimizer, "train": config}
+    settings = {"model": params["model"], "data": data, "adapter": adapter, "train": config}
+    settings["optimizer"] = optimizer if params["resume"] else given_only(ctx, "optimizer", optimizer)
     if params["resume"]:  # what is not given is taken from the run
         settings = {name: given_only(ctx, name, value) for name, value in settings.items()}
     reports = run(

@@ -112,15 +112,12 @@ def _backward(primals, cotangents, outputs):
     return ((by * of_hidden).astype(hidden.dtype), mx.zeros_like(targets), mx.zeros_like(mask), *scaled)
 
 
-@mx.custom_function
-def _once(*gradients):
-    """Gradients computed together with the loss. Without this their own gradient would silently be zero."""
-    return gradients
-
-
-@_once.vjp
-def _(primals, cotangents, _):
+def _no_second(primals, cotangents, _):
     raise ConfigError(
         "this loss is computed in chunks, which has no second derivative",
         "Use a smaller batch: a loss over few enough logits is not chunked.",
     )
+
+
+# Gradients computed together with the loss. Without this their own gradient would silently be zero.
+_once = with_backward(lambda *gradients: gradients, _no_second)

@@ -29,13 +29,14 @@ from .folder import RunFolder
 from .identity import check, check_incomplete, continued, explained, identify
 from .metrics import load_metrics, measured
 from .peers import watched
+from .planned import check_weights, keep_speed, plan_run
 from .preferences import keeping_references, with_references
 from .prefix import keep_prefix
 from .recorder import Recorder
-from .reports import DataLoaded, EarlierRunMoved, Loading, PrefixCache, Started, TestReport, Warned
+from .reports import DataLoaded, EarlierRunMoved, Loading, Planned, PrefixCache, Started, TestReport, Warned
 from .settings import Settings
 
-RunReport = Report | Warned | Loading | DataLoaded | PrefixCache | Started | EarlierRunMoved | TestReport
+RunReport = Report | Warned | Loading | DataLoaded | PrefixCache | Planned | Started | EarlierRunMoved | TestReport
 
 
 def run(
@@ -71,7 +72,8 @@ def run(
         resume: continue the run in ``folder`` exactly where it stopped. Whatever of the arguments above is left out is
             taken from that run, and so are the fields that a dict leaves out. Fields in ``identity.FREE``, such as
             ``iters``, may differ from it; those in ``identity.FORCED``, such as ``learning_rate``, with ``force``.
-        force: with ``resume``: continue with other settings of the optimizer, and warn of each.
+        force: train although the plan says that the run does not fit into memory; with ``resume`` also continue with
+            other settings of the optimizer, and warn of each.
         resume_adapter_file: start from the weights in this ``adapters.safetensors``.
         init_reference: the model before it was quantized, for ``init`` "loftq".
         test_batches: measure on the test set afterwards, this many batches at most; -1 for the whole set.
@@ -126,12 +128,13 @@ def _fine_tune(
     folder: RunFolder, settings: Settings, stop: Callable[[], bool], recorder: Recorder
 ) -> Iterator[RunReport]:
     state = _state(folder, settings)
-    for text in settings.adapter.doubts():
+    for text in settings.doubts():
         yield Warned(text)
     check_data(settings.data, settings.splits)
     check_modules(settings.model, settings.adapter)
     check_packing(settings)
     recorder.start_trackers()
+    check_weights(settings)
     model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
     sets = yield from load_sets(settings.data, tokenizer, settings.splits, settings.train.loss)
     config = replace(settings.train, iters=iterations(settings.train, sets.train), epochs=None)
@@ -143,6 +146,7 @@ def _fine_tune(
     if state is not None:
         check(state.run, folder.identity, settings.force, folder.path)
         check_incomplete(state, settings.train, config.iters, folder.path)
+    planned = yield from plan_run(replace(settings, train=config), model, sets)
     yield from recorder.prepare(model, tokenizer, sets, None if state is None else state.iteration)
     yield from _attach(model, sets, folder, settings)
     check_agreement(folder.identity, model, state)
@@ -158,6 +162,7 @@ def _fine_tune(
         sets = yield from with_references(model, sets, config, state)
         hooks = {"metrics": _metrics(model, tokenizer, asked, config), "prefix": prefix}
         done = yield from _train(model, sets, folder, replace(settings, train=config), state, stop, hooks)
+        keep_speed(planned, done, state)
         if settings.test_batches is not None and not done.stopped:
             if 0 < folder.best < done.iteration:
                 yield Warned(

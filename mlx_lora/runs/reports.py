@@ -22,6 +22,20 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What the run will take, before it starts."""
+
+    peak: int | None  # bytes at the peak; None where no plan could be made
+    limit: int  # bytes that MLX can use on this machine
+    trainable: int | None = None  # parameters
+    iters: int | None = None
+    epochs: float | None = None
+    padding: float | None = None  # share of the tokens computed
+    seconds: float | None = None  # of the whole run; None where this machine has not been measured
+    reason: str = ""  # why there is no plan
+
+
+@dataclass(frozen=True)
 class DataLoaded:
     """All sets are read, checked and tokenized."""
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config, preference_of
+from ..config import (
+    AdapterConfig,
+    DataConfig,
+    OptimizerConfig,
+    TrainConfig,
+    as_config,
+    chooses_own_rate,
+    first_rate,
+    preference_of,
+)
 from ..config.preference import PREFERENCE_OPTIONS
 from ..data import Dataset, Splits
 from ..data.preferences import as_dataset
@@ -35,6 +44,8 @@ class Settings:
     force: bool = False
 
     def __post_init__(self):
+        given = isinstance(self.optimizer, OptimizerConfig) or "learning_rate" in (self.optimizer or {})
+        object.__setattr__(self, "_rate_is_given", given)
         for name, kind in (("adapter", AdapterConfig), ("optimizer", OptimizerConfig), ("train", TrainConfig)):
             object.__setattr__(self, name, as_config(kind, getattr(self, name), name))
         object.__setattr__(self, "data", as_data(self.data))
@@ -52,14 +63,26 @@ class Settings:
                 "metric needs the rows as text, and data is tokenized",
                 "Give data as a DataConfig, or leave metric out.",
             )
-        if self.force and not self.resume:
-            raise ConfigError("force (--force) works only with resume", "Leave it out: a new run takes any settings.")
         check_settings(self)
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The data sets that the run reads."""
         return ("train", "valid") if self.test_batches is None else ("train", "valid", "test")
+
+    def doubts(self) -> list[str]:
+        """Warnings about settings that are valid, and hardly what was meant."""
+        optimizer, adapter = self.optimizer, self.adapter
+        own_rate = first_rate(optimizer.lr_schedule) is not None or chooses_own_rate(
+            optimizer.optimizer, optimizer.optimizer_config
+        )
+        if self._rate_is_given or own_rate or self.resume or adapter.method == "full":
+            return adapter.doubts()
+        return [
+            *adapter.doubts(),
+            f"learning_rate is mlx-lm's default of {optimizer.learning_rate:g}, which hardly moves the loss of "
+            f"{adapter.method}; give 1e-4 to 2e-4 (--learning-rate), or let mlx-lora plan --write choose",
+        ]
 
     def record(self) -> dict[str, Any]:
         """The settings to keep with the adapter: those of data, optimizer and training that are set."""

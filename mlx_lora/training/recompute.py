@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import TrainingError
+from ..kernels import checkpointed
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def _recomputed(own: type) -> type:
                 self.update(before)  # the tracers of the recomputation must not outlive it
 
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-        return mx.checkpoint(layer)(self.trainable_parameters(), key, *args, **kwargs)
+        return checkpointed(layer)(self.trainable_parameters(), key, *args, **kwargs)
 
     return type(own.__name__, (own,), {"__call__": __call__, "__module__": own.__module__})
 

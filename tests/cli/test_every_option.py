@@ -39,6 +39,8 @@ ALWAYS = {
         *("trust_remote_code", "report_to", "report_prompts"),
     },
     "report": {"folders", "output", "open_page"},
+    # The settings of train are refused by the same configs; here all of them act on what is planned, or are shown.
+    "plan": {param.name for param in cli.get_command(None, "plan").params},
     "test": {
         *("data", "max_seq_length", "text_feature", "prompt_feature", "completion_feature"),
         *("chat_feature", "adapter_path", "batch_size", "loss", "test_batches", "exact_match", "trust_remote_code"),
@@ -169,6 +171,11 @@ RULES = {
     ("test", "mask_prompt"): ["test --model BASE --data data --loss dpo --mask-prompt"],
     ("train", "test_batches"): [f"{TRAIN} --test-batches 5"],
     ("train", "project_name"): [f"{TRAIN} --project-name x"],
+    ("plan", "write"): [
+        "plan --model BASE --write run.yaml",
+        "plan --model BASE --data data --write run.yaml --batch-size 2",
+    ],
+    ("plan", "processes"): ["plan --model BASE --data data --processes 3"],
     ("test", "mask_turns"): ["test --model BASE --data data --mask-turns last"],
     ("test", "max_tokens"): ["test --model BASE --data data --max-tokens 5"],
     ("generate", "system_prompt"): [

@@ -232,8 +232,6 @@ def test_force_does_not_allow_another_run(folder, data):
     refused(folder, data, "seed", "learning_rate", optimizer=OptimizerConfig(), force=True,
             train=dataclasses.replace(TRAIN, iters=3, seed=1))  # fmt: skip
     refused(folder, data, "optimizer: adam", optimizer=OptimizerConfig(optimizer="adamw", learning_rate=1e-3))
-    with pytest.raises(ConfigError, match="works only with resume"):
-        run(folder, data=data, force=True)
 
 
 def test_a_schedule_that_more_iterations_stretch_is_said(data, tmp_path):

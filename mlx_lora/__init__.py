@@ -38,6 +38,7 @@ _NAMES = {
     "tokenize": "data",
     "build_optimizer": "training",
     "evaluate": "training",
+    "plan": "planning.plan",
     "run": "runs",
     "train": "training",
     "Progress": "training",

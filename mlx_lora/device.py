@@ -17,6 +17,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,11 +96,37 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-lora"
 
 
+_assumed_gpu: ContextVar[bool] = ContextVar("assumed_gpu", default=False)
+
+
+@contextmanager
+def assumed_gpu() -> Iterator[None]:
+    """A context in which graphs are built as for a Mac's GPU, to plan for one. Nothing can be computed in it."""
+    token = _assumed_gpu.set(True)
+    try:
+        yield
+    finally:
+        _assumed_gpu.reset(token)
+
+
+def is_assumed_gpu() -> bool:
+    """Whether the code runs within ``assumed_gpu``."""
+    return _assumed_gpu.get()
+
+
+def memory_limit() -> int:
+    """The bytes that MLX can use here: a GPU's working set, or on a CPU the machine's memory."""
+    import mlx.core as mx
+
+    working_set = None if is_cpu() else mx.device_info().get("max_recommended_working_set_size")
+    return working_set or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def is_cpu() -> bool:
     """Whether MLX's default device is the CPU: there is no Metal and no CUDA, or the user chose the CPU."""
     import mlx.core as mx
 
-    return mx.default_device().type == mx.DeviceType.cpu
+    return not _assumed_gpu.get() and mx.default_device().type == mx.DeviceType.cpu
 
 
 @dataclass(frozen=True)
@@ -115,11 +142,11 @@ class Device:
     memory: float  # GB, of the machine
     working_set: float | None  # GB that the GPU may keep resident; None where MLX does not report it
     blas: str
-    matmul_gflops: float  # float32, 1024 x 1024, measured now
+    matmul_gflops: float | None  # float32, 1024 x 1024, measured now; None where it was not
 
 
-def describe() -> Device:
-    """Measure and describe this machine (about 0.2 s).
+def describe(measure: bool = True) -> Device:
+    """Describe this machine and, with ``measure``, time it (about 0.2 s, and draws random numbers).
 
     Returns: a ``Device``. On a CPU, ``matmul_gflops`` below 20 means that no fast BLAS is in use.
     """
@@ -129,7 +156,7 @@ def describe() -> Device:
     info = {} if backend == "CPU" else mx.device_info()
     working_set = info.get("max_recommended_working_set_size")
     return Device(
-        chip=info.get("device_name") or _processor(),
+        chip=chip(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         mlx=mx.__version__,
@@ -138,8 +165,15 @@ def describe() -> Device:
         memory=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         working_set=round(working_set / 1e9, 1) if working_set else None,
         blas=_blas if backend == "CPU" else "not used",
-        matmul_gflops=round(_matmul_gflops(), 1),
+        matmul_gflops=round(_matmul_gflops(), 1) if measure else None,
     )
+
+
+def chip() -> str:
+    """The name of the GPU or, without one, of the processor."""
+    import mlx.core as mx
+
+    return (None if is_cpu() else mx.device_info().get("device_name")) or _processor()
 
 
 def advice(device: Device) -> list[str]:

@@ -20,7 +20,8 @@ from .base.locking import locked
 from .base.saving import check_target
 from .base.writing import WRITE_ERRORS, failed_write
 from .errors import ConfigError, FormatError, HubError
-from .formats import FORMATS, describe, detect_format
+from .formats import FORMATS, describe, detect_format, mlx_lm
+from .formats.checkpoints import choose
 from .formats.files import write_folder
 from .formats.options import ReadOptions
 from .formats.sharing import data_name, hub_name, shareable
@@ -32,7 +33,7 @@ _WANTED = [
     *("*/adapter_model.*", "*.gguf", "*.nemo", "*.pt", "*.pth", "*.ckpt", "*.bin", "*.lora", "*.yaml", CARD),
 ]
 _NOT_ADAPTER = [
-    *("optimizer*", "training_state*", "rng_state*", "scheduler*", "training_args.bin"),
+    *("optimizer*", "training_state*", "rng_state*", "scheduler*", "training_args.bin", "frozen_prefix*"),
     *("model*", "pytorch_model*"),
 ]
 
@@ -48,6 +49,7 @@ def push(
     metrics: dict[str, float] | None = None,
     format: str | None = None,
     notes: list[str] | None = None,
+    checkpoint: str | int | None = None,
 ) -> str:
     """Upload the adapter at ``path``, a folder or a file, to the repository ``repo``, with a model card.
 
@@ -59,6 +61,7 @@ def push(
         base: the base model's name on the Hub, where the adapter's files do not say it.
         metrics: numbers for the card, such as {"val_loss": 1.23}.
         notes: filled with what was replaced or left out.
+        checkpoint: of a run's folder: ``last``, ``best`` or an iteration; by default the best where there is one.
 
     Returns: the URL of the commit.
 
@@ -69,6 +72,7 @@ def push(
 
     path, notes = Path(path), [] if notes is None else notes
     _check_repo(repo)
+    card_file, path = path / CARD, choose(path, checkpoint)
     if base is not None and hub_name(base) != base:
         raise ConfigError(f"{base!r} is a path, which means nothing to others", "Give the model's name on the Hub.")
     if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
@@ -78,10 +82,12 @@ def push(
     facts = describe(path, format)
     if damage := FORMATS[format].read(path, ReadOptions(lenient=True)).problems():
         raise FormatError("\n".join(damage), "Train or save the adapter again: it is damaged.")
-    files = [path] if path.is_file() else _files(path, format)
-    own_card = any(file.name == CARD for file in files)
+    files = _files(path, format)
+    own_card = card_file.is_file()
     if own_card and metrics:
-        raise ConfigError(f"{path / CARD} is uploaded as the card, without metrics", "Write them there, or remove it.")
+        raise ConfigError(f"{card_file} is uploaded as the card, without metrics", "Write them there, or remove it.")
+    if own_card:
+        files.append(card_file)
     base = base or hub_name(facts["base"])
     if base is None:
         notes.append("the upload does not name the base model: give its name on the Hub with --model")
@@ -90,6 +96,8 @@ def push(
     with tempfile.TemporaryDirectory() as folder:
         if not own_card:
             (card := Path(folder) / CARD).write_text(text, encoding="utf-8")
+        if format == "mlx-lm" and path.is_file():  # of a checkpoint, under the usual name
+            files[0] = Path(shutil.copyfile(path, Path(folder) / mlx_lm.WEIGHTS))
         clean = shareable(files, Path(folder), base, notes)
         operations = [CommitOperationAdd(file.name, file) for file in [*clean, *([] if own_card else [card])]]
         with _hub_errors(repo):
@@ -140,17 +148,21 @@ def pull(repo: str, folder: str | Path, *, revision: str | None = None, overwrit
 
 
 def _files(folder: Path, format: str) -> list[Path]:
-    """The adapter's files in a folder, and a card that the user wrote; not the checkpoints of its training."""
+    """The adapter's files in a folder, or an adapter's file; not the checkpoints of its training."""
+    if folder.is_file():
+        config = folder.with_name(mlx_lm.CONFIG)
+        return [folder, config] if format == "mlx-lm" and config.is_file() else [folder]
     found = sorted({file for pattern in FORMATS[format].FILES for file in folder.glob(pattern) if file.is_file()})
     if not found:
         raise FormatError(f"{folder}: has no files of {format}, only subfolders", "Name the folder of one adapter.")
-    return [*found, *[file for file in (folder / CARD,) if file.is_file()]]
+    return found
 
 
 def _training_settings(path: Path) -> dict[str, Any]:
     """The settings of the training that the folder's config stores."""
     try:
-        raw = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        folder = path.parent if path.is_file() else path
+        raw = json.loads((folder / mlx_lm.CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     if not isinstance(raw, dict):

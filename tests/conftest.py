@@ -161,6 +161,18 @@ def fast_setting(request, monkeypatch) -> None:
     monkeypatch.setenv("MLX_LORA_FAST", getattr(request, "param", "on"))
 
 
+# Files whose runs answer held-out prompts and write report.html, as users' runs do.
+RECORDED = ("test_recording.py", "test_report_page.py", "test_cli_report.py")
+
+
+@pytest.fixture(autouse=True)
+def without_report(request, monkeypatch) -> None:
+    """Runs in other files write their log alone: hundreds of runs would take half a second more each."""
+    if request.path.name not in RECORDED:
+        monkeypatch.setattr("mlx_lora.runs.held_out._obstacle", lambda *_: "not in this test")
+        monkeypatch.setattr("mlx_lora.runs.recorder.Recorder._write_page", lambda self: None)
+
+
 def pytest_generate_tests(metafunc):
     if metafunc.definition.path.parent.name in BOTH_WAYS:
         metafunc.parametrize("fast_setting", ["on", "off"], indirect=True, ids=["fast", "plain"])

@@ -26,14 +26,14 @@ _MODULES, _VALUES = 16, 16  # of a ``Fingerprint``: modules, and values of each
 _ROUNDED, _QUANTIZED = 0.003, 0.7
 
 
-def digest(model: nn.Module) -> str:
-    """A hash of the names, shapes and 4096 evenly spread values of every parameter of ``model``.
+def digest(model: nn.Module | dict[str, Any]) -> str:
+    """A hash of the names, shapes and 4096 evenly spread values of every parameter of ``model``, or array of a tree.
 
     float16 and bfloat16 are compared as float32, which holds them exactly, so that it does not depend on the dtype
     in which a device computes.
     """
     found = hashlib.sha256()
-    for name, array in sorted(tree_flatten(model.parameters())):
+    for name, array in sorted(tree_flatten(model.parameters() if isinstance(model, nn.Module) else model)):
         found.update(f"{name} {list(array.shape)}".encode())
         found.update(_spread(array, _SAMPLES).tobytes())
     return found.hexdigest()

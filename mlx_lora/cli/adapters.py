@@ -14,6 +14,8 @@ from . import console
 from .options import (
     adapter_option,
     check_free,
+    checkpoint_option,
+    chosen,
     force_option,
     is_quantized_base,
     json_option,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 @click.command()
 @model_option(required=True)
 @adapter_option("adapters")
+@checkpoint_option
 @save_path_option("fused_model", "model")
 @click.option("--bits", type=int, help="Bits of the adapted layers of a quantized base; fewer than 8 need --force.")
 @click.option(
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 @force_option
 @trust_option
 @json_option
-def fuse(model, adapter_path, save_path, bits, dtype, dequantize, force, trust_remote_code, as_json):
+def fuse(model, adapter_path, checkpoint, save_path, bits, dtype, dequantize, force, trust_remote_code, as_json):
     """Merge an adapter into the model's weights, and report how precisely each update is stored.
 
     Quantizing the merged weights to 4 bits rounds most of an adapter's update away. The adapted layers of a quantized
@@ -58,6 +61,7 @@ def fuse(model, adapter_path, save_path, bits, dtype, dequantize, force, trust_r
     check_options(bits, dtype, dequantize, force)
     check_free(save_path, force, model=True)
     _check_quantized(model, bits, dequantize)
+    adapter_path = chosen(adapter_path, checkpoint)
     console.note(f"Loading {model} and {adapter_path}")
     loaded, _ = load(model, adapter_path, dtype="stored", trust_remote_code=trust_remote_code)
     check_biases(loaded)
@@ -114,6 +118,7 @@ class Flags(click.ParamType):
 @click.argument("dst", metavar="DST")
 @click.option("--to", "to", required=True, metavar="FORMAT", help="Format to write; merged writes a full model.")
 @click.option("--from", "source", metavar="FORMAT", help="Format of SRC (default: detected from its files).")
+@checkpoint_option
 @model_option()
 @click.option("--adapter", metavar="NAME", help="Name of the adapter, if a PEFT folder has several in sub-folders.")
 @click.option("--alpha", type=float, help="Alpha of SRC (scale * rank), if its files do not store it.")
@@ -129,7 +134,7 @@ class Flags(click.ParamType):
 @force_option
 @trust_option
 @json_option
-def convert(src, dst, to, source, model, force, as_json, **options):
+def convert(src, dst, to, source, checkpoint, model, force, as_json, **options):
     """Convert the adapter SRC (a folder or a file) to another format and write it to DST.
 
     Formats: mlx-lm, peft, loralib, torchtune, nemo, litgpt, gguf; lightning and deepspeed can only be read. Tensors
@@ -151,6 +156,7 @@ def convert(src, dst, to, source, model, force, as_json, **options):
 
     _check_convert(dst, to, model, force, options)
     tic = time.perf_counter()
+    src = chosen(src, checkpoint)
     source = source or detect_format(src)
     adapter = load_adapter(
         src,
@@ -301,9 +307,10 @@ _USES = {
 @click.command()
 @click.argument("path", metavar="SRC")
 @click.option("--from", "source", metavar="FORMAT", help="Format (default: detected from the files).")
+@checkpoint_option
 @model_option()
 @json_option
-def inspect(path, source, model, as_json):
+def inspect(path, source, checkpoint, model, as_json):
     """Describe the adapter SRC, a folder or a file in any supported format, without loading a model.
 
     \b
@@ -312,8 +319,11 @@ def inspect(path, source, model, as_json):
     mlx-lora inspect adapter.gguf --model Qwen/Qwen3-0.6B
     """
     from ..formats import describe
+    from ..formats.checkpoints import checkpoints
 
-    facts = describe(path, source, model)
+    facts = describe(chosen(path, checkpoint), source, model)
+    if found := list(checkpoints(path)):
+        facts["checkpoints"] = found
     if as_json:
         return console.event("Adapter", facts)
     for name, value in facts.items():

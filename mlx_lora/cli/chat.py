@@ -14,7 +14,7 @@ from ..config import GenerateConfig
 from ..errors import AdapterError, ConfigError, MLXLoRAError
 from . import console
 from .generate import load_engine
-from .options import adapter_option, build, config_options, model_option, trust_option
+from .options import adapter_option, build, checkpoint_option, chosen, config_options, model_option, trust_option
 from .sections import SectionedCommand
 
 HELP = """\
@@ -34,6 +34,7 @@ HELP = """\
 @adapter_option(
     multiple=True, help="Folder of an adapter; repeat the option to switch between several. The first one is active."
 )
+@checkpoint_option
 @click.option("--system-prompt", help="System message.")
 @config_options(GenerateConfig)
 @trust_option
@@ -49,6 +50,8 @@ def chat(**params: Any):
     """
     config = build(GenerateConfig, params)
     paths = params.pop("adapter_path")
+    if params["checkpoint"] and not paths:
+        chosen(None, params["checkpoint"])
     engine, names = load_engine(params, config, paths)
     conversation = Conversation(engine, config, params["system_prompt"], names[0] if names else None)
     if sys.stdin.isatty():
@@ -131,7 +134,7 @@ class Conversation:
         bank, tic = self.engine.bank, time.perf_counter()
         if name is not None:
             if name not in bank and Path(name).is_dir():
-                bank.add(name, name)
+                bank.add(name, chosen(name, None))
             elif name not in bank:
                 known = ", ".join(bank.names) or "none"
                 raise AdapterError(f"no adapter named {name!r}", f"Known: {known}. An adapter's folder works, too.")

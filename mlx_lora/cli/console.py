@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import os
 import sys
 from typing import Any
 
 import click
+
+from . import sparkline
 
 
 def note(text: str = "") -> None:
@@ -34,8 +36,8 @@ def data(text: str, newline: bool = True) -> None:
 
 def event(kind: str, fields: dict[str, Any]) -> None:
     """Print ``{"event": kind, ...}`` as one line of JSON on stdout; NaN and infinities become null."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-    data(json.dumps({"event": kind, **clean}, default=str, ensure_ascii=False))
+    clean = json.loads(json.dumps({"event": kind, **fields}, default=str), parse_constant=lambda _: None)
+    data(json.dumps(clean, ensure_ascii=False))
 
 
 def report_event(report: Any) -> None:
@@ -55,6 +57,11 @@ def table(rows: list[tuple], head: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def gigabytes(count: float) -> str:
+    """Format bytes as 1.50 GB (10^9 bytes), small ones as 15 MB."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
 def seconds(value: float) -> str:
     """Format seconds as 1:15 or 1:01:15."""
     minutes, rest = divmod(round(value), 60)
@@ -65,24 +72,32 @@ def seconds(value: float) -> str:
 class Bar:
     """A progress bar (tqdm's), shown only if stderr is a terminal."""
 
-    def __init__(self, total: int, initial: int = 0, unit: str = "it", hidden: bool = False):
+    def __init__(self, total: int, initial: int = 0, hidden: bool = False):
         from tqdm import tqdm
 
+        self.levels = sparkline.BLOCKS if _shows(sparkline.BLOCKS) else sparkline.ASCII
         self._bar = tqdm(
             total=total,
             initial=initial,
-            unit=unit,
             disable=hidden or not sys.stderr.isatty(),
             leave=False,
             dynamic_ncols=True,
             smoothing=0.1,
+            ascii=self.levels == sparkline.ASCII,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{desc} {remaining} left",
             file=sys.stderr,
         )
 
-    def step(self, **facts: str) -> None:
-        """Advance by one, with ``facts`` next to the bar."""
-        if facts:
-            self._bar.set_postfix(facts, refresh=False)
+    @property
+    def room(self) -> int:
+        """Columns for a text next to the bar; 0 where the bar is not shown."""
+        if self._bar.disable:
+            return 0
+        return (self._bar.format_dict["ncols"] or 80) - 2 * len(str(self._bar.total)) - _AROUND
+
+    def step(self, text: str = "") -> None:
+        """Advance by one, with ``text`` next to the bar."""
+        self._bar.set_description_str(text, refresh=False)
         self._bar.update(1)
 
     def line(self, text: str) -> None:
@@ -93,3 +108,15 @@ class Bar:
 
     def close(self) -> None:
         self._bar.close()
+
+
+_AROUND = len("100%|") + 8 + len("| / ") + len("1:00:00 left")  # columns of a bar without its numbers and its text
+
+
+def _shows(text: str) -> bool:
+    """Whether the terminal at stderr can show ``text``."""
+    try:
+        text.encode(sys.stderr.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return os.environ.get("TERM", "dumb") not in ("dumb", "linux")

@@ -129,7 +129,7 @@ def _answer(model: Any, tokenizer: Any, asked: list, as_json: bool) -> list:
     """The model's answers to the test rows, and a line with the number of correct ones."""
     from ..runs import answers
 
-    bar, given = console.Bar(len(asked), unit="row", hidden=as_json), []
+    bar, given = console.Bar(len(asked), hidden=as_json), []
     for answer in answers(model, tokenizer, asked, MAX_TOKENS):
         given.append(answer)
         bar.step()

@@ -7,15 +7,16 @@ from typing import Any
 import click
 
 from . import console
-from .options import adapter_option, json_option, model_option, trust_option
+from .options import adapter_option, checkpoint_option, chosen, json_option, model_option, trust_option
 
 
 @click.command()
 @model_option()
 @adapter_option(help="Folder of an adapter to mount on --model first.")
+@checkpoint_option
 @trust_option
 @json_option
-def doctor(model, adapter_path, trust_remote_code, as_json):
+def doctor(model, adapter_path, checkpoint, trust_remote_code, as_json):
     """Show what this machine computes with, and how to make it faster.
 
     With --model, also list what was accelerated in the model and, where something was not, the reason. "kernels" says
@@ -34,6 +35,7 @@ def doctor(model, adapter_path, trust_remote_code, as_json):
     for flag, given in (("--adapter-path", adapter_path), ("--trust-remote-code", trust_remote_code)):
         if given and not model:
             raise ConfigError(f"{flag} has no effect without --model", "Name the model with --model.")
+    adapter_path = chosen(adapter_path, checkpoint)
     found = device.describe()
     notes = device.advice(found)
     if enabled() and found.backend == "CPU":

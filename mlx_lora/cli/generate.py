@@ -13,12 +13,21 @@ import click
 from ..config import GenerateConfig
 from ..errors import ConfigError
 from . import console
-from .options import adapter_option, build, config_options, json_option, model_option, trust_option
+from .options import (
+    adapter_option,
+    build,
+    checkpoint_option,
+    chosen,
+    config_options,
+    json_option,
+    model_option,
+    trust_option,
+)
 from .sections import SectionedCommand
 
 
-def load_engine(params: dict[str, Any], config: GenerateConfig, adapters: Sequence[str] = ()):
-    """An engine with the model and the draft model that the options name, and ``adapters`` under their folders' names.
+def load_engine(params: dict[str, Any], config: GenerateConfig, paths: Sequence[str] = ()):
+    """An engine with the model and the draft model that the options name, and adapters under their folders' names.
 
     Folders that hold no adapter are refused before the model is loaded.
 
@@ -28,8 +37,9 @@ def load_engine(params: dict[str, Any], config: GenerateConfig, adapters: Sequen
     from ..model.loading import load
     from ..serving.engine import Engine
 
-    for path in adapters:
-        detect_format(path)
+    adapters = [chosen(path, params["checkpoint"]) for path in paths]
+    for adapter in adapters:
+        detect_format(adapter)
     console.note(f"Loading {params['model']}")
     model, tokenizer = load(params["model"], trust_remote_code=params["trust_remote_code"])
     engine = Engine(
@@ -39,10 +49,10 @@ def load_engine(params: dict[str, Any], config: GenerateConfig, adapters: Sequen
         draft_model=load_draft(config, tokenizer),
     )
     names = []
-    for path in adapters:
+    for path, adapter in zip(paths, adapters, strict=True):
         name = Path(path).resolve().name
         names.append(path if name in names else name)
-        engine.bank.add(names[-1], path)
+        engine.bank.add(names[-1], adapter)
     return engine, names
 
 
@@ -65,6 +75,7 @@ def load_draft(config: GenerateConfig, tokenizer: Any):
 @click.command(cls=SectionedCommand)
 @model_option(required=True)
 @adapter_option()
+@checkpoint_option
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from standard input.")
 @click.option("--system-prompt", help="System message.")
 @click.option("--ignore-chat-template", is_flag=True, help="Continue the prompt as plain text.")
@@ -97,6 +108,8 @@ def generate(**params: Any):
             "Leave --ignore-chat-template out, or write the system prompt into --prompt.",
         )
     cache = _read_cache(params, config)
+    if params["checkpoint"] and not params["adapter_path"]:
+        chosen(None, params["checkpoint"])
     engine, names = load_engine(params, config, [params["adapter_path"]] if params["adapter_path"] else [])
     from ..serving.requests import Request
 

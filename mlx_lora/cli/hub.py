@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from . import console
-from .options import force_option, json_option, model_option
+from .options import checkpoint_option, chosen, force_option, json_option, model_option
 
 
 class Metric(click.ParamType):
@@ -34,8 +34,9 @@ class Metric(click.ParamType):
     "--metric", "metrics", type=Metric(), multiple=True, help="Add a number to the model card, such as val_loss=1.2."
 )
 @click.option("--from", "source", metavar="FORMAT", help="Format of SRC (default: detected from its files).")
+@checkpoint_option
 @json_option
-def push(path, repo, model, private, revision, message, metrics, source, as_json):
+def push(path, repo, model, private, revision, message, metrics, source, checkpoint, as_json):
     """Upload the adapter SRC to the Hugging Face Hub, with a generated model card.
 
     If the folder has a README.md, that is the card. Training states are not uploaded. Paths of this machine are taken
@@ -47,6 +48,7 @@ def push(path, repo, model, private, revision, message, metrics, source, as_json
     """
     from ..hub import push as upload
 
+    chosen(path, checkpoint)  # push reads the card in the run's folder, too
     notes: list[str] = []
     where = upload(
         path,
@@ -58,6 +60,7 @@ def push(path, repo, model, private, revision, message, metrics, source, as_json
         metrics=dict(metrics),
         format=source,
         notes=notes,
+        checkpoint=checkpoint,
     )
     for text in notes:
         console.warn(text)

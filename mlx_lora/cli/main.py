@@ -21,8 +21,10 @@ from . import console
 # Command -> (module, line in `mlx-lora --help`). A module is imported when its command is used.
 COMMANDS = {
     "demo": ("demo", "Fine-tune a built-in tiny model and compare its answers before and after."),
+    "plan": ("plan", "Say what a run will take before it starts: memory, steps, time, and on which Macs it fits."),
     "train": ("train", "Fine-tune a model."),
     "test": ("train", "Measure loss, perplexity and exact match on a test set."),
+    "report": ("report", "Show what a run did on one page, or compare several runs."),
     "generate": ("generate", "Answer one prompt."),
     "chat": ("chat", "Chat with a model in the terminal, with and without adapters."),
     "serve": ("serve", "Serve a model and its adapters over HTTP, as OpenAI and Anthropic do."),

@@ -8,7 +8,7 @@ import click
 
 from ..errors import ConfigError
 from . import console
-from .options import force_option, given_flags, json_option, model_option, save_path_option
+from .options import checkpoint_option, chosen, force_option, given_flags, json_option, model_option, save_path_option
 
 # A copy of ``merge.combine.MERGES``, whose module imports NumPy; --help must not. A test compares the two.
 METHODS = (
@@ -34,13 +34,16 @@ def _numbers(_ctx, _param, value: str | None) -> list[float] | None:
 @click.option("--rank", type=int, help="svd: rank of the result (default: the largest of the adapters).")
 @click.option("--clamp", type=float, help="svd: clamp the factors to this quantile of their values.")
 @click.option("--seed", default=0, show_default=True, help="dare: seed for choosing the dropped values.")
+@checkpoint_option
 @model_option()
 @save_path_option("merged_adapter", "adapter")
 @click.option("--to", default="mlx-lm", show_default=True, metavar="FORMAT", help="Format to write.")
 @force_option
 @json_option
 @click.pass_context
-def merge(ctx, adapters, weights, method, density, sign, rank, clamp, seed, model, save_path, to, force, as_json):
+def merge(
+    ctx, adapters, weights, method, density, sign, rank, clamp, seed, checkpoint, model, save_path, to, force, as_json
+):
     """Merge several LoRA adapters of the same base model into one, as PEFT's add_weighted_adapter does.
 
     cat and svd compute the weighted sum of the updates: cat exactly, with the sum of the ranks as its rank; svd as its
@@ -65,7 +68,7 @@ def merge(ctx, adapters, weights, method, density, sign, rank, clamp, seed, mode
     _check_method(ctx, len(adapters))
     check_destination(save_path, to, force)
     tic = time.perf_counter()
-    loaded, order = [load_adapter(folder) for folder in adapters], None
+    loaded, order = [load_adapter(chosen(folder, checkpoint)) for folder in adapters], None
     if model:
         from ..model.attach import mount, unmount
         from ..model.loading import load

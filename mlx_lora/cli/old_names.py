@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..config import PREFERENCES, TOKENS, preference_of
+
 # Fields of mlx-lm's nested lora_parameters section.
 NESTED = ("rank", "scale", "alpha", "rslora", "dropout", "keys", "rank_pattern", "scale_pattern", "alpha_pattern")
 RENAMED = {
@@ -26,6 +28,9 @@ RENAMED = {
     **dict.fromkeys(("use_rslora", "rs_lora"), "rslora"),
     **dict.fromkeys(("lora_keys", "target_modules", "lora_target_modules", "lora_modules"), "keys"),
     **dict.fromkeys(("steps", "max_steps", "num_steps", "num_iters", "iterations"), "iters"),
+    **dict.fromkeys(("num_epochs", "num_train_epochs"), "epochs"),
+    "early_stopping_patience": "patience",
+    "save_total_limit": "keep",
     "lr": "learning_rate",
     "lr_scheduler": "lr_schedule",
     "warmup_steps": "warmup",
@@ -40,14 +45,12 @@ RENAMED = {
     **dict.fromkeys(("data_path", "dataset"), "data"),
     "resume_from": "resume_adapter_file",
 }
-_EPOCHS = "give iters, the number of batches: rows / batch_size * epochs"
 _QUANTIZE = "name a quantized model, or make one: mlx-lora quantize --model MODEL --save-path FOLDER"
-_OTHER_TRAINING = "mlx-lora trains on given answers (sft) only"
+_OTHER_TRAINING = "mlx-lora trains on given answers (sft) and on preferences (dpo, ipo, orpo, kto, simpo, cpo)"
 # Keys without a counterpart: the values with which they change nothing, and what to do about any other value.
 _WITHOUT = {
     **dict.fromkeys(("train_mode", "training_mode"), (("sft", "normal"), _OTHER_TRAINING)),
     "sft_loss_type": (("nll", "chunked_nll"), "choose a loss with the option loss"),
-    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), ((), _EPOCHS)),
     **dict.fromkeys(("load_in_4bits", "load_in_6bits", "load_in_8bits", "load_in_mxfp4"), ((False,), _QUANTIZE)),
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), ((False,), _QUANTIZE)),
     "efficient_long_context": ((False,), "set grad_checkpoint to save memory"),
@@ -59,7 +62,7 @@ _WITHOUT = {
 # Settings of mlx-lm-lora for training on preferences or rewards, and for quantization-aware training. They do nothing
 # in a file that trains on given answers.
 _UNUSED = {
-    *("beta", "reward_scaling", "dpo_cpo_loss_type", "is_reference_free", "delta", "reference_model_path", "judge"),
+    *("reward_scaling", "dpo_cpo_loss_type", "is_reference_free", "delta", "reference_model_path", "judge"),
     *("judge_config", "group_size", "epsilon", "epsilon_high", "max_completion_length", "temperature"),
     *("reward_weights", "reward_functions", "reward_functions_file", "grpo_loss_type", "importance_sampling_level"),
     *("lambda_mse_target", "tau_mse_target", "lambda_mse", "clip_epsilon_logits", "recurrence_chunk_size"),
@@ -75,7 +78,6 @@ _FLAGS = {
     "gguf-path": "mlx-lora convert ADAPTER model.gguf --to merged --model MODEL",
     "upload-repo": "mlx-lora push ADAPTER OWNER/NAME for an adapter, or hf upload OWNER/NAME FOLDER for a model",
     "hf-path": "--model",
-    "epochs": "--iters, the number of batches: rows / batch size * epochs",
     "q-bits": "--bits",
     "q-group-size": "--group-size",
     "q-mode": "--mode",
@@ -103,6 +105,9 @@ def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, An
 
     for old in [key for key in options if key in RENAMED]:
         put(old, RENAMED[old], options.pop(old))
+    for old in ("train_mode", "training_mode"):
+        if options.get(old) in PREFERENCES:
+            put(old, "loss", options.pop(old))
     for old, (harmless, instead) in _WITHOUT.items():
         if options.get(old) is not None and options[old] not in harmless:
             faults.append(f"{section}{old}: {options[old]!r} is no option of mlx-lora: {instead}")
@@ -118,7 +123,12 @@ def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, An
         put("wandb", "project_name", project) if isinstance(project, str) else None
     if options.pop("fuse", None):
         warnings[f"{section}fuse is not done by train: merge the adapter afterwards with mlx-lora fuse."] = "train"
-    unused = [key for key in options if key in _UNUSED or (foreign and key == "alpha")]  # alpha is XPO's there
+    sft = foreign and preference_of(options.get("loss", "")).rows == TOKENS
+    unused = [
+        key
+        for key in options
+        if key in _UNUSED or (foreign and key == "alpha") or (sft and key == "beta")  # alpha is XPO's there
+    ]
     if found := [key for key in unused if options.pop(key) is not None]:
         warnings[f"not used, as they are for other kinds of training: {', '.join(found)}."] = "train"
     return options, faults, warnings

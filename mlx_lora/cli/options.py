@@ -19,7 +19,7 @@ from ..errors import ConfigError
 # Fields whose flag has another name, mlx-lm's.
 _FLAGS = {"method": "fine_tune_type"}
 PATTERNS = ("rank_pattern", "scale_pattern", "alpha_pattern")
-LISTS = ("keys", "target_parameters", "modules_to_save", "layers_to_transform")
+LISTS = ("keys", "target_parameters", "modules_to_save", "layers_to_transform", "metric")
 
 
 class Pattern(click.ParamType):
@@ -209,6 +209,30 @@ def model_option(**extra: Any) -> Callable:
 def adapter_option(default: str | None = None, **extra: Any) -> Callable:
     extra.setdefault("help", "Folder of the adapter, in any supported format.")
     return click.option("--adapter-path", default=default, show_default=default is not None, metavar="FOLDER", **extra)
+
+
+checkpoint_option = click.option(
+    "--checkpoint",
+    metavar="last|best|N",
+    help="Of a run's folder: the checkpoint to use; N is an iteration (default: best, where there is one).",
+)
+
+
+def chosen(path: str | None, checkpoint: str | None) -> str | None:
+    """The folder or file of the checkpoint that is used of the adapter at ``path``. Says which, if nobody chose it."""
+    if path is None:
+        if checkpoint is not None:
+            raise ConfigError(
+                "--checkpoint has no effect without --adapter-path", "Name the run's folder, or leave it out."
+            )
+        return None
+    from ..formats.checkpoints import choose, said_of
+    from . import console
+
+    found = choose(path, checkpoint)
+    if text := said_of(path, checkpoint, found):
+        console.note(text)
+    return str(found)
 
 
 def save_path_option(default: str, what: str) -> Callable:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
+import click
+
+from ..errors import ConfigError
 from . import console
+from .sparkline import status
+
+RECENT = 200  # iterations whose losses the bar draws
 
 
 class Stop:
@@ -64,13 +73,27 @@ def show_reports(
     return last
 
 
+def ask_for_prefix(reports: Iterator[Any], yes: bool) -> Iterator[Any]:
+    """Pass ``reports`` on, and ask before the run keeps states of frozen layers."""
+    with closing(reports):
+        for report in reports:
+            yield report
+            if type(report).__name__ != "PrefixCache" or yes:
+                continue
+            if not sys.stdin.isatty():
+                raise ConfigError("--cache-prefix asks before it starts, and there is no terminal", "Add --yes.")
+            click.confirm("Keep it?", default=True, abort=True, err=True)
+
+
 class Display:
     """Shows one report after another."""
 
     def __init__(self, as_json: bool, rows: int = 0, hidden: bool = False):
         self.as_json, self.hidden = as_json, hidden
-        self.bar = console.Bar(rows, unit="row", hidden=as_json or hidden or not rows)
-        self.facts: dict[str, str] = {}  # shown next to the bar
+        self.bar = console.Bar(rows, hidden=as_json or hidden or not rows)
+        self.losses: deque[float | None] = deque(maxlen=RECENT)
+        self.speed: float | None = None  # tokens per second
+        self.memory: float | None = None  # GB
 
     def show(self, name: str, report: Any) -> None:
         """Step the bar, print a JSON object, or print a line."""
@@ -78,15 +101,17 @@ class Display:
             self.iters = report.iters
             self.bar = console.Bar(report.iters, report.iteration, hidden=self.as_json or self.hidden)
         elif name == "TrainReport":
-            self.facts |= {"tokens/s": f"{report.tokens_per_second:,.0f}", "peak": f"{report.peak_memory:.2f} GB"}
+            self.speed, self.memory = report.tokens_per_second, report.peak_memory
         elif name == "TestReport":
             self.bar.close()
         if self.hidden:
             return
-        if name in ("Progress", "Answer"):
-            if getattr(report, "loss", None) is not None:
-                self.facts["loss"] = f"{report.loss:.3f}"
-            self.bar.step(**self.facts)
+        if name == "Progress":
+            self.losses.append(report.loss)
+            room = self.bar.room
+            self.bar.step(status(room, self.losses, self.speed, self.memory, self.bar.levels) if room else "")
+        elif name == "Answer":
+            self.bar.step()
         elif self.as_json and name not in _NOTES:
             console.report_event(report)
         else:
@@ -98,6 +123,9 @@ class Display:
     def Warned(self, r: Any) -> None:
         console.warn(r.text)
 
+    def Planned(self, r: Any) -> None:
+        console.note(planned_line(r))
+
     def DataLoaded(self, r: Any) -> None:
         for text in r.notes:
             console.note(text)
@@ -106,6 +134,13 @@ class Display:
         rows = ", ".join(f"{count:,} {_SPLITS[split]} rows" for split, count in r.rows.items())
         tokens = f"; {r.learned_tokens:,} tokens to learn per epoch" if r.learned_tokens else ""
         console.note(f"Data: {rows}{tokens}")
+
+    def PrefixCache(self, r: Any) -> None:
+        where = "in memory" if r.place == "memory" else f"in {r.place}, which may be deleted after the run"
+        console.note(
+            f"The output of the first {r.layers} of {r.of} layers will be kept {where}: about {r.bytes / 1e9:,.3f} GB "
+            f"of {r.free / 1e9:,.3f} GB free"
+        )
 
     def Started(self, r: Any) -> None:
         share = 100 * r.trainable / r.parameters
@@ -121,11 +156,14 @@ class Display:
         self.bar.line(
             f"Iteration {r.iteration:>5}: loss {r.train_loss:.3f}, learning rate {r.learning_rate:.2e}, "
             f"{r.tokens_per_second:,.0f} tokens/s, {r.iterations_per_second:.2f} it/s, "
-            f"{r.trained_tokens:,} tokens, peak {r.peak_memory:.2f} GB, {console.seconds(left)} left"
+            f"{r.trained_tokens:,} tokens, peak {r.peak_memory:.2f} GB, {console.seconds(left)} left{_metrics(r)}"
         )
 
     def ValReport(self, r: Any) -> None:
-        self.bar.line(f"Iteration {r.iteration:>5}: validation loss {r.val_loss:.3f} ({r.val_time:.1f} s)")
+        self.bar.line(f"Iteration {r.iteration:>5}: validation loss {r.val_loss:.3f}{_metrics(r)} ({r.val_time:.1f} s)")
+
+    def NewBest(self, r: Any) -> None:
+        self.bar.line(f"Iteration {r.iteration:>5}: best validation so far ({r.name} {r.value:.3f})")
 
     def SkippedStep(self, r: Any) -> None:
         self.bar.line(f"Iteration {r.iteration:>5}: skipped a step, its gradient is not finite ({r.in_a_row} in a row)")
@@ -135,18 +173,46 @@ class Display:
 
     def Done(self, r: Any) -> None:
         skipped = f", {r.skipped_steps} steps skipped" if r.skipped_steps else ""
+        how = {"stopped": "Stopped", "patience": "Ended early, because validation got no better,"}.get(r.reason, "Done")
         self.bar.line(
-            f"{'Stopped' if r.stopped else 'Done'} after {console.seconds(r.seconds)}: {r.trained_tokens:,} tokens "
+            f"{how} after {console.seconds(r.seconds)}: {r.trained_tokens:,} tokens "
             f"learned, peak {r.peak_memory:.2f} GB{skipped}"
         )
 
     def TestReport(self, r: Any) -> None:
-        console.data(f"Test loss {r.loss:.3f}, perplexity {r.perplexity:.3f} ({r.tokens:,} tokens)")
+        perplexity = "" if r.perplexity is None else f", perplexity {r.perplexity:.3f}"
+        console.data(f"Test loss {r.loss:.3f}{perplexity} ({r.tokens:,} tokens)")
         if r.answered:
             correct = round(r.exact_match * r.answered)
             console.data(f"Exact match {correct} of {r.answered} ({100 * r.exact_match:.0f} %)")
+        for name, value in r.metrics.items():
+            console.data(f"{name} {value:.4f}")
 
 
-_NOTES = ("Loading", "Warned", "DataLoaded", "Started", "EarlierRunMoved")  # on stderr, also with --json
-_LOADING = {"model": "Loading", "data": "Reading", "init": "Reading training data for the initialisation"}
+def _metrics(r: Any) -> str:
+    """What else was measured. Rewards and log-probabilities of the two sides are left to ``--json``."""
+    shown = {name: value for name, value in r.metrics.items() if not name.endswith(("/chosen", "/rejected"))}
+    return "".join(f", {name} {value:.3f}" for name, value in shown.items())
+
+
+def planned_line(r: Any) -> str:
+    """The short form of a plan."""
+    if r.peak is None:
+        return f"Plan: not planned: {r.reason}"
+    length = f"{r.iters:,} iterations" + (f" ({r.epochs:g} epochs)" if r.epochs is not None else "")
+    padding = f", {100 * r.padding:.0f} % padding" if r.padding is not None else ""
+    time = f"about {console.seconds(r.seconds)}" if r.seconds else "time not known: nothing was trained here yet"
+    memory = f"peak about {console.gigabytes(r.peak)} of {console.gigabytes(r.limit)}"
+    return f"Plan: {r.trainable:,} parameters to train, {memory}; {length}{padding}, {time}"
+
+
+# On stderr, also with --json.
+_NOTES = ("Loading", "Warned", "Planned", "DataLoaded", "PrefixCache", "Started", "EarlierRunMoved")
+_LOADING = {
+    "model": "Loading",
+    "data": "Reading",
+    "reference": "Computing the log-probabilities of the reference:",
+    "init": "Reading training data for the initialisation",
+    "answers": "Answering",
+}
 _SPLITS = {"train": "training", "valid": "validation", "test": "test"}

@@ -10,11 +10,14 @@ from typing import Any
 import click
 
 from ..config import REPORTERS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from ..config.preference import PREFERENCE_OPTIONS
 from ..errors import ConfigError
 from . import console
 from .options import (
     adapter_option,
     build,
+    checkpoint_option,
+    chosen,
     config_options,
     flag_of,
     given_flags,
@@ -24,7 +27,7 @@ from .options import (
     trust_option,
     yaml_option,
 )
-from .reports import Stop, show_reports
+from .reports import Stop, ask_for_prefix, show_reports
 from .sections import SectionedCommand
 from .yaml_files import settle
 
@@ -48,13 +51,15 @@ data_options = config_options(
     "--resume",
     is_flag=True,
     help="Continue the run in --adapter-path exactly where it stopped, with its model, data and options; those given "
-    "must be equal. These may change: --iters, --val-batches, --steps-per-report, --steps-per-eval, --save-every, "
-    "--grad-checkpoint, --clear-cache-threshold, --max-skipped-steps.",
+    "must be equal. These may change: --iters, --epochs, --patience, --best-by, --metric, --metric-rows, "
+    "--metric-max-tokens, --val-batches, --steps-per-report, --steps-per-eval, --save-every, --keep, --report-prompts, "
+    "--grad-checkpoint, --cache-prefix, --clear-cache-threshold, --max-skipped-steps, --peer-timeout.",
 )
 @click.option(
     "--force",
     is_flag=True,
-    help="With --resume: change the learning rate, its schedule, --optimizer-config, --max-grad-norm or LoRA+.",
+    help="Train although the plan says that the run does not fit into memory. With --resume also: change the learning "
+    "rate, its schedule, --optimizer-config, --max-grad-norm or LoRA+.",
 )
 @click.option("--resume-adapter-file", metavar="FILE", help="Start from the weights in this adapters.safetensors.")
 @click.option("--train/--no-train", default=None, help="Train (default: unless --test is given without it).")
@@ -62,8 +67,9 @@ data_options = config_options(
     "--test/--no-test", default=False, help="Measure the loss on the test set; without --train, only measure."
 )
 @click.option("--test-batches", default=500, show_default=True, help="With --test: batches; -1 for the whole set.")
-@click.option("--report-to", metavar="NAME,..", help=f"Also log to {' or '.join(REPORTERS)}.")
+@click.option("--report-to", metavar="NAME,..", help=f"Also log to {', '.join(REPORTERS)}.")
 @click.option("--project-name", metavar="NAME", help="Project to log under (default: the current folder's name).")
+@click.option("--yes", is_flag=True, help="With --cache-prefix: do not ask whether the size shown is right.")
 @yaml_option("hf_dataset")
 @trust_option
 @json_option
@@ -72,7 +78,8 @@ def train(ctx: click.Context, **params: Any):
     """Fine-tune a model with LoRA, DoRA, VeRA, or in full.
 
     The adapter is saved in --adapter-path in mlx-lm's format, every --save-every iterations and at the end. Ctrl-C
-    saves and stops; --resume continues. mlx-lm's flags and YAML files work unchanged; as there, --test without --train
+    saves and stops; --resume continues. The adapter of the best validation is kept in its folder best, and other
+    commands use that one (--checkpoint). mlx-lm's flags and YAML files work unchanged; as there, --test without --train
     only measures the adapter in --adapter-path.
 
     \b
@@ -88,10 +95,11 @@ def train(ctx: click.Context, **params: Any):
     if not (params["train"] or (params["train"] is None and not params["test"])):
         return _test_only(ctx, data, config, params)
     _check_train(ctx, params)
-    from ..runs import run
+    from ..runs import is_main_process, run
 
     stop, folder = Stop(), Path(params["adapter_path"])
-    settings = {"model": params["model"], "data": data, "adapter": adapter, "optimizer": optimizer, "train": config}
+    settings = {"model": params["model"], "data": data, "adapter": adapter, "train": config}
+    settings["optimizer"] = optimizer if params["resume"] else given_only(ctx, "optimizer", optimizer)
     if params["resume"]:  # what is not given is taken from the run
         settings = {name: given_only(ctx, name, value) for name, value in settings.items()}
     reports = run(
@@ -107,10 +115,10 @@ def train(ctx: click.Context, **params: Any):
         trust_remote_code=params["trust_remote_code"],
         stop=stop,
     )
-    if show_reports(reports, stop, as_json=params["as_json"])["Done"].stopped:
+    if show_reports(ask_for_prefix(reports, params["yes"]), stop, as_json=params["as_json"])["Done"].stopped:
         console.note(f"Stopped and saved. Run the same command with --resume to continue. The adapter is in {folder}.")
         ctx.exit(130)
-    if not params["test"] and not params["as_json"]:
+    if not params["test"] and not params["as_json"] and is_main_process():
         saved = json.loads((folder / "adapter_config.json").read_text("utf-8")) if params["resume"] else {}
         _next_steps(saved.get("model", params["model"]), folder, saved.get("fine_tune_type", adapter.method))
 
@@ -124,6 +132,8 @@ def _check_train(ctx: click.Context, params: dict[str, Any]) -> None:
     faults = {}
     if "test_batches" in given_flags(ctx) and not params["test"]:
         faults["--test-batches has no effect without --test"] = "Add --test, or leave it out."
+    if params["yes"] and params["cache_prefix"] == "none" and not params["resume"]:
+        faults["--yes has no effect without --cache-prefix"] = "Add --cache-prefix memory or disk, or leave it out."
     if not params["adapter_path"]:
         faults["--adapter-path is empty"] = "Name the folder to save the adapter in."
     if faults:
@@ -131,7 +141,8 @@ def _check_train(ctx: click.Context, params: dict[str, Any]) -> None:
 
 
 _MEASURING = {
-    *(field.name for field in dataclasses.fields(DataConfig)),
+    *(field.name for field in dataclasses.fields(DataConfig) if field.name != "valid_split"),
+    *PREFERENCE_OPTIONS,
     *("model", "adapter_path", "batch_size", "loss", "train", "test", "test_batches", "trust_remote_code", "as_json"),
 }
 
@@ -152,9 +163,10 @@ def _test_only(ctx: click.Context, data: DataConfig, config: TrainConfig, params
     reports = measure(
         params["model"],
         data,
-        params["adapter_path"] or None,
+        chosen(params["adapter_path"] or None, None),
         batch_size=config.batch_size,
         loss=config.loss,
+        options=config.preference_options(),
         test_batches=params["test_batches"],
         trust_remote_code=params["trust_remote_code"],
     )
@@ -175,38 +187,46 @@ def _next_steps(model: str, folder: Path, method: str) -> None:
 @model_option(required=True)
 @data_options
 @adapter_option(help="Folder of the adapter, in any supported format; without one, the base model is measured.")
-@config_options(TrainConfig, "batch_size", "loss")
+@checkpoint_option
+@config_options(TrainConfig, "batch_size", "loss", *PREFERENCE_OPTIONS)
 @click.option("--test-batches", default=-1, show_default=True, help="Batches to measure; -1 for the whole set.")
 @click.option("--exact-match", default=0, metavar="N", help="Also answer N rows and count the exact matches.")
-@click.option("--max-tokens", default=128, show_default=True, help="With --exact-match: longest answer.")
+@config_options(TrainConfig, "metric", "metric_rows")
+@click.option("--max-tokens", default=128, show_default=True, help="With --exact-match or --metric: longest answer.")
 @yaml_option("hf_dataset", passes=lambda: {param.name for param in train.params})
 @trust_option
 @json_option
 @click.pass_context
 def test(ctx: click.Context, **params: Any):
-    """Measure loss, perplexity and exact match on a test set.
+    """Measure loss, perplexity, exact match and other metrics on a test set.
 
     A YAML file for train may be given with -c: its settings of the training are passed over.
 
     \b
     mlx-lora test --model Qwen/Qwen3-0.6B --adapter-path adapters --data my_data
     mlx-lora test --model Qwen/Qwen3-0.6B --data my_data --exact-match 100
+    mlx-lora test --model Qwen/Qwen3-0.6B --adapter-path adapters --checkpoint last --data my_data --metric rouge_l
     """
     settle(ctx, params)
     data, config = _data(ctx, params), build(TrainConfig, params)
-    if "max_tokens" in given_flags(ctx) and not params["exact_match"]:
-        raise ConfigError("--max-tokens has no effect without --exact-match", "Add --exact-match N, or leave it out.")
+    if "max_tokens" in given_flags(ctx) and not params["exact_match"] and not config.metric:
+        raise ConfigError(
+            "--max-tokens has no effect without --exact-match or --metric", "Add one of the two, or leave it out."
+        )
     from ..runs import measure
 
     reports = measure(
         params["model"],
         data,
-        params["adapter_path"] or None,
+        chosen(params["adapter_path"] or None, params["checkpoint"]),
         batch_size=config.batch_size,
         loss=config.loss,
+        options=config.preference_options(),
         test_batches=params["test_batches"],
         exact_match=params["exact_match"],
         max_tokens=params["max_tokens"],
+        metric=config.metric,
+        metric_rows=config.metric_rows or -1,
         trust_remote_code=params["trust_remote_code"],
     )
-    show_reports(reports, as_json=params["as_json"], rows=params["exact_match"])
+    show_reports(reports, as_json=params["as_json"], rows=params["exact_match"] + max(0, config.metric_rows or 0))

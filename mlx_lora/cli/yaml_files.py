@@ -165,7 +165,7 @@ def _two_readings(nested: dict[str, Any], alpha: Any, old: bool) -> str:
 
 
 # Two options of which a flag replaces the other one in the file.
-_ALTERNATIVES = (("alpha", "scale"), ("num_layers", "layers_to_transform"))
+_ALTERNATIVES = (("alpha", "scale"), ("num_layers", "layers_to_transform"), ("iters", "epochs"))
 
 
 def settle(ctx: click.Context, params: dict[str, Any]) -> None:

@@ -25,8 +25,9 @@ from .data import HOLD_OUT, HOLD_OUT_FROM, HOLD_OUT_MOST, DataConfig
 from .generate import GenerateConfig
 from .optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, chooses_own_rate, first_rate
 from .options import COMMON, MEMORY, MORE, SAMPLING, SECTIONS, as_config
+from .preference import LABELS, PAIRS, PREFERENCES, TOKENS, preference_of
 from .serve import LOCAL_NAMES, ServeConfig
-from .train import REPORTERS, TrainConfig
+from .train import ITERS, METRIC_ROWS, REPORTERS, VAL_LOSS, TrainConfig, metric_name
 
 __all__ = [
     "AdapterConfig",
@@ -44,23 +45,32 @@ __all__ = [
     "HOLD_OUT_FROM",
     "HOLD_OUT_MOST",
     "INITS",
+    "ITERS",
     "LARGEST_SCALE",
     "LEAVES",
+    "LABELS",
     "METHODS",
+    "METRIC_ROWS",
     "MORE",
     "OPTIMIZERS",
     "OptimizerConfig",
+    "PAIRS",
+    "PREFERENCES",
     "REPORTERS",
     "SCHEDULES",
     "SAMPLING",
     "SECTIONS",
     "ServeConfig",
+    "TOKENS",
     "TrainConfig",
     "UNSCALED",
+    "VAL_LOSS",
     "VERA_RANK",
     "as_config",
     "chooses_own_rate",
     "first_rate",
     "ignored_alpha",
     "match_pattern",
+    "metric_name",
+    "preference_of",
 ]

@@ -14,18 +14,8 @@ from ..errors import ConfigError
 COMMON, MORE = "Common options", "More adapter options"
 SAMPLING, MEMORY = "Sampling", "Memory and speed"
 SECTIONS = (
-    COMMON,
-    "Model and data",
-    "Adapter",
-    MORE,
-    "Optimizer",
-    "Run",
-    "Server",
-    "Limits",
-    "Generation",
-    SAMPLING,
-    MEMORY,
-    "Output",
+    *(COMMON, "Model and data", "Adapter", MORE, "Optimizer", "Run", "Preferences", "Server", "Limits", "Generation"),
+    *(SAMPLING, MEMORY, "Output"),
 )
 
 

@@ -7,11 +7,14 @@ template.py  the chat template               left_out.py  what the template leav
 chat.py      a sample's tokens and mask      load.py      data sets from sources or from rows in memory
 batches.py   the data set, its batches       packing.py   batches with several rows in a sequence
 numbered.py  whether a split is complete     questions.py rows as questions with known answers
+epochs.py    the batches of a run's epochs
+samples.py   a checked row, and its parts    preference_rows.py, preferences.py   rows with preferences, their batches
 """
 
 from __future__ import annotations
 
 from .batches import Batch, Dataset, Example, Summary, batches_per_epoch, eval_batches, train_batches
+from .epochs import iterations
 from .load import Splits, load_dataset, tokenize
 from .packing import PackedBatch, packed_batches
 from .questions import Question, questions
@@ -26,6 +29,7 @@ __all__ = [
     "Summary",
     "batches_per_epoch",
     "eval_batches",
+    "iterations",
     "load_dataset",
     "packed_batches",
     "questions",

@@ -16,10 +16,11 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..config import TOKENS
 from ..errors import ConfigError, DataError
 
 MAX_WIDTHS = 32
@@ -32,6 +33,15 @@ class Example(NamedTuple):
 
     tokens: np.ndarray  # [L] int32
     mask: np.ndarray  # [L] bool: whether token i is learned; mask[0] is False
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """What the model reads of the row: itself, or the two answers of a pair."""
+        return (self,)
+
+    def cut(self, limit: int) -> Example:
+        """The row without the tokens from `limit` on."""
+        return Example(self.tokens[:limit], self.mask[:limit])
 
 
 @dataclass(frozen=True)
@@ -66,13 +76,15 @@ class Summary:
 class Dataset(Sequence):
     """Examples in the order of their rows; ``lengths`` [N], and ``widths`` [W] to which batches are padded."""
 
+    kind = TOKENS  # what a loss must take, see ``config.preference``
+
     def __init__(self, examples: Iterable[Example], summary: Summary | None = None):
         self._examples = list(examples)
-        self.lengths = np.array([len(example.tokens) for example in self._examples], np.int64)
+        self.lengths = np.array([max(len(s.tokens) for s in sequences(row)) for row in self._examples], np.int64)
         if summary is None:
             count, longest = len(self._examples), int(self.lengths.max(initial=0))
-            learned = sum(int(example.mask.sum()) for example in self._examples)
-            summary = Summary(count, count, 0, 0, int(self.lengths.sum()), learned, longest)
+            tokens, learned = sizes(self._examples)
+            summary = Summary(count, count, 0, 0, tokens, learned, longest)
         self.summary = summary
 
     def __len__(self) -> int:
@@ -83,17 +95,55 @@ class Dataset(Sequence):
 
     @cached_property
     def widths(self) -> np.ndarray:
-        return plan_widths(self.lengths)
+        return plan_widths(self._room)
+
+    @property
+    def limit(self) -> int:
+        """Tokens of the longest row that there may be."""
+        return max(self.summary.limit, int(self.lengths.max(initial=0)))
+
+    def epoch(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+        """The rows of each batch of an epoch."""
+        return epoch_batches(self.lengths, batch_size, seed, epoch)
+
+    def width(self, rows: np.ndarray) -> int:
+        """The tokens to which a batch of these rows is padded."""
+        return int(self.widths[np.searchsorted(self.widths, self._room[rows].max())])
+
+    def collate(self, rows: np.ndarray, size: int, rank: int = 0, world: int = 1) -> Batch:
+        """A batch of ``rows``, filled with empty rows up to ``size``; of it, the rows ``rank::world``."""
+        return Batch(*pad([self[int(row)] for row in rows[rank::world]], size // world, self.width(rows)))
+
+    @property
+    def _room(self) -> np.ndarray:
+        """Tokens that each row needs in a batch [N]."""
+        return self.lengths
 
     @cached_property
     def digest(self) -> str:
         """A hash of the tokens and masks of all rows, in their order."""
         found = hashlib.sha256(self.lengths.tobytes())
         for start in range(0, len(self), 1024):
-            rows = self._examples[start : start + 1024]
+            rows = [s for row in self._examples[start : start + 1024] for s in sequences(row)]
             found.update(np.concatenate([row.tokens for row in rows]).astype(np.int32, copy=False).tobytes())
             found.update(np.packbits(np.concatenate([row.mask for row in rows]).astype(bool, copy=False)).tobytes())
+        found.update(self._hashed())
         return found.hexdigest()
+
+    def _hashed(self) -> bytes:
+        """What the hash covers besides tokens and masks."""
+        return b""
+
+
+def sequences(row: Any) -> tuple[Any, ...]:
+    """What the model reads of a row, which may be of a class of the caller's with tokens and a mask."""
+    return getattr(row, "sequences", (row,))
+
+
+def sizes(rows: Iterable[Any]) -> tuple[int, int]:
+    """(tokens, learned tokens) of all rows."""
+    found = [s for row in rows for s in sequences(row)]
+    return sum(len(s.tokens) for s in found), sum(int(s.mask.sum()) for s in found)
 
 
 class Batch(NamedTuple):
@@ -122,8 +172,8 @@ def train_batches(
     def generate() -> Iterator[Batch]:
         epoch, skip = divmod(start, count)
         while True:
-            for rows in _epoch(dataset.lengths, batch_size, seed, epoch)[skip:]:
-                yield _collate(dataset, rows, batch_size, rank, world)
+            for rows in dataset.epoch(batch_size, seed, epoch)[skip:]:
+                yield dataset.collate(rows, batch_size, rank, world)
             epoch, skip = epoch + 1, 0
 
     return generate()
@@ -135,10 +185,16 @@ def eval_batches(dataset: Dataset, batch_size: int, limit: int = -1, rank: int =
     Args and returns: as in ``train_batches``; ``limit=-1`` takes all batches.
     """
     check_shares(dataset, batch_size, rank, world)
+    rows = eval_rows(dataset, batch_size, limit)
+    return (dataset.collate(batch, batch_size, rank, world) for batch in rows)
+
+
+def eval_rows(dataset: Dataset, batch_size: int, limit: int = -1) -> list[np.ndarray]:
+    """The rows of each batch of ``eval_batches``."""
     order = np.argsort(dataset.lengths, kind="stable")
     count = batches_per_epoch(dataset, batch_size)
     taken = range(count) if limit < 0 or limit >= count else [(2 * k + 1) * count // (2 * limit) for k in range(limit)]
-    return (_collate(dataset, order[i * batch_size : (i + 1) * batch_size], batch_size, rank, world) for i in taken)
+    return [order[i * batch_size : (i + 1) * batch_size] for i in taken]
 
 
 def batches_per_epoch(dataset: Dataset, batch_size: int) -> int:
@@ -179,8 +235,8 @@ def plan_widths(lengths: np.ndarray, most: int = MAX_WIDTHS) -> np.ndarray:
     return sizes[chosen[::-1]] * unit + 1
 
 
-def _epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The rows of each batch of an epoch."""
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The rows of each batch of an epoch, for rows with ``lengths`` [N]."""
     # NumPy guarantees RandomState's stream, so a run can be resumed exactly with another version of NumPy.
     random = np.random.RandomState([seed, epoch])
     order = random.permutation(len(lengths))
@@ -194,15 +250,13 @@ def _epoch(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[
     return [batches[i] for i in random.permutation(count)]
 
 
-def _collate(dataset: Dataset, rows: np.ndarray, batch_size: int, rank: int, world: int) -> Batch:
-    width = int(dataset.widths[np.searchsorted(dataset.widths, dataset.lengths[rows].max())])
-    tokens = np.zeros((batch_size // world, width), np.int32)
-    mask = np.zeros((batch_size // world, width - 1), bool)
-    for k, row in enumerate(rows[rank::world]):
-        example = dataset[int(row)]
+def pad(examples: Sequence[Example], slots: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [slots, width] and the mask of the targets [slots, width - 1]. Slots without an example are empty."""
+    tokens, mask = np.zeros((slots, width), np.int32), np.zeros((slots, width - 1), bool)
+    for k, example in enumerate(examples):
         tokens[k, : len(example.tokens)] = example.tokens
         mask[k, : len(example.tokens) - 1] = example.mask[1:]
-    return Batch(tokens, mask)
+    return tokens, mask
 
 
 def check_shares(dataset: Dataset, batch_size: int, rank: int, world: int) -> None:

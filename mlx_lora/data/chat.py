@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from .batches import Example
 from .left_out import LeftOut
-from .rows import Sample
+from .samples import Sample
 from .template import Template, encode_prompt, encode_text, said_by
 
 Render = Callable[..., str]  # (messages, add_generation_prompt=False) -> text
@@ -41,11 +42,8 @@ class Encoder:
         self.template = Template(tokenizer)
         self.left_out = LeftOut(self.template)
 
-    def encode(self, sample: Sample) -> tuple[list[int], np.ndarray]:
-        """The token ids [L], and a mask [L] bool that is True where a token is learned (the first token never is).
-
-        Raises: Unrenderable.
-        """
+    def encode(self, sample: Sample) -> list[Example]:
+        """The sample as one example, not cut. Raises: Unrenderable."""
         if sample.messages:
             ids, mask = self._chat(sample)
         elif sample.pair:
@@ -55,7 +53,11 @@ class Encoder:
             ids = encode_text(self.tokenizer, sample.text)
             mask = np.ones(len(ids), bool)
         mask[:1] = False  # nothing predicts the first token
-        return ids, mask
+        return [Example(np.array(ids, np.int32), mask)]
+
+    def warnings(self) -> list[str]:
+        """What the chat template left out of the samples."""
+        return self.left_out.warnings()
 
     def _chat(self, sample: Sample) -> tuple[list[int], np.ndarray]:
         messages, template = self.template.chat(sample.messages), self.template
@@ -90,7 +92,7 @@ def _encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int
     """
     completion = completion.removeprefix(getattr(tokenizer, "bos_token", None) or "")
     ids = encode_text(tokenizer, prompt + completion)
-    return ids, _common(encode_prompt(tokenizer, prompt), ids)
+    return ids, common_length(encode_prompt(tokenizer, prompt), ids)
 
 
 def turn_spans(text: str, render: Render, messages: Sequence[dict], turns: Sequence[int]) -> list[tuple[int, int]]:
@@ -141,8 +143,8 @@ def _span_by_change(text: str, render: Render, messages: Sequence[dict], i: int,
             continue  # a template that checks the calls against their results; try the next change
         if other == text or short == through:
             continue
-        left, right = _common(text, other), _common_end(text, other)
-        short_left, close = _common(through, short), _common_end(through, short)
+        left, right = common_length(text, other), _common_end(text, other)
+        short_left, close = common_length(through, short), _common_end(through, short)
         begin = _find_header(through, header, 0, short_left) if start is None else min(start, short_left)
         lead = None if begin is None else through[begin:short_left]
         if lead is not None and text.endswith(lead, last, left):
@@ -153,7 +155,7 @@ def _span_by_change(text: str, render: Render, messages: Sequence[dict], i: int,
             continue
         end = len(text) - right
         tail = through[len(through) - close :]
-        return first, end + _common(tail, text[end : end + close])
+        return first, end + common_length(tail, text[end : end + close])
     return None
 
 
@@ -167,7 +169,7 @@ def _generation_start(render: Render, messages: Sequence[dict], i: int, through:
             return "", None
     prompt, bare = render(messages[:i], True), render(messages[:i])
     header = prompt[len(bare) :] if prompt.startswith(bare) else ""
-    same = _common(prompt, through)
+    same = common_length(prompt, through)
     return header, same if same >= len(bare) else None
 
 
@@ -231,14 +233,14 @@ def _token_positions(
     starts, ends = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
     low = 0
     for edge in sorted(set(edges)):
-        count = _common(list(tokenizer.encode(text[:edge], add_special_tokens=False)), ids)
+        count = common_length(list(tokenizer.encode(text[:edge], add_special_tokens=False)), ids)
         starts[low:count], ends[low:count] = (ends[low - 1] if low else 0), edge
         low = max(low, count)
     starts[low:], ends[low:] = (ends[low - 1] if low else 0), len(text)
     return starts, ends
 
 
-def _common(a: Sequence, b: Sequence) -> int:
+def common_length(a: Sequence, b: Sequence) -> int:
     """Length of the common prefix, by bisection (comparing slices is fast in Python)."""
     low, high = 0, min(len(a), len(b))
     while low < high:
@@ -249,4 +251,4 @@ def _common(a: Sequence, b: Sequence) -> int:
 
 def _common_end(a: str, b: str) -> int:
     """Length of the common suffix, without overlap with the common prefix."""
-    return min(_common(a[::-1], b[::-1]), min(len(a), len(b)) - _common(a, b))
+    return min(common_length(a[::-1], b[::-1]), min(len(a), len(b)) - common_length(a, b))

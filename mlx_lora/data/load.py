@@ -6,14 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from ..config import DataConfig
+from ..config import LABELS, PAIRS, TOKENS, DataConfig
 from ..errors import ConfigError, DataError
 from . import chat, sources
-from .batches import Dataset, Example, Summary
+from .batches import Dataset, Summary, sizes
 from .faults import Fault, Place, counted, listing
 from .files import Row
+from .preferences import AnswerEncoder, LabelDataset, PairDataset
 from .rows import check
 from .template import template_of
 
@@ -44,12 +43,15 @@ class Splits:
         return [data.summary for data in sets if isinstance(getattr(data, "summary", None), Summary)]
 
 
-def load_dataset(config: DataConfig, tokenizer: Any, splits: Sequence[str] = ("train", "valid")) -> Splits:
+def load_dataset(
+    config: DataConfig, tokenizer: Any, splits: Sequence[str] = ("train", "valid"), kind: str = TOKENS
+) -> Splits:
     """Read, check and tokenize the splits that ``config`` names.
 
     Args:
         tokenizer: mlx-lm's or transformers'.
         splits: any of train, valid and test. A missing valid set gives a warning, any other missing set an error.
+        kind: what the loss takes: ``preference_of(loss).rows``.
 
     Raises: one ``DataError`` that lists all bad rows of all files.
     """
@@ -65,7 +67,7 @@ def load_dataset(config: DataConfig, tokenizer: Any, splits: Sequence[str] = ("t
         name = ", ".join(dict.fromkeys(part.name for part in parts))
         drafts, left_out, reading = [], [], []
         for part in parts:
-            made = _encode_all(part.rows, tokenizer, part.config, faults)
+            made = _encode_all(part.rows, tokenizer, part.config, faults, kind)
             for total, new in zip((drafts, left_out, reading), made, strict=True):
                 total += new
         if faults:  # raised below, after all files are checked
@@ -73,47 +75,50 @@ def load_dataset(config: DataConfig, tokenizer: Any, splits: Sequence[str] = ("t
         if not drafts and split == "valid":
             out.warnings.append(f"{name} has no rows: there will be no validation loss")
         else:
-            setattr(out, split, _build(drafts, config.max_seq_length, name, left_out, reading))
+            setattr(out, split, _build(drafts, config.max_seq_length, name, left_out, reading, kind))
     if faults:
         raise _error(faults)
     return out
 
 
-def tokenize(rows: Iterable[dict], tokenizer: Any, config: DataConfig, source: str = "rows") -> Dataset:
-    """A dataset from rows in memory. Errors name them ``source:1``, ``source:2`` and so on."""
+def tokenize(
+    rows: Iterable[dict], tokenizer: Any, config: DataConfig, source: str = "rows", kind: str = TOKENS
+) -> Dataset:
+    """A dataset from rows in memory. Errors name them ``source:1``, ``source:2`` and so on. kind: as above."""
     faults: list[Fault] = []
     numbered = [Row(Place(source, i), row) for i, row in enumerate(rows, 1)]
-    drafts, left_out, reading = _encode_all(numbered, tokenizer, config, faults)
+    drafts, left_out, reading = _encode_all(numbered, tokenizer, config, faults, kind)
     if faults:
         raise _error(faults)
-    return _build(drafts, config.max_seq_length, source, left_out, reading)
+    return _build(drafts, config.max_seq_length, source, left_out, reading, kind)
 
 
 def _encode_all(
-    rows: list[Row], tokenizer: Any, config: DataConfig, faults: list[Fault]
-) -> tuple[list[Example], list[str], list[str]]:
+    rows: list[Row], tokenizer: Any, config: DataConfig, faults: list[Fault], kind: str
+) -> tuple[list[Any], list[str], list[str]]:
     """The examples of one file's rows, warnings about what the chat template leaves out, and how the rows were read."""
-    checked = check(rows, config, template_of(tokenizer), faults)
-    encoder = chat.Encoder(tokenizer, config.mask_turns if config.mask_prompt else None)
+    checked = check(rows, config, template_of(tokenizer), faults, kind)
+    if kind == TOKENS:
+        encoder = chat.Encoder(tokenizer, config.mask_turns if config.mask_prompt else None)
+    else:
+        encoder = AnswerEncoder(tokenizer, kind)
     out = []
     for sample in checked.samples:
         try:
-            ids, mask = encoder.encode(sample)
+            out += encoder.encode(sample)
         except chat.Unrenderable as error:
             faults.append(Fault(sample.where, str(error)))
-        else:
-            out.append(Example(np.array(ids, np.int32), mask))
-    return out, [*checked.warnings, *encoder.left_out.warnings()], checked.reading
+    return out, [*checked.warnings, *encoder.warnings()], checked.reading
 
 
-def _build(drafts: list[Example], limit: int, source: str, left_out: list[str], reading: list[str]) -> Dataset:
-    """Truncate to ``limit`` tokens, and drop the rows that then have no token to learn."""
+def _build(drafts: list[Any], limit: int, source: str, left_out: list[str], reading: list[str], kind: str) -> Dataset:
+    """Truncate to ``limit`` tokens, and drop the rows that then have no token to learn, in one of their answers."""
     if not drafts:
         raise DataError(f"{source} has no rows.", "Write one JSON object on each line.")
-    cut = [Example(example.tokens[:limit], example.mask[:limit]) for example in drafts]
-    kept = [example for example in cut if example.mask.any()]
-    truncated = sum(len(example.tokens) > limit for example in drafts)
-    longest = max(len(example.tokens) for example in drafts)
+    kept = [row for row in (draft.cut(limit) for draft in drafts) if all(s.mask.any() for s in row.sequences)]
+    lengths = [max(len(s.tokens) for s in draft.sequences) for draft in drafts]
+    truncated, longest = sum(length > limit for length in lengths), max(lengths)
+    tokens, learned = sizes(kept)
     if not kept:
         fix = f"Raise --max-seq-length to {longest}" if truncated else "Add rows with an answer"
         raise DataError(
@@ -126,15 +131,18 @@ def _build(drafts: list[Example], limit: int, source: str, left_out: list[str], 
         kept=len(kept),
         truncated=truncated,
         dropped=len(drafts) - len(kept),
-        tokens=sum(len(example.tokens) for example in kept),
-        learned_tokens=sum(int(example.mask.sum()) for example in kept),
+        tokens=tokens,
+        learned_tokens=learned,
         longest=longest,
         limit=limit,
         source=source,
         left_out=tuple(dict.fromkeys(left_out)),
         reading=tuple(dict.fromkeys(reading)),
     )
-    return Dataset(kept, summary)
+    return _DATASETS[kind](kept, summary)
+
+
+_DATASETS = {TOKENS: Dataset, PAIRS: PairDataset, LABELS: LabelDataset}
 
 
 def _error(faults: list[Fault]) -> DataError:

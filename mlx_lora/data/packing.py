@@ -56,6 +56,11 @@ def packed_batches(
     return generate()
 
 
+def packed_batches_per_epoch(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> int:
+    """The number of batches in an epoch; it may differ from one to the next. The rows are placed, but not copied."""
+    return len(_epoch(dataset.lengths, capacity(dataset), batch_size, seed, epoch))
+
+
 def capacity(dataset: Dataset) -> int:
     """Tokens in a sequence: the data set's ``max_seq_length``, and at least those of its longest row."""
     limit = getattr(getattr(dataset, "summary", None), "limit", 0) or DataConfig.max_seq_length

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..config import DataConfig
+from ..config import TOKENS, DataConfig
 from ..errors import DataError
 from . import sources
 from .faults import Fault, listing
-from .rows import Sample, check
+from .rows import check
+from .samples import Sample
 from .template import Template, encode_prompt, said_by, template_of
 
 
@@ -20,19 +21,24 @@ class Question(NamedTuple):
     answer: str
 
 
-def questions(config: DataConfig, tokenizer: Any, split: str = "test", count: int = -1) -> list[Question]:
+def questions(
+    config: DataConfig, tokenizer: Any, split: str = "test", count: int = -1, kind: str = TOKENS
+) -> list[Question]:
     """The last answer of each row, and the prompt before it. The rows are read as ``load_dataset`` reads them.
 
     Args:
         count: how many rows to take, evenly spread over the split; -1 for all.
+        kind: what the rows are read as, see ``load_dataset``. Of preferences, the chosen answers are expected.
 
     Raises: DataError: bad rows, or rows without answers.
     """
     faults: list[Fault] = []
-    source = sources.find(config, (split,), faults)
+    # A validation set that is held out is a part of the training rows.
+    source = sources.find(config, ("train", "valid") if split == "valid" else (split,), faults)
     samples: list[Sample] = []
-    for part in source.parts:
-        samples += check(part.rows, part.config, template_of(tokenizer), faults).samples
+    for part in (part for part in source.parts if part.split == split):
+        samples += check(part.rows, part.config, template_of(tokenizer), faults, kind).samples
+    samples = [sample for sample in samples if sample.label is not False]
     if not faults and not samples:
         raise DataError(f"the {split} set has no rows", "Write one JSON object on each line.")
     if 0 <= count < len(samples):

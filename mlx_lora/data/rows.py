@@ -11,25 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..config import DataConfig
+from ..config import LABELS, PAIRS, TOKENS, DataConfig
 from .faults import Fault, Place, printable
 from .files import Row
-from .messages import from_json, read_messages, read_tools, type_name, without_weights
+from .messages import from_json, read_messages, type_name
+from .preference_rows import label_sample, pair_sample, preference_shape
+from .samples import Sample, from_json_list, optional, string, tools_of, turns, weighed
 from .shapes import CHATS, PROMPT_PARTS, Shape, Unreadable, reading, shape_of
 
 _NO_INPUT = ("", "<noinput>", "<no input>")  # how Alpaca files say that there is no input
-
-
-class Sample(NamedTuple):
-    """A checked row: ``text``, or ``messages``, or a ``pair`` of strings for tokenizers without a chat template."""
-
-    where: Place
-    text: str = ""
-    messages: tuple[dict, ...] = ()
-    tools: list[dict] | None = None
-    first: int = 0  # messages before this index are the prompt, whatever their role
-    unlearned: tuple[int, ...] = ()  # the assistant's turns of weight 0
-    pair: tuple[str, str] | None = None
 
 
 class Checked(NamedTuple):
@@ -40,16 +30,19 @@ class Checked(NamedTuple):
     warnings: list[str]
 
 
-def check(rows: Iterable[Row], config: DataConfig, template: str | None, faults: list[Fault]) -> Checked:
+def check(
+    rows: Iterable[Row], config: DataConfig, template: str | None, faults: list[Fault], kind: str = TOKENS
+) -> Checked:
     """Check the rows of one file.
 
     Args:
         template: the tokenizer's chat template; None where it has none.
         faults: receives all that is wrong.
+        kind: what the loss takes, see ``config.preference``.
     """
     rows = list(rows)
     shapes: dict[tuple, Shape | Unreadable] = {}  # by the columns of a row and the types of their values
-    found = [_shape_of_row(value, config, shapes) for _, value in rows]
+    found = [_shape_of_row(value, config, kind, shapes) for _, value in rows]
     main = _most_common([shape for shape in found if isinstance(shape, Shape)])
     samples: list[Sample] = []
     renamed: dict[str, str] = {}
@@ -87,13 +80,16 @@ def check(rows: Iterable[Row], config: DataConfig, template: str | None, faults:
     return Checked(samples, reading(used, keys, renamed, template is not None), warnings)
 
 
-def _shape_of_row(value: Any, config: DataConfig, shapes: dict[tuple, Shape | Unreadable]) -> Shape | Unreadable:
+def _shape_of_row(
+    value: Any, config: DataConfig, rows: str, shapes: dict[tuple, Shape | Unreadable]
+) -> Shape | Unreadable:
     if not isinstance(value, dict):
         return Unreadable(f"{type_name(value)} where an object is needed: write one {{...}} on each line")
     columns = tuple((key, _kind(key, item)) for key, item in value.items() if item is not None)
     if columns not in shapes:
         try:
-            shapes[columns] = shape_of({str(key): kind for key, kind in columns}, config)
+            named = {str(key): kind for key, kind in columns}
+            shapes[columns] = shape_of(named, config) if rows == TOKENS else preference_shape(named, config, rows)
         except Unreadable as fault:
             shapes[columns] = fault
     return shapes[columns]
@@ -165,7 +161,7 @@ def _check_kind(shape: Shape, config: DataConfig, template: str | None) -> None:
 
 
 def _text(where: Place, row: dict, shape: Shape, template: str | None, renamed: dict) -> Sample:
-    return Sample(where, text=_string(row, shape.main))
+    return Sample(where, text=string(row, shape.main))
 
 
 def _completion(where: Place, row: dict, shape: Shape, template: str | None, renamed: dict) -> Sample:
@@ -175,20 +171,13 @@ def _completion(where: Place, row: dict, shape: Shape, template: str | None, ren
             raise Unreadable("messages need a chat template, and this tokenizer has none: write strings")
         before = read_messages(prompt, shape.main, template, renamed)
         after = read_messages(completion, shape.answer, template, renamed)
-        return _weighed(Sample(where, messages=before + after, tools=_tools(row, shape), first=len(before)))
+        return weighed(Sample(where, messages=before + after, tools=tools_of(row, shape), first=len(before)))
     if not isinstance(prompt, str):
         raise Unreadable(f"{shape.main!r} is {type_name(prompt)}: write a string (or messages in both)")
-    completion = _string(row, shape.answer)
+    completion = string(row, shape.answer)
     if template is None:
         return Sample(where, pair=(prompt, completion))
-    return Sample(where, messages=_turns([(prompt, completion)]), tools=_tools(row, shape), first=1)
-
-
-def from_json_list(value: Any) -> Any:
-    """Messages that a CSV cell holds as JSON; other values as they are."""
-    parsed = from_json(value)
-    messages = isinstance(parsed, list) and parsed and all(isinstance(item, dict) and "role" in item for item in parsed)
-    return parsed if messages else value
+    return Sample(where, messages=turns([(prompt, completion)]), tools=tools_of(row, shape), first=1)
 
 
 def _instruction(where: Place, row: dict, shape: Shape, template: str | None, renamed: dict) -> Sample:
@@ -202,18 +191,18 @@ def _instruction(where: Place, row: dict, shape: Shape, template: str | None, re
     question = row[shape.main]
     if not isinstance(question, str):
         raise Unreadable(f"{shape.main!r} is {type_name(question)}: write a string")
-    answer, context = _string(row, shape.answer), _optional(row, shape.context)
+    answer, context = string(row, shape.answer), optional(row, shape.context)
     context = "" if context.strip().lower() in _NO_INPUT else context
     if not (question.strip() or context):
         raise Unreadable(f"{shape.main!r} is empty: remove the row")
-    system, history = _optional(row, shape.system), _history(row, shape.history)
+    system, history = optional(row, shape.system), _history(row, shape.history)
     if template is None:
         if shape.main.lower() == "prompt" and not (system or history or context):
             return Sample(where, pair=(question, answer))
         return Sample(where, pair=(alpaca_prompt(question, context, system, history), answer))
     asked = "\n".join(filter(None, [question, context]))
-    messages = _turns([*history, (asked, answer)], system)
-    return Sample(where, messages=messages, tools=_tools(row, shape), first=1)
+    messages = turns([*history, (asked, answer)], system)
+    return Sample(where, messages=messages, tools=tools_of(row, shape), first=1)
 
 
 def alpaca_prompt(question: str, context: str = "", system: str = "", history: Sequence[tuple[str, str]] = ()) -> str:
@@ -225,32 +214,24 @@ def alpaca_prompt(question: str, context: str = "", system: str = "", history: S
     return f"{head}{''.join(earlier)}### Instruction:\n{asked}\n\n{more}### Response:\n"
 
 
-def _turns(pairs: Iterable[tuple[str, str]], system: str = "") -> tuple[dict, ...]:
-    head = [{"role": "system", "content": system}] if system else []
-    turns = [
-        {"role": role, "content": text}
-        for pair in pairs
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
-    return (*head, *turns)
-
-
 def _chat(where: Place, row: dict, shape: Shape, template: str | None, renamed: dict) -> Sample:
     messages = read_messages(row[shape.main], shape.main, template, renamed)
-    if system := _optional(row, shape.system):
+    if system := optional(row, shape.system):
         if messages[0]["role"] != "system":
             messages = ({"role": "system", "content": system}, *messages)
         elif messages[0].get("content") != system:
             raise Unreadable(f"has a system message and another one in {shape.system!r}: keep one of them")
-    return _weighed(Sample(where, messages=messages, tools=_tools(row, shape)))
+    return weighed(Sample(where, messages=messages, tools=tools_of(row, shape)))
 
 
-def _weighed(sample: Sample) -> Sample:
-    messages, unlearned = without_weights(sample.messages)
-    return sample._replace(messages=messages, unlearned=unlearned)
-
-
-_SAMPLES = {"text": _text, "completion": _completion, "instruction": _instruction, "chat": _chat}
+_SAMPLES = {
+    "text": _text,
+    "completion": _completion,
+    "instruction": _instruction,
+    "chat": _chat,
+    PAIRS: pair_sample,
+    LABELS: label_sample,
+}
 
 
 def _history(row: dict, key: str) -> list[tuple[str, str]]:
@@ -261,26 +242,3 @@ def _history(row: dict, key: str) -> list[tuple[str, str]]:
     if not turns or not all(isinstance(text, str) for pair in pairs for text in pair):
         raise Unreadable(f"{key!r} is not a list of pairs of texts: write [[question, answer], ...]")
     return [tuple(pair) for pair in pairs]
-
-
-def _tools(row: dict, shape: Shape) -> list[dict] | None:
-    tools = read_tools(row.get(shape.tools)) if shape.tools else None
-    if tools and shape.tools.lower() == "functions":  # OpenAI's old name, without the wrapping
-        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    return tools  # also an empty list: some templates require one
-
-
-def _optional(row: dict, key: str) -> str:
-    value = row.get(key) if key else None
-    if value is not None and not isinstance(value, str):
-        raise Unreadable(f"{key!r} is {type_name(value)}: write a string")
-    return value or ""
-
-
-def _string(row: dict, key: str) -> str:
-    value = row[key]
-    if not isinstance(value, str):
-        raise Unreadable(f"{key!r} is {type_name(value)}: write a string")
-    if not value:
-        raise Unreadable(f"{key!r} is empty: remove the row")
-    return value

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from ..config import DataConfig
+from ..config import PAIRS, PREFERENCES, DataConfig
 from .faults import printable
 
 # In groups: the columns of the first group that a row has. Two columns of one group are ambiguous.
@@ -23,7 +23,7 @@ SYSTEMS = (("system", "system_prompt", "system_message"),)
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 PROMPT_PARTS = (*CONTEXTS, *SYSTEMS[0], "history")  # columns that belong to the prompt
 _NAMES = {("instruction", "output"): "Alpaca", ("instruction", "response"): "Dolly"}
-_TOOLS = ("tools", "functions")
+TOOLS = ("tools", "functions")
 _PAIRS = (("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer"))
 
 
@@ -34,7 +34,7 @@ class Unreadable(Exception):
 class Shape(NamedTuple):
     """The columns to read, "" for those that there are not."""
 
-    kind: str  # "text", "completion" (mlx-lm's), "instruction" or "chat"
+    kind: str  # "text", "completion" (mlx-lm's), "instruction", "chat", or "pairs" and "labels" of preferences
     name: str  # what to call these rows
     main: str  # the text, the question, or the messages
     answer: str = ""
@@ -42,6 +42,8 @@ class Shape(NamedTuple):
     system: str = ""
     history: str = ""  # earlier turns: pairs of a question and its answer
     tools: str = ""
+    label: str = ""
+    texts: bool = False  # of preferences: prompt and answers are strings, not messages
 
     def same(self, other: Shape) -> bool:
         """Whether rows of both may be in one file: the columns that every row needs are the same."""
@@ -61,12 +63,14 @@ def shape_of(columns: dict[str, type], config: DataConfig) -> Shape:
     Raises: Unreadable.
     """
     lower = {key.strip().lower(): key for key in columns}
-    tools = next((lower[name] for name in _TOOLS if name in lower), "")
+    tools = next((lower[name] for name in TOOLS if name in lower), "")
     names = {kind: getattr(config, f"{kind}_feature") for kind in _DEFAULTS}
     chosen = {kind: name for kind, name in names.items() if name != _DEFAULTS[kind]}
     shape = _own_keys(columns, lower, names, tools)
     if shape is None and not chosen:
-        chat = _one({name: key for name, key in lower.items() if columns[key] is list}, (CHATS,), "the conversation")
+        chat = one_column(
+            {name: key for name, key in lower.items() if columns[key] is list}, (CHATS,), "the conversation"
+        )
         shape = _chat(chat, lower, tools) if chat else _instruction(lower, tools)
         if shape is None and "text" in columns:
             return Shape("text", "text", "text")
@@ -105,33 +109,33 @@ def _check_chosen(chosen: dict[str, str], shape: Shape | None, columns: Iterable
 
 def _chat(key: str, lower: dict[str, str], tools: str) -> Shape:
     name = "chat" if key.lower() in ("messages", "chat") else key
-    return Shape("chat", name, key, system=_one(lower, SYSTEMS, "the system message"), tools=tools)
+    return Shape("chat", name, key, system=one_column(lower, SYSTEMS, "the system message"), tools=tools)
 
 
 def _instruction(lower: dict[str, str], tools: str) -> Shape | None:
     if not all(any(name in lower for names in groups for name in names) for groups in (QUESTIONS, ANSWERS)):
         return None
-    question, answer = _one(lower, QUESTIONS, "the question"), _one(lower, ANSWERS, "the answer")
-    context = _one({name: key for name, key in lower.items() if key != question}, (CONTEXTS,), "the context")
+    question, answer = one_column(lower, QUESTIONS, "the question"), one_column(lower, ANSWERS, "the answer")
+    context = one_column({name: key for name, key in lower.items() if key != question}, (CONTEXTS,), "the context")
     name = _NAMES.get((question.strip().lower(), answer.strip().lower()), f"{question} and {answer}")
-    system, history = _one(lower, SYSTEMS, "the system message"), lower.get("history", "")
+    system, history = one_column(lower, SYSTEMS, "the system message"), lower.get("history", "")
     return Shape("instruction", name, question, answer, context, system, history, tools)
 
 
 def _fallback(columns: dict[str, type], lower: dict[str, str], tools: str) -> Shape:
     """A conversation as JSON text, or a text whose key has capitals; else raises with the reason."""
-    if chat := _one(lower, (CHATS,), "the conversation"):
+    if chat := one_column(lower, (CHATS,), "the conversation"):
         return _chat(chat, lower, tools)
     if "text" in lower:
         return Shape("text", "text", lower["text"])
     if {"chosen", "rejected"} <= set(lower):
         raise Unreadable(
-            "is a preference row (chosen, rejected), and there is no preference training here: "
-            "write prompt and completion, with the answer to learn"
+            f"is a preference row (chosen, rejected): add --loss ({', '.join(PREFERENCES)}) to learn which answer is "
+            "better; to imitate answers, write prompt and completion"
         )
     have = f"only {_list(columns)}" if columns else "no keys at all"
     for groups, side in ((QUESTIONS, 0), (ANSWERS, 1)):
-        key = _one(lower, groups, "the question" if side == 0 else "the answer")
+        key = one_column(lower, groups, "the question" if side == 0 else "the answer")
         if key:
             other = next((pair[1 - side] for pair in _PAIRS if pair[side] == key.lower()), _PAIRS[-1][1 - side])
             raise Unreadable(f"has {key!r} but no {other!r}: add it (the row has {have})")
@@ -141,7 +145,7 @@ def _fallback(columns: dict[str, type], lower: dict[str, str], tools: str) -> Sh
     )
 
 
-def _one(lower: dict[str, str], groups: Iterable[Iterable[str]], what: str) -> str:
+def one_column(lower: dict[str, str], groups: Iterable[Iterable[str]], what: str) -> str:
     """The column with a name in the first group of which there is one; "" where there is none."""
     for names in groups:
         found = [lower[name] for name in names if name in lower]
@@ -181,10 +185,14 @@ def reading(shapes: Iterable[Shape], columns: Iterable[str], renamed: dict[str, 
         parts = [f"{question} -> {user}", f"{first.answer} -> {assistant}"]
     elif first.kind == "chat" and (renamed or first.main != "messages"):
         parts = [f"{first.main} -> messages", *(f"{old} -> {new}" for old, new in renamed.items())]
+    elif first.kind == PAIRS and not optional["context"]:
+        parts = [f"what {first.main} and {first.answer} share at the beginning -> prompt"]
+    if any(shape.texts for shape in shapes) and template:
+        parts.append("the texts are turns of a chat")
     parts += [f"{optional[part]} -> {said}" for part, said in _SAID.items() if optional[part] not in ("", said)]
     if first.kind == "instruction" and not template and (first.main.lower() != "prompt" or optional["context"]):
         parts.append("as text with Alpaca's headings (### Instruction:, ### Input:, ### Response:)")
-    read = {first.main, first.answer, *optional.values()} - {""}
+    read = {first.main, first.answer, first.label, *optional.values()} - {""}
     name = "ShareGPT" if "from" in renamed else first.name
     line = f"Reading {name} rows: {', '.join(parts)}" if parts else f"Reading {name} rows"
     if others := sorted({str(column) for column in columns} - read):

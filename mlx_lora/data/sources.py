@@ -19,6 +19,7 @@ import numpy as np
 
 from ..config import HOLD_OUT, HOLD_OUT_FROM, HOLD_OUT_MOST, DataConfig
 from ..errors import ConfigError, DataError
+from .columns import KEYS, check_templates, filled
 from .faults import Fault, Place, counted
 from .files import FORMATS, Row, file_format, read_file, without_nulls
 from .numbered import check_parts
@@ -53,7 +54,7 @@ def find(config: DataConfig, splits: Sequence[str], faults: list[Fault]) -> Sour
     if config.valid_split is not None and "valid" not in splits:
         raise ConfigError("valid_split is for training: there is no validation set here", "Leave it out.")
     if config.hf_dataset:
-        return _from_sections(config, splits)
+        return _from_sections(config, splits, faults)
     path = Path(config.data).expanduser()
     if path.is_dir():
         return _from_folder(path, config, splits, faults)
@@ -217,7 +218,7 @@ def _from_hub(config: DataConfig, splits: Sequence[str]) -> Source:
     return source
 
 
-def _from_sections(config: DataConfig, splits: Sequence[str]) -> Source:
+def _from_sections(config: DataConfig, splits: Sequence[str], faults: list[Fault]) -> Source:
     sections = config.hf_dataset if isinstance(config.hf_dataset, (list, tuple)) else [config.hf_dataset]
     _check_sections(sections)
     source = Source()
@@ -233,7 +234,7 @@ def _from_sections(config: DataConfig, splits: Sequence[str]) -> Source:
         for split in splits:
             wanted = section.get(f"{split}_split", defaults[split])
             if wanted:
-                rows = _rows(_load(path, options, wanted), f"{path}/{wanted}")
+                rows = filled(_rows(_load(path, options, wanted), f"{path}/{wanted}"), section, faults)
                 source.parts.append(Part(split, path, rows, keys))
     for split in splits:
         parts = [part for part in source.parts if part.split == split]
@@ -249,7 +250,7 @@ def _from_sections(config: DataConfig, splits: Sequence[str]) -> Source:
 
 def _check_sections(sections: Sequence[Any]) -> None:
     faults = []
-    known = (*_SECTION, *_FEATURES)
+    known = (*_SECTION, *_FEATURES, *KEYS)
     for number, section in enumerate(sections, 1):
         where = "hf_dataset" if len(sections) == 1 else f"hf_dataset, entry {number}"
         if not isinstance(section, dict):
@@ -263,6 +264,7 @@ def _check_sections(sections: Sequence[Any]) -> None:
             faults.append(f"{where} needs a path: the dataset's name")
         if not isinstance(section.get("config") or {}, (str, dict)):
             faults.append(f"{where} needs a mapping as its config: arguments of datasets.load_dataset")
+        faults += [f"{where} {fault}" for fault in check_templates(section)]
     if faults:
         raise ConfigError("\n".join(faults), f"The keys are {', '.join(known)}.")
 

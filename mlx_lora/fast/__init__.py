@@ -24,7 +24,7 @@ from ..errors import ConfigError
 from ..kernels import enabled
 from ..layers import AdapterLayer, MultiLoRALinear
 from ..layers.dora import DoRAEmbedding, DoRALinear, DoRASwitchLinear
-from . import blas, decode, gated_delta, mlp
+from . import attention, blas, decode, gated_delta, mlp
 from .dora import KeptNorms
 from .shared_input import SharesInput, families
 from .swap import address, is_swapped, plain_class, swap, undo
@@ -34,6 +34,7 @@ _DECODE = ("lora_shrink", "lora_qmv")  # what a decoded adapter cannot do withou
 _TODO = "call accelerate(model)"
 _AGAIN = "activation recomputation in training"
 _CHUNKS = "gated delta rule in chunks in training"
+_BLOCKS = "attention in blocks of queries in training"
 _DORA = (DoRALinear, DoRAEmbedding, DoRASwitchLinear)
 
 
@@ -108,6 +109,8 @@ def _adapter_mixin(layer: nn.Module, kernels: bool) -> type | None:
 def _parent_mixin(module: nn.Module, kernels: bool) -> type | None:
     if gated_delta.has_gated_delta(module) and gated_delta.obstacle(module) is None:
         return gated_delta.ChunkedDelta
+    if attention.has_attention(plain_class(module)) and attention.obstacle(module) is None:
+        return attention.BlockedAttention
     if not kernels:
         return None
     if mlp.form_of(module) is not None and any(isinstance(child, _ADAPTERS) for child in module.values()):
@@ -150,6 +153,8 @@ def _explained(path: str, module: nn.Module) -> Iterator[Explanation]:
             yield row("norms kept between calls", isinstance(module, KeptNorms), off or _TODO)
     if gated_delta.has_gated_delta(module):
         yield row(_CHUNKS, isinstance(module, gated_delta.ChunkedDelta), off or gated_delta.obstacle(module) or _TODO)
+    if attention.has_attention(plain_class(module)):
+        yield row(_BLOCKS, isinstance(module, attention.BlockedAttention), off or attention.obstacle(module) or _TODO)
     adapted = [child for child in module.values() if isinstance(child, _ADAPTERS)]
     if not adapted or isinstance(module, _ADAPTERS):
         return

@@ -155,8 +155,7 @@ def _decays(
     return to, after, whole, between
 
 
-@mx.custom_function
-def _inverse(lower: mx.array) -> mx.array:
+def _compute_inverse(lower: mx.array) -> mx.array:
     """The inverse of I + lower, for strictly lower triangular matrices [..., size, size]."""
     (_, pairs), *levels = _levels(lower.shape[-1])
     inverse = mx.eye(lower.shape[-1], dtype=lower.dtype) - mx.where(pairs, lower, 0)
@@ -165,10 +164,12 @@ def _inverse(lower: mx.array) -> mx.array:
     return inverse
 
 
-@_inverse.vjp
-def _(_, cotangent: mx.array, inverse: mx.array) -> mx.array:
+def _inverse_backward(_, cotangent: mx.array, inverse: mx.array) -> mx.array:
     transposed = inverse.swapaxes(-1, -2)
     return mx.tril(-(transposed @ cotangent @ transposed), -1)
+
+
+_inverse = with_backward(_compute_inverse, _inverse_backward)
 
 
 def _levels(size: int) -> Iterator[tuple[int, mx.array]]:

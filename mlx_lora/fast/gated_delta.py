@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import types
-from collections.abc import Callable
 
 import mlx.nn as nn
 
 from .delta_rule import gated_delta
+from .global_names import with_global
 from .shared_input import SharesInput
 from .swap import plain_class
 
@@ -61,16 +60,9 @@ class _InChunks:
         if not self._training:
             return super().__call__(*args, **kwargs)
         call = plain_class(self).__call__
-        update = _with_global(call.__globals__[_UPDATE], _OPS, gated_delta)
-        return _with_global(call, _UPDATE, update)(self, *args, **kwargs)
+        update = with_global(call.__globals__[_UPDATE], _OPS, gated_delta)
+        return with_global(call, _UPDATE, update)(self, *args, **kwargs)
 
 
 class ChunkedDelta(SharesInput, _InChunks):
     """Mixin for a module with a gated delta rule."""
-
-
-def _with_global(f: Callable, name: str, value: object) -> Callable:
-    """``f`` with another value for one of the global names that it reads."""
-    changed = types.FunctionType(f.__code__, {**f.__globals__, name: value}, f.__name__, f.__defaults__, f.__closure__)
-    changed.__kwdefaults__ = f.__kwdefaults__
-    return changed

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +21,25 @@ import mlx.nn as nn
 _KEPT, _COMPUTED, GROUP = "_fast_kept", "_fast_computed", "_fast_group"
 _OWN = (_KEPT, _COMPUTED, GROUP)
 _BYTE = ctypes.c_char * 1
+# While a plan traces a step, see `traced_only`.
+_stand_in: ContextVar[Callable[[nn.Module, str, Callable[[], mx.array]], mx.array] | None] = ContextVar(
+    "stand_in", default=None
+)
+
+
+@contextmanager
+def traced_only(stand_in: Callable[[nn.Module, str, Callable[[], mx.array]], mx.array]) -> Iterator[None]:
+    """A context in which nothing is evaluated: ``stand_in(module, name, compute)`` replaces ``computed``."""
+    token = _stand_in.set(stand_in)
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)
+
+
+def is_traced_only() -> bool:
+    """Whether the code runs within ``traced_only``."""
+    return _stand_in.get() is not None
 
 
 class Changes:
@@ -55,6 +76,8 @@ def computed(
     operation in place (``m *= 2``, ``m[0] = 1``, also through another name) a new buffer. While a function is traced,
     arrays have no data, and nothing is kept.
     """
+    if (stand_in := _stand_in.get()) is not None:
+        return stand_in(module, name, compute)
     store = module.__dict__.setdefault(_COMPUTED, {})
     if name in store:
         value, known, old_key = store[name]
@@ -64,7 +87,7 @@ def computed(
         del store[name]
     value = compute()
     places = [address(array) for array in arrays]
-    if None not in places and _evaluated(value):
+    if None not in places and evaluated(value):
         # The alias shares the data: it keeps a buffer from being freed, and its address from being used again.
         aliases = [array.astype(array.dtype) for array in arrays]
         store[name] = value, list(zip(arrays, aliases, places, strict=True)), key
@@ -73,13 +96,15 @@ def computed(
 
 def address(array: mx.array) -> int | None:
     """Where the data of an array lies; None while a function is traced, or where it is not contiguous."""
+    if _stand_in.get() is not None:
+        return id(array)
     try:
         return ctypes.addressof(_BYTE.from_buffer(array))
     except (RuntimeError, ValueError, TypeError, BufferError):
         return None
 
 
-def _evaluated(array: mx.array) -> bool:
+def evaluated(array: mx.array) -> bool:
     """Evaluate ``array``. False where it depends on arguments of a function being traced."""
     try:
         mx.eval(array)

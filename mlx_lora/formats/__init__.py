@@ -27,6 +27,7 @@ from ..base.names import BaseModel
 from ..base.writing import writing
 from ..errors import AdapterError, ConfigError, FormatError
 from . import deepspeed, gguf, lightning, litgpt, loralib, mlx_lm, nemo, peft, torchtune
+from .checkpoints import choose
 from .files import write_file, write_folder
 from .options import ReadOptions, WriteOptions, refuse_unused
 from .unsupported import unsupported_kind
@@ -74,6 +75,7 @@ def load_adapter(
     adapter: str | None = None,
     legacy_scale: str | None = None,
     enabled: Sequence[bool] | None = None,
+    checkpoint: str | int | None = None,
 ) -> Adapter:
     """Read the adapter at ``path``, a folder or a file.
 
@@ -85,11 +87,13 @@ def load_adapter(
         adapter: the name of the adapter, where a PEFT folder has several.
         legacy_scale: ``scale`` or ``alpha``: what scale means in an old mlx-lm folder, see ``formats/mlx_lm.py``.
         enabled: loralib's ``enable_lora`` of merged layers.
+        checkpoint: of a run's folder: ``last``, ``best`` or an iteration; by default the best where there is one.
 
     Raises:
         FormatError: the files are damaged, not of this format, or lack a fact. AdapterError: the arrays are damaged or
-        incomplete. ConfigError: an option that this format does not use.
+        incomplete. ConfigError: an option that this format does not use, or no such checkpoint.
     """
+    path = choose(path, checkpoint)
     name, form = _format(path, format)
     options = ReadOptions(_base(base), alpha, adapter, legacy_scale, tuple(enabled) if enabled else None)
     refuse_unused(options, form.READS, name)

@@ -217,7 +217,8 @@ def write_folder(
 ) -> None:
     """Call ``write`` with a temporary folder, then move its files into ``folder``, each by an atomic rename.
 
-    If ``write`` raises, ``folder`` stays as it was. The files are renamed in the order of their names.
+    If ``write`` raises, ``folder`` stays as it was. The files, also those in sub-folders, are renamed in the order of
+    their paths.
 
     Args:
         before: called after all files are written, before the first rename.
@@ -231,16 +232,21 @@ def write_folder(
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
         try:
             write(temporary)
-            files = sorted(temporary.iterdir())
-            for file in files:  # before the first rename: all of them or none
-                if (folder / file.name).is_dir():
-                    raise IsADirectoryError(f"{file.name} is a folder")
+            files = sorted(file for file in temporary.rglob("*") if file.is_file())
+            targets = {file: folder / file.relative_to(temporary) for file in files}
+            for file, target in targets.items():  # before the first rename: all of them or none
+                if target.is_dir():
+                    raise IsADirectoryError(f"{target.name} is a folder")
+                if target.parent.exists() and not target.parent.is_dir():
+                    raise NotADirectoryError(f"{target.parent.name} is a file")
                 sync(file)
             before()
-            for file in files:
-                os.replace(file, folder / file.name)
+            for file, target in targets.items():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
             with suppress(OSError):  # some file systems cannot sync a folder
-                sync(folder)
+                for parent in {target.parent for target in targets.values()} | {folder}:
+                    sync(parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             with suppress(OSError):

@@ -11,6 +11,7 @@ version of mlx-lm then stops with an error, where it would otherwise silently co
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,20 @@ _NO_CONFIG = (
 )
 _AS_TRAINED = 'Write there how it was trained, such as "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0}.'
 PEFT = "peft"  # the entry for what only a PEFT folder needs: fields of its config that have no meaning here
-_WRITTEN = {"fine_tune_type", "num_layers", "lora_parameters", "model", OWN, PEFT, FINGERPRINT}
+_FILE = re.compile(rf"(\d+_)?{re.escape(WEIGHTS)}")  # the weights, or those of a numbered checkpoint
+_WRITTEN = {"checkpoint", "fine_tune_type", "num_layers", "lora_parameters", "model", OWN, PEFT, FINGERPRINT}
 
 
 def detect(path: Path) -> bool:
+    if path.is_file():
+        return bool(_FILE.fullmatch(path.name))
     return (path / WEIGHTS).exists() or (path / ARCHIVE).exists()
 
 
-def read(folder: Path, options: ReadOptions) -> Adapter:
-    weights = read_safetensors(folder / WEIGHTS) if (folder / WEIGHTS).exists() else read_npz(folder / ARCHIVE)
+def read(path: Path, options: ReadOptions) -> Adapter:
+    """Of a file of weights, such as a numbered checkpoint, the config is beside it."""
+    folder, file = (path.parent, path) if path.is_file() else (path, path / WEIGHTS)
+    weights = read_safetensors(file) if file.exists() else read_npz(folder / ARCHIVE)
     if not (folder / CONFIG).exists():  # mlx-lm before March 2024 wrote none
         return low_rank_adapter(weights, folder, options, alpha_hint=_NO_CONFIG)
     raw = read_json(folder / CONFIG)

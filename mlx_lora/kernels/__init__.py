@@ -10,7 +10,7 @@ from .lora_rows import lora_rows
 from .lora_shrink import lora_shrink
 from .lora_swiglu import lora_swiglu
 from .nf4_dequantize import nf4_dequantize
-from .registry import enabled, exportable, with_backward
+from .registry import checkpointed, enabled, exportable, with_backward
 from .stored import Stored
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "MAX_ROWS",
     "Stored",
     "base_qmv",
+    "checkpointed",
     "dora_norm",
     "enabled",
     "exportable",

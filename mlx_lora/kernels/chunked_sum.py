@@ -1,4 +1,7 @@
-"""``chunked_sum``: the summed loss of many tokens without ever holding all their logits. MLX's own operations only."""
+"""``chunked_sum`` and ``chunked_losses``: losses of many tokens without ever holding all their logits.
+
+MLX's own operations only.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +43,41 @@ def chunked_sum(
     return (with_backward(forward, _backward)(*arrays) if gradients else forward(*arrays))[0]
 
 
+def chunked_losses(
+    losses: Losses, parameters: dict[str, mx.array], hidden: mx.array, targets: mx.array, rows: int
+) -> mx.array:
+    """The loss of each token [N] float32, whose gradient may then have any weights.
+
+    Semantics::
+
+        return losses(parameters, hidden, targets)
+
+    Args: as for ``chunked_sum``. The backward pass computes the logits a second time, a piece at a time.
+    """
+    names = tuple(parameters)
+
+    def forward(hidden, targets, *values):
+        known, found = dict(zip(names, values, strict=True)), []
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            here = mx.depends([hidden[part]], found[-1:])[0] if found else hidden[part]
+            found.append(losses(known, here, targets[part]))
+        return mx.concatenate(found)
+
+    def backward(primals, cotangent, _):
+        hidden, targets, *values = primals
+        _, of_hidden, *of_values = _forward(losses, names, rows, True)(hidden, targets, cotangent, *values)
+        scaled = [g.astype(v.dtype) for g, v in zip(of_values, values, strict=True)]
+        return (of_hidden.astype(hidden.dtype), mx.zeros_like(targets), *scaled)
+
+    return with_backward(forward, backward)(hidden, targets, *parameters.values())
+
+
 def _forward(losses: Losses, names: tuple[str, ...], rows: int, gradients: bool) -> Callable:
     def piece(values, hidden, targets, mask):
-        known = dict(zip(names, values, strict=True))
+        found = losses(dict(zip(names, values, strict=True)), hidden, targets)
         # `where`, not a product: whatever a masked token holds, inf included, must not reach the sum.
-        return mx.where(mask, losses(known, hidden, targets), 0).sum()
+        return mx.where(mask != 0, found if mask.dtype == mx.bool_ else mask * found, 0).sum()
 
     def forward(hidden, targets, mask, *values):
         total, of_hidden, of_values = mx.array(0.0), [], [mx.zeros(v.shape, mx.float32) for v in values]
@@ -79,15 +112,12 @@ def _backward(primals, cotangents, outputs):
     return ((by * of_hidden).astype(hidden.dtype), mx.zeros_like(targets), mx.zeros_like(mask), *scaled)
 
 
-@mx.custom_function
-def _once(*gradients):
-    """Gradients computed together with the loss. Without this their own gradient would silently be zero."""
-    return gradients
-
-
-@_once.vjp
-def _(primals, cotangents, _):
+def _no_second(primals, cotangents, _):
     raise ConfigError(
         "this loss is computed in chunks, which has no second derivative",
         "Use a smaller batch: a loss over few enough logits is not chunked.",
     )
+
+
+# Gradients computed together with the loss. Without this their own gradient would silently be zero.
+_once = with_backward(lambda *gradients: gradients, _no_second)

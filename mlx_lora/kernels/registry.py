@@ -15,13 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
 
+from ..device import is_assumed_gpu
 from ..errors import ConfigError
 from . import cuda
 
@@ -47,6 +51,8 @@ def enabled(*kernels: str) -> bool:
         raise ConfigError(f"MLX_LORA_KERNELS is {wanted!r}", "Set it to auto, off or on.")
     if wanted != "auto":
         return wanted == "on"
+    if is_assumed_gpu():
+        return True
     if mx.default_device().type != mx.DeviceType.gpu:
         return False
     if _on_cuda():
@@ -75,7 +81,67 @@ def with_backward(forward: Callable, backward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def operation(*arrays):
+        if (tracer := _tracer.get()) is not None:
+            return tracer(forward, backward, arrays)
         return (differentiable if _differentiable else forward)(*arrays)
+
+    return operation
+
+
+# While a plan traces a step: called as tracer(forward, backward, arrays) in place of an operation with its own vjp.
+_tracer: ContextVar[Callable | None] = ContextVar("tracer", default=None)
+
+
+@contextlib.contextmanager
+def traced_by(tracer: Callable) -> Iterator[None]:
+    """A context in which ``tracer`` replaces operations with a vjp of their own, which MLX cannot export."""
+    token = _tracer.set(tracer)
+    try:
+        yield
+    finally:
+        _tracer.reset(token)
+
+
+def is_traced() -> bool:
+    """Whether the code runs within ``traced_by``, in this thread."""
+    return _tracer.get() is not None
+
+
+def _as_list(arrays: Any) -> list[mx.array]:
+    return [array for _, array in tree_flatten(arrays)] if not isinstance(arrays, mx.array) else [arrays]
+
+
+def checkpointed(function: Callable) -> Callable:
+    """`mx.checkpoint`: the backward pass computes ``function`` again, for which only its arguments are kept."""
+
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        tracer = _tracer.get()
+        if tracer is None:
+            return mx.checkpoint(function)(*args, **kwargs)
+        given = tree_flatten((args, kwargs))
+        places = [i for i, (_, leaf) in enumerate(given) if isinstance(leaf, mx.array)]
+
+        def forward(*arrays: mx.array) -> Any:
+            known, at = dict(zip(places, arrays, strict=True)), itertools.count()
+            some, named = tree_map(lambda leaf: known.get(next(at), leaf), (args, kwargs))
+            return function(*some, **named)
+
+        def backward(primals, cotangents, outputs):  # as in mlx/transforms.cpp
+            primals, outputs = (_as_list(arrays) for arrays in (primals, outputs))
+            floats = [i for i, array in enumerate(primals) if mx.issubdtype(array.dtype, mx.floating)]
+            late = mx.depends(primals, outputs)
+
+            def again(*values: mx.array) -> Any:
+                arrays = list(late)
+                for i, value in zip(floats, values, strict=True):
+                    arrays[i] = value
+                return forward(*arrays)
+
+            found = mx.vjp(again, [late[i] for i in floats], _as_list(cotangents))[1]
+            gradients = dict(zip(floats, found, strict=True))
+            return tuple(gradients.get(i, mx.zeros_like(array)) for i, array in enumerate(primals))
+
+        return tracer(forward, backward, tuple(given[i][1] for i in places))
 
     return operation
 

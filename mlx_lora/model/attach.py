@@ -33,6 +33,7 @@ from ..base.vera import draw_projections, shared_dims
 from ..config import UNSCALED, AdapterConfig, as_config
 from ..errors import AdapterError
 from ..fast import accelerate, undo
+from ..fast.swap import is_traced_only
 from ..formats import load_adapter
 from ..formats.options import EMBEDDINGS
 from ..init import Request, init_of, initial_pairs, set_initial_pair, with_ranks
@@ -332,7 +333,7 @@ def _replacing(model: nn.Module, state: State) -> Iterator[State | None]:
     frozen, classes = frozen_parameters(model), [(module, type(module)) for module in model.modules()]
     removed = take_off(model)
     known = removed.state.fingerprint if removed.state is not None else None
-    state.fingerprint = known or Fingerprint.of(bare_modules(model))
+    state.fingerprint = known or (None if is_traced_only() else Fingerprint.of(bare_modules(model)))
     set_state(model, state)
     try:
         yield removed.state

@@ -12,6 +12,7 @@ from ..base.saving import write_model
 from ..errors import ConfigError, ModelError
 from ..fast import accelerate
 from ..formats import detect_format, load_adapter
+from ..formats.checkpoints import choose
 from .attach import mount
 from .state import new_biases, refuse_biases, state_of, wrappers
 
@@ -24,6 +25,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     lazy: bool = False,
+    checkpoint: str | int | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer through mlx-lm, and mount an adapter in any format.
 
@@ -36,6 +38,8 @@ def load(
         revision: of the repository.
         trust_remote_code: allow the model folder's Python files to run.
         lazy: read weights from disk only when they are used.
+        checkpoint: where ``adapter_path`` is the folder of a run: ``last``, ``best`` or an iteration; by default the
+            best where there is one.
 
     Returns:
         The model, in evaluation mode, and the tokenizer.
@@ -49,7 +53,10 @@ def load(
             f"adapter_path must be one path, not a {type(adapter_path).__name__}",
             "Load one adapter, and change it with mount(model, path); merge_adapters combines several.",
         )
-    # Detected before the base is downloaded.
+    if checkpoint is not None and adapter_path is None:
+        raise ConfigError("checkpoint has no effect without adapter_path", "Name the folder of the run.")
+    # Chosen and detected before the base is downloaded.
+    adapter_path = None if adapter_path is None else choose(adapter_path, checkpoint)
     format = None if adapter_path is None else detect_format(adapter_path)
     folder = resolve(path_or_repo, revision)
     adapter = load_adapter(adapter_path, format, base=folder) if adapter_path is not None else None

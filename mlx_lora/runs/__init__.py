@@ -8,13 +8,14 @@ from __future__ import annotations
 from .evaluation import answers, measure
 from .fine_tune import run
 from .folder import RunFolder, is_main_process
-from .reports import Answer, DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
+from .reports import Answer, DataLoaded, EarlierRunMoved, Loading, PrefixCache, Started, TestReport, Warned
 
 __all__ = [
     "Answer",
     "DataLoaded",
     "EarlierRunMoved",
     "Loading",
+    "PrefixCache",
     "RunFolder",
     "Started",
     "TestReport",

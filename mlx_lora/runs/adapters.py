@@ -14,6 +14,7 @@ from ..adapter import FINGERPRINT, SHARED, raise_faults
 from ..config import AdapterConfig
 from ..errors import AdapterError, MLXLoRAError
 from ..formats import load_adapter
+from ..formats.checkpoints import LAST
 from ..formats.files import read_json, read_safetensors
 from ..init import FROM_DATA, SUBTRACTED
 from ..model.attach import attach, extract, mount, unmount
@@ -41,7 +42,7 @@ def attach_for_run(
     mx.random.seed(seed)
     subtracted = config.init.startswith(SUBTRACTED)
     if folder is not None and (subtracted or config.init in FROM_DATA):
-        return mount(model, load_adapter(folder, "mlx-lm"), difference=subtracted)
+        return mount(model, load_adapter(folder, "mlx-lm", checkpoint=LAST), difference=subtracted)
     attach(model, config, batches, reference)
     if file is not None:
         try:

@@ -10,7 +10,9 @@ import mlx.nn as nn
 from ..base.loading import resolve
 from ..base.modules import layer_paths
 from ..base.names import BaseModel
-from ..config import REPORTERS, AdapterConfig, DataConfig
+from ..config import ITERS, REPORTERS, TOKENS, AdapterConfig, DataConfig, preference_of
+from ..config.options import is_set
+from ..data import Splits
 from ..data.sources import find
 from ..errors import AdapterError, ConfigError, ModelError
 from ..formats.files import read_safetensors
@@ -19,8 +21,11 @@ from ..layers import check_rank
 from ..model.full_parameters import modules_to_save
 from ..model.targets import check_patterns, select, select_named
 from ..training import build_optimizer
+from ..training.best import check_patience
+from ..training.evaluation import check_rows
 from ..training.losses import check_takes_packed, loss_named
 from ..training.packing_checks import check_model
+from .metrics import load_metrics
 
 
 def check_settings(settings: Any) -> None:
@@ -28,6 +33,9 @@ def check_settings(settings: Any) -> None:
     adapter, optimizer, train = settings.adapter, settings.optimizer, settings.train
     adapter.check_used()
     loss_named(train.loss)
+    for split in ("train", "valid", "test"):
+        if isinstance(settings.data, Splits) and (rows := getattr(settings.data, split)) is not None:
+            check_rows(rows, train.loss)
     faults: dict[str, str] = {}  # with their hints
     init, one = init_of(adapter), "Choose one of the two."
     if settings.resume and settings.resume_adapter_file:
@@ -43,16 +51,33 @@ def check_settings(settings: Any) -> None:
     if optimizer.loraplus_lr_ratio is not None and adapter.method in ("full", "vera"):
         fault = f"loraplus_lr_ratio is for methods that train A and B, not for {adapter.method}"
         faults[fault] = "Leave the options of LoRA+ out."
+    if preference_of(train.loss).rows != TOKENS:
+        if adapter.init == "lora_ga":
+            faults[f"init 'lora_ga' follows the gradient of cross_entropy, not of {train.loss}"] = "Use another init."
+        faults |= masks_without_effect(settings.data, train.loss)
     if unknown := [name for name in settings.report_to if name not in REPORTERS]:
         faults[f"report_to {', '.join(unknown)} is not known"] = f"Known: {', '.join(REPORTERS)}."
-    if settings.project_name and not settings.report_to:
-        faults["project_name needs report_to"] = f"Set report_to ({', '.join(REPORTERS)}), or leave project_name out."
+    if settings.project_name and not {*settings.report_to} - {"tensorboard"}:  # TensorBoard has no projects
+        projects = ", ".join(name for name in REPORTERS if name != "tensorboard")
+        faults["project_name needs report_to"] = f"Set report_to ({projects}), or leave project_name out."
     if faults:
         raise ConfigError("\n".join(faults), "\n".join(dict.fromkeys(faults.values())))
+    if train.iters is not None:  # else it follows from the data
+        check_patience(train, train.iters)
     # On a module without parameters: the optimizer's arguments and the schedule are checked all the same.
-    build_optimizer(optimizer, -(-train.iters // train.grad_accumulation_steps), nn.Module())
+    build_optimizer(optimizer, -(-(train.iters or ITERS) // train.grad_accumulation_steps), nn.Module())
+    load_metrics(train.metric)
     if settings.resume_adapter_file:
         check_initial_weights(Path(settings.resume_adapter_file), adapter)
+
+
+def masks_without_effect(data: Any, loss: str) -> dict[str, str]:
+    """Faults, with their hints, of options that mask prompts where the loss takes preferences."""
+    if preference_of(loss).rows == TOKENS or not isinstance(data, DataConfig):
+        return {}
+    masks = [name for name in ("mask_prompt", "mask_turns") if is_set(data, name)]
+    why = f"has no effect with loss {loss!r}, which compares answers, never prompts"
+    return {f"{name} {why}": f"Leave {name} out." for name in masks}
 
 
 def check_packing(settings: Any) -> None:

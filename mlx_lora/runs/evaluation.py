@@ -10,14 +10,18 @@ from typing import Any
 import mlx.nn as nn
 
 from ..base.batching import why_not_batched
-from ..config import DataConfig
+from ..config import TOKENS, DataConfig, TrainConfig, as_config, preference_of
 from ..data import Question, load_dataset, questions
 from ..errors import ConfigError
+from ..model.attach import disable_adapter
 from ..model.forward_paths import needs_cache, through_cache
 from ..model.loading import load
-from ..training import evaluate
+from ..training import evaluate, referenced
 from ..training.losses import loss_named
-from .checks import check_data
+from .checks import check_data, masks_without_effect
+from .metrics import load_metrics
+from .metrics import measured as measure_answers
+from .peers import watched
 from .reports import Answer, DataLoaded, Loading, TestReport, Warned
 from .settings import as_data, as_model, check_test_batches
 
@@ -30,8 +34,11 @@ def measure(
     batch_size: int = 4,
     test_batches: int = -1,
     loss: str = "cross_entropy",
+    options: dict[str, float] | None = None,
     exact_match: int = 0,
     max_tokens: int = 128,
+    metric: str | Sequence[str] | None = None,
+    metric_rows: int = -1,
     trust_remote_code: bool = False,
 ) -> Iterator[Loading | DataLoaded | Warned | Answer | TestReport]:
     """Measure a model on the test set of ``data``; ``TestReport`` is yielded last.
@@ -41,10 +48,12 @@ def measure(
         data: a DataConfig, or its ``data``.
         adapter_path: an adapter of any format to load with the model; not with a pair.
         test_batches: batches to measure at most; -1 for the whole set.
-        loss: a name in ``LOSSES``.
+        loss: a name in ``LOSSES``. The reference of losses of preferences is the model without its adapter.
+        options: of the loss, such as {"beta": 0.1}.
         exact_match: rows to answer greedily, spread over the set. An ``Answer`` is yielded for each, and the report
             says how many are exactly the row's last answer.
         max_tokens: longest answer.
+        metric: also answer ``metric_rows`` rows (-1: all), and measure the answers by these, see ``metrics.py``.
 
     Raises: ConfigError, at once; DataError, ModelError, AdapterError, FormatError while running.
     """
@@ -54,28 +63,45 @@ def measure(
             f"exact_match ({exact_match}) must be 0 or more, and max_tokens ({max_tokens}) at least 1",
             "Give the number of rows to answer, such as 100; leave max_tokens out for 128.",
         )
+    metrics = load_metrics(TrainConfig(metric=metric, metric_rows=metric_rows).metric if metric else None)
     if adapter_path is not None and isinstance(model, tuple):
         raise ConfigError("adapter_path cannot be used with a loaded model", "Load the model with its adapter.")
     loss_named(loss)
+    options = as_config(TrainConfig, {**(options or {}), "loss": loss, "batch_size": batch_size}, "options")
     data = as_data(data)
-    model = as_model(model, needs_tokenizer=isinstance(data, DataConfig) or exact_match > 0)
-    measured = (batch_size, test_batches, loss)
-    return _measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code)
+    if faults := masks_without_effect(data, loss):
+        raise ConfigError("\n".join(faults), "\n".join(faults.values()))
+    model = as_model(model, needs_tokenizer=isinstance(data, DataConfig) or exact_match > 0 or bool(metrics))
+    measured = (batch_size, test_batches, loss, options.preference_options())
+    asked = (exact_match, metric_rows if metrics else 0, max_tokens)
+    return watched(_measure(model, data, adapter_path, measured, asked, metrics, trust_remote_code))
 
 
-def _measure(model, data, adapter_path, measured, exact_match, max_tokens, trust_remote_code):
+def _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_code):
+    exact_match, metric_rows, max_tokens = asked
     check_data(data, ("test",))
     model, tokenizer = yield from load_model(model, adapter_path, trust_remote_code)
-    sets = yield from load_sets(data, tokenizer, ("test",))
-    asked = questions(data, tokenizer, "test", exact_match) if exact_match else []
+    batch_size, _, loss, _ = measured
+    kind = preference_of(loss).rows
+    sets = yield from load_sets(data, tokenizer, ("test",), loss)
+    asked = {count: questions(data, tokenizer, "test", count, kind) for count in (exact_match, metric_rows) if count}
     cached = yield from compare_paths(model, sets.test)
     with through_cache(model, cached):
-        result = asdict(evaluate(model, sets.test, *measured))
-    correct = 0
-    for answer in answers(model, tokenizer, asked, max_tokens):
-        correct += answer.correct
-        yield answer
-    yield TestReport(**result, exact_match=correct / len(asked) if asked else None, answered=len(asked))
+        test = sets.test
+        if kind != TOKENS:
+            with disable_adapter(model):
+                test = referenced(model, test, loss, batch_size)
+        result = asdict(evaluate(model, test, *measured))
+    given = {}
+    for count, rows in asked.items():
+        given[count] = []
+        for answer in answers(model, tokenizer, rows, max_tokens):
+            given[count].append(answer)
+            yield answer
+    counted, values = given.get(exact_match, []), measure_answers(metrics, given[metric_rows]) if metrics else {}
+    share = sum(answer.correct for answer in counted) / len(counted) if counted else None
+    values = {**result.pop("metrics"), **values}
+    yield TestReport(**result, exact_match=share, answered=len(counted), metrics=values)
 
 
 def compare_paths(model: nn.Module, rows: Any, grad_checkpoint: bool = False):
@@ -111,15 +137,16 @@ def load_model(model: Any, adapter_path: str | Path | None = None, trust_remote_
     return load(model, adapter_path, trust_remote_code=trust_remote_code)
 
 
-def load_sets(data: Any, tokenizer: Any, splits: tuple[str, ...]):
+def load_sets(data: Any, tokenizer: Any, splits: tuple[str, ...], loss: str = "cross_entropy"):
     """Yield what is read; return the ``Splits``. Sets that are loaded already are taken as they are.
 
     Args:
         data: a DataConfig or ``Splits``.
+        loss: decides what the rows are read as.
     """
     if isinstance(data, DataConfig):
         yield Loading("data", "hf_dataset" if data.hf_dataset else data.data)
-        data = load_dataset(data, tokenizer, splits)
+        data = load_dataset(data, tokenizer, splits, preference_of(loss).rows)
     found = {split: getattr(data, split) for split in splits}
     rows = {split: len(found[split]) for split in splits if found[split] is not None}
     summary = getattr(data.train, "summary", None)

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
-from ..data import Dataset, Splits, train_batches
+from ..config import METRIC_ROWS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, preference_of
+from ..data import Dataset, Question, Splits, iterations, questions, train_batches
 from ..errors import ConfigError, MLXLoRAError
 from ..init import FROM_DATA
 from ..model.attach import extract, parameter_counts, unmount
 from ..model.forward_paths import through_cache
-from ..training import Checkpoint, Report, TrainingState, TrainReport, ValReport, build_optimizer, evaluate
+from ..training import Checkpoint, Report, TrainingState, build_optimizer, evaluate
 from ..training import train as train_model
+from ..training.best import check_patience
+from ..training.trainer import check_validated
 from .adapters import attach_for_run
+from .agreement import check_agreement
 from .checks import check_data, check_modules, check_packing
-from .evaluation import compare_paths, load_model, load_sets
-from .folder import RunFolder, is_main_process
-from .identity import check, continued, identify
-from .reports import DataLoaded, EarlierRunMoved, Loading, Started, TestReport, Warned
+from .evaluation import answers, compare_paths, load_model, load_sets
+from .folder import RunFolder
+from .identity import check, check_incomplete, continued, explained, identify
+from .metrics import load_metrics, measured
+from .peers import watched
+from .planned import check_weights, keep_speed, plan_run
+from .preferences import keeping_references, with_references
+from .prefix import keep_prefix
+from .recorder import Recorder
+from .reports import DataLoaded, EarlierRunMoved, Loading, Planned, PrefixCache, Started, TestReport, Warned
 from .settings import Settings
-from .tracking import trackers
 
-RunReport = Report | Warned | Loading | DataLoaded | Started | EarlierRunMoved | TestReport
+RunReport = Report | Warned | Loading | DataLoaded | PrefixCache | Planned | Started | EarlierRunMoved | TestReport
 
 
 def run(
@@ -51,8 +59,9 @@ def run(
 ) -> Iterator[RunReport]:
     """Fine-tune a model and keep the adapter in ``folder``; the work is done while the reports are iterated over.
 
-    The folder receives the adapter in mlx-lm's format, a numbered copy of its weights for each checkpoint, and the
-    training state. The files of an earlier run in it are moved to ``earlier-N`` before the first checkpoint.
+    The folder receives the adapter in mlx-lm's format, a numbered copy of its weights for each checkpoint, the training
+    state and, where there is a validation set, the adapter of the best validation in ``best``. The files of an earlier
+    run in it are moved to ``earlier-N`` before the first checkpoint.
 
     Args:
         model: a folder or repository, or a pair (model, tokenizer) from ``load`` without an adapter; the model then
@@ -63,15 +72,17 @@ def run(
         resume: continue the run in ``folder`` exactly where it stopped. Whatever of the arguments above is left out is
             taken from that run, and so are the fields that a dict leaves out. Fields in ``identity.FREE``, such as
             ``iters``, may differ from it; those in ``identity.FORCED``, such as ``learning_rate``, with ``force``.
-        force: with ``resume``: continue with other settings of the optimizer, and warn of each.
+        force: train although the plan says that the run does not fit into memory; with ``resume`` also continue with
+            other settings of the optimizer, and warn of each.
         resume_adapter_file: start from the weights in this ``adapters.safetensors``.
         init_reference: the model before it was quantized, for ``init`` "loftq".
         test_batches: measure on the test set afterwards, this many batches at most; -1 for the whole set.
-        report_to: also log to these services, "wandb" or "swanlab", under ``project_name`` (default: the name of the
-            current folder).
+        report_to: also log to these experiment trackers, see ``REPORTERS``, under ``project_name`` (default: the name
+            of the current folder). TensorBoard has no projects: its files are in ``folder``.
         stop: asked after each iteration; when it returns True the run saves and ends.
 
-    Yields: ``Warned`` about settings that are hardly meant; ``Loading``, ``DataLoaded`` and ``Started``; the reports of
+    Yields: ``Warned`` about settings that are hardly meant; ``Loading``, ``DataLoaded`` and ``Started``, before which
+        ``PrefixCache`` tells the size of what ``cache_prefix`` keeps; the reports of
         ``train``, with ``EarlierRunMoved`` before the first checkpoint where it applies; ``TestReport`` after ``Done``
         if ``test_batches`` is given and the run was not stopped.
 
@@ -89,50 +100,77 @@ def run(
     kept.check(resume)
     given = dict(model=model, data=data, adapter=adapter, optimizer=optimizer, train=train)
     given["init_reference"] = init_reference
-    settings = Settings(
-        **continued(given, kept.recorded() if resume else {}),
-        resume=resume,
-        resume_adapter_file=resume_adapter_file,
-        test_batches=test_batches,
-        report_to=report_to,
-        project_name=project_name,
-        trust_remote_code=trust_remote_code,
-        force=force,
-    )
+    recorded = kept.recorded() if resume else {}
+    with explained(folder, recorded, given):
+        settings = Settings(
+            **continued(given, recorded),
+            resume=resume,
+            resume_adapter_file=resume_adapter_file,
+            test_batches=test_batches,
+            report_to=report_to,
+            project_name=project_name,
+            trust_remote_code=trust_remote_code,
+            force=force,
+        )
     kept.settings = settings.record()
-    return _run(kept, settings, stop)
+    return watched(_run(kept, settings, stop, recorded, given), kept, settings.train.peer_timeout)
 
 
-def _run(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Iterator[RunReport]:
-    with folder.lock():
-        yield from _fine_tune(folder, settings, stop)
+def _run(
+    folder: RunFolder, settings: Settings, stop: Callable[[], bool], recorded: dict[str, Any], given: dict[str, Any]
+) -> Iterator[RunReport]:
+    recorder = Recorder(folder, settings)
+    with folder.lock(), explained(folder.path, recorded, given):
+        yield from recorder.record(_fine_tune(folder, settings, stop, recorder))
 
 
-def _fine_tune(folder: RunFolder, settings: Settings, stop: Callable[[], bool]) -> Iterator[RunReport]:
+def _fine_tune(
+    folder: RunFolder, settings: Settings, stop: Callable[[], bool], recorder: Recorder
+) -> Iterator[RunReport]:
     state = _state(folder, settings)
-    for text in settings.adapter.doubts():
+    for text in settings.doubts():
         yield Warned(text)
     check_data(settings.data, settings.splits)
     check_modules(settings.model, settings.adapter)
     check_packing(settings)
-    logs = trackers(settings.report_to, settings.project_name, settings.tracked()) if is_main_process() else []
+    recorder.start_trackers()
+    check_weights(settings)
     model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
-    sets = yield from load_sets(settings.data, tokenizer, settings.splits)
-    folder.identity = identify(settings, model, sets)
+    sets = yield from load_sets(settings.data, tokenizer, settings.splits, settings.train.loss)
+    config = replace(settings.train, iters=iterations(settings.train, sets.train), epochs=None)
+    check_validated(config, None if config.val_batches == 0 else sets.valid)
+    check_patience(config, config.iters)
+    asked = _questions(settings, tokenizer)
+    folder.settings["iters"] = config.iters
+    folder.identity = {**identify(settings, model, sets), "iters": config.iters}
     if state is not None:
         check(state.run, folder.identity, settings.force, folder.path)
+        check_incomplete(state, settings.train, config.iters, folder.path)
+    planned = yield from plan_run(replace(settings, train=config), model, sets)
+    yield from recorder.prepare(model, tokenizer, sets, None if state is None else state.iteration)
     yield from _attach(model, sets, folder, settings)
-    config = settings.train
+    check_agreement(folder.identity, model, state)
     try:
         cached = yield from compare_paths(model, sets.train, config.grad_checkpoint)
-    except MLXLoRAError:  # nothing was trained: a model that the caller loaded is as it was
+        with through_cache(model, cached):
+            prefix = yield from keep_prefix(model, sets, folder.path, folder.identity, config)
+    except (MLXLoRAError, GeneratorExit):  # nothing was trained: a model that the caller loaded is as it was
         unmount(model)
         raise
     yield _started(model, state, config.iters)
     with through_cache(model, cached):
-        done = yield from _train(model, sets, folder, settings, state, stop, logs)
+        sets = yield from with_references(model, sets, config, state)
+        hooks = {"metrics": _metrics(model, tokenizer, asked, config), "prefix": prefix}
+        done = yield from _train(model, sets, folder, replace(settings, train=config), state, stop, hooks)
+        keep_speed(planned, done, state)
         if settings.test_batches is not None and not done.stopped:
-            result = evaluate(model, sets.test, config.batch_size, settings.test_batches, config.loss)
+            if 0 < folder.best < done.iteration:
+                yield Warned(
+                    f"the test set is measured with the last adapter (iteration {done.iteration}); mlx-lora test "
+                    f"measures the best one (iteration {folder.best})"
+                )
+            of_loss = config.loss, config.preference_options()
+            result = evaluate(model, sets.test, config.batch_size, settings.test_batches, *of_loss)
             yield TestReport(**asdict(result))
 
 
@@ -141,12 +179,29 @@ def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:
     if not settings.resume:
         return None
     state = folder.load_state()
-    if state.iteration >= settings.train.iters:
-        raise ConfigError(
-            f"the run in {folder.path} has done {state.iteration} iterations; iters is {settings.train.iters}",
-            "Raise --iters to go on.",
-        )
+    epochs = state.run.get("settings", {}).get("train", {}).get("epochs")
+    known = state.run.get("iters") if settings.train.epochs == epochs else None  # else it follows from the data
+    check_incomplete(state, settings.train, settings.train.iters or known, folder.path)
     return state
+
+
+def _questions(settings: Settings, tokenizer: Any) -> list[Question]:
+    """The validation rows that metrics are measured on; none without a metric."""
+    config = settings.train
+    if not config.metric:
+        return []
+    rows = config.metric_rows or METRIC_ROWS
+    return questions(settings.data, tokenizer, "valid", rows, preference_of(config.loss).rows)
+
+
+def _metrics(
+    model: nn.Module, tokenizer: Any, asked: list[Question], config: TrainConfig
+) -> Callable[[], dict[str, float]] | None:
+    """A function that answers the questions ``asked`` and measures the answers; None without a metric."""
+    functions = load_metrics(config.metric)
+    if not functions:
+        return None
+    return lambda: measured(functions, list(answers(model, tokenizer, asked, config.metric_max_tokens)))
 
 
 def _attach(model: nn.Module, sets: Splits, folder: RunFolder, settings: Settings) -> Iterator[Loading]:
@@ -173,22 +228,23 @@ def _started(model: nn.Module, state: TrainingState | None, iters: int) -> Start
     return Started(state.iteration if state else 0, iters, trainable, parameters, modules)
 
 
-def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs):
+def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, hooks):
     """Yield the reports of the training; return the last one, ``Done``."""
     moved, first = None, not settings.resume
+    if state is not None:
+        folder.restore_best(state)
 
     def save(state: TrainingState) -> Path:
         nonlocal moved, first
-        moved = folder.save(extract(model), state, move_earlier=first) or moved
+        moved = folder.save(extract(model), keeping_references(state, sets), move_earlier=first) or moved
         first = False
-        return folder.numbered(state)
+        return folder.numbered(state.iteration)
 
     steps = -(-settings.train.iters // settings.train.grad_accumulation_steps)
     try:
         optimizer = build_optimizer(settings.optimizer, steps, model)
-        reports = train_model(
-            model, optimizer, sets.train, sets.valid, settings.train, checkpoint=save, resume=state, stop=stop
-        )
+        hooks = {**hooks, "checkpoint": save, "resume": state, "stop": stop}
+        reports = train_model(model, optimizer, sets.train, sets.valid, settings.train, **hooks)
     except MLXLoRAError:  # nothing was trained: a model that the caller loaded is as it was
         unmount(model)
         raise
@@ -197,7 +253,5 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, logs
             if isinstance(report, Checkpoint) and moved is not None:
                 yield EarlierRunMoved(moved)
                 moved = None
-            for log in logs if isinstance(report, (TrainReport, ValReport)) else ():
-                log(report)
             yield report
     return report

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
@@ -12,21 +16,31 @@ import mlx.nn as nn
 from ..base.fingerprint import digest
 from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
 from ..data import Splits
-from ..errors import MLXLoRAWarning
+from ..errors import ConfigError, DataError, MLXLoRAWarning, ModelError
+from ..training import TrainingState
+from ..training.best import measured_by, out_of_patience
 from ..training.checkpoints import OTHER_DATA, another_run, difference
 from .settings import Settings
 
 # The config of a resumed run may differ in FREE at will, and in FORCED with ``force``. Of the data's settings SHAPING
 # are compared by name; what the others do is seen in the tokens.
 FREE = (
-    *("iters", "val_batches", "steps_per_report", "steps_per_eval", "save_every"),
-    *("grad_checkpoint", "clear_cache_threshold", "max_skipped_steps"),
+    *("iters", "epochs", "val_batches", "steps_per_report", "steps_per_eval", "save_every"),
+    *("grad_checkpoint", "cache_prefix", "clear_cache_threshold", "max_skipped_steps", "keep"),
+    *("patience", "best_by", "metric", "metric_rows", "metric_max_tokens", "report_prompts", "peer_timeout"),
 )
 FORCED = (
     *("learning_rate", "lr_schedule", "warmup", "optimizer_config", "max_grad_norm"),
     *("loraplus_lr_ratio", "loraplus_lr_embedding", "loraplus_weight_decay"),
 )
-_INSTEAD = {"scale": ("alpha", "rslora"), "alpha": ("scale",), "data": ("hf_dataset",), "hf_dataset": ("data",)}
+_INSTEAD = {
+    "scale": ("alpha", "rslora"),
+    "alpha": ("scale",),
+    "data": ("hf_dataset",),
+    "hf_dataset": ("data",),
+    "iters": ("epochs",),
+    "epochs": ("iters",),
+}
 SHAPING = ("mask_prompt", "mask_turns", "max_seq_length")
 _OTHER_WEIGHTS = "base model: other weights, or weights that are quantized in another way"
 _FORCE = "Leave these options out to keep them, or add --force (in Python force=True) to change them."
@@ -40,7 +54,7 @@ def identify(settings: Settings, model: nn.Module, sets: Splits) -> dict[str, An
     config = asdict(arguments) if is_dataclass(arguments) else {}
     facts = {
         "settings": settings_of(settings),
-        "base": {"weights": digest(model), **_flat(config)},
+        "base": {"weights": digest(model), **flat(config)},
         "data": {split: _data_facts(getattr(sets, split)) for split in _SPLITS},
     }
     return json.loads(json.dumps(facts, default=str))
@@ -98,8 +112,66 @@ def check(saved: dict[str, Any], here: dict[str, Any], force: bool, folder: Any)
     forced = [difference(name, *values) for name, values in changed.items() if name in FORCED]
     if faults or (forced and not force):
         raise another_run(faults + forced, hint=None if faults else _FORCE)
-    for text in (*forced, *_stretched(saved["settings"], here["settings"])):
+    for text in (*forced, *_stretched(saved, here)):
         warnings.warn(f"The run continues with another setting: {text}", MLXLoRAWarning, stacklevel=2)
+
+
+def check_incomplete(state: TrainingState, config: TrainConfig, iters: int | None, folder: Path) -> None:
+    """Refuse to resume a run that is complete, or that its patience has ended.
+
+    Args:
+        iters: the number of iterations of the run that would continue it; None where that is not known yet.
+
+    Raises: ConfigError.
+    """
+    tally = state.tally
+    if tally.best_by == measured_by(config) and out_of_patience(tally, config):
+        best = "had a finite value"
+        if tally.best_value is not None:
+            best = f"was better than that of iteration {tally.best_iteration} ({config.best_by} {tally.best_value:.4g})"
+        raise ConfigError(
+            f"the run in {folder} ended early at iteration {state.iteration}: none of {tally.not_better} "
+            f"validations in a row {best}; patience is {config.patience}",
+            "Raise --patience, or set it to 0, to go on.",
+        )
+    if iters is not None and state.iteration >= iters:
+        length = f"iters is {iters}" if config.epochs is None else f"{config.epochs:g} epochs are {iters}"
+        raise ConfigError(
+            f"the run in {folder} has done {state.iteration} iterations; {length}",
+            f"Raise --{'iters' if config.epochs is None else 'epochs'} to go on.",
+        )
+
+
+@contextmanager
+def explained(folder: str | Path, recorded: dict[str, Any], given: dict[str, Any]) -> Iterator[None]:
+    """Add to an error about an input that it is the run's record which names it, as a path that is not here."""
+    try:
+        yield
+    except (ModelError, DataError, ConfigError) as error:
+        named = {
+            name: value
+            for name, value in _recorded_paths(recorded, given)
+            if re.search(rf"(?<![\w/.-]){re.escape(value)}(?![\w-])", error.message)
+            and not Path(value.rpartition(":")[0] if name == "metric" else value).expanduser().exists()
+        }
+        if not named:
+            raise
+        said = [f"{name} {value!r} comes from the record of the run in {folder}" for name, value in named.items()]
+        flags = " and ".join("--" + name.replace("_", "-") for name in named)
+        hint = f"If it is a path that was relative to another folder, give it as it is from here, with {flags}."
+        raise type(error)("\n".join([error.message, *said]), f"{hint} {error.hint}") from error
+
+
+def _recorded_paths(recorded: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(option, value) of the inputs that a resumed run takes from its record, which may be relative paths."""
+    for name in ("model", "init_reference"):
+        if given[name] is None and name in recorded:
+            yield name, recorded[name]
+    for section, name in (("data", "data"), ("train", "metric")):
+        whole, found = given[section], recorded.get(section, {}).get(name)
+        if found and (whole is None or (isinstance(whole, dict) and name not in whole)):
+            values = [found] if isinstance(found, str) else [metric for metric in found if ":" in metric]
+            yield from ((name, value) for value in values)
 
 
 def _data_facts(rows: Any) -> tuple[int, str | None]:
@@ -131,16 +203,16 @@ def _comparable(section: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _stretched(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """What a new number of iterations does to a schedule whose length follows from it."""
-    before, now = saved["train"]["iters"], here["train"]["iters"]
-    schedule = here["optimizer"]["lr_schedule"]
+    before, now = (run.get("iters") or run["settings"]["train"]["iters"] for run in (saved, here))
+    schedule = here["settings"]["optimizer"]["lr_schedule"]
     mapping = schedule if isinstance(schedule, dict) else {"name": schedule}
     if before == now or mapping.get("name") in (None, "constant") or mapping.get("arguments") is not None:
         return []
     return [f"{mapping['name']} now spans {now} iterations instead of {before}, so that the learning rate changes"]
 
 
-def _flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:
+def flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in config.items():
-        found |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
+        found |= flat(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -10,8 +10,8 @@ from pathlib import Path
 class Loading:
     """Something that takes a while begins."""
 
-    what: str  # "model", "data", or "init": an initialisation that reads training data
-    name: str  # the model, the data set or the initialisation
+    what: str  # "model", "data", "reference", "init": an initialisation that reads training data, or "answers"
+    name: str  # the model, the data set, the rows to compute the reference of, the initialisation, how many prompts
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,20 @@ class Warned:
     """A setting is valid, and hardly what was meant. The run goes on with it."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the run will take, before it starts."""
+
+    peak: int | None  # bytes at the peak; None where no plan could be made
+    limit: int  # bytes that MLX can use on this machine
+    trainable: int | None = None  # parameters
+    iters: int | None = None
+    epochs: float | None = None
+    padding: float | None = None  # share of the tokens computed
+    seconds: float | None = None  # of the whole run; None where this machine has not been measured
+    reason: str = ""  # why there is no plan
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,17 @@ class DataLoaded:
 
 
 @dataclass(frozen=True)
+class PrefixCache:
+    """The output of the frozen layers will be kept (``cache_prefix``). Closing the run at this report declines."""
+
+    layers: int  # whose output is kept
+    of: int  # layers of the model
+    bytes: int  # that it will take, about
+    free: int  # bytes
+    place: str  # "memory", or the file
+
+
+@dataclass(frozen=True)
 class Started:
     """The adapter is on the model, and training begins."""
 
@@ -40,15 +65,6 @@ class Started:
     trainable: int  # parameters
     parameters: int  # of the model with its adapter; a quantized weight counts as one
     modules: int  # that hold trainable parameters
-
-
-@dataclass(frozen=True)
-class NewBest:
-    """The last validation was the best of the run so far; its checkpoint was saved."""
-
-    iteration: int
-    name: str  # "val_loss" or a metric
-    value: float
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,8 @@ class TestReport:
 
     loss: float  # nats a learned token
     tokens: int  # learned tokens the loss is the mean of
-    perplexity: float  # exp(loss)
+    perplexity: float | None  # exp(loss); None for losses of preferences
     seconds: float
     exact_match: float | None = None  # share of correct answers
     answered: int = 0  # rows answered for exact_match
+    metrics: dict[str, float] = field(default_factory=dict)  # of the loss, such as rewards, and of answered rows

@@ -8,8 +8,19 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
+from ..config import (
+    AdapterConfig,
+    DataConfig,
+    OptimizerConfig,
+    TrainConfig,
+    as_config,
+    chooses_own_rate,
+    first_rate,
+    preference_of,
+)
+from ..config.preference import PREFERENCE_OPTIONS
 from ..data import Dataset, Splits
+from ..data.preferences import as_dataset
 from ..errors import ConfigError
 from .checks import check_settings
 
@@ -33,6 +44,8 @@ class Settings:
     force: bool = False
 
     def __post_init__(self):
+        given = isinstance(self.optimizer, OptimizerConfig) or "learning_rate" in (self.optimizer or {})
+        object.__setattr__(self, "_rate_is_given", given)
         for name, kind in (("adapter", AdapterConfig), ("optimizer", OptimizerConfig), ("train", TrainConfig)):
             object.__setattr__(self, name, as_config(kind, getattr(self, name), name))
         object.__setattr__(self, "data", as_data(self.data))
@@ -45,8 +58,11 @@ class Settings:
         check_test_batches(self.test_batches)
         if self.test_batches is not None and isinstance(self.data, Splits) and self.data.test is None:
             raise ConfigError("test_batches needs a test set, and data has none", "Load it too, or leave it out.")
-        if self.force and not self.resume:
-            raise ConfigError("force (--force) works only with resume", "Leave it out: a new run takes any settings.")
+        if self.train.metric and not isinstance(self.data, DataConfig):
+            raise ConfigError(
+                "metric needs the rows as text, and data is tokenized",
+                "Give data as a DataConfig, or leave metric out.",
+            )
         check_settings(self)
 
     @property
@@ -54,11 +70,27 @@ class Settings:
         """The data sets that the run reads."""
         return ("train", "valid") if self.test_batches is None else ("train", "valid", "test")
 
+    def doubts(self) -> list[str]:
+        """Warnings about settings that are valid, and hardly what was meant."""
+        optimizer, adapter = self.optimizer, self.adapter
+        own_rate = first_rate(optimizer.lr_schedule) is not None or chooses_own_rate(
+            optimizer.optimizer, optimizer.optimizer_config
+        )
+        if self._rate_is_given or own_rate or self.resume or adapter.method == "full":
+            return adapter.doubts()
+        return [
+            *adapter.doubts(),
+            f"learning_rate is mlx-lm's default of {optimizer.learning_rate:g}, which hardly moves the loss of "
+            f"{adapter.method}; give 1e-4 to 2e-4 (--learning-rate), or let mlx-lora plan --write choose",
+        ]
+
     def record(self) -> dict[str, Any]:
         """The settings to keep with the adapter: those of data, optimizer and training that are set."""
         configs = [self.data] if isinstance(self.data, DataConfig) else []
         configs += [self.optimizer, self.train]
-        return {name: value for config in configs for name, value in asdict(config).items() if value is not None}
+        unused = set(PREFERENCE_OPTIONS) - set(preference_of(self.train.loss).options)
+        found = {name: value for config in configs for name, value in asdict(config).items() if value is not None}
+        return {name: value for name, value in found.items() if name not in unused}
 
     def tracked(self) -> dict[str, Any]:
         """The settings to show in an experiment tracker."""
@@ -95,7 +127,7 @@ def _as_set(rows: Any, name: str) -> Any:
             f"data: the {name} set holds a {kind}, not tokenized rows",
             "Give (tokenize(rows, tokenizer, DataConfig()), None), or DataConfig(data=folder).",
         )
-    return Dataset(rows) if isinstance(rows, (list, tuple)) else rows
+    return as_dataset(rows) if isinstance(rows, (list, tuple)) else rows
 
 
 def as_model(model: Any, needs_tokenizer: bool) -> Any:

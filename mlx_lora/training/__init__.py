@@ -9,7 +9,8 @@ from .checkpoints import TrainingState
 from .evaluation import evaluate
 from .losses import LOSSES
 from .optimizers import MasterWeights, build_optimizer
-from .reports import Checkpoint, Done, Evaluation, Progress, Report, SkippedStep, TrainReport, ValReport
+from .reference import referenced
+from .reports import Checkpoint, Done, Evaluation, NewBest, Progress, Report, SkippedStep, TrainReport, ValReport
 from .trainer import train
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Done",
     "Evaluation",
     "MasterWeights",
+    "NewBest",
     "Progress",
     "Report",
     "SkippedStep",
@@ -26,5 +28,6 @@ __all__ = [
     "ValReport",
     "build_optimizer",
     "evaluate",
+    "referenced",
     "train",
 ]

@@ -16,7 +16,7 @@ from ..data.packing import capacity
 from ..errors import FormatError, TrainingError
 
 _KEY, _VERSION = "mlx_lora_training_state", 1
-_GROUPS = ("parameters", "optimizer", "pending")
+_GROUPS = ("parameters", "optimizer", "pending", "reference")
 _DATA = "training data"
 _PACK = "tokens in a packed sequence"
 OTHER_DATA = "{} data: other rows or another order, or the rows are tokenized or masked differently"
@@ -33,8 +33,14 @@ class Tally:
     grad_norm: float | None = None
     window_loss: float = 0.0  # sum over tokens
     window_tokens: int = 0
+    window_count: int = 0  # of what the loss is a mean of
+    window_measured: dict[str, tuple[float, float]] = field(default_factory=dict)  # sums and counts; never changed
     window_iterations: int = 0
     window_seconds: float = 0.0
+    best_by: str = ""  # what the best validation is chosen by, see best.py
+    best_value: float | None = None
+    best_iteration: int = 0
+    not_better: int = 0  # validations in a row since the best one
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class TrainingState:
     tally: Tally = field(default_factory=Tally)
     fingerprint: dict[str, Any] = field(default_factory=dict)  # what must be equal in the resumed run
     run: dict[str, Any] = field(default_factory=dict)  # JSON values that the caller of `train` keeps with the state
+    reference: dict[str, mx.array] = field(default_factory=dict)  # by set: [N, 2] of `referenced`, at the run's start
 
     @property
     def iteration(self) -> int:
@@ -106,9 +113,8 @@ class TrainingState:
         for name, array in arrays.items():
             group, _, name = name.partition("/")
             groups[group][name] = array
-        return cls(
-            **groups, tally=Tally(**about["tally"]), fingerprint=about["fingerprint"], run=about.get("run") or {}
-        )
+        tally = {"window_count": about["tally"]["window_tokens"], **about["tally"]}  # older files have no such count
+        return cls(**groups, tally=Tally(**tally), fingerprint=about["fingerprint"], run=about.get("run") or {})
 
 
 def read_run(path: str | os.PathLike) -> dict[str, Any]:
@@ -143,6 +149,7 @@ def fingerprint(
     """The settings that must be equal for a run to continue from another's state. JSON values only."""
     return {
         "loss": loss,
+        **(config.preference_options() if hasattr(config, "preference_options") else {}),
         "batch_size": config.batch_size,
         "grad_accumulation_steps": config.grad_accumulation_steps,
         "seed": config.seed,

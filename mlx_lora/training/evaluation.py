@@ -6,18 +6,29 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
+from ..config import LABELS, PAIRS, TrainConfig, preference_of
+from ..config import TOKENS as ROWS
 from ..data import Dataset, eval_batches
-from ..errors import TrainingError
-from .losses import loss_named
+from ..errors import ConfigError, TrainingError
+from .losses import TOKENS, loss_named, means
 from .reports import Evaluation
 
 
 def evaluate(
-    model: nn.Module, dataset: Dataset, batch_size: int = 4, limit: int = -1, loss: str = "cross_entropy"
+    model: nn.Module,
+    dataset: Dataset,
+    batch_size: int = 4,
+    limit: int = -1,
+    loss: str = "cross_entropy",
+    options: dict[str, float] | None = None,
+    *,
+    prefix: Any = None,
 ) -> Evaluation:
     """The mean loss of `model` on `dataset`: the sum over all batches and processes, divided by the count.
 
@@ -27,28 +38,56 @@ def evaluate(
     Args:
         limit: batches to measure at most; -1 for the whole set.
         loss: a name in `LOSSES`.
+        options: of the loss, `TrainConfig(loss=...).preference_options()`; its defaults if left out.
+        prefix: the open `FrozenPrefix` of this model that keeps the states of `dataset`.
 
-    Raises: TrainingError where there is nothing to measure. ConfigError for an unknown loss.
+    Raises: TrainingError where there is nothing to measure, or no reference to compare with (see `referenced`).
+        ConfigError for an unknown loss, or one that takes other rows.
     """
-    batch_loss = loss_named(loss)
+    batch_loss = loss_named(loss, TrainConfig(loss=loss).preference_options() if options is None else options)
+    check_rows(dataset, loss)
+    if preference_of(loss).reference and dataset.reference is None:
+        raise TrainingError(
+            f"{loss} compares with a reference, and the log-probabilities of the reference are not there.",
+            "Call mlx_lora.training.referenced(model, dataset, loss, batch_size) with the reference first.",
+        )
     group = mx.distributed.init()
     tic = time.perf_counter()
-    total, count = 0.0, 0.0
+    names: list[str] = []
+    sums = np.zeros(2)  # loss and count, then sums and counts of `names`
     with mode(model, training=False):
-        for batch in eval_batches(dataset, batch_size, limit, group.rank(), group.size()):
-            sums = batch_loss(model, *(mx.array(array) for array in batch))
-            mx.eval(sums)
-            total, count = total + sums[0].item(), count + sums[1].item()
+        batches = eval_batches(dataset, batch_size, limit, group.rank(), group.size())
+        if prefix is not None:
+            batch_loss, batches = prefix.loss(batch_loss), prefix.eval_batches(batches, batch_size, limit)
+        for batch in batches:
+            total, count, *rest = batch_loss(model, *(mx.array(array) for array in batch))
+            measured = rest[0] if rest else {}
+            names = list(measured)
+            parts = mx.stack([total, count, *(part for parts in measured.values() for part in parts)])
+            sums = sums + np.array(parts, np.float64) if sums.any() else np.array(parts, np.float64)
     if group.size() > 1:
-        total, count = mx.distributed.all_sum(mx.array([total, count]), group=group).tolist()
+        sums = np.array(mx.distributed.all_sum(mx.array(sums), group=group), np.float64)
+    total, count, *rest = sums.tolist()
+    measured = dict(zip(names, zip(rest[::2], rest[1::2], strict=True), strict=True))
+    tokens, _ = measured.get(TOKENS, (count, None))
     if count == 0:
         raise TrainingError(
             "There is nothing to evaluate: no row of the set has a token to learn.",
             "Check that the set is not empty and that max_seq_length does not cut off every answer.",
         )
     mean = total / count
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    return Evaluation(mean, round(count), perplexity, time.perf_counter() - tic)
+    perplexity = None if TOKENS in measured else math.exp(mean) if mean < 700 else math.inf
+    return Evaluation(mean, round(tokens), perplexity, time.perf_counter() - tic, means(measured))
+
+
+def check_rows(dataset: Dataset, loss: str) -> None:
+    """Raise a ConfigError where the rows of a data set are not of the kind that the loss takes."""
+    kind = preference_of(loss).rows
+    if (found := getattr(dataset, "kind", ROWS)) != kind:
+        raise ConfigError(
+            f"The loss {loss!r} takes {_ROWS[kind]}, and the data set has {_ROWS[found]}.",
+            f"Give load_dataset or tokenize the argument kind={kind!r}, or set another loss.",
+        )
 
 
 @contextmanager
@@ -61,3 +100,6 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, was in before:
             module._set_training_mode(was)
+
+
+_ROWS = {ROWS: "rows to imitate", PAIRS: "pairs of a chosen and a rejected answer", LABELS: "answers with labels"}

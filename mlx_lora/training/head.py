@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..kernels.chunked_sum import chunked_sum
+from ..kernels.chunked_sum import chunked_losses, chunked_sum
 
 # Bytes of float32 logits: above WHOLE they are computed in chunks of PIECE. MLX runs about ten operations at a time, so
 # that a few large chunks would save no memory.
@@ -21,9 +21,11 @@ WHOLE, PIECE = 1 << 29, 1 << 26
 
 
 def loss_in_chunks(
-    model: nn.Module, tokens: mx.array, targets: mx.array, mask: mx.array, losses: Callable, **options: Any
+    model: nn.Module, tokens: mx.array, targets: mx.array, mask: mx.array | None, losses: Callable, **options: Any
 ) -> mx.array | None:
     """The sum of the losses of the learned tokens, in chunks; None where that saves nothing or is not possible.
+
+    Without a `mask`, the loss of each token [B, T].
 
     It is possible for mlx-lm's models that call their body once, on tokens, and apply the rest (head, tied head,
     scaling, soft caps) to each hidden state.
@@ -57,6 +59,8 @@ def loss_in_chunks(
 
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows = piece_rows(vocabulary)
+    if mask is None:
+        return chunked_losses(piece, trained, flat, targets.reshape(-1), rows).reshape(targets.shape)
     return chunked_sum(piece, trained, flat, targets.reshape(-1), mask.reshape(-1), rows, model.training)
 
 

@@ -20,6 +20,7 @@ HINT = "Leave --pack out (in Python pack=False): without it rows are padded, and
 class PackedCache:
     """The cache of a layer of a packed batch. segments: [B, N] integers, equal for the tokens of one row."""
 
+    causal = True  # no mask lets a token see later ones, so attention need not look at them
     offset = 0  # rotary embeddings are relative, so that the positions need not begin again in each row
 
     def __init__(self, segments: mx.array):

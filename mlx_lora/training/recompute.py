@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import TrainingError
+from ..kernels import checkpointed
 
 
 @contextmanager
@@ -76,20 +77,31 @@ def _recomputed(own: type) -> type:
         if not self.training:
             return own.__call__(self, *args, **kwargs)
 
+        # Masks have no gradient. As arguments their numbers would be unknown the second time, and attention in blocks
+        # could not leave out what they empty.
+        masks = {place: x for place, x in [*enumerate(args), *kwargs.items()] if _is_mask(x)}
+        args = [None if place in masks else x for place, x in enumerate(args)]
+        kwargs = {name: None if name in masks else x for name, x in kwargs.items()}
+
         def layer(parameters, key, *args, **kwargs):
             before = self.trainable_parameters()
             self.update(parameters)
             try:
                 # A random mask has no gradient, yet MLX would ask for the key's.
                 with _drawing_from(mx.stop_gradient(key), _dropouts(self)):
-                    return own.__call__(self, *args, **kwargs)
+                    args = [masks.get(place, x) for place, x in enumerate(args)]
+                    return own.__call__(self, *args, **{name: masks.get(name, x) for name, x in kwargs.items()})
             finally:
                 self.update(before)  # the tracers of the recomputation must not outlive it
 
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-        return mx.checkpoint(layer)(self.trainable_parameters(), key, *args, **kwargs)
+        return checkpointed(layer)(self.trainable_parameters(), key, *args, **kwargs)
 
     return type(own.__name__, (own,), {"__call__": __call__, "__module__": own.__module__})
+
+
+def _is_mask(x: object) -> bool:
+    return isinstance(x, mx.array) and x.dtype == mx.bool_
 
 
 @contextmanager

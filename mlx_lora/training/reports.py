@@ -1,6 +1,7 @@
 """The reports that a run yields: frozen, without arrays, ready for JSON.
 
-Every loss is a mean over the learned tokens (those that the mask selects), in nats for cross entropy. In a distributed
+Every loss is a mean over the learned tokens (those that the mask selects), in nats for cross entropy, or over the pairs
+or answers for losses of preferences. In a distributed
 run, losses, token counts and rates are those of all processes together.
 """
 
@@ -16,8 +17,9 @@ class Evaluation:
 
     loss: float  # mean over learned tokens
     tokens: int  # learned tokens
-    perplexity: float  # exp(loss)
+    perplexity: float | None  # exp(loss); None for losses of preferences
     seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)  # means of what the loss measures besides
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,15 @@ class ValReport:
 
 
 @dataclass(frozen=True)
+class NewBest:
+    """The last validation was the best of the run so far; its checkpoint was saved."""
+
+    iteration: int
+    name: str  # "val_loss" or a metric
+    value: float
+
+
+@dataclass(frozen=True)
 class SkippedStep:
     """An optimizer step was skipped, because its loss or gradients were not finite. It changed nothing."""
 
@@ -77,9 +88,10 @@ class Done:
     iteration: int
     trained_tokens: int
     seconds: float  # of this call, including validation and saving
-    stopped: bool  # True where `stop` ended the run before `iters`
+    stopped: bool  # True where `stop` ended the run: it is not complete
     peak_memory: float  # GB
     skipped_steps: int
+    reason: str = "complete"  # why it ended: "complete" (all iterations), "patience" or "stopped"
 
 
-Report = Progress | TrainReport | ValReport | SkippedStep | Checkpoint | Done
+Report = Progress | TrainReport | ValReport | NewBest | SkippedStep | Checkpoint | Done

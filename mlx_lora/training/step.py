@@ -7,6 +7,8 @@ copied nor returned.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -14,17 +16,21 @@ import mlx.nn as nn
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from .losses import Loss
+from .losses import TOKENS, Loss
 from .optimizers import MasterWeights
 
 
 class Outcome(NamedTuple):
-    """The result of one batch. The last two fields are None where the batch did not complete an optimizer step."""
+    """The result of one batch. grad_norm and finite are None where the batch did not complete an optimizer step."""
 
-    loss: float  # sum over the tokens of the batch
-    tokens: int
-    grad_norm: float | None = None  # of the token-mean gradient, before clipping
+    loss: float  # sum over what the loss counts, such as the learned tokens of the batch
+    count: int  # of what the loss counts
+    tokens: int  # learned tokens
+    grad_norm: float | None = None  # of the mean gradient, before clipping
     finite: bool | None = None  # False: the optimizer step was skipped
+    measured: Mapping[str, tuple[float, float]] = MappingProxyType(
+        {}
+    )  # what the loss measures besides: sums and counts
 
 
 class Step:
@@ -59,7 +65,8 @@ class Step:
             self._nothing = {"gradients": zeros, "loss": mx.array(0.0), "tokens": mx.array(0.0)}
         self._sums: dict[str, Any] | None = None
         self._fused = fused
-        self._batch: mx.array | None = None  # [loss, tokens] of the current batch
+        self._batch: mx.array | None = None  # loss and count of the current batch, then sums and counts of `_names`
+        self._names: list[str] = []  # what the loss measures besides
         self._step: mx.array | None = None  # [gradient norm, finite] of the current step
         # The random state is an output so that no tracer stays in it; `run` seeds it before every call.
         random = {"inputs": mx.random.state, "outputs": mx.random.state}
@@ -91,10 +98,12 @@ class Step:
 
     def outcome(self) -> Outcome:
         """Wait for what was started, and return its result."""
-        loss, tokens = self._batch.tolist() if self._batch is not None else (0.0, 0)
+        loss, count, *rest = self._batch.tolist() if self._batch is not None else (0.0, 0)
         norm, finite = self._step.tolist() if self._step is not None else (None, None)
         self._batch = self._step = None
-        return Outcome(loss, round(tokens), norm, None if finite is None else bool(finite))
+        measured = dict(zip(self._names, zip(rest[::2], rest[1::2], strict=True), strict=False))
+        tokens, _ = measured.pop(TOKENS, (count, None))
+        return Outcome(loss, round(count), round(tokens), norm, None if finite is None else bool(finite), measured)
 
     def settle(self) -> None:
         """Put the current arrays into the model and the optimizer; tracing leaves tracers in them."""
@@ -122,28 +131,32 @@ class Step:
         # average_gradients packs small arrays into buckets of 32 MiB: one collective for each bucket.
         return [mean * self._group.size() for mean in average_gradients(arrays, self._group)]
 
-    def _sums_fn(self, parameters, *batch) -> dict[str, Any]:
-        """Sums over the tokens of a batch: float32 gradients of this process, loss and count of all processes."""
+    def _sums_fn(self, parameters, *batch) -> tuple[dict[str, Any], mx.array]:
+        """Sums over a batch: float32 gradients of this process, loss and count of all processes; and `_batch`."""
 
         def objective(parameters):
             self._put(parameters)
-            return self._loss(self._model, *batch)
+            loss, count, *rest = self._loss(self._model, *batch)
+            measured = rest[0] if rest else {}
+            self._names = list(measured)  # the same in every trace
+            return loss, [count, *(part for parts in measured.values() for part in parts)]
 
-        (loss, count), gradients = mx.value_and_grad(objective)(parameters)
-        loss, count = self._all_sum([loss, count])
-        return {"gradients": tree_map(lambda g: g.astype(mx.float32), gradients), "loss": loss, "tokens": count}
+        (loss, rest), gradients = mx.value_and_grad(objective)(parameters)
+        loss, count, *rest = self._all_sum([loss, *rest])
+        gradients = tree_map(lambda g: g.astype(mx.float32), gradients)
+        return {"gradients": gradients, "loss": loss, "tokens": count}, mx.stack([loss, count, *rest])
 
     def _accumulate_fn(self, parameters, sums, *batch):
-        new = self._sums_fn(parameters, *batch)
-        return tree_map(mx.add, sums, new), mx.stack([new["loss"], new["tokens"]])
+        new, batch = self._sums_fn(parameters, *batch)
+        return tree_map(mx.add, sums, new), batch
 
     def _train_batch_fn(self, parameters, state, *batch):
-        sums = self._sums_fn(parameters, *batch)
+        sums, batch = self._sums_fn(parameters, *batch)
         parameters, state, step = self._update_fn(parameters, state, sums)
-        return parameters, state, mx.stack([sums["loss"], sums["tokens"]]), step
+        return parameters, state, batch, step
 
     def _update_fn(self, parameters, state, sums):
-        """One optimizer step on the token-mean gradient. Nothing changes if the loss or gradient norm is not finite."""
+        """One optimizer step on the mean gradient. Nothing changes if the loss or gradient norm is not finite."""
         count = sums["tokens"]
         totals = self._all_sum(list(sums["gradients"].values()))
         mean = {path: g / mx.maximum(count, 1) for path, g in zip(sums["gradients"], totals, strict=True)}

@@ -15,18 +15,23 @@ import mlx.optimizers as opt
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..config import TrainConfig
-from ..data import Dataset, packed_batches, train_batches
+from ..config import VAL_LOSS, TrainConfig
+from ..data import Dataset, iterations, packed_batches, train_batches
 from ..data.packing import capacity
 from ..device import memory_limits
-from ..errors import TrainingError
+from ..errors import ConfigError, TrainingError
+from .best import check_patience, continued, is_best, out_of_patience, with_best_of
 from .checkpoints import Tally, TrainingState, check_fingerprint, fingerprint
+from .evaluation import check_rows as check_kind
 from .evaluation import evaluate, mode
-from .losses import check_takes_packed, loss_named
+from .losses import check_takes_packed, loss_named, means
 from .optimizers import MasterWeights
 from .packing_checks import check_model, check_rows
+from .prefix import FrozenPrefix
+from .prefix_checks import check_settings
 from .recompute import recomputed_layers
-from .reports import Checkpoint, Done, Progress, Report, SkippedStep, TrainReport, ValReport
+from .reference import ready, stored
+from .reports import Checkpoint, Done, NewBest, Progress, Report, SkippedStep, TrainReport, ValReport
 from .step import Step
 
 
@@ -40,6 +45,8 @@ def train(
     checkpoint: Callable[[TrainingState], Any] | None = None,
     resume: TrainingState | None = None,
     stop: Callable[[], bool] = lambda: False,
+    metrics: Callable[[], dict[str, float]] | None = None,
+    prefix: FrozenPrefix | None = None,
 ) -> Iterator[Report]:
     """Train the trainable parameters of `model`. The training happens while the caller iterates over the reports.
 
@@ -48,13 +55,19 @@ def train(
             master weights in its state.
         train_set, valid_set: datasets of `mlx_lora.data`. There is no validation without a `valid_set`, with an empty
             one, and with `val_batches` 0.
-        config: the loss, the number of iterations, the batch size and so on; `TrainConfig()` by default.
-        checkpoint: called with the state of the run every `save_every` iterations, at the end, on `stop`, and before
-            the error of a run that has diverged; in every process of a distributed run. Save the adapter from the
-            model, and call `state.save(path)` to be able to resume.
+        config: the loss, the number of iterations, the batch size and so on; `TrainConfig()` by default. The batches
+            of its `epochs` are `mlx_lora.data.iterations(config, train_set)`.
+        checkpoint: called with the state of the run every `save_every` iterations, at the end, on `stop`, after the
+            best validation so far (`state.tally.best_iteration` is then its iteration), and before the error of a run
+            that has diverged; in every process of a distributed run. Save the adapter from the model, and call
+            `state.save(path)` to be able to resume.
         resume: a state to continue from. The parameters, the optimizer and the order of the data are restored exactly.
         stop: called after each iteration. When it returns True, the run saves and ends. The sums of an incomplete
             window of `grad_accumulation_steps` are then part of the state, and are not applied.
+        metrics: called at every validation, with the model in evaluation mode; its values go into the report. It must
+            return the same in every process.
+        prefix: the frozen layers of `model` and where their states are kept, for `cache_prefix` "disk" (in memory
+            without it).
 
     Yields: the reports of `reports.py`, in the order of the events; `Done` comes last.
 
@@ -62,10 +75,10 @@ def train(
     limits are set for training. When it ends, also by an error or by closing the generator, the model has evaluated
     parameters and its own layers, each module is in the mode it had, and the memory limits are what they were.
 
-    Raises: at once, ConfigError for an unknown loss, and TrainingError where there is nothing to train, no training
-        data, or where `resume` is the state of another run; ConfigError where the model does not compute packed rows
-        (`config.pack`) as each alone, some of it when the iteration begins; while running, TrainingError after
-        `max_skipped_steps` steps in a row with non-finite gradients.
+    Raises: at once, ConfigError for an unknown loss or rows of another kind than it takes, and TrainingError where
+        there is nothing to train, no training data, or where `resume` is the state of another run; ConfigError where
+        the model does not compute packed rows (`config.pack`) as each alone, some of it when the iteration begins;
+        while running, TrainingError after `max_skipped_steps` steps in a row with non-finite gradients.
     """
     config = config or TrainConfig()
     loss_named(_loss_of(config))
@@ -81,9 +94,18 @@ def train(
         )
     if len(train_set) == 0:
         raise TrainingError("The training set is empty.", "Check that train.jsonl in the data folder has rows.")
+    config = dataclasses.replace(config, iters=iterations(config, train_set), epochs=None)
+    for rows in (train_set, valid_set):
+        if rows is not None:
+            check_kind(rows, _loss_of(config))
     if config.pack:
         check_takes_packed(_loss_of(config))
         check_model(model, capacity(train_set))
+    if config.cache_prefix != "none":
+        check_settings(_loss_of(config), mx.distributed.init().size())
+        if prefix is None and config.cache_prefix == "disk":
+            raise ConfigError("cache_prefix 'disk' needs a file", "Call mlx_lora.run, or set cache_prefix='memory'.")
+        prefix = prefix or FrozenPrefix(model, train_set, valid_set)
     group = mx.distributed.init()
     settings = fingerprint(config, _loss_of(config), MasterWeights(optimizer).name, train_set, group.size(), parameters)
     if resume is not None:
@@ -95,12 +117,24 @@ def train(
             )
     if config.val_batches == 0 or valid_set is None or len(valid_set) == 0:
         valid_set = None
-    run = _Run(model, MasterWeights(optimizer), train_set, valid_set, config, checkpoint, stop, settings, group)
+    check_validated(config, valid_set)
+    check_patience(config, config.iters)
+    run = _Run(
+        *(model, MasterWeights(optimizer), train_set, valid_set, config),
+        *(checkpoint, stop, metrics, settings, group, prefix),
+    )
     return run.reports(resume)
 
 
 def _loss_of(config: TrainConfig) -> str:
     return getattr(config, "loss", "cross_entropy")
+
+
+def check_validated(config: TrainConfig, valid_set: Dataset | None) -> None:
+    """Refuse settings that need a validation set where there is none. Raises: ConfigError."""
+    given = {"patience": config.patience, "best_by": config.best_by != VAL_LOSS, "metric": config.metric}
+    if names := [name for name, value in given.items() if value and not valid_set]:
+        raise ConfigError(f"{', '.join(names)}: there is no validation set", "Add one, or leave these options out.")
 
 
 @dataclasses.dataclass
@@ -114,8 +148,10 @@ class _Run:
     config: TrainConfig
     checkpoint: Callable[[TrainingState], Any] | None
     stop: Callable[[], bool]
+    metrics: Callable[[], dict[str, float]] | None
     fingerprint: dict[str, Any]
     group: Any
+    prefix: FrozenPrefix | None
 
     def reports(self, resume: TrainingState | None) -> Iterator[Report]:
         begin = time.perf_counter()
@@ -125,17 +161,22 @@ class _Run:
             cleanup.enter_context(mode(self.model, training=True))
             if self.config.grad_checkpoint:
                 cleanup.enter_context(recomputed_layers(self.model))
+            if self.prefix is not None:
+                cleanup.enter_context(self.prefix.on())
             self._prepare(resume)
             cleanup.callback(self._settle)
-            stopped = yield from self._iterate()
-            if not stopped:
+            reason = yield from self._iterate()
+            if reason == "complete":
                 yield from self._finish()
             tally = self.tally
-            seconds = time.perf_counter() - begin
-            yield Done(tally.iteration, tally.trained_tokens, seconds, stopped, _peak(), tally.skipped_steps)
+            seconds, stopped = time.perf_counter() - begin, reason == "stopped"
+            yield Done(tally.iteration, tally.trained_tokens, seconds, stopped, _peak(), tally.skipped_steps, reason)
 
     def _prepare(self, resume: TrainingState | None) -> None:
         mx.eval(self.model.parameters())  # else each call of the compiled step would compute them again
+        kept = resume.reference if resume is not None else None
+        self.train_set = ready(self.model, self.train_set, self.config, "train", kept)
+        self.valid_set = ready(self.model, self.valid_set, self.config, "valid", kept)
         if self.config.pack:
             with mode(self.model, training=False):
                 longest = np.argsort(-self.train_set.lengths, kind="stable")[[0, min(1, len(self.train_set) - 1)]]
@@ -143,19 +184,19 @@ class _Run:
         self.optimizer.init(dict(tree_flatten(self.model.trainable_parameters())))
         if resume is not None:
             self.optimizer.restore(resume.optimizer)
+        loss = loss_named(_loss_of(self.config), self.config.preference_options())
         self.step = Step(
             self.model,
             self.optimizer,
-            loss=loss_named(_loss_of(self.config)),
+            loss=loss if self.prefix is None else self.prefix.loss(loss),
             seed=self.config.seed,
             fused=self.config.grad_accumulation_steps == 1,
             max_grad_norm=self.config.max_grad_norm,
             group=self.group,
         )
-        self.tally = Tally()
+        self.tally = continued(Tally() if resume is None else resume.tally, self.config)
         if resume is not None:
             self.step.restore(resume.parameters, resume.pending)
-            self.tally = dataclasses.replace(resume.tally)
 
     def _settle(self) -> None:
         """Leave no tracer in the model, the optimizer or the random state, whatever ended the run."""
@@ -164,12 +205,12 @@ class _Run:
         mx.eval(self.step.parameters, self.step.state)
 
     def _iterate(self) -> Iterator[Report]:
-        """All iterations, with validations and checkpoints between them. Returns whether `stop` ended the run."""
+        """All iterations, with validations and checkpoints between them. Returns why the run ends, see `Done`."""
         config, tally = self.config, self.tally
         if tally.iteration == 0:
             yield from self._validate()
         if tally.iteration == config.iters:
-            return False
+            return "complete"
         batches = (packed_batches if config.pack else train_batches)(
             self.train_set,
             config.batch_size,
@@ -178,6 +219,8 @@ class _Run:
             rank=self.group.rank(),
             world=self.group.size(),
         )
+        if self.prefix is not None:
+            batches = self.prefix.train_batches(batches, config.batch_size, config.seed, tally.iteration)
         batch = _arrays(next(batches))
         while True:
             tic = time.perf_counter()
@@ -192,24 +235,28 @@ class _Run:
             finite = math.isfinite(outcome.loss)
             if finite:
                 tally.window_loss += outcome.loss
+                tally.window_count += outcome.count
+                tally.window_measured = _added(tally.window_measured, outcome.measured)
                 tally.window_tokens += outcome.tokens
                 tally.trained_tokens += outcome.tokens
             tally.window_iterations += 1
             tally.window_seconds += time.perf_counter() - tic
 
-            yield Progress(tally.iteration, outcome.loss / outcome.tokens if finite and outcome.tokens else None)
+            yield Progress(tally.iteration, outcome.loss / outcome.count if finite and outcome.count else None)
             yield from self._count_step(outcome.finite, outcome.grad_norm)
             if tally.iteration % config.steps_per_report == 0:
                 yield self._report()
             if last:
-                return False
-            if tally.iteration % config.steps_per_eval == 0:
-                yield from self._validate()
-            stopped = self._stopped()
-            if stopped or tally.iteration % config.save_every == 0:
-                yield from self._save(self._state())
-            if stopped:
-                return True
+                return "complete"
+            best = tally.iteration % config.steps_per_eval == 0 and (yield from self._validate())
+            ended = "patience" if out_of_patience(tally, config) else "stopped" if self._stopped() else None
+            if best or ended or tally.iteration % config.save_every == 0:
+                state = self._state()  # a partial window goes on in it, and is not applied
+                if ended == "patience" and tally.window_iterations:
+                    yield self._report()
+                yield from self._save(state, best)
+            if ended:
+                return ended
 
     def _finish(self) -> Iterator[Report]:
         """The end of a complete run: the last, partial window, the last reports, the last checkpoint."""
@@ -220,8 +267,8 @@ class _Run:
             yield from self._count_step(outcome.finite, outcome.grad_norm)
         if self.tally.window_iterations:
             yield self._report()
-        yield from self._validate()
-        yield from self._save(state)
+        best = yield from self._validate()
+        yield from self._save(dataclasses.replace(state, tally=with_best_of(state.tally, self.tally)), best)
 
     def _count_step(self, finite: bool | None, norm: float | None) -> Iterator[Report]:
         """Count an optimizer step as good or skipped. Raises after too many skipped steps in a row."""
@@ -249,26 +296,40 @@ class _Run:
         tally = self.tally
         report = TrainReport(
             iteration=tally.iteration,
-            train_loss=tally.window_loss / tally.window_tokens if tally.window_tokens else math.nan,
+            train_loss=tally.window_loss / tally.window_count if tally.window_count else math.nan,
             learning_rate=self.optimizer.learning_rate.item(),
             iterations_per_second=tally.window_iterations / tally.window_seconds,
             tokens_per_second=tally.window_tokens / tally.window_seconds,
             trained_tokens=tally.trained_tokens,
             peak_memory=_peak(),
             grad_norm=tally.grad_norm,
+            metrics=means(tally.window_measured),
         )
+        tally.window_count, tally.window_measured = 0, {}
         tally.window_loss, tally.window_tokens, tally.window_iterations, tally.window_seconds = 0.0, 0, 0, 0.0
         return report
 
     def _validate(self) -> Iterator[Report]:
-        if self.valid_set is not None:
-            config = self.config
-            measured = evaluate(self.model, self.valid_set, config.batch_size, config.val_batches, _loss_of(config))
-            yield ValReport(self.tally.iteration, measured.loss, measured.seconds, measured.tokens)
+        """Returns whether this is the best validation so far."""
+        if self.valid_set is None:
+            return False
+        config = self.config
+        of_loss = _loss_of(config), config.preference_options()
+        measured = evaluate(
+            self.model, self.valid_set, config.batch_size, config.val_batches, *of_loss, prefix=self.prefix
+        )
+        with mode(self.model, training=False):
+            values = self.metrics() if self.metrics else {}
+        values = {**measured.metrics, **values}
+        report = ValReport(self.tally.iteration, measured.loss, measured.seconds, measured.tokens, values)
+        yield report
+        return is_best(self.tally, report, config)
 
-    def _save(self, state: TrainingState) -> Iterator[Report]:
+    def _save(self, state: TrainingState, best: bool = False) -> Iterator[Report]:
         if self.checkpoint is not None:
             yield Checkpoint(self.tally.iteration, self.checkpoint(state))
+        if best:
+            yield NewBest(self.tally.iteration, self.config.best_by, self.tally.best_value)
 
     def _state(self) -> TrainingState:
         """The state of the run now. MLX's arrays never change in place, so references are enough."""
@@ -276,6 +337,7 @@ class _Run:
             parameters=dict(self.step.parameters),
             optimizer=dict(tree_flatten(self.step.state)),
             pending=self.step.pending,
+            reference=stored(train=self.train_set, valid=self.valid_set),
             tally=dataclasses.replace(self.tally),
             fingerprint=self.fingerprint,
         )
@@ -286,6 +348,12 @@ class _Run:
         if self.group.size() > 1:
             stopped = mx.distributed.all_sum(mx.array(float(stopped)), group=self.group).item() > 0
         return stopped
+
+
+def _added(sums: dict[str, Any], more: Any) -> dict[str, tuple[float, float]]:
+    """The sums and counts of both, as a new dict, because states of the run share the old one."""
+    zero = (0.0, 0.0)
+    return {name: tuple(map(sum, zip(sums.get(name, zero), new, strict=True))) for name, new in more.items()}
 
 
 def _arrays(batch: Any) -> tuple[mx.array, ...]:

@@ -55,8 +55,11 @@ def events(out: str) -> list[dict]:
 def test_train_writes_its_checkpoints(trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {
+        "log.jsonl",
+        "report.html",
         "adapters.safetensors",
         "adapter_config.json",
+        "best",
         "0000006_adapters.safetensors",
         "0000012_adapters.safetensors",
         "training_state.safetensors",
@@ -97,12 +100,12 @@ def test_resume_is_exact(data, tmp_path, capsys):
 
 
 def test_resume_of_another_run_is_refused(trained, data, capsys):
-    before = {p: p.read_bytes() for p in trained.iterdir()}
+    before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
     _, err = run([*train_args(data, trained), "--rank", "4", "--iters", "20", "--resume"], capsys, code=1)
     assert "another run" in err
     _, err = run([*train_args(data, trained), "--iters", "12", "--resume"], capsys, code=2)
     assert "Raise --iters" in err
-    assert {p: p.read_bytes() for p in trained.iterdir()} == before
+    assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
 
 
 def test_starting_from_an_adapter_file(trained, data, tmp_path, capsys):

@@ -342,7 +342,11 @@ def test_bad_input(case, world, monkeypatch, capsys):
     "args, expected, hint",
     [
         (["train", "--wibble"], "Usage: mlx-lora train [OPTIONS]\nError: ", "See mlx-lora train --help"),
-        (["train", "--iters", "many"], "Error: Invalid value for '--iters'", "Iterations (batches) to train for. See"),
+        (
+            ["train", "--iters", "many"],
+            "Error: Invalid value for '--iters'",
+            "Iterations (batches) to train for (default: 1000). See",
+        ),
         (["train", "--iters"], "Error: Option '--iters' requires an argument.", "See mlx-lora train --help"),
         (["convert"], "Error: Missing argument 'SRC'", "See mlx-lora convert --help"),
         (["convert", "a", "b"], "Error: Missing option '--to'", "See mlx-lora convert --help"),

@@ -18,7 +18,7 @@ from mlx_lora.config import MEMORY, SAMPLING, SECTIONS, AdapterConfig, DataConfi
 MOST = 60  # lines in a function, without decorators and docstring
 COMMON = [
     *("--model", "--data", "--mask-prompt", "--adapter-path", "--fine-tune-type", "--rank", "--alpha"),
-    *("--num-layers", "--learning-rate", "--iters", "--batch-size", "--config"),
+    *("--num-layers", "--learning-rate", "--iters", "--epochs", "--batch-size", "--config"),
 ]
 
 

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
         (["train", "--use-dora"], "Write --fine-tune-type dora instead."),
         (["train", "--adapter-file", "x.npz"], "Write --adapter-path FOLDER instead."),
         (["train", "--lora-rank", "4"], "Write --rank instead."),
-        (["train", "--epochs", "4"], "Write --iters, the number of batches"),
+        (["train", "--num-train-epochs", "4"], "Write --epochs instead."),
         (["fuse", "--de-quantize"], "Write --dequantize instead."),
         (["fuse", "--export-gguf"], "Write mlx-lora convert ADAPTER model.gguf --to merged"),
         (["quantize", "--q-bits", "4"], "Write --bits instead."),

@@ -16,6 +16,7 @@ NO_DOWNLOAD = "required here: mlx-lm's default downloads a model of gigabytes th
 # By command and mlx-lm's name: why it differs here.
 DIFFERENCES = {
     "train": {
+        "iters": "None stands for 1000, unless epochs are given",
         "clear_cache_threshold": "mlx-lm's 0 empties the cache after every step; None keeps it up to a bound",
         "optimizer_config": "mlx-lm lists each optimizer without arguments, which is the same as none",
         "num_layers": "None stands for 16, or all layers of a smaller model, which mlx-lm refuses",

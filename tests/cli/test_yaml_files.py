@@ -72,6 +72,7 @@ def test_an_old_file_names_the_third_reading(tmp_path):
         ("train_mode: sft\ntrain_type: dora\nalpha: [1e-5]", {"fine_tune_type": "dora"}),
         ("lora_rank: 8\nlora_alpha: 16\nlora_dropout: 0.05", {"rank": 8, "alpha": 16, "dropout": 0.05}),
         ("steps: 50\nlr: 1e-4", {"iters": 50, "learning_rate": 1e-4}),
+        ("num_epochs: 2\nsave_total_limit: 3", {"epochs": 2, "keep": 3}),
         ("gradient_accumulation_steps: 4", {"grad_accumulation_steps": 4}),
         ("wandb: mine", {"report_to": "wandb", "project_name": "mine"}),
         ("wandb: null\nepochs: null\nload_in_4bits: false\nqat_enable: false", {}),
@@ -97,7 +98,6 @@ def test_older_names_are_taken_for_what_they_mean(text, expected, tmp_path):
     [
         ("training_mode: orpo", "trains on given answers (sft) only"),
         ("train_mode: grpo", "sft"),
-        ("epochs: 3", "give iters"),
         ("load_in_4bits: true", "mlx-lora quantize"),
         ("weight_decay: 0.1", "optimizer_config"),
         ("use_dora: true\nfine_tune_type: lora", "contradicts fine_tune_type 'lora'"),

@@ -110,7 +110,7 @@ def test_a_model_without_a_tokenizer_is_enough_for_tokenized_rows(form, model, r
 
 
 def test_reporters_may_be_one_name(data, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="wandb: the package is not installed"):
+    with pytest.raises(ConfigError, match="wandb: not installed"):
         monkeypatch.setitem(__import__("sys").modules, "wandb", None)
         list(mlx_lora.run(tmp_path / "a", model=PATH, data=data, report_to="wandb"))
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,6 +16,7 @@ import pytest
 
 import mlx_lora
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from mlx_lora.config.preference import PREFERENCE_OPTIONS
 from mlx_lora.errors import ConfigError, FormatError, MLXLoRAWarning, TrainingError
 from mlx_lora.runs.identity import FORCED, FREE
 from mlx_lora.tiny_base import PATH, skill
@@ -59,12 +59,12 @@ def folder(two_steps, tmp_path) -> Path:
 
 def refused(folder: Path, data, *said: str, error=TrainingError, **options) -> str:
     """Resuming is refused before training with a message that holds all of ``said``; the folder is unchanged."""
-    before = {p: p.read_bytes() for p in folder.iterdir()}
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     options.setdefault("train", dataclasses.replace(TRAIN, iters=3))
     with pytest.raises(error) as caught:
         run(folder, data=data, resume=True, **options)
     assert all(text in caught.value.message for text in said), caught.value.message
-    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     return str(caught.value)
 
 
@@ -194,6 +194,7 @@ def test_every_setting_is_free_forced_or_compared():
         "loss",
         "grad_accumulation_steps",
         "seed",
+        *PREFERENCE_OPTIONS,
     }
 
 
@@ -231,8 +232,6 @@ def test_force_does_not_allow_another_run(folder, data):
     refused(folder, data, "seed", "learning_rate", optimizer=OptimizerConfig(), force=True,
             train=dataclasses.replace(TRAIN, iters=3, seed=1))  # fmt: skip
     refused(folder, data, "optimizer: adam", optimizer=OptimizerConfig(optimizer="adamw", learning_rate=1e-3))
-    with pytest.raises(ConfigError, match="works only with resume"):
-        run(folder, data=data, force=True)
 
 
 def test_a_schedule_that_more_iterations_stretch_is_said(data, tmp_path):
@@ -248,9 +247,9 @@ def test_free_settings_may_change(folder, data):
         iters=4, batch_size=2, val_batches=2, steps_per_report=3, steps_per_eval=3, save_every=1,
         grad_checkpoint=True, clear_cache_threshold=10**9, max_skipped_steps=3,
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", MLXLoRAWarning)
+    with pytest.warns(MLXLoRAWarning, match="chosen by val_loss of 2 batches instead of val_loss of 1 batches") as said:
         assert run(folder, data=data, train=config, resume=True)[-1].iteration == 4
+    assert len(said) == 1
 
 
 def test_what_is_left_out_is_taken_from_the_run(data, tmp_path):
@@ -335,9 +334,9 @@ for _ in mlx_lora.run(folder, model=mlx_lora.tiny_base.PATH, data=DataConfig(dat
 """
 
 
-@pytest.mark.parametrize("point", range(4, 8))
+@pytest.mark.parametrize("point", range(4, 10))
 def test_a_run_killed_while_it_saves_resumes_exactly(point, data, tmp_path):
-    """The second checkpoint renames four files; the run is killed before each of them."""
+    """The second checkpoint renames six files; the run is killed before each of them."""
     folder, config = tmp_path / "a", dataclasses.replace(TRAIN, iters=4)
     code = KILLED.replace("import mlx_lora\n", "import mlx_lora, mlx_lora.tiny_base\n", 1)
     path = os.pathsep.join([str(Path(mlx_lora.__file__).parents[1]), *sys.path])
@@ -349,8 +348,11 @@ def test_a_run_killed_while_it_saves_resumes_exactly(point, data, tmp_path):
     assert next(r for r in reports if type(r).__name__ == "Started").iteration == 2
     run(tmp_path / "b", data=data, train=config)
     assert weights(folder) == weights(tmp_path / "b")
-    names = {p.name for p in folder.iterdir()}
+    assert weights(folder / "best") == weights(tmp_path / "b" / "best") == weights(folder)
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    names -= {"log.jsonl", "report.html"}
     assert names == {
+        *("best/adapters.safetensors", "best/adapter_config.json"),
         *("adapters.safetensors", "adapter_config.json", "training_state.safetensors"),
         *("0000002_adapters.safetensors", "0000004_adapters.safetensors"),
     }

@@ -22,6 +22,7 @@ from mlx_lora.training import (
     Checkpoint,
     Done,
     MasterWeights,
+    NewBest,
     Progress,
     SkippedStep,
     TrainingState,
@@ -301,7 +302,8 @@ def test_reports_come_in_order_and_are_means_over_tokens():
     assert [r.iteration for r in kinds[Progress]] == [1, 2, 3, 4, 5, 6, 7]
     assert [r.iteration for r in kinds[TrainReport]] == [3, 6, 7]
     assert [r.iteration for r in kinds[ValReport]] == [0, 3, 6, 7]
-    assert [(r.iteration, r.path) for r in kinds[Checkpoint]] == [(5, "at 5"), (7, "at 7")]
+    assert [(r.iteration, r.path) for r in kinds[Checkpoint]] == [(3, "at 3"), (5, "at 5"), (7, "at 7")]
+    assert [r.iteration for r in kinds[NewBest]] == [3]
     assert type(reports[0]) is ValReport and type(reports[-1]) is Done
     assert kinds[TrainReport][0].train_loss == pytest.approx(mean, abs=1e-5)  # nine rows in three batches
     assert kinds[TrainReport][1].trained_tokens == 2 * count

@@ -7,35 +7,61 @@ the kinds of batches that it takes by its arguments:
     tokens  [B, T] int32, padded on the right with 0
     mask    [B, T-1] bool: whether the target `tokens[:, j+1]`, predicted at position j, is learned
     segments  [B, T] int32, of packed batches only: equal for the tokens of one row, which attend to each other alone
+    lengths, reference   of batches of pairs, see `data.preferences.PairBatch`
+    label, other_tokens, other_mask, reference   of batches of labelled answers, see `data.preferences.LabelBatch`
     sum     float32 []: the loss summed over what it counts, not their mean
     count   float32 []: how many were counted (tokens, or whatever the loss is a mean of)
 
 The trainer divides: it adds sums and counts over the batches of an optimizer step and over all processes. The trainer
 also compiles the function, so that it must be made of MLX operations and may not look at values.
+
+A loss may return a third value, `{name: (sum, count)}`: what else it measures, reported as means. Under `TOKENS` is
+the number of learned tokens, where the loss counts something else. Losses of preferences take options, and their row
+in `config.PREFERENCES` says which.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
 from ...errors import ConfigError
-from . import cross_entropy
+from . import cpo, cross_entropy, dpo, kto, orpo
+from .answers import TOKENS as TOKENS
 
-Loss = Callable[..., tuple[mx.array, mx.array]]
+Loss = Callable[..., tuple[mx.array, mx.array] | tuple[mx.array, mx.array, dict]]
 
 LOSSES: dict[str, Loss] = {
     "cross_entropy": cross_entropy.loss,
+    "dpo": dpo.loss,
+    "ipo": dpo.ipo,
+    "orpo": orpo.loss,
+    "kto": kto.loss,
+    "simpo": cpo.simpo,
+    "cpo": cpo.loss,
 }
 
 
-def loss_named(name: str) -> Loss:
-    """The row `name` of `LOSSES`. Raises: ConfigError."""
+def loss_named(name: str, options: dict[str, Any] | None = None) -> Loss:
+    """The row `name` of `LOSSES`, with its options. Raises: ConfigError."""
     if name not in LOSSES:
         raise ConfigError(f"There is no loss {name!r}.", f"Set loss to one of: {', '.join(LOSSES)}.")
-    return LOSSES[name]
+    return functools.partial(LOSSES[name], **options) if options else LOSSES[name]
+
+
+def means(sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """The means of what a loss measured besides, from the sums and counts; what was not counted is left out.
+
+    The margin is the mean reward of the good answers less that of the bad ones; with pairs this is the mean difference.
+    """
+    found = {name: total / count for name, (total, count) in sums.items() if count and name != TOKENS}
+    if {"rewards/chosen", "rewards/rejected"} <= set(found):
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    return found
 
 
 def check_takes_packed(name: str) -> None:

@@ -1,0 +1,129 @@
+"""``plan``: what a run will take, before a weight is loaded; and a configuration that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from ..errors import ConfigError
+from . import console
+from .options import build, config_options, flag_of, given_flags, json_option, model_option, trust_option, yaml_option
+from .sections import SectionedCommand
+from .train import train as train_command
+from .yaml_files import settle
+
+_WRITING = {*(field.name for field in dataclasses.fields(DataConfig)), "model", "write", "trust_remote_code", "as_json"}
+
+
+@click.command(cls=SectionedCommand)
+@model_option(default="Qwen/Qwen3-0.6b", show_default=True)
+@config_options(DataConfig, data=None)
+@config_options(AdapterConfig)
+@config_options(OptimizerConfig)
+@config_options(TrainConfig)
+@click.option("--processes", default=1, show_default=True, metavar="N", help="Processes of mlx.launch -n N.")
+@click.option("--write", metavar="FILE", help="Choose settings that fit this machine, and write them as YAML.")
+@yaml_option("hf_dataset", passes=lambda: {param.name for param in train_command.params})
+@trust_option
+@json_option
+@click.pass_context
+def plan(ctx: click.Context, **params: Any):
+    """Say what a run will take before it starts: memory, steps, time, and on which Macs it fits.
+
+    Takes train's options and YAML files. No weight is loaded: the training step is traced with the shapes in
+    config.json and in the headers of the weight files. Without --data, every row is taken to have
+    --max-seq-length tokens. The figures for Macs are estimated.
+
+    \b
+    mlx-lora plan --model mlx-community/Qwen3-8B-4bit --data my_data --batch-size 2
+    mlx-lora plan --model Qwen/Qwen3-0.6B --data my_data --write run.yaml
+    mlx-lora train -c run.yaml
+    """
+    settle(ctx, params)
+    hf_dataset = (ctx.default_map or {}).get("hf_dataset")
+    data = None
+    if params["data"] or hf_dataset:
+        values = {**params, "data": params["data"] or DataConfig.data}
+        data = build(DataConfig, values, hf_dataset=hf_dataset)
+    if params["write"]:
+        return _write(ctx, params, data)
+    from ..planning.plan import plan as make_plan
+
+    found = make_plan(
+        params["model"],
+        data,
+        adapter=build(AdapterConfig, params),
+        optimizer=build(OptimizerConfig, params),
+        train=build(TrainConfig, params),
+        processes=params["processes"],
+        max_seq_length=params["max_seq_length"],
+        trust_remote_code=params["trust_remote_code"],
+    )
+    console.report_event(found) if params["as_json"] else _show(found)
+
+
+def _write(ctx: click.Context, params: dict[str, Any], data: DataConfig | None) -> None:
+    file = Path(params["write"])
+    if unused := [flag_of(ctx, name) for name in given_flags(ctx) if name not in _WRITING]:
+        raise ConfigError(f"{', '.join(unused)}: no effect, because --write chooses the settings",
+                          "Leave these options out, and change them in the file afterwards.")  # fmt: skip
+    if data is None or data.hf_dataset:
+        raise ConfigError("write (--write) chooses the settings by the data, and none are named", "Add --data FOLDER.")
+    if file.exists():
+        raise ConfigError(f"{file}: exists already", "Choose another name with --write, or remove the file.")
+    from ..planning.recommend import recommend
+
+    text, found = recommend(params["model"], data, trust_remote_code=params["trust_remote_code"])
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be written ({error})", "Name a file in a folder that exists.") from None
+    if params["as_json"]:
+        return console.report_event(found)
+    _show(found)
+    console.note(f"Wrote {file}. Next: mlx-lora train -c {file}")
+
+
+def _show(found: Any) -> None:
+    for text in found.notes:
+        console.note(text)
+    size, parts, epoch = console.gigabytes, found.memory, found.epoch
+    share = 100 * found.trainable / found.parameters
+    rows = [
+        ("trainable", f"{found.trainable:,} of {found.parameters:,} parameters ({share:.3f} %)"),
+        ("weights", size(parts.weights)),
+        ("adapter", size(parts.adapter)),
+        ("optimizer", size(parts.optimizer)),
+        ("activations", size(parts.activations)),
+        ("logits", size(parts.logits)),
+        (
+            "peak",
+            f"{size(parts.peak)}; MLX can use {size(found.limit)} here: " + ("fits" if found.fits else "too much"),
+        ),
+    ]
+    if epoch:
+        learned = f"{epoch.tokens:,} tokens, {epoch.learned_tokens:,} to learn, {100 * epoch.padding:.1f} % padding"
+        rows += [("epoch", f"{epoch.rows:,} rows, {learned}, {epoch.batches:,} batches")]
+    epochs = f", {found.epochs:g} epochs" if found.epochs is not None else ""
+    rows += [("run", f"{found.iters:,} iterations{epochs}, rows of up to {found.length} tokens")]
+    if found.processes > 1:
+        rows += [("processes", f"{found.processes}; memory is that of each, a batch is divided among them")]
+    if found.tokens_per_step:
+        rows += [("tokens", f"{found.tokens_per_step:,} in an optimizer step, on average")]
+    time = console.seconds(found.seconds) if found.seconds else "not known: this machine has not been measured by a run"
+    rows += [("time", f"about {time}" if found.seconds else time)]
+    for name, value in rows:
+        console.data(f"{name:<12} {value}")
+    if found.verdicts:
+        console.data("\nMacs (estimated from the operations; no Mac was asked):")
+        console.data(console.table([_verdict(v) for v in found.verdicts], ("memory", "usable", "", "peak", "with")))
+
+
+def _verdict(v: Any) -> tuple[str, ...]:
+    size = console.gigabytes
+    word = "fits" if v.fits else "no" if v.flags is None else "fits with"
+    return f"{v.machine} GB", size(v.working_set), word, size(v.peak), ", ".join(v.flags or ())

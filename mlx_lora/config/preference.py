@@ -1,0 +1,97 @@
+"""The losses that learn from preferences: what rows each takes, whether it needs a reference, and its options.
+
+Names and defaults are TRL's. There, simpo is a loss of the CPO trainer, and ``cpo_alpha`` 0 must be set to have it
+alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .options import is_set, option
+
+TOKENS, PAIRS, LABELS = "tokens", "pairs", "labels"  # kinds of rows: to imitate; chosen and rejected; good or bad
+
+
+class Preference(NamedTuple):
+    """What a loss needs. A loss that is not in ``PREFERENCES`` takes rows to imitate, and no options."""
+
+    rows: str = TOKENS  # TOKENS, PAIRS or LABELS
+    reference: bool = False  # whether it compares with the log-probabilities of the model as training begins
+    options: tuple[str, ...] = ()
+
+
+PREFERENCES = {
+    "dpo": Preference(PAIRS, True, ("beta", "label_smoothing")),
+    "ipo": Preference(PAIRS, True, ("beta",)),
+    "orpo": Preference(PAIRS, False, ("beta",)),
+    "kto": Preference(LABELS, True, ("beta", "desirable_weight", "undesirable_weight")),
+    "simpo": Preference(PAIRS, False, ("beta", "label_smoothing", "simpo_gamma", "cpo_alpha")),
+    "cpo": Preference(PAIRS, False, ("beta", "label_smoothing", "cpo_alpha")),
+}
+_CPO_ALPHA = {"cpo": 1.0}  # 0 for the others
+
+
+def preference_of(loss: str) -> Preference:
+    """What the loss of this name needs."""
+    return PREFERENCES.get(loss, Preference())
+
+
+def _for(text: str, name: str) -> str:
+    return f"{', '.join(loss for loss, needs in PREFERENCES.items() if name in needs.options)}: {text}"
+
+
+def _option(name: str, default: float | None, text: str):
+    return option(default, _for(text, name), section="Preferences")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceOptions:
+    """Fields of ``TrainConfig`` that act with some of the ``PREFERENCES`` only."""
+
+    beta: float = _option("beta", 0.1, "How strongly the model is held to the reference; ipo's tau, orpo's lambda.")
+    label_smoothing: float = _option("label_smoothing", 0.0, "Share of pairs that may be labelled the wrong way round.")
+    simpo_gamma: float = _option("simpo_gamma", 0.5, "Margin of reward to reach.")
+    cpo_alpha: float | None = _option(
+        "cpo_alpha", None, "Weight of the cross entropy of the chosen answers (default: 1 for cpo, 0 for simpo)."
+    )
+    desirable_weight: float = _option("desirable_weight", 1.0, "Weight of the loss of the good answers.")
+    undesirable_weight: float = _option("undesirable_weight", 1.0, "Weight of the loss of the bad answers.")
+
+    def preference_options(self) -> dict[str, float]:
+        """The arguments of this config's loss, by name."""
+        found = {name: getattr(self, name) for name in preference_of(self.loss).options}
+        if found.get("cpo_alpha", 0) is None:
+            found["cpo_alpha"] = _CPO_ALPHA.get(self.loss, 0.0)
+        return found
+
+    def preference_faults(self) -> list[str]:
+        """A fault for each of these fields that is out of its range, or that this config's loss does not use."""
+        used, faults = preference_of(self.loss).options, []
+        for name in PREFERENCE_OPTIONS:
+            value = getattr(self, name)
+            if name not in used:
+                if is_set(self, name):
+                    losses = ", ".join(loss for loss, needs in PREFERENCES.items() if name in needs.options)
+                    faults.append(f"{name} has no effect with loss {self.loss!r} (it is for {losses})")
+                continue
+            low, high, what = _RANGES.get(name, (0.0, math.inf, "of at least 0"))
+            if value is not None and not (math.isfinite(value) and low <= value < high and (value or name != "beta")):
+                faults.append(f"{name} must be a number {what}, not {value!r}")
+        if preference_of(self.loss).rows == LABELS and self.batch_size == 1:
+            faults.append(
+                f"batch_size must be at least 2 with loss {self.loss!r}, which compares with other rows' answers"
+            )
+        return faults
+
+
+_RANGES = {
+    "beta": (0.0, math.inf, "above 0"),
+    "label_smoothing": (0.0, 0.5, "of at least 0 and below 0.5"),
+    "simpo_gamma": (-math.inf, math.inf, "that is finite"),
+}
+
+PREFERENCE_OPTIONS = tuple(known.name for known in dataclasses.fields(PreferenceOptions))

@@ -1,0 +1,22 @@
+"""How many batches a run has: ``iters``, or those of its ``epochs``. A packed epoch has a number of its own."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from ..config import TrainConfig
+from .batches import Dataset, batches_per_epoch
+from .packing import packed_batches_per_epoch
+
+
+def iterations(config: TrainConfig, train_set: Dataset) -> int:
+    """The number of batches of a run over ``train_set``. A part of an epoch is rounded up to whole batches."""
+    if config.epochs is None or not len(train_set):  # ``train`` refuses an empty set
+        return config.iters or 1
+    asked = Fraction(str(config.epochs))  # as written: 0.1 of 30 batches are 3
+    if not config.pack:
+        return math.ceil(asked * batches_per_epoch(train_set, config.batch_size))
+    whole = int(asked)
+    count = [packed_batches_per_epoch(train_set, config.batch_size, config.seed, e) for e in range(math.ceil(asked))]
+    return sum(count[:whole]) + (math.ceil((asked - whole) * count[-1]) if asked > whole else 0)

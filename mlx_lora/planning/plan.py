@@ -1,0 +1,208 @@
+"""``plan``: what a run will take, before a weight is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..base.names import BaseModel
+from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
+from ..data import load_dataset
+from ..device import is_cpu, memory_limit
+from ..errors import ConfigError, MLXLoRAError
+from . import speed
+from .bare import folder_of, quantization_of
+from .estimate import Estimate, estimate
+from .machines import Variant, Verdict, variants, verdicts
+from .rows import Epoch, epoch_of
+from .step import Parts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take. Memory in bytes, of each process (each machine of a distributed run)."""
+
+    model: str
+    parameters: int  # of the model with its adapter; a quantized weight counts as one
+    trainable: int
+    memory: Parts
+    limit: int  # what MLX can use on this machine
+    fits: bool  # on this machine
+    epoch: Epoch | None  # None where the data are not known
+    length: int  # tokens of the widest batch
+    iters: int
+    epochs: float | None
+    tokens_per_step: int | None  # of an optimizer step, of all processes, padding left out; a mean
+    processes: int
+    layers: int
+    flops_per_step: float  # of a batch of mean length, without attention; of this process
+    seconds: float | None  # of the whole run; None where this machine has not been measured
+    verdicts: tuple[Verdict, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def plan(
+    model: str | Path,
+    data: str | Path | DataConfig | dict | None = None,
+    *,
+    adapter: AdapterConfig | dict | None = None,
+    optimizer: OptimizerConfig | dict | None = None,
+    train: TrainConfig | dict | None = None,
+    processes: int = 1,
+    max_seq_length: int | None = None,
+    machines: bool = True,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Plan a run: memory, steps and time, and on which Macs it fits. No weight is loaded.
+
+    The training step itself is traced, with the model's shapes from its config and its files' headers; so the memory is
+    that of the operations which the run will evaluate.
+
+    Args:
+        model: a folder or repository; a folder may hold no more than a ``config.json``.
+        data: a DataConfig or its ``data``; without one the rows are taken to have ``max_seq_length`` tokens.
+        max_seq_length: where there are no data; 2048 by default.
+        adapter, optimizer, train: the settings of the run, or a dict of them.
+        processes: of a distributed run (``mlx.launch -n``), which divide ``batch_size`` among themselves.
+        machines: whether to say on which Macs the run fits, which takes a few seconds more.
+
+    Raises: ModelError, DataError, ConfigError, AdapterError.
+    """
+    data = DataConfig(data=str(data)) if isinstance(data, (str, Path)) else data
+    data = as_config(DataConfig, data, "data") if isinstance(data, dict) else data
+    adapter, optimizer = (
+        as_config(AdapterConfig, adapter, "adapter"),
+        as_config(OptimizerConfig, optimizer, "optimizer"),
+    )
+    train = as_config(TrainConfig, train, "train")
+    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1 or train.batch_size % processes:
+        raise ConfigError(
+            f"{train.batch_size} rows cannot be divided equally among {processes!r} processes",
+            f"Set batch_size to a multiple of the number of processes, such as {4 * max(1, int(processes or 1))}.",
+        )
+    folder = folder_of(model)
+    rows, notes = None, []
+    if data is None:
+        length = max_seq_length or DataConfig.max_seq_length
+        notes.append(f"No data: every row is taken to have {length} tokens (max_seq_length)")
+    if data is not None:
+        rows = read_rows(folder, data, trust_remote_code, notes)
+    return plan_of(
+        BaseModel(folder),
+        str(model),
+        rows,
+        data.max_seq_length if data else length,
+        adapter,
+        optimizer,
+        train,
+        processes,
+        machines=machines,
+        notes=notes,
+    )
+
+
+def plan_of(
+    base: BaseModel,
+    name: str,
+    rows: Any,
+    max_seq_length: int,
+    adapter: AdapterConfig,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    processes: int = 1,
+    *,
+    machines: bool = False,
+    notes: list[str] | None = None,
+) -> Plan:
+    """The same with settings that are complete, and ``rows`` as a data set of ``mlx_lora.data`` or None.
+
+    Args:
+        max_seq_length: tokens of a row where there is no data set.
+    """
+    epoch = epoch_of(rows, train) if rows is not None else None
+    length = epoch.longest if epoch else max_seq_length
+    asked, here = Variant(adapter, train, length=length), not is_cpu()
+    found = estimate(base, optimizer, asked, here, processes)
+    limit = memory_limit()
+    table: tuple[Verdict, ...] = ()
+    if machines:
+        table = tuple(_verdicts(base, optimizer, asked, found, here, processes))
+    steps = train.iters or math.ceil(getattr(train, "epochs", 1) * epoch.batches if epoch else 1)
+    padded = epoch.tokens / (1 - epoch.padding) / epoch.batches if epoch else train.batch_size * length
+    flops, rate = step_flops(found, train, padded) / processes, speed.measured()
+    per_step = None
+    if epoch:
+        per_step = round(epoch.tokens / epoch.batches * train.grad_accumulation_steps)
+    return Plan(
+        model=name,
+        parameters=found.parameters,
+        trainable=found.trainable,
+        memory=found.parts,
+        limit=limit,
+        fits=found.parts.peak <= limit,
+        epoch=epoch,
+        length=length,
+        iters=steps,
+        epochs=round(steps / epoch.batches, 2) if epoch else None,
+        tokens_per_step=per_step,
+        processes=processes,
+        layers=found.layers,
+        flops_per_step=flops,
+        seconds=flops * steps / rate if rate else None,
+        verdicts=table,
+        notes=tuple(notes or ()),
+    )
+
+
+def step_flops(found: Estimate, train: TrainConfig, tokens: float) -> float:
+    """Operations of a step on ``tokens``, padding included."""
+    method = "full" if found.trainable > 0.5 * found.parameters else "lora"
+    return speed.step_flops(found.flops, tokens, method, train.grad_checkpoint)
+
+
+def _verdicts(base, optimizer, asked: Variant, found: Estimate, gpu: bool, processes: int) -> list[Verdict]:
+    known: dict[Variant, int] = {}
+    options = list(variants(asked, found.quantized, found.layers, processes))
+
+    def peak(variant: Variant) -> int:
+        place = options.index(variant)
+        if place not in known:
+            try:
+                one = found if gpu and place == 0 else estimate(base, optimizer, variant, True, processes)
+                known[place] = one.parts.peak
+            except MLXLoRAError:  # settings that this model does not have, such as checkpointing
+                known[place] = math.inf
+        return known[place]
+
+    return verdicts(options, peak)
+
+
+def suggestion(
+    base: BaseModel, adapter: AdapterConfig, optimizer: OptimizerConfig, train: TrainConfig, found: Plan
+) -> tuple[str, ...]:
+    """The options with which the run of the plan ``found`` fits this machine; none where nothing helps."""
+    asked, quantized = Variant(adapter, train, length=found.length), bool(quantization_of(base.config))
+    for variant in list(variants(asked, quantized, found.layers, found.processes))[1:]:
+        try:
+            if estimate(base, optimizer, variant, not is_cpu(), found.processes).parts.peak <= found.limit:
+                return variant.flags
+        except MLXLoRAError:  # settings that this model does not have
+            continue
+    return ()
+
+
+def read_rows(folder: Path, data: DataConfig, trust_remote_code: bool, notes: list[str]) -> Any:
+    """The training set; None, with a note, where the model's folder has no tokenizer."""
+    if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
+        notes.append(
+            f"{folder} has no tokenizer, so rows are taken to have {data.max_seq_length} tokens (max_seq_length)"
+        )
+        return None
+    from mlx_lm.utils import load_tokenizer
+
+    tokenizer = load_tokenizer(folder, {"trust_remote_code": trust_remote_code})
+    sets = load_dataset(data, tokenizer, ("train", "valid"))  # without a validation set, rows are held out for it
+    notes += [*sets.all_warnings(), *sets.all_notes()]
+    return sets.train

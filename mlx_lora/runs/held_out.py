@@ -1,0 +1,116 @@
+"""A few held-out prompts and the model's greedy answers to them, to read what training changed.
+
+The prompts are rows of the validation set. Answering draws no random numbers and leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..config import DataConfig
+from ..data import Dataset, Question, Splits, questions
+from ..errors import DataError
+from ..model.attach import extract
+from ..training.evaluation import mode
+from .evaluation import answers
+from .reports import Answer
+
+MAX_TOKENS = 64  # of an answer
+_TEXT_PROMPT = 48  # tokens of a text row that are its prompt, at most
+
+
+class HeldOut:
+    """Prompts from the validation set. ``why`` says why there are none; "" where there are some.
+
+    Args:
+        data: a DataConfig or the loaded ``Splits``.
+        sets: the loaded sets.
+        batch_size: prompts to answer at once, which the memory for training rows of that number allows.
+    """
+
+    def __init__(self, data: Any, sets: Splits, tokenizer: Any, count: int, batch_size: int):
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.asked: list[Question] = []
+        self.why = _obstacle(sets.valid, tokenizer, count)
+        if not self.why:
+            try:
+                self.asked = _questions(data, sets.valid, tokenizer, count)
+            except Exception as problem:  # of a tokenizer or data set of the caller's own; the run goes on without
+                self.why = f"the validation rows cannot be read as prompts: {_said(problem)}"
+
+    def answer(self, model: nn.Module) -> list[Answer]:
+        """The answers of ``model``; none where it cannot generate, and ``why`` then says so."""
+        if not self.asked:
+            return []
+        try:
+            with mode(model, training=False):
+                return list(answers(model, self.tokenizer, self.asked, MAX_TOKENS, self.batch_size))
+        except Exception as problem:  # a model that mlx-lm can train but not generate with
+            self.asked, self.why = [], f"the model cannot generate: {_said(problem)}"
+            return []
+
+
+def _obstacle(valid: Any, tokenizer: Any, count: int) -> str:
+    if count == 0:
+        return "report_prompts is 0"
+    if valid is None or len(valid) == 0:
+        return "the run has no validation rows"
+    return "" if hasattr(tokenizer, "decode") else "the run was given no tokenizer"
+
+
+def _questions(data: Any, valid: Dataset, tokenizer: Any, count: int) -> list[Question]:
+    """``count`` rows, evenly spread: as the data's files say, or made from the tokens where they hold no answers."""
+    if isinstance(data, DataConfig):
+        try:
+            found = questions(data, tokenizer, "valid", count, valid.kind)
+            longest = data.max_seq_length
+            return [question for question in found if len(question.tokens) <= longest] or found[:1]
+        except DataError:  # rows of text, or that end without an answer
+            pass
+    count = min(count, len(valid))
+    rows = [valid[(2 * k + 1) * len(valid) // (2 * count)] for k in range(count)]
+    return [_split_row(row, tokenizer) for row in rows]
+
+
+def _split_row(row: Any, tokenizer: Any) -> Question:
+    """A row's last learned tokens as the answer to what is before them; a text is split where its first part ends."""
+    tokens, mask = row.tokens.tolist(), row.mask.tolist()
+    start = max(i for i, learned in enumerate(mask) if learned and not (i and mask[i - 1]))
+    if start <= 1:
+        start = max(1, min(_TEXT_PROMPT, len(tokens) // 2))
+    prompt, answer = tokens[:start], tokens[start : start + MAX_TOKENS]
+    texts = [tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, answer)]
+    return Question(prompt, *texts)
+
+
+@contextmanager
+def weights_of(model: nn.Module, file: Path) -> Iterator[None]:
+    """Give ``model`` the trained weights of a checkpoint of its own run, and its present ones back on exit.
+
+    Raises: ValueError: the file is not there, or is of another adapter.
+    """
+    present = dict(tree_flatten(model.trainable_parameters()))
+    found = mx.load(str(file)) if file.is_file() else {}
+    names = {id(array): name for name, array in extract(model).weights.items()}
+    # The file of an initialisation that is subtracted (pissa and its like) holds the frozen pair in a second half.
+    past = {path: found.get(names.get(id(array), path)) for path, array in present.items()}
+    cut = {path: tuple(slice(size) for size in array.shape) for path, array in present.items()}
+    past = {path: array[cut[path]] for path, array in past.items() if array is not None}
+    if {path: array.shape for path, array in past.items()} != {path: array.shape for path, array in present.items()}:
+        raise ValueError(f"{file} does not hold the weights of this run")
+    model.update(tree_unflatten([(path, array.astype(present[path].dtype)) for path, array in past.items()]))
+    try:
+        yield
+    finally:
+        model.update(tree_unflatten(list(present.items())))
+
+
+def _said(problem: Exception) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]

@@ -1,0 +1,294 @@
+"""Ends a distributed run with a message where one of its processes has died, failed or hangs.
+
+MLX's collectives wait for ever for a process that was stopped, fell asleep or lost its network, and the main thread
+runs no Python code meanwhile. So a thread of each process exchanges a line a second with its neighbours (``links.py``).
+A process that computes for long, such as a first compiled step, answers all the same.
+
+When a process is lost, the main threads of the others have ``GRACE`` seconds to leave the collective, as MLX's ring
+does when a connection closes. Then the thread itself writes the message and ends the process with exit code 1. The last
+checkpoint is whole whenever that happens: its files are renamed into place.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import MLXLoRAError, TrainingError
+from .links import BEAT, Link, connect
+
+GRACE = 2.0  # seconds
+START = 120.0  # seconds until every process must have started
+TIMEOUT = 30.0  # seconds without an answer
+# Training makes no progress where no report comes for so many timeouts, and for so many times the longest time so far.
+_TIMEOUTS, _SLOWER = 20, 10
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_started = False
+
+
+def group() -> Any:
+    """MLX's group of processes: this one alone unless it was started by ``mlx.launch``.
+
+    The first call waits until all processes have started, at most ``START`` seconds; then it ends this process with a
+    traceback, because MLX lets no other thread run meanwhile. Raises: TrainingError: the processes cannot connect.
+    """
+    global _started
+    if _started or "MLX_RANK" not in os.environ:
+        return mx.distributed.init()
+    faulthandler.dump_traceback_later(START, exit=True, file=sys.__stderr__)
+    try:
+        found = mx.distributed.init()
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"the processes of this run cannot connect to each other: {error}",
+            "Check that the command starts on every machine, and the addresses in the hostfile. A port that is in use "
+            "is avoided with mlx.launch --starting-port.",
+        ) from error
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    _started = True
+    return found
+
+
+def watched(reports: Iterator[Any], folder: Any = None, timeout: float = TIMEOUT) -> Iterator[Any]:
+    """Yield ``reports``; in a distributed run, end where another process is lost, or this one is told to end.
+
+    Args:
+        folder: the ``RunFolder``, whose last checkpoint the message names.
+        timeout: seconds without an answer until a process counts as lost. One whose connection is closed is lost at
+            once. 0: do not watch.
+
+    Raises: TrainingError. Where the main thread cannot be reached, the process ends instead.
+    """
+    everyone = group()
+    if everyone.size() == 1 or not timeout:
+        yield from reports
+        return
+    peers = Peers(everyone, folder, timeout)
+    try:
+        with closing(reports):
+            for report in reports:
+                peers.progress(type(report).__name__)
+                if peers.lost is not None:
+                    raise peers.failure()
+                yield report
+    except BaseException as error:
+        if failure := peers.leave(error):
+            raise failure from error
+        raise
+    peers.finish()
+
+
+class Peers:
+    """The watching thread of one process. ``finish`` or ``leave`` ends it."""
+
+    def __init__(self, everyone: Any, folder: Any, timeout: float):
+        self.rank, self.size = everyone.rank(), everyone.size()
+        self.folder, self.timeout = folder, timeout
+        self.lost: tuple[int, str] | None = None  # the rank that ended the run, and what happened to it
+        self.saved: int | None = None  # iteration of the last checkpoint that any process knows of
+        self.done: set[int] = set()  # ranks that have completed the run
+        self._leaving = False
+        self._signal = self._decided = None  # times
+        self._begun = self._training = False
+        self._last, self._longest = time.monotonic(), 0.0
+        # A collective tells the ports: a process that is lost already must not be waited for without a limit.
+        limit = threading.Timer(START, self._end, [f"another process did not start within {START:.0f} seconds"])
+        limit.start()
+        try:
+            self._links = connect(everyone)
+        except (OSError, RuntimeError) as error:
+            raise TrainingError(
+                f"rank {self.rank} cannot connect to the other processes: {error}",
+                "Check that all of them run, and that no firewall is between the machines. With --peer-timeout 0 the "
+                "run needs no such connection, and does not notice a lost process.",
+            ) from error
+        finally:
+            limit.cancel()
+        self._news = threading.Event()  # `lost` was set, or all are done
+        self._wake, self._woken = socket.socketpair()
+        for end in (self._wake, self._woken):
+            end.setblocking(False)
+        self._handle_signals()
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._thread.start()
+
+    # ---- called by the main thread
+
+    def progress(self, report: str) -> None:
+        """Note that the run goes on. Only training is timed: a model may be downloaded for hours.
+
+        The first validation counts for the longest time, so that the later ones are not taken for a hang.
+        """
+        now = time.monotonic()
+        if self._begun:
+            self._longest = max(self._longest, now - self._last)
+        self._last, self._begun = now, self._begun or report == "Started"
+        self._training = report != "Done" and (self._training or report == "Progress")
+
+    def finish(self) -> None:
+        """Wait until the other processes have completed the run too. Raises: TrainingError: one was lost."""
+        self._training = False
+        self.done.add(self.rank)
+        self._poke()
+        self._news.wait()
+        self._stop()
+        if self.lost:
+            raise self.failure()
+
+    def leave(self, error: BaseException) -> TrainingError | None:
+        """End the watch after ``error``; return what to raise instead, where another process is the reason."""
+        expected = isinstance(error, (MLXLoRAError, KeyboardInterrupt, GeneratorExit))
+        if not expected:  # a collective fails shortly before or after the process is known to be lost
+            self._news.wait(GRACE / 2)
+        if self.lost is None:
+            text = str(getattr(error, "message", error)).strip().splitlines()
+            stopped = isinstance(error, (KeyboardInterrupt, GeneratorExit))
+            self.lost = self.rank, "was interrupted" if stopped else f"failed: {text[0] if text else repr(error)}"
+        self._stop()
+        return None if expected or (self.lost[0] == self.rank and not self._signal) else self.failure()
+
+    def failure(self) -> TrainingError:
+        """The error for what happened to the lost rank."""
+        rank, what = self.lost
+        host = next((f" ({link.host})" for link in self._links if link.rank == rank), "")
+        lines = [f"rank {rank}{host} {what}. All processes of the run end."]
+        again = "start the command again"
+        if self.folder is not None:
+            known = self.saved if self.saved is not None else self.folder.saved
+            lines.append(
+                "No checkpoint of this run was written before."
+                if known is None
+                # Rank 0 may have written one more than it could tell.
+                else f"The checkpoint of iteration {known}{', or a later one,' if self.rank and rank == 0 else ''} is "
+                f"complete in {self.folder.path} of rank 0."
+            )
+            again = again if known is None else "continue from the checkpoint: the same command with --resume"
+        return TrainingError("\n".join(lines), f"Look at the output of rank {rank} and at its machine, then {again}.")
+
+    def _stop(self) -> None:
+        self._leaving = True
+        self._poke()
+        self._thread.join(GRACE)
+        with suppress(ValueError):
+            for number, before in self._handlers.items():
+                signal.signal(number, before)
+            if self._handlers:
+                signal.set_wakeup_fd(self._wakeup)
+        for end in (*(link.socket for link in self._links), self._wake, self._woken):
+            end.close()
+
+    def _poke(self) -> None:
+        with suppress(OSError):
+            self._wake.send(b"\0")
+
+    def _handle_signals(self) -> None:
+        """Let the thread know of signals that end a process. Python's own handlers wait for the main thread."""
+        self._handlers = {}
+        with suppress(ValueError):  # only the main thread may
+            self._wakeup = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+            self._handlers = {number: signal.signal(number, lambda *_: None) for number in _ENDING}
+
+    # ---- the thread
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ, None)
+            for link in self._links:
+                selector.register(link.socket, selectors.EVENT_READ, link)
+            before, beat = time.monotonic(), min(BEAT, self.timeout / 6)
+            while not self._leaving:
+                self._send()
+                for key, _ in selector.select(beat):
+                    if key.data is None:
+                        self._read_signals()
+                        continue
+                    for news in key.data.receive():
+                        self._merge(news)
+                    if key.data.closed:
+                        selector.unregister(key.fileobj)
+                now = time.monotonic()
+                if now - before > beat + self.timeout / 3:  # this thread could not run, so it has not listened
+                    for link in self._links:
+                        link.seen = now
+                before = now
+                self._judge(now)
+        self._send()
+
+    def _send(self) -> None:
+        if self.folder is not None and self.folder.saved is not None:
+            self.saved = max(self.folder.saved, self.saved or 0)
+        news = {"saved": self.saved, "done": sorted(self.done), "lost": self.lost}
+        for link in self._links:
+            if not link.closed:
+                link.send(news)
+
+    def _merge(self, news: dict[str, Any]) -> None:
+        known = len(self.done), self.lost
+        self.done |= set(news["done"])
+        if self.lost is None and news["lost"]:
+            self.lost = tuple(news["lost"])
+        if news["saved"] is not None:
+            self.saved = max(news["saved"], self.saved or 0)
+        if known != (len(self.done), self.lost):
+            self._poke()  # send it on
+
+    def _read_signals(self) -> None:
+        with suppress(BlockingIOError):
+            received = self._woken.recv(1 << 10)
+            if self._signal is None and any(number in _ENDING for number in received):
+                self._signal = time.monotonic(), next(n for n in received if n in _ENDING)
+
+    def _judge(self, now: float) -> None:
+        """Decide whether a process is lost, and end this one where its main thread did not end it in time."""
+        for link in self._links if self.lost is None else ():
+            if link.rank in self.done:
+                continue
+            if link.closed:
+                self.lost = link.rank, "ended unexpectedly: its connection was closed"
+            elif now - link.seen > self.timeout:
+                self.lost = link.rank, f"has not answered for {self.timeout:g} seconds"
+        if self.lost is None and self._signal and now - self._signal[0] > GRACE / 2:
+            # `mlx.launch` ends all processes when one has failed: the reason may be on its way
+            self.lost = self.rank, f"was told to end ({signal.Signals(self._signal[1]).name})"
+        quiet, limit = now - self._last, max(_TIMEOUTS * self.timeout, _SLOWER * self._longest)
+        if self.lost is None and self._training and quiet > limit:
+            self.lost = self.rank, f"has waited for {quiet:.0f} seconds without completing an iteration"
+        if self.lost is None and len(self.done) < self.size:
+            return
+        self._news.set()
+        if self.lost is None:
+            return
+        if self._decided is None:
+            self._decided = now
+            self._send()
+        elif now - self._decided > GRACE and not self._leaving:
+            self._end(self.failure())
+
+    def _end(self, failure: Exception | str) -> None:
+        """Write the message and end this process, whose main thread waits in a collective."""
+        hint = getattr(failure, "hint", "Look at the output of the other processes.")
+        text = f"\nError: {getattr(failure, 'message', failure)}\nHint: {hint}\n"
+        with suppress(OSError):
+            os.write(2, text.encode())
+        for link in getattr(self, "_links", ()):
+            # A process that was suspended on this machine would keep its memory, and `mlx.launch` waits for it.
+            if self.lost and link.rank == self.lost[0] and link.local and not link.closed:
+                _kill(link)
+        os._exit(1)
+
+
+def _kill(link: Link) -> None:
+    with suppress(OSError):
+        os.kill(link.pid, signal.SIGKILL)

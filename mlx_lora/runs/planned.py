@@ -1,0 +1,76 @@
+"""The plan of a run before it starts: its report, and the refusal of a run that does not fit into memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..base.names import BaseModel
+from ..base.origin import base_of
+from ..config import DataConfig
+from ..device import memory_limit
+from ..errors import MLXLoRAError, TrainingError
+from ..planning import speed
+from ..planning.bare import folder_of
+from ..planning.plan import Plan, suggestion
+from ..planning.plan import plan_of as make_plan
+from .reports import Planned
+from .settings import Settings
+
+_FORCE = "To train all the same, add --force (in Python force=True)."
+
+
+def check_weights(settings: Settings) -> None:
+    """Refuse a model whose weight files are larger than what MLX can use. Raises: TrainingError, unless forced."""
+    if isinstance(settings.model, tuple) or settings.force:
+        return
+    try:
+        folder = folder_of(settings.model)
+    except MLXLoRAError:  # loading says what is wrong with it
+        return
+    size, limit = sum(file.stat().st_size for file in folder.glob("model*.safetensors")), memory_limit()
+    if size > limit:
+        raise TrainingError(
+            f"{settings.model}: its weights alone are {size / 1e9:.1f} GB, and MLX can use {limit / 1e9:.1f} GB here",
+            f"Use a model with 4-bit weights, or a smaller one. {_FORCE}",
+        )
+
+
+def plan_run(settings: Settings, model: nn.Module, sets: Any):
+    """Yield the plan; return it, or None where no plan could be made. Raises: TrainingError where it does not fit."""
+    limit, world = memory_limit(), mx.distributed.init().size()
+    base = base_of(model)
+    if base is None or base.folder is None:
+        yield Planned(None, limit, reason="the model was not loaded from a folder")
+        return None
+    name = BaseModel(base.folder)
+    length = settings.data.max_seq_length if isinstance(settings.data, DataConfig) else DataConfig.max_seq_length
+    try:
+        found = make_plan(
+            name, base.name, sets.train, length, settings.adapter, settings.optimizer, settings.train, world
+        )
+    except Exception as error:  # a plan that cannot be made must not keep anyone from training
+        reason = error.message if isinstance(error, MLXLoRAError) else f"{type(error).__name__}: {error}"
+        yield Planned(None, limit, reason=reason.splitlines()[0][:200])
+        return None
+    padding = found.epoch.padding if found.epoch else None
+    yield Planned(found.memory.peak, limit, found.trainable, found.iters, found.epochs, padding, found.seconds)
+    if not found.fits and not settings.force:
+        flags = suggestion(name, settings.adapter, settings.optimizer, settings.train, found)
+        advice = f"It fits with {', '.join(flags)}. " if flags else "Nothing that was tried makes it fit here. "
+        raise TrainingError(
+            f"this run needs about {found.memory.peak / 1e9:.1f} GB at its peak, and MLX can use {limit / 1e9:.1f} GB "
+            "here",
+            advice + _FORCE,
+        )
+    return found
+
+
+def keep_speed(plan: Plan | None, done: Any, state: Any) -> None:
+    """Remember how fast this machine trained, for the time estimate of the next plan."""
+    if plan is None or plan.epoch is None:
+        return
+    iterations = done.iteration - (state.iteration if state is not None else 0)
+    speed.keep(plan.flops_per_step, iterations, done.seconds)

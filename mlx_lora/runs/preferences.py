@@ -1,0 +1,53 @@
+"""The reference of a run's data sets, for losses of preferences: computed before training, kept in the checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.nn as nn
+
+from ..config import LABELS, TrainConfig, preference_of
+from ..data import Splits
+from ..data.preferences import LabelDataset
+from ..training import TrainingState
+from ..training.reference import ready, stored
+from .reports import Loading, Warned
+
+
+def with_references(model: nn.Module, sets: Splits, config: TrainConfig, state: TrainingState | None):
+    """Yield what is computed; return the data sets with the log-probabilities of their answers by ``model``.
+
+    Args:
+        model: as the run begins.
+        state: of the run that is resumed; the log-probabilities are then those of its beginning.
+
+    Raises: TrainingError: a test set that the run which is resumed did not have.
+    """
+    if preference_of(config.loss).rows == LABELS and (text := _unbalanced(sets.train, config)):
+        yield Warned(text)
+    kept, found = state.reference if state is not None else None, {}
+    for split in ("train", "valid", "test"):
+        rows = getattr(sets, split)
+        if kept is None and rows is not None and preference_of(config.loss).reference:
+            yield Loading("reference", f"{len(rows):,} {split} rows")
+        found[split] = ready(model, rows, config, split, kept)
+    return replace(sets, **found)
+
+
+def _unbalanced(rows: LabelDataset, config: TrainConfig) -> str | None:
+    """A warning where good and bad answers weigh too differently (equation 8 of KTO's paper, arXiv:2402.01306)."""
+    good = sum(row.label for row in rows)
+    bad = len(rows) - good
+    by_good, by_bad = good * config.desirable_weight, bad * config.undesirable_weight
+    if good == bad or by_bad <= by_good <= by_bad * 4 / 3:
+        return None
+    text = f"{good} good and {bad} bad answers, times their weights, are {by_good:g} to {by_bad:g}"
+    if not (good and bad):
+        return f"{text}: kto is made for data with both"
+    low = by_bad / good
+    return f"{text}: kto's authors advise 1 to 4/3 times, such as a desirable_weight of {low:.2f} to {low * 4 / 3:.2f}"
+
+
+def keeping_references(state: TrainingState, sets: Splits) -> TrainingState:
+    """The state with the log-probabilities of all sets, also of those that ``train`` did not use."""
+    return replace(state, reference=stored(train=sets.train, valid=sets.valid, test=sets.test))

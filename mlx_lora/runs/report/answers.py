@@ -1,0 +1,82 @@
+"""Answers to held-out prompts for the page: whose they are, and the words in which they differ from the expected."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, NamedTuple
+
+from .history import History
+
+_MOST = 1500  # characters of a text on the page
+_ALIKE = 0.4  # share of common words from which the words that differ are marked
+
+
+class Text(NamedTuple):
+    """A text as pieces (text, whether it differs from the expected answer), and what follows it where it was cut."""
+
+    pieces: list[tuple[str, bool]]
+    cut: str = ""
+    equal: bool = False  # to the expected answer
+
+
+def prompts(history: History) -> list[dict[str, Any]]:
+    """For each held-out prompt: the ``prompt``, the ``expected`` answer, and ``given``: (whose, Text)."""
+    named = _whose(history)
+    rows: dict[tuple[str, str], list] = {}
+    for label, record in named:
+        for answer in record.get("answers") or ():
+            if isinstance(answer, dict):
+                question, expected = str(answer.get("question") or ""), str(answer.get("expected") or "")
+                given = _compared(str(answer.get("given") or ""), expected)
+                rows.setdefault((question, expected), []).append((label, given))
+    return [
+        {"prompt": _compared(question), "expected": _compared(expected), "given": given}
+        for (question, expected), given in rows.items()
+    ]
+
+
+def why_none(history: History) -> str:
+    """Why the run has no answers."""
+    return str(history.answers.get("base", {}).get("why") or "this run kept none")
+
+
+def correct(history: History) -> list[tuple[str, int, int]]:
+    """(whose, answers equal to the expected one, answers)."""
+    found = []
+    for label, record in _whose(history):
+        given = [answer for answer in record.get("answers") or () if isinstance(answer, dict)]
+        found.append((label, sum(a.get("given") == a.get("expected") for a in given), len(given)))
+    return found
+
+
+def _whose(history: History) -> list[tuple[str, dict[str, Any]]]:
+    """The records of answers with a label each, in the order of training; those of one checkpoint once."""
+    found: dict[Any, tuple[list[str], dict[str, Any]]] = {}
+    for of in ("base", "first", "best"):
+        if record := history.answers.get(of):
+            found.setdefault(record.get("iteration"), ([], record))[0].append(of)
+    best = history.best[0] if history.best else None
+    for iteration, (names, _) in found.items():
+        if iteration == best and "best" not in names:
+            names.append("best")
+        elif names == ["best"] and iteration != best:  # without a best checkpoint, the last one was asked
+            names[:] = ["last"]
+    return [
+        ("base" if names == ["base"] else f"{' and '.join(names)} · {iteration}", record)
+        for iteration, (names, record) in found.items()
+        if record.get("answers")
+    ]
+
+
+def _compared(text: str, expected: str | None = None) -> Text:
+    shown = text[:_MOST]
+    cut = f"… {len(text):,} characters in all" if len(text) > _MOST else ""
+    if expected is None or text == expected:
+        return Text([(shown, False)], cut, equal=expected is not None)
+    new, old = (re.findall(r"\s+|\w+|[^\w\s]", part) for part in (shown, expected[:_MOST]))
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    if matcher.ratio() < _ALIKE:  # every word would be marked
+        return Text([(shown, False)], cut)
+    steps = matcher.get_opcodes()
+    return Text([("".join(new[j:k]), tag != "equal") for tag, _, _, j, k in steps if k > j], cut)

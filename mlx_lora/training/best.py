@@ -1,0 +1,80 @@
+"""The best validation of a run so far, and how many since were not better. Both are kept in the run's tally.
+
+A validation before the first step is not counted: a run that only makes a model worse has no best adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+
+from ..config import METRIC_ROWS, VAL_LOSS, TrainConfig, metric_name
+from ..errors import ConfigError, MLXLoRAWarning
+from .checkpoints import Tally
+from .reports import ValReport
+
+_FIELDS = ("best_by", "best_value", "best_iteration", "not_better")
+
+
+def is_best(tally: Tally, report: ValReport, config: TrainConfig) -> bool:
+    """Count a validation in `tally`; return whether it is the best of the run so far.
+
+    The loss is better where it is lower, anything else where it is higher. A value that is not finite never is.
+
+    Raises: ConfigError: nothing called `config.best_by` was measured.
+    """
+    values = {VAL_LOSS: report.val_loss, **report.metrics}
+    if config.best_by not in values:
+        known = ", ".join(values)
+        raise ConfigError(f"best_by: {config.best_by!r} is not measured in this run", f"Choose one of: {known}.")
+    if report.iteration == 0:
+        return False
+    value, best = values[config.best_by], tally.best_value
+    better = best is None or (value < best if config.best_by == VAL_LOSS else value > best)
+    if not (better and math.isfinite(value)):
+        tally.not_better += 1
+        return False
+    tally.best_value, tally.best_iteration, tally.not_better = value, report.iteration, 0
+    return True
+
+
+def out_of_patience(tally: Tally, config: TrainConfig) -> bool:
+    """Whether `config.patience` validations in a row were not better than the best one."""
+    return 0 < config.patience <= tally.not_better
+
+
+def check_patience(config: TrainConfig, iters: int) -> None:
+    """Refuse a patience that the run has too few validations for. Raises: ConfigError."""
+    before_end = (iters - 1) // config.steps_per_eval
+    if config.patience and before_end <= config.patience:
+        raise ConfigError(
+            f"patience {config.patience} cannot end this run early: it has {before_end} validations before its last "
+            f"iteration ({iters}), and the first of them is the best so far",
+            "Lower steps_per_eval or patience, or leave patience out.",
+        )
+
+
+def measured_by(config: TrainConfig) -> str:
+    """What the best validation is chosen by, in words. Values are only compared with others measured in this way."""
+    if config.best_by in map(metric_name, config.metric or ()):
+        rows = config.metric_rows or METRIC_ROWS
+        return f"{config.best_by} of {rows} answers of at most {config.metric_max_tokens} tokens"
+    return f"{config.best_by} of {'all' if config.val_batches < 0 else config.val_batches} batches"
+
+
+def continued(tally: Tally, config: TrainConfig) -> Tally:
+    """A copy of the tally of a run that is resumed. Another measure makes the next validation the best so far."""
+    now = measured_by(config)
+    if not config.val_batches:
+        return replace(tally)
+    if tally.best_value is None or tally.best_by == now:
+        return replace(tally, best_by=now)
+    text = f"The best validation is now chosen by {now} instead of {tally.best_by}: the next validation is the best"
+    warnings.warn(text, MLXLoRAWarning, stacklevel=2)
+    return replace(tally, best_by=now, best_value=None, not_better=0)
+
+
+def with_best_of(tally: Tally, other: Tally) -> Tally:
+    """`tally` with what `other` knows of the best validation."""
+    return replace(tally, **{name: getattr(other, name) for name in _FIELDS})

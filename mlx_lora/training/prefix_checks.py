@@ -1,0 +1,109 @@
+"""Whether the frozen layers' output can be kept: by the settings, by what is trained, and measured on one row."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from ..base.modules import layer_paths
+from ..errors import ConfigError
+from .evaluation import mode
+from .losses import loss_named
+from .seam import Seam, skipped
+
+HINT = "Leave --cache-prefix out (in Python cache_prefix='none'): the losses are the same without it."
+_MOST = 64  # tokens of the row
+
+
+def check_settings(loss: str, processes: int) -> None:
+    """Refuse a loss that is not one of a batch of single rows, and several processes. Raises: ConfigError."""
+    faults = []
+    if list(inspect.signature(loss_named(loss)).parameters)[:3] != ["model", "tokens", "mask"]:
+        faults.append(f"cache_prefix: the loss {loss!r} does not read each row once")
+    if processes > 1:
+        faults.append(f"cache_prefix: each of {processes} processes reads other rows in every epoch and would find few")
+    if faults:
+        raise ConfigError("\n".join(faults), HINT)
+
+
+def check_model(model: nn.Module, rows: Any) -> tuple[int, list[nn.Module], mx.array]:
+    """The frozen layers before the first one with trained parameters.
+
+    Returns: (their number, all layers, their output for the first row of `rows` [1, T, D]).
+
+    Raises: ConfigError.
+    """
+    layers, paths = list(model.layers), layer_paths(model)
+    trained = [path for path, _ in tree_flatten(model.trainable_parameters())]
+    index = {path: next((i for i, p in enumerate(paths) if path.startswith(p + ".")), None) for path in trained}
+    count = min((i for i in index.values() if i is not None), default=len(layers))
+    if count == 0:
+        raise ConfigError(
+            "cache_prefix: the first layer is trained, so that no layer before it can be kept.",
+            f"Train the last layers only, with --num-layers below {len(layers)}, or leave --cache-prefix out.",
+        )
+    if early := [p for p, i in index.items() if i is None and _in_embedding(model, p)]:
+        raise ConfigError(f"cache_prefix: the input of every layer changes with the trained {', '.join(early)}.", HINT)
+    if any(isinstance(m, nn.Dropout) and m._p_1 < 1 for layer in layers[:count] for m in layer.modules()):
+        raise ConfigError("cache_prefix: the frozen layers have dropout, which draws anew for each batch.", HINT)
+    return count, layers, _measure(model, layers, count, rows)
+
+
+def _measure(model: nn.Module, layers: list[nn.Module], count: int, rows: Any) -> mx.array:
+    """Compare one row both ways; return the states. Raises: ConfigError."""
+    name = getattr(model, "model_type", None) or type(model).__name__
+    tokens = mx.array(np.asarray(rows[0].tokens[:_MOST], np.int32))[None]
+    seam = Seam(layers[count - 1])
+    with mode(model, training=False), seam.open():
+        with seam.recording() as seen:
+            plain = model(tokens)
+        if (
+            len(seen) != 1
+            or not isinstance(seen[0], mx.array)
+            or seen[0].ndim != 3
+            or seen[0].shape[1] != tokens.shape[1]
+        ):
+            raise ConfigError(f"cache_prefix: the layers of {name} do not hand on one hidden state a token.", HINT)
+        hidden = seen[0]
+        mx.eval(plain, hidden)
+        try:
+            with skipped(layers[: count - 1]), seam.given(hidden):
+                kept = model(tokens)
+                same = mx.array_equal(kept, plain).item()
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            same = False
+        if not same:
+            raise ConfigError(
+                f"cache_prefix: the later layers of {name} read more of the first {count} than their last output.", HINT
+            )
+        if not mx.array_equal(_disturbed(model, tokens, seam), hidden).item():
+            raise ConfigError(f"cache_prefix: trained parameters of {name} act in the first {count} layers.", HINT)
+    return hidden
+
+
+def _disturbed(model: nn.Module, tokens: mx.array, seam: Seam) -> mx.array:
+    """The states with other trained parameters."""
+    before = model.trainable_parameters()
+    try:
+        model.update(tree_map(lambda p: p + 1, before))
+        with seam.recording() as seen:
+            model(tokens)
+        mx.eval(seen)
+        return seen[0]
+    finally:
+        model.update(before)
+
+
+def _in_embedding(model: nn.Module, path: str) -> bool:
+    """Whether a parameter belongs to an embedding, or to an adapter on one."""
+    module: Any = model
+    for part in path.split("."):
+        if isinstance(module, nn.Module) and (hasattr(module, "as_linear") or isinstance(module, nn.Embedding)):
+            return True
+        module = module[int(part)] if isinstance(module, list) else module[part]
+    return False

@@ -1,0 +1,69 @@
+"""All of mlx-lm's families: kept states of frozen layers give the same losses to the bit, or are refused."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from model_families import families, tiny_model
+
+import mlx_lora
+from mlx_lora import AdapterConfig
+from mlx_lora.data import train_batches
+from mlx_lora.data.batches import Dataset, Example
+from mlx_lora.errors import ConfigError
+from mlx_lora.training.losses import loss_named
+from mlx_lora.training.prefix import FrozenPrefix
+
+# What the layers hand on besides one hidden state a token.
+REFUSED = {
+    "afm7": "keys and values of earlier layers",
+    "deepseek_v41": "several residual streams",
+    "gemma3n": "several residual streams",
+    "gemma4": "keys and values of earlier layers",
+    "gemma4_text": "keys and values of earlier layers",
+    "hunyuan": "keys and values of earlier layers",
+    "iquestloopcoder": "each layer is called twice",
+    "rwkv7": "values of the first layer",
+}
+KEYS = {"gemma3n": ["self_attn.q_proj", "mlp.down_proj"]}
+LENGTHS = (13, 5, 9, 2, 13, 7)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+def dataset() -> Dataset:
+    draw = np.random.default_rng(1)
+    return Dataset(Example(draw.integers(3, 60, n).astype(np.int32), np.arange(n) > 0) for n in LENGTHS)
+
+
+@pytest.mark.parametrize("name", families())
+def test_kept_states_give_the_same_losses_to_the_bit(name):
+    model, rows = tiny_model(name), dataset()
+    if not hasattr(model, "_no_grad"):
+        pytest.skip("mlx-lm's class is no complete module")
+    mlx_lora.attach(model, AdapterConfig(rank=2, scale=2.0, num_layers=2, keys=KEYS.get(name)))
+    if name in REFUSED:
+        with pytest.raises(ConfigError, match="cache_prefix: the") as error:
+            FrozenPrefix(model, rows)
+        assert "Leave --cache-prefix out" in error.value.hint
+        return
+    prefix, loss = FrozenPrefix(model, rows), loss_named("cross_entropy")
+    model.train()
+    classes = [type(module) for module in model.modules()]
+    with prefix.on():
+        kept = prefix.train_batches(train_batches(rows, 2, seed=0), 2, seed=0, start=0)
+        for _ in range(9):  # three epochs
+            hidden, *batch = next(kept)
+            expected, found = loss(model, *batch)[0], prefix.loss(loss)(model, hidden, *batch)[0]
+            assert found.item() == expected.item()
+        assert len(prefix.states._states) >= len(rows)
+    assert [type(module) for module in model.modules()] == classes
+    assert all(mx.isfinite(p).all() for _, p in tree_flatten(model.trainable_parameters()))

@@ -1,0 +1,112 @@
+"""The peak that a plan predicts against the peak of the training itself, for random models of several families."""
+
+from __future__ import annotations
+
+import gc
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_lora
+from conftest import LLAMA, QWEN3_MOE, make_model
+from mlx_lora.base.names import BaseModel
+from mlx_lora.config import AdapterConfig, OptimizerConfig, TrainConfig
+from mlx_lora.data import Dataset, Example
+from mlx_lora.planning.estimate import estimate
+from mlx_lora.planning.layers import repeats, shortened
+from mlx_lora.planning.machines import Variant
+from mlx_lora.planning.rows import epoch_of
+from mlx_lora.training import build_optimizer, train
+
+SIZES = dict(hidden_size=256, intermediate_size=704, vocab_size=2000, num_attention_heads=8, num_key_value_heads=4)
+DENSE = {**LLAMA, **SIZES, "num_hidden_layers": 3, "max_position_embeddings": 1024}
+MOE = {**QWEN3_MOE, **SIZES, "num_experts": 8, "moe_intermediate_size": 256}
+GEMMA = dict(DENSE, model_type="gemma2", head_dim=32, sliding_window=64, query_pre_attn_scalar=32, num_hidden_layers=2)
+QWEN3 = dict(DENSE, model_type="qwen3", head_dim=32)
+PHI3 = dict(DENSE, model_type="phi3")
+EXPERTS = ["mlp.switch_mlp.gate_proj", "mlp.switch_mlp.down_proj"]
+LORA = dict(rank=8, num_layers=-1)
+FOUR = dict(bits=4, group_size=64)
+# name: (config, adapter, tokens in a row, train, quantization)
+CASES = {
+    "batch 4": (DENSE, LORA, 128, dict(batch_size=4), None),
+    "long rows": (DENSE, LORA, 384, dict(batch_size=1), None),
+    "short rows": (DENSE, LORA, 32, dict(batch_size=16), None),
+    "checkpointing": (DENSE, LORA, 192, dict(batch_size=4, grad_checkpoint=True), None),
+    "accumulation": (DENSE, LORA, 160, dict(batch_size=2, grad_accumulation_steps=2), None),
+    "packing": (DENSE, LORA, 96, dict(batch_size=1, pack=True), None),
+    "dora": (DENSE, dict(LORA, method="dora"), 160, dict(batch_size=2), None),
+    "vera": (DENSE, dict(method="vera", rank=64, num_layers=-1), 160, dict(batch_size=2), None),
+    "full": (DENSE, dict(method="full", num_layers=-1), 64, dict(batch_size=2), None),
+    "4-bit": (DENSE, LORA, 160, dict(batch_size=2), FOUR),
+    "4-bit, checkpointing": (QWEN3, LORA, 160, dict(batch_size=2, grad_checkpoint=True), FOUR),
+    "last layer": (DENSE, dict(rank=8, num_layers=1), 192, dict(batch_size=4), None),
+    "dropout": (DENSE, dict(LORA, dropout=0.1), 128, dict(batch_size=4), None),
+    "large vocabulary": (dict(DENSE, vocab_size=24000), LORA, 128, dict(batch_size=2), None),
+    "experts": (MOE, dict(LORA, keys=EXPERTS), 160, dict(batch_size=2), None),
+    "gemma2": (GEMMA, LORA, 160, dict(batch_size=2), None),
+    "phi3": (PHI3, dict(LORA, modules_to_save=["lm_head"]), 160, dict(batch_size=2), None),
+    "12 layers": (dict(DENSE, num_hidden_layers=12), dict(rank=8, num_layers=6), 96, dict(batch_size=2), None),
+}
+
+
+def rows(count: int, length: int) -> Dataset:
+    random = np.random.RandomState(0)
+    mask = np.arange(length) > 0
+    return Dataset([Example(random.randint(1, 90, length).astype(np.int32), mask) for _ in range(count)])
+
+
+def measured(config, adapter, data, settings, quantize) -> int:
+    model = make_model(config, quantize=quantize)
+    if quantize:  # as loading does on a CPU
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+    mlx_lora.attach(model, AdapterConfig(**adapter))
+    optimizer = build_optimizer(OptimizerConfig(), 4, model)
+    gc.collect()
+    mx.clear_cache()
+    *_, done = train(model, optimizer, data, None, settings)
+    return round(done.peak_memory * 1e9)
+
+
+def predicted(folder, config, adapter, data, settings, quantize) -> int:
+    quantization = {"quantization": quantize} if quantize else {}
+    (folder / "config.json").write_text(json.dumps({**config, **quantization}))
+    variant = Variant(AdapterConfig(**adapter), settings, length=epoch_of(data, settings).longest)
+    return estimate(BaseModel(folder), OptimizerConfig(), variant, gpu=False).parts.peak
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(name, tmp_path):
+    config, adapter, length, options, quantize = CASES[name]
+    settings = TrainConfig(iters=4, val_batches=0, **options)
+    data = rows(8, length)
+    data.summary = data.summary.__class__(**{**vars(data.summary), "limit": 2 * length})
+    gc.collect()
+    left = mx.get_active_memory()
+    guess = predicted(tmp_path, config, adapter, data, settings, quantize)
+    assert mx.get_active_memory() - left < 1e6, "planning took memory"
+    peak = measured(config, adapter, data, settings, quantize) - left
+    assert guess == pytest.approx(peak, rel=0.15), f"{name}: predicted {guess / 1e6:.1f} MB, measured {peak / 1e6:.1f}"
+
+
+def test_equal_layers_are_extrapolated_to_what_all_of_them_take(tmp_path, monkeypatch):
+    config = dict(DENSE, hidden_size=64, intermediate_size=128, num_hidden_layers=14)
+    data, settings = rows(4, 64), TrainConfig(batch_size=2)
+    adapter = dict(rank=8, num_layers=9)
+    few = predicted(tmp_path, config, adapter, data, settings, None)
+    monkeypatch.setattr("mlx_lora.planning.estimate.repeats", lambda model: [])
+    assert few == pytest.approx(predicted(tmp_path, config, adapter, data, settings, None), rel=0.05)
+
+
+def test_a_model_is_shortened_by_its_equal_layers_and_put_back():
+    model = make_model(dict(DENSE, hidden_size=64, intermediate_size=128, num_hidden_layers=14))
+    mlx_lora.attach(model, AdapterConfig(rank=2, num_layers=6))
+    runs = repeats(model)
+    assert runs == [(0, 1, 8), (8, 1, 6)]
+    ids = [id(layer) for layer in model.layers]
+    with shortened(model, runs, [2, 3]):
+        assert [ids.index(id(layer)) for layer in model.layers] == [0, 1, 8, 9, 10]
+    assert [id(layer) for layer in model.layers] == ids

@@ -126,7 +126,7 @@ def _option(field: dataclasses.Field, hint: Any, section: str, default: Any) -> 
     elif field.name in LISTS:
         metavar = "NUMBER" if field.name == "layers_to_transform" else "NAME"
         extra |= {"multiple": True, "default": (), "show_default": False, "metavar": metavar}
-    elif typing.get_origin(kind) is tuple:  # texts, repeated and never split at commas
+    elif field.default == ():  # texts, repeated and never split at commas
         extra |= {"multiple": True, "default": (), "show_default": False, "metavar": "TEXT"}
     elif field.name == "clear_cache_threshold":
         extra["type"] = Bytes()

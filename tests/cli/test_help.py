@@ -84,7 +84,7 @@ def sections(out: str) -> dict[str, list[str]]:
 
 def test_train_lists_its_options_in_sections():
     found = sections(CliRunner().invoke(cli, ["train", "--help"]).output)
-    generation = {"Generation", SAMPLING, MEMORY}
+    generation = {"Server", "Limits", "Generation", SAMPLING, MEMORY}
     assert tuple(found) == (*(title for title in SECTIONS if title not in generation), "Other options")
     assert found[SECTIONS[0]] == COMMON and found["Other options"] == ["--help"]
     flags = [flag for section in found.values() for flag in section]

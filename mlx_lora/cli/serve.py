@@ -95,7 +95,7 @@ def _check(params: dict[str, Any]) -> None:
     if params["merge"] and (len(names) != 1 or params["adapters_dir"]):
         faults.append("--merge takes one --adapter, and no --adapters-dir")
     if params["adapters_dir"] and not Path(params["adapters_dir"]).is_dir():
-        faults.append(f"{params['adapters_dir']}: no such folder")
+        faults.append(f"--adapters-dir {params['adapters_dir']}: no such folder")
     if faults:
         raise ConfigError("\n".join(faults), "Give each adapter once, under a name of its own, and folders that exist.")
     for _, path in params["adapters"]:

@@ -10,6 +10,11 @@ from .options import MEMORY as _CACHE
 from .options import SAMPLING as _SAMPLING
 from .options import check_types, common, option, raise_all, without_effect
 
+# What the engine itself gives to a chat template.
+TEMPLATE_ARGUMENTS = frozenset(
+    ("messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
+)
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -112,6 +117,10 @@ class GenerateConfig:
             all(isinstance(text, str) and text for text in self.extra_eos_token), "extra_eos_token", "names of tokens"
         )
         self._check_bias(demand)
+        if self.prefill_response == "":
+            faults.append("prefill_response is empty")
+        if taken := sorted((self.chat_template_config or {}).keys() & TEMPLATE_ARGUMENTS):
+            faults.append(f"chat_template_config cannot set {', '.join(taken)}")
         if self.draft_model is not None and self.kv_bits is not None:
             faults.append("draft_model and kv_bits contradict each other: quantized keys cannot be taken back")
         raise_all(faults + without_effect(self, _RULES), self)
@@ -135,7 +144,7 @@ def _penalized(name: str) -> tuple:
 
 _RULES = (
     (
-        ("top_p", "min_p", "top_k", "xtc_probability", "seed"),
+        ("top_p", "min_p", "top_k", "xtc_probability"),
         lambda c: c.temp > 0,
         "has no effect where temp is 0, which is greedy",
     ),

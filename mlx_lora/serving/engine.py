@@ -29,14 +29,6 @@ from .sampling import Guarded, check_sampling, make_processors, make_sampler
 from .text import AnswerText, Segment
 
 _SHARED = ("shared",)
-_TEMPLATE_ARGUMENTS = (
-    "tools",
-    "tokenize",
-    "add_generation_prompt",
-    "continue_final_message",
-    "return_dict",
-    "messages",
-)
 
 
 class BusyError(MLXLoRAError):
@@ -124,11 +116,8 @@ class Engine:
                 "this model's tokenizer has no chat template", "Use generate --ignore-chat-template with plain text."
             )
         config = config or GenerateConfig()
-        variables = config.chat_template_config or {}
-        if taken := sorted(variables.keys() & set(_TEMPLATE_ARGUMENTS)):
-            raise ConfigError(f"chat_template_config cannot set {', '.join(taken)}", "Leave these variables out.")
         try:
-            return self.template.prompt(messages, tools, variables, config.prefill_response)
+            return self.template.prompt(messages, tools, config.chat_template_config, config.prefill_response)
         except Exception as error:  # jinja's errors, among others
             raise ConfigError(
                 f"the chat template refuses these messages: {said_by(error)}",

@@ -17,6 +17,28 @@ from mlx_lora.cli.main import cli, main
 from mlx_lora.tiny_base import PATH, skill
 
 # Always used, in whatever combination: by command. "*" is for all commands.
+# Options of generation that act whatever the others are.
+GENERATION = (
+    *("max_tokens", "temp", "stop", "extra_eos_token", "prefill_step_size", "max_kv_size", "kv_bits", "logit_bias"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+# Those that need another one.
+NEEDY = {
+    "top_p": "0.5",
+    "min_p": "0.1",
+    "top_k": "3",
+    "xtc_probability": "0.5",
+    "min_tokens_to_keep": "2",
+    "xtc_threshold": "0.2",
+    "repetition_context_size": "5",
+    "presence_context_size": "5",
+    "num_draft_tokens": "5",
+    "frequency_context_size": "5",
+    "kv_group_size": "32",
+    "quantized_kv_start": "3",
+    "draft_model": "x --kv-bits 4",
+}
+STARTS = {"generate": "generate --model BASE --prompt x", "chat": "chat --model BASE"}
 ALWAYS = {
     "*": {"model", "save_path", "force", "as_json", "config", "seed", "system_prompt", "message", "repo", "folder"},
     "demo": {"output"},
@@ -46,12 +68,13 @@ ALWAYS = {
         *("chat_feature", "adapter_path", "batch_size", "loss", "test_batches", "exact_match", "trust_remote_code"),
         "metric",
     },
-    # Greedy decoding passes over what shapes sampling, in mlx-lm as here; scripts set temp alone to 0.
-    "generate": {
-        *("adapter_path", "prompt", "max_tokens", "temp", "top_p", "min_p", "top_k", "max_tokens_short"),
-        *("trust_remote_code",),
+    "generate": {*GENERATION, "adapter_path", "prompt", "max_tokens_short", "trust_remote_code"},
+    "chat": {*GENERATION, "adapter_path", "trust_remote_code"},
+    "serve": {
+        *("adapters", "host", "port", "api_key", "allow_host", "allow_origin", "batch_size", "queue_size"),
+        *("max_tokens_limit", "request_timeout", "body_limit", "adapter_memory", "prompt_cache_size"),
+        *("max_tokens", "prefill_step_size", "chat_template_config", "extra_eos_token", "trust_remote_code"),
     },
-    "chat": {"adapter_path", "max_tokens", "temp", "top_p", "min_p", "top_k", "trust_remote_code"},
     "fuse": {"adapter_path", "dequantize", "trust_remote_code"},  # --dequantize of a dense base is a warning
     "quantize": {"mode", "trust_remote_code"},
     "merge": {"adapters", "weights", "to"},
@@ -178,6 +201,20 @@ RULES = {
     ("plan", "processes"): ["plan --model BASE --data data --processes 3"],
     ("test", "mask_turns"): ["test --model BASE --data data --mask-turns last"],
     ("test", "max_tokens"): ["test --model BASE --data data --max-tokens 5"],
+    **{
+        (command, option): [f"{start} --{option.replace('_', '-')} {value}"]
+        for command, start in STARTS.items()
+        for option, value in NEEDY.items()
+    },
+    **{
+        (command, "chat_template_config"): [f"{start} --chat-template-config '{{\"tools\": 1}}'"]
+        for command, start in STARTS.items()
+    },
+    ("chat", "prefill_response"): ["chat --model BASE --prefill-response ''"],
+    ("generate", "prefill_response"): ["generate --model BASE --prompt x --prefill-response ''"],
+    ("generate", "prompt_cache_file"): ["generate --model BASE --prompt x --prompt-cache-file nowhere"],
+    ("serve", "adapters_dir"): ["serve --model BASE --adapters-dir nowhere"],
+    ("serve", "merge"): ["serve --model BASE --merge"],
     ("generate", "system_prompt"): [
         "generate --model BASE --prompt x --system-prompt y --ignore-chat-template",
     ],

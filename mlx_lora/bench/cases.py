@@ -217,6 +217,7 @@ def _multi(base: nn.Module, sizes: Sizes, count: int = 4) -> nn.Module:
     rows = Rows()
     layer = MultiLoRALinear(base, a, b, mx.full((count,), _SCALE), ranks, rows)
     index = mx.arange(sizes.rows, dtype=mx.int32) % count
+    rows.only = None
     rows.of = lambda x: index  # one adapter per row, though all rows belong to one sequence
     mx.eval(index)
     return layer

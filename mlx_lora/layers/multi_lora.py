@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -13,7 +15,12 @@ class Rows:
     """Which adapter each row of the batch uses; one object for all layers of a model."""
 
     def __init__(self):
-        self.index: mx.array = mx.array([-1], mx.int32)  # [B], or [1] for all rows alike
+        self.choose([-1])
+
+    def choose(self, adapters: Sequence[int]) -> None:
+        """Set the adapter of each row, negative for none; a single one is for all rows."""
+        self.index: mx.array = mx.array(adapters, mx.int32)  # [B], or [1] for all rows alike
+        self.only = adapters[0] if len(set(adapters)) == 1 else None  # where all rows have the same
 
     def of(self, x: mx.array) -> mx.array:
         """The adapter of each row of ``x`` flattened to [rows, in]. x: [B, ..., in] -> int32 [rows].
@@ -42,6 +49,9 @@ class MultiLoRALinear(nn.Module):
         self.linear, self.lora_a, self.lora_b = base, a, b
         # The underscore keeps them out of the parameters: scales stay float32 whatever dtype the model is set to.
         self._scale, self._ranks, self._rows = scale, ranks, rows
+        # Views of each adapter's own part, outside the module's parameters and submodules.
+        pairs = zip(ranks.tolist(), scale.tolist(), strict=True)
+        object.__setattr__(self, "_each", [(a[i, :, :r], b[i, :r], s) for i, (r, s) in enumerate(pairs)])
         self.freeze()
 
     @property
@@ -54,6 +64,16 @@ class MultiLoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: [B, ..., in] -> [B, ..., out]."""
+        if self._rows.only is not None:  # plain products, without gathering
+            return self._same_for_all(x, self._rows.only)
         index, y = self._rows.of(x), self.linear(x)
         flat = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         return lora_rows(*flat, self.lora_a, self.lora_b, self._scale, index, self._ranks).reshape(y.shape)
+
+    def _same_for_all(self, x: mx.array, index: int) -> mx.array:
+        """The layer with one adapter for all rows. x: [B, ..., in] -> [B, ..., out]."""
+        y = self.linear(x)
+        if index < 0:
+            return y
+        a, b, scale = self._each[index]
+        return mx.addmm(y, x @ a, b, alpha=scale) if a.shape[-1] else y

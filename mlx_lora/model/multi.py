@@ -91,7 +91,7 @@ class MultiLoRA:
         if unknown := sorted({name for name in names if name is not None and name not in self._names}):
             raise AdapterError(f"no adapter named {', '.join(unknown)}", hint)
         mark_changed(self._model)
-        self._rows.index = mx.array([-1 if n is None else self._names.index(n) for n in names], mx.int32)
+        self._rows.choose([-1 if n is None else self._names.index(n) for n in names])
 
     def unmount(self) -> None:
         """Remove all adapters from the model. Does nothing if they were removed before."""

@@ -269,7 +269,7 @@ def test_the_size_of_a_row_is_that_of_its_cache(engine, loaded):
         {"temp": 0.9, "seed": 3, "top_k": 2},
         {"temp": 0.9, "seed": 3, "xtc_probability": 1.0, "xtc_threshold": 0.05},
         {"repetition_penalty": 3.0},
-        {"repetition_penalty": 30.0, "repetition_context_size": 12},
+        {"repetition_penalty": 30.0, "repetition_context_size": 40},
         {"presence_penalty": 5.0},
         {"frequency_penalty": 5.0, "frequency_context_size": 50},
         {"logit_bias": {"17": 100.0}},

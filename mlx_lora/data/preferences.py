@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import LABELS, PAIRS
-from .batches import Dataset, Example, epoch_batches, pad
+from .batches import Dataset, Example, epoch_batches, pad, plan_widths
 from .chat import Unrenderable, common_length
 from .faults import Place, counted, ranges
 from .left_out import LeftOut
@@ -134,7 +134,7 @@ class LabelDataset(PairDataset):
         return found
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-        batches = epoch_batches(self.lengths, batch_size, seed, 0)
+        batches = epoch_batches(self.lengths, plan_widths(self.lengths), batch_size, seed, 0)
         order = np.random.RandomState([seed, epoch, 1]).permutation(len(batches)) if epoch else range(len(batches))
         return [batches[k] for k in order]
 

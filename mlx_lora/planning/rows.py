@@ -29,12 +29,11 @@ def epoch_of(rows: Any, train: TrainConfig) -> Epoch:
     lengths, size, seed = np.asarray(rows.lengths), train.batch_size, train.seed
     together = packing._epoch(lengths, packing.capacity(rows), size, seed, 0)
     packed = sum(size * _multiple(room) for _, room in together)
-    apart = batches._epoch(lengths, size, seed, 0)
-    widths = np.asarray(rows.widths)
-    padded = sum(size * int(widths[np.searchsorted(widths, lengths[one].max())]) for one in apart)
+    apart = rows.epoch(size, seed, 0)
+    padded = sum(size * rows.width(one) for one in apart)
     tokens = int(lengths.sum())
     computed, count = (packed, len(together)) if train.pack else (padded, len(apart))
-    longest = max(_multiple(room) for _, room in together) if train.pack else int(widths[-1])
+    longest = max(_multiple(room) for _, room in together) if train.pack else int(rows.widths[-1])
     summary = getattr(rows, "summary", None)
     learned = summary.learned_tokens if summary else tokens
     return Epoch(len(lengths), tokens, learned, 1 - tokens / computed, count, longest, 1 - tokens / packed)

@@ -70,7 +70,7 @@ def test_a_file_is_used_again_and_dropped_for_other_data_batches_and_layers(data
     def again(data=data, **changed) -> bool:
         """Whether a run computes states; it is stopped after the second epoch, so that its file stays."""
         computed.clear()
-        losses(folder, data, **{"cache_prefix": "disk", "stop_after": 6, "val_batches": 0, **changed})
+        losses(folder, data, **{"cache_prefix": "disk", "stop_after": 6, **changed})
         return bool(computed)
 
     assert again() and not again()

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 import mlx_lora
 from mlx_lora.cli.main import cli
 from mlx_lora.errors import ConfigError
+from mlx_lora.hub import _files
 from mlx_lora.runs import prefix as prefix_room
 from mlx_lora.tiny_base import PATH, skill
 from mlx_lora.training.prefix import FrozenPrefix
@@ -90,6 +91,20 @@ def test_a_complete_run_deletes_its_file_and_a_stopped_one_leaves_it(data, tmp_p
     assert [*first, *rest] == plain
 
 
+def test_the_file_of_a_stopped_run_is_neither_pushed_nor_copied(data, tmp_path):
+    folder = tmp_path / "run"
+    losses(folder, data, cache_prefix="disk", stop_after=3)
+    assert (folder / prefix_room.FILE).exists()
+    assert prefix_room.FILE not in [file.name for file in _files(folder, "mlx-lm")]
+    for arguments in (
+        ["convert", str(folder), str(tmp_path / "peft"), "--to", "peft", "--model", str(PATH)],
+        ["fuse", "--model", str(PATH), "--adapter-path", str(folder), "--save-path", str(tmp_path / "fused")],
+    ):
+        found = CliRunner().invoke(cli, arguments)
+        assert found.exit_code == 0, found.output
+    assert list(tmp_path.rglob(prefix_room.FILE)) == [folder / prefix_room.FILE]
+
+
 def test_a_killed_run_keeps_complete_rows(data, tmp_path):
     folder, plain = tmp_path / "run", losses(tmp_path / "plain", data)
     code = (
@@ -152,5 +167,6 @@ def test_the_command_line_shows_the_size_and_asks(data, tmp_path, monkeypatch):
     assert found.exit_code != 0 and "asks before it starts" in str(found.output) + str(found.exception)
     found = CliRunner().invoke(cli, [*base, "--yes"])
     assert found.exit_code == 0 and "layers will be kept in" in found.output
+    assert "of the rows after the first epoch" in found.output
     found = CliRunner().invoke(cli, [*base[:-2], "--yes"])
     assert found.exit_code != 0 and "--yes has no effect" in str(found.output) + str(found.exception)

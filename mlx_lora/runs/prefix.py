@@ -1,7 +1,7 @@
 """``cache_prefix`` of a run: where the states of frozen layers are kept, how much they take, and whether that fits.
 
 Nothing is written and no memory is taken before the caller has taken the report ``PrefixCache``: to decline, close the
-run there. A file is for a run that is resumed: it stays when the run is stopped or killed, and a complete run deletes it.
+run there. A file stays when the run is stopped or killed, for the run that resumes it; a complete run deletes it.
 """
 
 from __future__ import annotations

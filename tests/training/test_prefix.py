@@ -22,9 +22,9 @@ from mlx_lora.training.prefix_states import FileStates
 
 LLAMA = dict(
     model_type="llama",
-    hidden_size=32,
+    hidden_size=64,
     num_hidden_layers=4,
-    intermediate_size=96,
+    intermediate_size=192,
     num_attention_heads=4,
     num_key_value_heads=2,
     rms_norm_eps=1e-5,
@@ -53,8 +53,9 @@ def llama(dtype=mx.float32, bits: int | None = None, **changed) -> nn.Module:
 
 
 def rows(count: int = 22, seed: int = 0) -> Dataset:
+    """Of 22 rows in batches of 4, the 4 of 17 tokens are in one group with the 10 shorter ones: these have two widths."""
     draw = np.random.default_rng(seed)
-    lengths = draw.choice([2, 9, 21, 33], count)
+    lengths = draw.permutation([2, *[13] * 9, *[17] * 4, *[33] * 8])[:count]
     return Dataset(Example(draw.integers(1, 97, n).astype(np.int32), np.arange(n) > 0) for n in lengths)
 
 
@@ -225,7 +226,7 @@ def test_the_expected_reuse_is_what_training_finds(monkeypatch):
     mlx_lora.unmount(model)
     trained(model, cache_prefix="memory", iters=24)
     assert sum(computed) - 22 == round((1 - reused) * 3 * 22)
-    assert reused > 0.9
+    assert 0.6 < reused < 1
 
 
 def test_a_trained_head_is_behind_the_prefix():

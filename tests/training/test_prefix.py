@@ -53,7 +53,7 @@ def llama(dtype=mx.float32, bits: int | None = None, **changed) -> nn.Module:
 
 
 def rows(count: int = 22, seed: int = 0) -> Dataset:
-    """Of 22 rows in batches of 4, the 4 of 17 tokens are in one group with the 10 shorter ones: these have two widths."""
+    """In batches of 4, the 4 rows of 17 tokens are in one group with the 10 shorter ones, which so have two widths."""
     draw = np.random.default_rng(seed)
     lengths = draw.permutation([2, *[13] * 9, *[17] * 4, *[33] * 8])[:count]
     return Dataset(Example(draw.integers(1, 97, n).astype(np.int32), np.arange(n) > 0) for n in lengths)

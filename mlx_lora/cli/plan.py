@@ -89,6 +89,8 @@ def _write(ctx: click.Context, params: dict[str, Any], data: DataConfig | None) 
 
 
 def _show(found: Any) -> None:
+    from ..planning.machines import MARGIN
+
     for text in found.notes:
         console.note(text)
     size, parts, epoch = console.gigabytes, found.memory, found.epoch
@@ -102,25 +104,32 @@ def _show(found: Any) -> None:
         ("logits", size(parts.logits)),
         (
             "peak",
-            f"{size(parts.peak)}; MLX can use {size(found.limit)} here: " + ("fits" if found.fits else "too much"),
+            f"{size(parts.peak)}; MLX can use {size(found.limit)} here: {_word(found)}",
         ),
     ]
     if epoch:
         learned = f"{epoch.tokens:,} tokens, {epoch.learned_tokens:,} to learn, {100 * epoch.padding:.1f} % padding"
         rows += [("epoch", f"{epoch.rows:,} rows, {learned}, {epoch.batches:,} batches")]
-    epochs = f", {found.epochs:g} epochs" if found.epochs is not None else ""
-    rows += [("run", f"{found.iters:,} iterations{epochs}, rows of up to {found.length} tokens")]
+    run = [f"{found.iters:,} iterations"] * (found.iters is not None)
+    run += [f"{found.epochs:g} epochs"] * (found.epochs is not None)
+    rows += [("run", ", ".join([*run, f"rows of up to {found.length} tokens"]))]
     if found.processes > 1:
         rows += [("processes", f"{found.processes}; memory is that of each, a batch is divided among them")]
     if found.tokens_per_step:
         rows += [("tokens", f"{found.tokens_per_step:,} in an optimizer step, on average")]
-    time = console.seconds(found.seconds) if found.seconds else "not known: this machine has not been measured by a run"
-    rows += [("time", f"about {time}" if found.seconds else time)]
+    unknown = "the number of rows" if found.iters is None else "how fast this machine trains, which a run measures"
+    time = f"about {console.seconds(found.seconds)}" if found.seconds else f"not known, nor is {unknown}"
+    rows += [("time", time)]
     for name, value in rows:
         console.data(f"{name:<12} {value}")
     if found.verdicts:
-        console.data("\nMacs (estimated from the operations; no Mac was asked):")
+        margin = f"{100 * MARGIN:g} %"
+        console.data(f"\nMacs (estimated from the operations, with {margin} of the peak to spare; no Mac was asked):")
         console.data(console.table([_verdict(v) for v in found.verdicts], ("memory", "usable", "", "peak", "with")))
+
+
+def _word(found: Any) -> str:
+    return "fits" if found.fits else "may fit" if found.memory.peak <= found.limit else "too much"
 
 
 def _verdict(v: Any) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ class Traced:
             step = Step(
                 self.model,
                 optimizer,
-                loss=loss_named(getattr(self.config, "loss", "cross_entropy")),
+                loss=loss_named(self.config.loss, self.config.preference_options()),
                 seed=0,
                 fused=self.config.grad_accumulation_steps == 1,
                 max_grad_norm=self.config.max_grad_norm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def plan(ctx: click.Context, **params: Any):
     mlx-lora train -c run.yaml
     """
     settle(ctx, params)
+    if idle := [flag_of(ctx, name) for name in given_flags(ctx) if name in _OF_TRAIN]:
+        console.note(f"{', '.join(idle)}: no effect on a plan")
     hf_dataset = (ctx.default_map or {}).get("hf_dataset")
     data = None
     if params["data"] or hf_dataset:
@@ -64,6 +67,16 @@ def plan(ctx: click.Context, **params: Any):
         trust_remote_code=params["trust_remote_code"],
     )
     console.report_event(found) if params["as_json"] else _show(found)
+
+
+# The options of train that decide nothing that is planned, so that a command of train's can be planned as it is.
+_OF_TRAIN = {param.name: param for param in train_command.params}
+for _name in [param.name for param in plan.params]:
+    _OF_TRAIN.pop(_name, None)
+for _param in _OF_TRAIN.values():
+    _param = copy.copy(_param)
+    _param.hidden = True
+    plan.params.append(_param)
 
 
 def _write(ctx: click.Context, params: dict[str, Any], data: DataConfig | None) -> None:

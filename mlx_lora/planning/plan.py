@@ -14,7 +14,7 @@ from ..data import iterations, load_dataset
 from ..device import is_cpu, memory_limit
 from ..errors import ConfigError, MLXLoRAError
 from . import speed
-from .bare import folder_of, quantization_of
+from .bare import base_named, folder_of, quantization_of
 from .estimate import Estimate, Estimator
 from .machines import Variant, Verdict, fits, variants, verdicts
 from .rows import Epoch, epoch_of
@@ -83,15 +83,14 @@ def plan(
             f"{train.batch_size} rows cannot be divided equally among {processes!r} processes",
             f"Set batch_size to a multiple of the number of processes, such as {4 * max(1, int(processes or 1))}.",
         )
-    folder = folder_of(model)
-    rows, notes = None, []
+    base, rows, notes = base_named(model), None, []
     if data is None:
         length = max_seq_length or DataConfig.max_seq_length
         notes.append(f"No data: every row is taken to have {length} tokens (max_seq_length)")
     if data is not None:
-        rows = read_rows(folder, data, trust_remote_code, notes, train.loss)
+        rows = read_rows(folder_of(base), data, trust_remote_code, notes, train.loss)
     return plan_of(
-        BaseModel(folder),
+        base,
         str(model),
         rows,
         data.max_seq_length if data else length,

@@ -13,7 +13,7 @@ from ..data import iterations
 from ..device import is_cpu, memory_limit
 from ..errors import ConfigError, DataError, MLXLoRAError
 from ..training.packing_checks import check_model
-from .bare import folder_of
+from .bare import base_named, folder_of
 from .estimate import Estimator
 from .machines import Variant, fits, variants
 from .plan import Plan, plan_of, read_rows
@@ -28,11 +28,11 @@ def recommend(
 
     Raises: DataError without a tokenizer or training rows; ConfigError where nothing that was tried fits.
     """
-    folder, notes = folder_of(model), []
+    base, notes = base_named(model), []
+    folder = folder_of(base)
     rows = read_rows(folder, data, trust_remote_code, notes)
     if rows is None:
         raise DataError(notes[-1], "Name a model folder that has its tokenizer.")
-    base = BaseModel(folder)
     masks = any(not example.mask[1:].all() for example in _with_prompts(folder, data, trust_remote_code))
     size = min(4, len(rows)) if rows.widths[-1] > 512 else min(8, len(rows))
     chosen = chosen_settings(rows, masks, _packs(base, data.max_seq_length), TrainConfig(batch_size=size))

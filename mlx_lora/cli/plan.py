@@ -123,15 +123,15 @@ def _show(found: Any) -> None:
     if epoch:
         learned = f"{epoch.tokens:,} tokens, {epoch.learned_tokens:,} to learn, {100 * epoch.padding:.1f} % padding"
         rows += [("epoch", f"{epoch.rows:,} rows, {learned}, {epoch.batches:,} batches")]
-    run = [f"{found.iters:,} iterations"] * (found.iters is not None)
-    run += [f"{found.epochs:g} epochs"] * (found.epochs is not None)
+    run = [] if found.iters is None else [f"{found.iters:,} iterations"]
+    run += [] if found.epochs is None else [f"{found.epochs:g} epochs"]
     rows += [("run", ", ".join([*run, f"rows of up to {found.length} tokens"]))]
     if found.processes > 1:
         rows += [("processes", f"{found.processes}; memory is that of each, a batch is divided among them")]
     if found.tokens_per_step:
         rows += [("tokens", f"{found.tokens_per_step:,} in an optimizer step, on average")]
-    unknown = "the number of rows" if found.iters is None else "how fast this machine trains, which a run measures"
-    time = f"about {console.seconds(found.seconds)}" if found.seconds else f"not known, nor is {unknown}"
+    unknown = "nor is the number of rows" if found.iters is None else "this machine has not been measured by a run"
+    time = f"about {console.seconds(found.seconds)}" if found.seconds else f"not known: {unknown}"
     rows += [("time", time)]
     for name, value in rows:
         console.data(f"{name:<12} {value}")

@@ -59,6 +59,7 @@ def plan_run(settings: Settings, model: nn.Module, sets: Any):
         yield Planned(None, limit, reason=reason.splitlines()[0][:200])
         return None
     padding = found.epoch.padding if found.epoch else None
+    limit = found.limit
     yield Planned(found.memory.peak, limit, found.trainable, found.iters, found.epochs, padding, found.seconds)
     if found.memory.peak > limit and not settings.force:
         flags = suggestion(name, settings.adapter, settings.optimizer, settings.train, found)

@@ -150,7 +150,13 @@ class _Adapted:
 
 
 def _extrapolated(traced: Traced, batch: tuple[mx.array, ...], runs: list[tuple[int, int, int]]) -> Parts:
-    """The parts of all layers, from traces of few: in every run of equal layers they grow by the same with each."""
+    """The parts of all layers, from traces of few: in every run of equal layers they grow by the same with each.
+
+    With checkpointing, MLX computes some layers again before they are needed, and the work of two or three layers is
+    in memory at once. So few layers grow faster than many: from 2 and 3 layers, Qwen3-8B at 2048 tokens is planned 51 %
+    above the trace of all 36; from 2 and 8, 4 % above.
+    """
+    added = 6 if traced.config.grad_checkpoint else 1
 
     def few(counts: list[int]) -> Parts:
         with shortened(traced.model, runs, counts):
@@ -159,8 +165,9 @@ def _extrapolated(traced: Traced, batch: tuple[mx.array, ...], runs: list[tuple[
     least = [2] * len(runs)
     first = total = few(least)
     for i, (_, _, periods) in enumerate(runs):
-        more = few([count + (i == j) for j, count in enumerate(least)])
-        total = total + (more - first) * (periods - 2)
+        step = min(added, periods - 2)
+        more = few([count + step * (i == j) for j, count in enumerate(least)])
+        total = total + (more - first) * ((periods - 2) / step)
     return total
 
 

@@ -48,8 +48,8 @@ class Parts:
     def __sub__(self, other: Parts) -> Parts:
         return Parts(*map(operator.sub, astuple(self), astuple(other)))
 
-    def __mul__(self, times: int) -> Parts:
-        return Parts(*(part * times for part in astuple(self)))
+    def __mul__(self, times: float) -> Parts:
+        return Parts(*(round(part * times) for part in astuple(self)))
 
 
 class Traced:

@@ -35,7 +35,7 @@ GEMMA3 = dict(
 )  # fmt: skip
 LATENT = dict(
     LONG, model_type="minicpm3", q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16,
-    num_key_value_heads=8, dim_model_base=256, scale_depth=1.4, scale_emb=12, rope_scaling=None, num_hidden_layers=2,
+    num_key_value_heads=8, dim_model_base=256, scale_depth=1.4, scale_emb=12, rope_scaling={}, num_hidden_layers=2,
 )  # fmt: skip
 EXPERTS = ["mlp.switch_mlp.gate_proj", "mlp.switch_mlp.down_proj"]
 LORA = dict(rank=8, num_layers=-1)
@@ -65,6 +65,13 @@ CASES = {
     "orpo": (DENSE, LORA, 128, dict(batch_size=2, loss="orpo"), None),
     "kto": (DENSE, LORA, 128, dict(batch_size=4, loss="kto"), None),
     "phi3": (PHI3, dict(LORA, modules_to_save=["lm_head"]), 160, dict(batch_size=2), None),
+    "12 layers, checkpointing": (
+        dict(DENSE, num_hidden_layers=12),
+        LORA,
+        128,
+        dict(batch_size=2, grad_checkpoint=True),
+        None,
+    ),
     "12 layers": (dict(DENSE, num_hidden_layers=12), dict(rank=8, num_layers=6), 96, dict(batch_size=2), None),
 }
 
@@ -123,6 +130,16 @@ def test_equal_layers_are_extrapolated_to_what_all_of_them_take(tmp_path, monkey
     few = predicted(tmp_path, config, adapter, data, settings, None)
     monkeypatch.setattr("mlx_lora.planning.estimate.repeats", lambda model: [])
     assert few == pytest.approx(predicted(tmp_path, config, adapter, data, settings, None), rel=0.05)
+
+
+def test_checkpointed_layers_are_extrapolated_for_a_gpu(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(dict(DENSE, num_hidden_layers=16)))
+    adapter, settings = AdapterConfig(rank=8, num_layers=-1), TrainConfig(batch_size=1, grad_checkpoint=True)
+    variant = Variant(adapter, settings, length=256)
+    few = estimate(BaseModel(tmp_path), OptimizerConfig(), variant, gpu=True).parts.peak
+    monkeypatch.setattr("mlx_lora.planning.estimate.repeats", lambda model: [])
+    every = estimate(BaseModel(tmp_path), OptimizerConfig(), variant, gpu=True).parts.peak
+    assert few == pytest.approx(every, rel=0.15)
 
 
 def test_a_model_is_shortened_by_its_equal_layers_and_put_back():

@@ -80,7 +80,7 @@ def test_the_verdicts_hold_when_planned_with_their_flags(tmp_path):
     assert not helped.fits and helped.flags[0] == "a 4-bit base"
     variant = next(v for v in variants(asked, False, 6) if v.flags == helped.flags)
     again = estimate(BaseModel(tmp_path), OptimizerConfig(), variant, gpu=True)
-    assert again.parts.peak == helped.peak
+    assert again.parts.peak == pytest.approx(helped.peak, rel=1e-5)  # constants that a model keeps are counted once
     assert all(1.15 * v.peak <= v.working_set for v in found.verdicts if v.flags is not None)
     assert found.verdicts[-1].fits and found.verdicts[-1].flags == ()
 

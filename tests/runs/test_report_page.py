@@ -17,7 +17,7 @@ from mlx_lora.runs.log import LOG
 from mlx_lora.runs.report import read_histories, summary, write_report
 from mlx_lora.runs.report.charts import Line, draw, smoothed, thinned
 from mlx_lora.runs.report.history import TRAIN, VALID, Curve
-from mlx_lora.runs.report.page import compact, duration, shown
+from mlx_lora.runs.report.text import compact, duration, shown
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'text' "
@@ -150,7 +150,7 @@ def test_the_best_is_what_the_run_says(tmp_path):
     assert summary(run)["best_name"] == "exact_match"
     _, page = page_of(tmp_path, records)
     said = " ".join(" ".join(page.text).split())
-    assert "Best exact_match 0.9 at iteration 30" in said and "best · 30" in said
+    assert "Best validation 0.9 exact_match, at iteration 30" in said and "best · 30" in said
 
 
 def test_metrics_have_charts(tmp_path):

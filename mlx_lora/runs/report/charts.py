@@ -140,7 +140,8 @@ def _scale(axes, lines: Sequence[Line], zero: bool) -> None:
         axes.tick_params(which="minor", length=0)
         return
     elif values and max(values) == min(values):
-        axes.set_ylim(min(0, 2 * values[0]), max(0, 2 * values[0]) or float(not values[0]))
+        top = 2 * largest or 1
+        axes.set_ylim(-top if values[0] < 0 else -0.04 * top, 0.04 * top if values[0] < 0 else top)
     if largest and largest < 0.01:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
     elif largest >= 1000:

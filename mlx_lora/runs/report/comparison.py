@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .answers import beside, correct_beside
 from .charts import SERIES
-from .history import TRAIN, VALID, Curve, History
+from .history import TRAIN, VALID, Curve, History, mapping
 from .page import UNSET, largest, median, notes, render, status
 from .panels import last_of, metrics_of, panels, side_of
 from .text import duration, shown
@@ -21,7 +21,7 @@ def comparison_page(runs: list[History]) -> str:
     return render(
         title=f"{len(runs)} runs compared",
         subtitle=", ".join(run.name for run in runs),
-        runs=[{"name": run.name, "colour": colour[run.name], "status": status(run)} for run in runs],
+        runs=[{"name": run.name, "colour": colour[run.name], "status": status(run, short=True)} for run in runs],
         compared=_compared(runs),
         differing=_differing(runs),
         charts=panels(runs),
@@ -42,8 +42,12 @@ def _compared(runs: Sequence[History]) -> list[tuple[str, list[str], int | None]
     rows |= {f"Best {n}": [r.best[2] if r.best and r.best[1] == n else None for r in runs] for n in by_metric}
     rows["at iteration"] = [run.best[0] if run.best else None for run in runs]
     rows |= {f"Last {on} loss": [curves.get(on, Curve()).last for curves in losses] for on in (VALID, TRAIN)}
-    rows["Test loss"] = [run.last_of("TestReport").get("loss") for run in runs]
+    tested = [run.last_of("TestReport") for run in runs]
+    rows["Test loss"] = [test.get("loss") for test in tested]
     rows |= {f"Last {key}": [last_of(run, key) for run in runs] for key in metrics_of(runs)}
+    tested = [{"exact_match": test.get("exact_match"), **mapping(test.get("metrics"))} for test in tested]
+    names = dict.fromkeys(name for test in tested for name in test if not side_of(name))
+    rows |= {f"Test {name}": [test.get(name) for test in tested] for name in names}
     rows["Tokens learned"] = [run.last_of("TrainReport").get("trained_tokens") for run in runs]
     rows["Tokens per second"] = [median(run, "tokens_per_second") for run in runs]
     rows["Peak memory, GB"] = [largest(run, "peak_memory") for run in runs]
@@ -64,7 +68,7 @@ def _best_of(what: str, values: list, known: list[float], runs: Sequence[History
         return None
     if loss:
         return values.index(min(known))
-    ranked = what.startswith(("Best ", "Last ")) and not side_of(name) and name not in _NOT_RANKED
+    ranked = what.startswith(("Best ", "Last ", "Test ")) and not side_of(name) and name not in _NOT_RANKED
     return values.index(max(known)) if ranked else None
 
 

@@ -69,9 +69,11 @@ def _subtitle(run: History) -> str:
     return " · ".join(str(part) for part in (base, method, rank, date) if part)
 
 
-def status(run: History) -> str:
-    """How far the run is, and how long it took."""
+def status(run: History, short: bool = False) -> str:
+    """How far the run is, and how long it took; unless ``short`` also why it ended early."""
     total = run.last_of("Started").get("iters")
+    if run.ended_early is not None and short:
+        return f"Ended early after {run.iteration:,} iterations in {duration(run.seconds)}"
     if run.ended_early is not None:
         given = f"{run.settings['train.patience']} validations" if run.settings.get("train.patience") else "validations"
         why = f"{given} in a row were not better than the best one"

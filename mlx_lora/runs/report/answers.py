@@ -44,9 +44,10 @@ def beside(runs: Sequence[History]) -> list[dict[str, Any]]:
     """
     found = [_last_given(run) for run in runs]
     base = [_given(run.answers.get("base", {})) for run in runs]
-    one_base = all(base) and all(other == base[0] for other in base)
+    shared = [key for key in found[0] if all(key in own for own in found)]
+    one_base = len({tuple(own.get(key) for key in shared) for own in base}) == 1
     rows = []
-    for row in (key for key in found[0] if all(key in own for own in found)):
+    for row in shared:
         named = [("base", base[0])] if one_base else [(f"{r.name}, base", b) for r, b in zip(runs, base, strict=True)]
         named += [(run.name, own) for run, own in zip(runs, found, strict=True)]
         given = [(label, _compared(answers[row], row[1])) for label, answers in named if row in answers]

@@ -84,14 +84,14 @@ class History:
         return int(number(done.get("iteration")) or 0) if early else None
 
     @property
-    def pairs(self) -> bool:
-        """Whether the run learns from pairs of answers."""
-        return preference_of(str(self.settings.get("train.loss"))).rows == PAIRS
+    def rows(self) -> str:
+        """What the run learns from: tokens to imitate, pairs of answers, or answers with labels."""
+        return preference_of(str(self.settings.get("train.loss"))).rows
 
     @property
     def expected(self) -> str:
         """What the answers that the data gives are called."""
-        return "chosen" if self.pairs else "expected"
+        return "chosen" if self.rows == PAIRS else "expected"
 
     @property
     def seconds(self) -> float:

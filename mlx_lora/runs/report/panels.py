@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ...config import TOKENS
 from .charts import SERIES, Line, draw
 from .history import CURVES, TRAIN, VALID, Curve, History
 
@@ -26,9 +27,10 @@ def panels(runs: Sequence[History]) -> list[dict[str, Any]]:
             continue
         key = keys[0]
         named, unit = CURVES.get(key, (title, ""))
-        unit = "" if key == "loss" and any(run.pairs for run in runs) else unit  # a mean over pairs has no unit
+        unit = "" if key == "loss" and any(run.rows != TOKENS for run in runs) else unit
         legend = [{"label": line.label, "colour": line.colour, "dashed": line.dashed} for line in lines]
-        panel = {"title": named, "unit": unit, "wide": key == "loss", "legend": legend if len(lines) > 1 or len(runs) > 1 else []}
+        legend = legend if max(len(lines), len(runs)) > 1 else []
+        panel = {"title": named, "unit": unit, "wide": key == "loss", "legend": legend}
         panel["best"] = any(line.best is not None for line in lines)
         chosen_by = [run.ended_early for run in runs if run.best and _curve_of(run.best[1])[0] in keys]
         end = chosen_by[0] if len(runs) == 1 and chosen_by else None

@@ -191,9 +191,9 @@ def test_a_preference_run_that_ended_early(tmp_path):
         *(
             "time, planned not known time, measured 10 s",
             "padding 12.5 %",
-            "layers 20 of 28 size 1.50 GB kept in memory",
+            "size 1.50 GB kept in memory",
         ),
-        *("rewards chosen, training chosen, validation rejected, training rejected, validation logps chosen",),
+        *("rewards chosen, training chosen, validation rejected, training rejected, validation rewards chosen",),
         *("rewards/accuracies training validation best ended early", "chosen the red lamp"),
     ):
         assert part in said, part

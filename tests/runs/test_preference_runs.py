@@ -19,7 +19,6 @@ from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from mlx_lora.cli.main import main
 from mlx_lora.errors import ConfigError, TrainingError
 from mlx_lora.runs import measure, reports
-from mlx_lora.runs.log import read_log
 from mlx_lora.runs.report import read_histories
 from mlx_lora.tiny_base import PATH
 from mlx_lora.training import NewBest, TrainReport, ValReport
@@ -155,7 +154,7 @@ def test_the_command_line(data, tmp_path, capsys):
     options = ["--beta", "0.3", "--iters", "4", "--batch-size", "4", "--num-layers", "2", "--learning-rate", "1e-3"]
     command("train", *start, *options, "--steps-per-report", "2")
     said = capsys.readouterr().err
-    assert "Computing the log-probabilities of the reference: 24 train rows" in said
+    assert said.count("Computing the log-probabilities of the reference: 24 train, 8 valid rows\n") == 1
     assert "rewards/accuracies" in said and "rewards/margins" in said and "perplexity" not in said
     command("test", *start, "--beta", "0.3", "--json")
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -192,13 +191,15 @@ def test_accuracy_of_rewards_chooses_the_best_and_ends_the_run(data, tmp_path):
 
 def test_metrics_of_labelled_rows_are_those_of_the_good_answers(tmp_path):
     data = write(tmp_path / "data", "kto")
-    train = {"metric": ("exact_match",), "metric_rows": -1, "metric_max_tokens": 2, "report_prompts": 8}
+    code = (
+        "def answers(given, expected):\n    assert set(expected) <= {'red', 'blue', 'green'}\n    return len(given)\n"
+    )
+    (tmp_path / "metric.py").write_text(code)
+    train = {"metric": f"{tmp_path}/metric.py:answers", "metric_rows": -1, "metric_max_tokens": 2}
     found = fine_tune(tmp_path / "a", data, "kto", iters=2, train=train)
-    assert all("exact_match" in report.metrics for report in of(found, ValReport))
     rows = [json.loads(line) for line in (tmp_path / "data" / "valid.jsonl").read_text().splitlines()]
-    good = {row["completion"] for row in rows if row["label"]}
-    answers = next(r for r in read_log(tmp_path / "a").records if r["kind"] == "Answers")["answers"]
-    assert answers and {answer["expected"] for answer in answers} <= good
+    assert 0 < sum(row["label"] for row in rows) < len(rows)
+    assert [r.metrics["answers"] for r in of(found, ValReport)] == 2 * [sum(row["label"] for row in rows)]
 
 
 def test_settings_that_do_not_go_together(data, tmp_path):

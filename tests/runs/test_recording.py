@@ -260,6 +260,16 @@ def test_prompts_of_text_rows_and_of_loaded_sets(data, tmp_path):
     assert len(held_out.HeldOut(Splits(one, one), Splits(one, one), tokenizer, 10, 2).asked) == 1
 
 
+def test_loaded_preferences_are_asked_for_their_good_answers():
+    _, tokenizer = mlx_lora.load(PATH)
+    pair = {"prompt": "Say yes.", "chosen": "yes", "rejected": "no"}
+    labelled = [{"prompt": "Say it.", "completion": "yes" if i % 2 else "no", "label": bool(i % 2)} for i in range(6)]
+    for kind, rows, count in (("pairs", [pair], 1), ("labels", labelled, 3)):
+        valid = mlx_lora.tokenize(rows, tokenizer, DataConfig(), kind=kind)
+        found = held_out.HeldOut(Splits(valid, valid, None), Splits(valid, valid, None), tokenizer, 5, 2)
+        assert [question.answer.strip() for question in found.asked] == ["yes"] * count and not found.why
+
+
 def test_report_prompts_may_change_on_resume_and_is_checked(data, tmp_path):
     run(tmp_path / "a", data, 2, train={"report_prompts": 3})
     run(tmp_path / "a", data, 4, train={"report_prompts": 5}, resume=True)

@@ -138,8 +138,8 @@ class Display:
     def PrefixCache(self, r: Any) -> None:
         where = "in memory" if r.place == "memory" else f"in {r.place}, which may be deleted after the run"
         console.note(
-            f"The output of the first {r.layers} of {r.of} layers will be kept {where}: about {r.bytes / 1e9:,.3f} GB "
-            f"of {r.free / 1e9:,.3f} GB free"
+            f"The output of the first {r.layers} of {r.of} layers will be kept {where}: about "
+            f"{console.gigabytes(r.bytes)} of {console.gigabytes(r.free)} free"
         )
 
     def Started(self, r: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,9 @@ def base_named(name: str | Path) -> BaseModel:
 
 def is_repository(name: str | Path) -> bool:
     """Whether ``name`` is no local path and can be a repository's."""
-    return not Path(str(name)).expanduser().exists() and str(name).count("/") == 1
+    text = str(name)
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None
+    return named and not Path(text).expanduser().exists()
 
 
 def folder_of(base: BaseModel) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before MLX is imported: on CUDA and on an M5 it rounds the inputs of float32 products to 10 bits by default.
@@ -166,11 +167,13 @@ RECORDED = ("test_recording.py", "test_report_page.py", "test_cli_report.py")
 
 
 @pytest.fixture(autouse=True)
-def without_report(request, monkeypatch) -> None:
+def without_report(request) -> Iterator[None]:
     """Runs in other files write their log alone: hundreds of runs would take half a second more each."""
-    if request.path.name not in RECORDED:
-        monkeypatch.setattr("mlx_lora.runs.held_out._obstacle", lambda *_: "not in this test")
-        monkeypatch.setattr("mlx_lora.runs.recorder.Recorder._write_page", lambda self: None)
+    with pytest.MonkeyPatch.context() as patch:  # a test may undo the patches of its own monkeypatch
+        if request.path.name not in RECORDED:
+            patch.setattr("mlx_lora.runs.held_out._obstacle", lambda *_: "not in this test")
+            patch.setattr("mlx_lora.runs.recorder.Recorder._write_page", lambda self: None)
+        yield
 
 
 def pytest_generate_tests(metafunc):

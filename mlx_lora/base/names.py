@@ -192,6 +192,22 @@ class BaseModel:
         """The checkpoint's tensor names."""
         return set(self._files)
 
+    @functools.cached_property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of each tensor, as safetensors names it ("BF16"), from the headers of the files.
+
+        Of a repository the headers alone are downloaded; it may have no safetensors. Raises: ModelError.
+        """
+        from safetensors import safe_open
+
+        if self.folder is None:
+            return _remote_dtypes(self.name)
+        found: dict[str, str] = {}
+        for file in set(self._files.values()):
+            with safe_open(file, framework="numpy") as opened:
+                found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+        return found
+
     def tensor(self, name: str):
         """The checkpoint's tensor ``name``, or None."""
         import mlx.core as mx
@@ -317,6 +333,22 @@ class BaseModel:
         for theirs, ours in self._parts:
             found += [new for p in found if (new := _replaced(p, theirs, ours)) != p]
         return found
+
+
+def _remote_dtypes(name: str) -> dict[str, str]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        found = HfApi().get_safetensors_metadata(name)
+    except NotASafetensorsRepoError:
+        return {}
+    except Exception as error:  # huggingface_hub raises its own errors, httpx's and OSError
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"{name}: the headers of its weight files cannot be read ({first[0][:200]})", "Check the network."
+        ) from None
+    return {key: tensor.dtype for file in found.files_metadata.values() for key, tensor in file.tensors.items()}
 
 
 def _replaced(path: str, old: str, new: str) -> str:

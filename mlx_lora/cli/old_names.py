@@ -59,6 +59,12 @@ _WITHOUT = {
     "training": ((), "this is the adapter_config.json of a run of mlx-lora; train --resume continues that run"),
     "mlx_lora": ((), "this is the adapter_config.json of a run of mlx-lora; train --resume continues that run"),
 }
+# The same for settings of mlx-lm-lora that act with a loss of preferences only.
+_WITHOUT_PREFERENCE = {
+    "dpo_cpo_loss_type": (("sigmoid",), "choose one of the losses dpo, ipo, orpo, kto, simpo and cpo"),
+    "is_reference_free": ((False,), "orpo, simpo and cpo are the losses without a reference"),
+    "reference_model_path": ((), "the reference is the model with its adapter off"),
+}
 # Settings of mlx-lm-lora for training on preferences or rewards, and for quantization-aware training. They do nothing
 # in a file that trains on given answers.
 _UNUSED = {
@@ -93,6 +99,7 @@ def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, An
     options, faults, warnings = dict(options), [], {}
     options.pop("config", None)  # mlx-lm writes it into its adapter_config.json
     foreign = bool(options.keys() & {"train_mode", "train_type", "training_mode"})
+    others = foreign or bool(options.keys() & _UNUSED)  # beta is then mlx-lm-lora's, which writes it for every training
 
     def put(old: str, new: str, value: Any) -> None:
         if value is None:
@@ -105,10 +112,16 @@ def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, An
 
     for old in [key for key in options if key in RENAMED]:
         put(old, RENAMED[old], options.pop(old))
+    without = dict(_WITHOUT)
     for old in ("train_mode", "training_mode"):
         if options.get(old) in PREFERENCES:
+            if options[old] == "dpo" and options.get("dpo_cpo_loss_type") == "ipo":
+                options[old] = options.pop("dpo_cpo_loss_type")
             put(old, "loss", options.pop(old))
-    for old, (harmless, instead) in _WITHOUT.items():
+            without |= _WITHOUT_PREFERENCE
+    if options.get("reference_model_path") == options.get("model"):
+        options.pop("reference_model_path", None)
+    for old, (harmless, instead) in without.items():
         if options.get(old) is not None and options[old] not in harmless:
             faults.append(f"{section}{old}: {options[old]!r} is no option of mlx-lora: {instead}")
         options.pop(old, None)
@@ -123,7 +136,7 @@ def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, An
         put("wandb", "project_name", project) if isinstance(project, str) else None
     if options.pop("fuse", None):
         warnings[f"{section}fuse is not done by train: merge the adapter afterwards with mlx-lora fuse."] = "train"
-    sft = foreign and preference_of(options.get("loss", "")).rows == TOKENS
+    sft = others and preference_of(options.get("loss", "")).rows == TOKENS
     unused = [
         key
         for key in options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def plan(ctx: click.Context, **params: Any):
     mlx-lora train -c run.yaml
     """
     settle(ctx, params)
+    if idle := [flag_of(ctx, name) for name in given_flags(ctx) if name in _OF_TRAIN]:
+        console.note(f"{', '.join(idle)}: no effect on a plan")
     hf_dataset = (ctx.default_map or {}).get("hf_dataset")
     data = None
     if params["data"] or hf_dataset:
@@ -64,6 +67,16 @@ def plan(ctx: click.Context, **params: Any):
         trust_remote_code=params["trust_remote_code"],
     )
     console.report_event(found) if params["as_json"] else _show(found)
+
+
+# The options of train that decide nothing that is planned, so that a command of train's can be planned as it is.
+_OF_TRAIN = {param.name: param for param in train_command.params}
+for _name in [param.name for param in plan.params]:
+    _OF_TRAIN.pop(_name, None)
+for _param in _OF_TRAIN.values():
+    _param = copy.copy(_param)
+    _param.hidden = True
+    plan.params.append(_param)
 
 
 def _write(ctx: click.Context, params: dict[str, Any], data: DataConfig | None) -> None:
@@ -89,6 +102,8 @@ def _write(ctx: click.Context, params: dict[str, Any], data: DataConfig | None) 
 
 
 def _show(found: Any) -> None:
+    from ..planning.machines import MARGIN
+
     for text in found.notes:
         console.note(text)
     size, parts, epoch = console.gigabytes, found.memory, found.epoch
@@ -102,25 +117,32 @@ def _show(found: Any) -> None:
         ("logits", size(parts.logits)),
         (
             "peak",
-            f"{size(parts.peak)}; MLX can use {size(found.limit)} here: " + ("fits" if found.fits else "too much"),
+            f"{size(parts.peak)}; MLX can use {size(found.limit)} here: {_word(found)}",
         ),
     ]
     if epoch:
         learned = f"{epoch.tokens:,} tokens, {epoch.learned_tokens:,} to learn, {100 * epoch.padding:.1f} % padding"
         rows += [("epoch", f"{epoch.rows:,} rows, {learned}, {epoch.batches:,} batches")]
-    epochs = f", {found.epochs:g} epochs" if found.epochs is not None else ""
-    rows += [("run", f"{found.iters:,} iterations{epochs}, rows of up to {found.length} tokens")]
+    run = [] if found.iters is None else [f"{found.iters:,} iterations"]
+    run += [] if found.epochs is None else [f"{found.epochs:g} epochs"]
+    rows += [("run", ", ".join([*run, f"rows of up to {found.length} tokens"]))]
     if found.processes > 1:
         rows += [("processes", f"{found.processes}; memory is that of each, a batch is divided among them")]
     if found.tokens_per_step:
         rows += [("tokens", f"{found.tokens_per_step:,} in an optimizer step, on average")]
-    time = console.seconds(found.seconds) if found.seconds else "not known: this machine has not been measured by a run"
-    rows += [("time", f"about {time}" if found.seconds else time)]
+    unknown = "nor is the number of rows" if found.iters is None else "this machine has not been measured by a run"
+    time = f"about {console.seconds(found.seconds)}" if found.seconds else f"not known: {unknown}"
+    rows += [("time", time)]
     for name, value in rows:
         console.data(f"{name:<12} {value}")
     if found.verdicts:
-        console.data("\nMacs (estimated from the operations; no Mac was asked):")
+        margin = f"{100 * MARGIN:g} %"
+        console.data(f"\nMacs (estimated from the operations, with {margin} of the peak to spare; no Mac was asked):")
         console.data(console.table([_verdict(v) for v in found.verdicts], ("memory", "usable", "", "peak", "with")))
+
+
+def _word(found: Any) -> str:
+    return "fits" if found.fits else "may fit" if found.memory.peak <= found.limit else "too much"
 
 
 def _verdict(v: Any) -> tuple[str, ...]:

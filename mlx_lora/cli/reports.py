@@ -136,10 +136,11 @@ class Display:
         console.note(f"Data: {rows}{tokens}")
 
     def PrefixCache(self, r: Any) -> None:
-        where = "in memory" if r.place == "memory" else f"in {r.place}, which may be deleted after the run"
+        reused = "" if r.reused is None else f"; it serves {r.reused:.0%} of the rows after the first epoch"
+        where = "in memory" if r.place == "memory" else f"in {r.place}, which the complete run deletes"
         console.note(
-            f"The output of the first {r.layers} of {r.of} layers will be kept {where}: about {r.bytes / 1e9:,.3f} GB "
-            f"of {r.free / 1e9:,.3f} GB free"
+            f"The output of the first {r.layers} of {r.of} layers will be kept {where}: about "
+            f"{console.gigabytes(r.bytes)} of {console.gigabytes(r.free)} free{reused}"
         )
 
     def Started(self, r: Any) -> None:

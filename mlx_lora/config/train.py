@@ -69,7 +69,8 @@ class TrainConfig(PreferenceOptions):
     cache_prefix: str = option(
         "none",
         "With adapters on the last layers only: compute the layers before them once for each row and keep their "
-        "output, in memory or in a file in the adapter's folder. The losses stay the same.",
+        "output, in memory or in a file in the adapter's folder, which is deleted when the run is complete and used "
+        "again when a stopped run is resumed. The losses stay the same.",
         choices=PREFIX_PLACES,
     )
     clear_cache_threshold: int | None = option(

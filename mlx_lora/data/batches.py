@@ -3,10 +3,10 @@
 Widths: a dataset has at most 32 widths to which batches are padded, chosen for its lengths (the compiled step is traced
 once for each width). A width is 1 more than a multiple of 4, so that the inputs ``tokens[:, :-1]`` have a multiple of 4
 columns.
-Order: an epoch is a permutation that depends on (seed, epoch), cut into windows. In a window, the rows are sorted by
-length and cut into batches; then all batches are shuffled. So the rows of a batch have similar lengths, and every epoch
-has other batches.
-The last batch of an epoch is filled with empty rows. Their mask is False, so that they do not count in the loss.
+Order: the rows are sorted by length and cut into groups, which are the same in all epochs. In each epoch, the rows of a
+group are shuffled and cut into batches, and then all batches are shuffled, both by (seed, epoch). So the rows of a
+batch have similar lengths, every epoch has other batches, and a row is nearly always padded to the same width.
+One batch of an epoch may be filled with empty rows. Their mask is False, so that they do not count in the loss.
 There is no MLX here, and no global random state.
 """
 
@@ -25,7 +25,6 @@ from ..errors import ConfigError, DataError
 
 MAX_WIDTHS = 32
 UNIT = 4  # a width minus 1 is a multiple of it; 8 would pad short rows (90 tokens) by 4 %
-WINDOW = 256  # batches whose rows are sorted together
 
 
 class Example(NamedTuple):
@@ -104,7 +103,7 @@ class Dataset(Sequence):
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
         """The rows of each batch of an epoch."""
-        return epoch_batches(self.lengths, batch_size, seed, epoch)
+        return epoch_batches(self.lengths, self.widths, batch_size, seed, epoch)
 
     def width(self, rows: np.ndarray) -> int:
         """The tokens to which a batch of these rows is padded."""
@@ -235,19 +234,43 @@ def plan_widths(lengths: np.ndarray, most: int = MAX_WIDTHS) -> np.ndarray:
     return sizes[chosen[::-1]] * unit + 1
 
 
-def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+def epoch_batches(lengths: np.ndarray, widths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """The rows of each batch of an epoch, for rows with ``lengths`` [N]."""
     # NumPy guarantees RandomState's stream, so a run can be resumed exactly with another version of NumPy.
     random = np.random.RandomState([seed, epoch])
-    order = random.permutation(len(lengths))
-    count = -(-len(order) // batch_size)
-    window = batch_size * max(1, min(WINDOW, count // 2))  # at least two windows, else every epoch has the same batches
     batches = []
-    for at in range(0, len(order), window):
-        rows = order[at : at + window]
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
-        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    return [batches[i] for i in random.permutation(count)]
+    for group in length_groups(lengths, widths, batch_size):
+        rows, first = random.permutation(group), len(group) % batch_size
+        starts = [*([0] if first else []), *range(first, len(rows), batch_size)]
+        batches += np.split(rows, starts[1:])
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def length_groups(lengths: np.ndarray, widths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """The rows in groups of similar lengths, always the same: the groups with the least padding.
+
+    All groups but the first have whole batches. Each has at least two (else its batch would be the same in every
+    epoch), unless there are fewer rows.
+
+    A group ends at a width, except for less than a batch of rows, which the next group takes over. So every whole
+    batch of a group has a row of the group's last width, unless two widths were joined for want of rows.
+    """
+    order = np.argsort(lengths, kind="stable")
+    counts = np.searchsorted(lengths[order], widths, side="right")
+    ends = np.unique([0, *np.maximum(0, counts - (counts - len(order)) % batch_size)])
+    padded = widths[np.searchsorted(widths, lengths[order][ends - 1])]
+    best, before = [0], [0]  # tokens up to an end, and where the last group before it begins
+    for j in range(1, len(ends)):
+        tokens = [
+            best[i] + (ends[j] - ends[i]) * padded[j] if ends[j] - ends[i] > batch_size else np.inf for i in range(j)
+        ]
+        before.append(int(np.argmin(tokens)))
+        best.append(tokens[before[j]])
+    groups, j = [], len(ends) - 1
+    while j > 0:
+        groups.append(order[ends[before[j]] : ends[j]])
+        j = before[j]
+    return groups[::-1]
 
 
 def pad(examples: Sequence[Example], slots: int, width: int) -> tuple[np.ndarray, np.ndarray]:

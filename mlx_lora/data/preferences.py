@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import LABELS, PAIRS
-from .batches import Dataset, Example, epoch_batches, pad
+from .batches import Dataset, Example, epoch_batches, pad, plan_widths
 from .chat import Unrenderable, common_length
 from .faults import Place, counted, ranges
 from .left_out import LeftOut
@@ -108,7 +108,8 @@ class PairDataset(Dataset):
 class LabelDataset(PairDataset):
     """Answers with labels. reference: [N, 2] float32, the log-probabilities of each answer and of its other answer.
 
-    The other answer is that of the row before, in the batch. So that its log-probability is known, the rows of a batch
+    The other answer is that of the row before, in the batch, as in TRL; in some one row of a hundred it is an answer to
+    the same prompt. So that its log-probability is known, the rows of a batch
     stay together: later epochs have the batches of the first one in another order.
     """
 
@@ -124,7 +125,8 @@ class LabelDataset(PairDataset):
         A row that is alone in its batch keeps the one it has. Log-probabilities of other answers are dropped.
         """
         found = copy.copy(self)
-        found.__dict__.pop("widths", None)
+        for name in ("widths", "_room"):  # they follow from the other answers
+            found.__dict__.pop(name, None)
         found.other = self.other.copy()
         for rows in batches:
             if len(rows) > 1:
@@ -134,7 +136,7 @@ class LabelDataset(PairDataset):
         return found
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-        batches = epoch_batches(self.lengths, batch_size, seed, 0)
+        batches = epoch_batches(self.lengths, plan_widths(self.lengths), batch_size, seed, 0)
         order = np.random.RandomState([seed, epoch, 1]).permutation(len(batches)) if epoch else range(len(batches))
         return [batches[k] for k in order]
 

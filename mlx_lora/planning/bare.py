@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..base.heads import tensor_files
 from ..base.loading import DTYPES
 from ..base.modules import kind, layer_paths
 from ..base.names import BaseModel
@@ -64,26 +64,16 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any] | str | None:
 
 def stored_dtype(base: BaseModel) -> str:
     """The dtype of most floats in the checkpoint, by its files' headers; else by the config."""
-    counts: Counter[str] = Counter()
-    for name in list(tensor_files(base.folder))[:400] if base.folder else ():
-        if name.endswith(("weight", "scales")):
-            counts[_dtype_of(base, name)] += 1
+    counts = Counter(dtype for name, dtype in base.dtypes.items() if name.endswith(("weight", "scales")))
     found = next((_STORED[dtype] for dtype, _ in counts.most_common() if dtype in _STORED), None)
     config = {**base.config, **base.text}
     given = str(config.get("dtype") or config.get("torch_dtype") or "").rpartition(".")[2]
     return found or (given if given in DTYPES else "bfloat16")
 
 
-def _dtype_of(base: BaseModel, name: str) -> str:
-    from safetensors import safe_open
-
-    with safe_open(base._files[name], framework="numpy") as opened:
-        return opened.get_slice(name).get_dtype()
-
-
 def _scaled(base: BaseModel) -> set[str]:
     """The modules with scales in the checkpoint's headers; empty where there are no headers."""
-    return {name.removesuffix(".scales") for name in base.tensor_names if name.endswith(".scales")}
+    return {name.removesuffix(".scales") for name in base.dtypes if name.endswith(".scales")}
 
 
 def _quantize(model: nn.Module, quantization: dict[str, Any], scaled: set[str]) -> None:
@@ -140,23 +130,36 @@ def flops_per_token(model: nn.Module, config: dict[str, Any]) -> float:
     return 2 * (total + head)
 
 
-def folder_of(name: str | Path) -> Path:
-    """The local folder of a model, without its weights: of a repository only the small files are downloaded."""
+def base_named(name: str | Path) -> BaseModel:
+    """The model in a local folder or in the Hub's cache; of another repository only its config and headers are read."""
     from ..base.loading import resolve
 
-    path = Path(str(name)).expanduser()
-    if path.exists() or str(name).count("/") != 1:
-        return resolve(name)
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    if not is_repository(name):
+        return BaseModel(resolve(name))
+    from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(str(name), "config.json")
-    if isinstance(cached, str):
-        return Path(cached).parent
+    folder = Path(cached).parent if isinstance(cached, str) else None
+    return BaseModel(folder if folder and any(folder.glob("*.safetensors")) else str(name))
+
+
+def is_repository(name: str | Path) -> bool:
+    """Whether ``name`` is no local path and can be a repository's."""
+    text = str(name)
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None
+    return named and not Path(text).expanduser().exists()
+
+
+def folder_of(base: BaseModel) -> Path:
+    """The local folder with the tokenizer of ``base``; of a repository only the small files are downloaded."""
+    if base.folder is not None:
+        return base.folder
+    from huggingface_hub import snapshot_download
+
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.jinja", "*.txt", "*.model", "*.py"]))
+        return Path(snapshot_download(base.name, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model", "*.py"]))
     except Exception as error:  # huggingface_hub raises its own errors, httpx's and OSError
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{name}: no such folder, and the repository's config cannot be downloaded ({first[:200]})",
-            "Check the name and the network.",
+            f"{base.name}: its tokenizer cannot be downloaded ({first[:200]})", "Check the name and the network."
         ) from None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..config import AdapterConfig, TrainConfig
+from ..config import LABELS, AdapterConfig, TrainConfig, preference_of
 
+MARGIN = 0.15  # of a predicted peak: how far the measured one was from it at most, in tests/planning
+_SHORTEST = 256  # tokens to which rows are cut
 MACS = (8, 16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory
 
 
@@ -16,7 +20,7 @@ class Verdict:
 
     machine: int  # GB of memory
     working_set: int  # bytes that the GPU may use
-    fits: bool  # as planned
+    fits: bool  # as planned, with ``MARGIN`` to spare
     peak: int  # bytes, with `flags`; of the smallest run tried if none fits
     flags: tuple[str, ...] | None  # None: nothing that was tried makes it fit
 
@@ -41,52 +45,53 @@ def working_set(gigabytes: int) -> int:
     return size * 2 // 3 if gigabytes <= 32 else size * 3 // 4
 
 
-def variants(asked: Variant, quantized: bool, layers: int, processes: int = 1) -> Iterator[Variant]:
-    """``asked``, and then ever smaller runs: what changes the result of the training least comes first."""
-    yield asked
-    dense = [asked]
+def fits(peak: float, size: int) -> bool:
+    """Whether a run with this predicted peak fits into ``size`` bytes, however wrong the prediction is."""
+    return peak * (1 + MARGIN) <= size
+
+
+def variants(asked: Variant, quantized: bool, layers: int, processes: int = 1) -> list[Variant]:
+    """``asked``, and then ever smaller runs, each with all the changes before: the least harmful change comes first.
+
+    Args:
+        quantized: the base is. layers: of the model.
+    """
+    found = [asked]
+
+    def add(*flags: str, **changes: Any) -> None:
+        names = {flag.split()[0] for flag in flags}
+        before = tuple(flag for flag in found[-1].flags if flag.split()[0] not in names)
+        found.append(replace(found[-1], flags=before + flags, **changes))
+
     if not quantized and asked.adapter.method != "full":
-        flags = (*asked.flags, "a 4-bit base")
-        dense.append(replace(asked, quantize=True, flags=flags))
-    for start in dense:
-        if start is not asked:
-            yield start
-        here = start
-        if not here.train.grad_checkpoint:
-            here = _with(here, "--grad-checkpoint", grad_checkpoint=True)
-            yield here
-        while here.train.batch_size > processes:
-            size = max(processes, here.train.batch_size // 2 // processes * processes)
-            times = -(-asked.train.batch_size // size) * asked.train.grad_accumulation_steps
-            flags = [flag for flag in here.flags if not flag.startswith(("--batch-size", "--grad-acc"))]
-            flags += [f"--batch-size {size}", f"--grad-accumulation-steps {times}"]
-            train = replace(here.train, batch_size=size, grad_accumulation_steps=times)
-            here = replace(here, train=train, flags=tuple(flags))
-            yield here
-    smallest = here
-    adapted = asked.adapter.last_layers(layers)
-    for count in (8, 4):
-        if count < adapted and asked.adapter.layers_to_transform is None:
-            adapter = replace(smallest.adapter, num_layers=count)
-            here = replace(smallest, adapter=adapter, flags=(*smallest.flags, f"--num-layers {count}"))
-            yield here
+        add("a 4-bit base", quantize=True)
+    if not asked.train.grad_checkpoint:
+        add("--grad-checkpoint", train=replace(asked.train, grad_checkpoint=True))
+    least = processes * (2 if preference_of(asked.train.loss).rows == LABELS else 1)
+    while (size := found[-1].train.batch_size) > least:
+        size = max(least, size // 2 // processes * processes)
+        times = -(-asked.train.batch_size // size) * asked.train.grad_accumulation_steps
+        train = replace(found[-1].train, batch_size=size, grad_accumulation_steps=times)
+        add(f"--batch-size {size}", f"--grad-accumulation-steps {times}", train=train)
     length = 1 << (asked.length - 1).bit_length() if asked.length > 2 else 2
-    while length // 2 >= 256:
+    while length // 2 >= _SHORTEST:
         length //= 2
-        yield replace(here, length=length, flags=(*here.flags, f"--max-seq-length {length}"))
+        add(f"--max-seq-length {length}", length=length)
+    for count in (8, 4):
+        if count < asked.adapter.last_layers(layers) and asked.adapter.layers_to_transform is None:
+            adapter = replace(asked.adapter, num_layers=count)
+            add(f"--num-layers {count}", adapter=adapter)
+    return found
 
 
-def _with(variant: Variant, flag: str, **changes: object) -> Variant:
-    return replace(variant, train=replace(variant.train, **changes), flags=(*variant.flags, flag))
-
-
-def verdicts(options: list[Variant], peak: Callable[[Variant], int]) -> list[Verdict]:
-    """One for each of ``MACS``; ``peak`` plans a variant, and is asked for those only that a machine needs."""
-    found = []
+def verdicts(options: list[Variant], peak: Callable[[Variant], float]) -> list[Verdict]:
+    """One for each of ``MACS``; ``peak`` plans a variant, and is asked for few: ``options`` become ever smaller."""
+    found, first = [], 0
     for gigabytes in reversed(MACS):
         size = working_set(gigabytes)
-        fitting = next((v for v in options if peak(v) <= size), None)
-        best = peak(fitting) if fitting else min(map(peak, options))
+        first = bisect_left(options, True, lo=first, key=lambda variant: fits(peak(variant), size))
+        fitting = options[first] if first < len(options) else None
+        best = peak(fitting or options[-1])
         flags = fitting.flags if fitting else None
-        found.append(Verdict(gigabytes, size, fitting is options[0], best, flags))
+        found.append(Verdict(gigabytes, size, first == 0, best, flags))
     return found[::-1]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..base.names import BaseModel
-from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
-from ..data import load_dataset
+from ..config import LABELS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config, preference_of
+from ..data import iterations, load_dataset
 from ..device import is_cpu, memory_limit
 from ..errors import ConfigError, MLXLoRAError
 from . import speed
-from .bare import folder_of, quantization_of
-from .estimate import Estimate, estimate
-from .machines import Variant, Verdict, variants, verdicts
+from .bare import base_named, folder_of, quantization_of
+from .estimate import Estimate, Estimator
+from .machines import Variant, Verdict, fits, variants, verdicts
 from .rows import Epoch, epoch_of
 from .step import Parts
 
@@ -29,10 +30,10 @@ class Plan:
     trainable: int
     memory: Parts
     limit: int  # what MLX can use on this machine
-    fits: bool  # on this machine
+    fits: bool  # on this machine, with ``machines.MARGIN`` to spare
     epoch: Epoch | None  # None where the data are not known
     length: int  # tokens of the widest batch
-    iters: int
+    iters: int | None  # None with ``epochs`` where the data are not known
     epochs: float | None
     tokens_per_step: int | None  # of an optimizer step, of all processes, padding left out; a mean
     processes: int
@@ -82,15 +83,14 @@ def plan(
             f"{train.batch_size} rows cannot be divided equally among {processes!r} processes",
             f"Set batch_size to a multiple of the number of processes, such as {4 * max(1, int(processes or 1))}.",
         )
-    folder = folder_of(model)
-    rows, notes = None, []
+    base, rows, notes = base_named(model), None, []
     if data is None:
         length = max_seq_length or DataConfig.max_seq_length
         notes.append(f"No data: every row is taken to have {length} tokens (max_seq_length)")
     if data is not None:
-        rows = read_rows(folder, data, trust_remote_code, notes)
+        rows = read_rows(folder_of(base), data, trust_remote_code, notes, train.loss)
     return plan_of(
-        BaseModel(folder),
+        base,
         str(model),
         rows,
         data.max_seq_length if data else length,
@@ -121,37 +121,39 @@ def plan_of(
     Args:
         max_seq_length: tokens of a row where there is no data set.
     """
+    if rows is not None:
+        train = replace(train, iters=iterations(train, rows), epochs=None)
     epoch = epoch_of(rows, train) if rows is not None else None
     length = epoch.longest if epoch else max_seq_length
     asked, here = Variant(adapter, train, length=length), not is_cpu()
-    found = estimate(base, optimizer, asked, here, processes)
-    limit = memory_limit()
-    table: tuple[Verdict, ...] = ()
-    if machines:
-        table = tuple(_verdicts(base, optimizer, asked, found, here, processes))
-    steps = train.iters or math.ceil(getattr(train, "epochs", 1) * epoch.batches if epoch else 1)
+    limit, table = memory_limit(), ()
+    with Estimator(base, optimizer, processes) as estimate:
+        found = estimate(asked, here)
+        if machines:
+            table = verdicts(variants(asked, found.quantized, found.layers, processes), partial(_peak, estimate))
     padded = epoch.tokens / (1 - epoch.padding) / epoch.batches if epoch else train.batch_size * length
     flops, rate = step_flops(found, train, padded) / processes, speed.measured()
-    per_step = None
-    if epoch:
-        per_step = round(epoch.tokens / epoch.batches * train.grad_accumulation_steps)
+    seconds = None
+    if rate and train.iters is not None:
+        of_reference = reference_flops(found, train, epoch.tokens) / processes if epoch else 0.0
+        seconds = (flops * train.iters + of_reference) / rate
     return Plan(
         model=name,
         parameters=found.parameters,
         trainable=found.trainable,
         memory=found.parts,
         limit=limit,
-        fits=found.parts.peak <= limit,
+        fits=fits(found.parts.peak, limit),
         epoch=epoch,
         length=length,
-        iters=steps,
-        epochs=round(steps / epoch.batches, 2) if epoch else None,
-        tokens_per_step=per_step,
+        iters=train.iters,
+        epochs=round(train.iters / epoch.batches, 2) if epoch else train.epochs,
+        tokens_per_step=round(epoch.tokens / epoch.batches * train.grad_accumulation_steps) if epoch else None,
         processes=processes,
         layers=found.layers,
         flops_per_step=flops,
-        seconds=flops * steps / rate if rate else None,
-        verdicts=table,
+        seconds=seconds,
+        verdicts=tuple(table),
         notes=tuple(notes or ()),
     )
 
@@ -159,42 +161,43 @@ def plan_of(
 def step_flops(found: Estimate, train: TrainConfig, tokens: float) -> float:
     """Operations of a step on ``tokens``, padding included."""
     method = "full" if found.trainable > 0.5 * found.parameters else "lora"
-    return speed.step_flops(found.flops, tokens, method, train.grad_checkpoint)
+    others = preference_of(train.loss).rows == LABELS  # each prompt is also read with another answer, forward only
+    return speed.step_flops(found.flops, tokens, method, train.grad_checkpoint) + others * found.flops * tokens
 
 
-def _verdicts(base, optimizer, asked: Variant, found: Estimate, gpu: bool, processes: int) -> list[Verdict]:
-    known: dict[Variant, int] = {}
-    options = list(variants(asked, found.quantized, found.layers, processes))
+def reference_flops(found: Estimate, train: TrainConfig, tokens: float) -> float:
+    """Operations of reading the ``tokens`` of all rows once, before training, for losses with a reference."""
+    needs = preference_of(train.loss)
+    return found.flops * tokens * needs.reference * (2 if needs.rows == LABELS else 1)
 
-    def peak(variant: Variant) -> int:
-        place = options.index(variant)
-        if place not in known:
-            try:
-                one = found if gpu and place == 0 else estimate(base, optimizer, variant, True, processes)
-                known[place] = one.parts.peak
-            except MLXLoRAError:  # settings that this model does not have, such as checkpointing
-                known[place] = math.inf
-        return known[place]
 
-    return verdicts(options, peak)
+def _peak(estimate: Estimator, variant: Variant) -> float:
+    """Bytes on a Mac's GPU; infinite for settings that this model does not have, such as checkpointing."""
+    try:
+        return estimate(variant, True).parts.peak
+    except MLXLoRAError:
+        return math.inf
 
 
 def suggestion(
     base: BaseModel, adapter: AdapterConfig, optimizer: OptimizerConfig, train: TrainConfig, found: Plan
 ) -> tuple[str, ...]:
     """The options with which the run of the plan ``found`` fits this machine; none where nothing helps."""
-    asked, quantized = Variant(adapter, train, length=found.length), bool(quantization_of(base.config))
-    for variant in list(variants(asked, quantized, found.layers, found.processes))[1:]:
-        try:
-            if estimate(base, optimizer, variant, not is_cpu(), found.processes).parts.peak <= found.limit:
-                return variant.flags
-        except MLXLoRAError:  # settings that this model does not have
-            continue
+    asked = Variant(adapter, train, length=found.length)
+    with Estimator(base, optimizer, found.processes) as estimate:
+        for variant in variants(asked, quantization_of(base.config) is not None, found.layers, found.processes)[1:]:
+            try:
+                if fits(estimate(variant, not is_cpu()).parts.peak, found.limit):
+                    return variant.flags
+            except MLXLoRAError:  # settings that this model does not have
+                continue
     return ()
 
 
-def read_rows(folder: Path, data: DataConfig, trust_remote_code: bool, notes: list[str]) -> Any:
-    """The training set; None, with a note, where the model's folder has no tokenizer."""
+def read_rows(
+    folder: Path, data: DataConfig, trust_remote_code: bool, notes: list[str], loss: str = TrainConfig.loss
+) -> Any:
+    """The training set, read as ``loss`` takes it; None, with a note, where the model's folder has no tokenizer."""
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
         notes.append(
             f"{folder} has no tokenizer, so rows are taken to have {data.max_seq_length} tokens (max_seq_length)"
@@ -203,6 +206,7 @@ def read_rows(folder: Path, data: DataConfig, trust_remote_code: bool, notes: li
     from mlx_lm.utils import load_tokenizer
 
     tokenizer = load_tokenizer(folder, {"trust_remote_code": trust_remote_code})
-    sets = load_dataset(data, tokenizer, ("train", "valid"))  # without a validation set, rows are held out for it
+    kind = preference_of(loss).rows
+    sets = load_dataset(data, tokenizer, ("train", "valid"), kind)  # without a validation set, rows are held out for it
     notes += [*sets.all_warnings(), *sets.all_notes()]
     return sets.train

@@ -41,12 +41,11 @@ def chosen_settings(rows: Any, masks: bool, packs: bool, train: TrainConfig) -> 
     }
 
 
-def as_yaml(plan: Plan, settings: dict[str, Any], epochs: int, machine: str) -> str:
+def as_yaml(plan: Plan, settings: dict[str, Any], machine: str) -> str:
     """The configuration, with a reason beside each setting.
 
     Args:
         settings: of train, as in YAML.
-        epochs: what iters was computed from.
         machine: for which memory it was chosen.
     """
     why = {
@@ -56,8 +55,7 @@ def as_yaml(plan: Plan, settings: dict[str, Any], epochs: int, machine: str) -> 
         "learning_rate": "LoRA learns at ten times the rate of full fine-tuning",
         "lr_schedule": "falls to 0 at the end",
         "warmup": "optimizer steps over which the rate rises",
-        "iters": f"{epochs} epochs of {plan.epoch.batches if plan.epoch else '?'} batches",
-        "epochs": "how often each row is seen",
+        "epochs": f"passes over the {plan.epoch.rows:,} rows, {plan.iters:,} iterations in all",
         "mask_prompt": "learn the answers only",
         "max_seq_length": f"the longest row has {plan.length} tokens",
         "batch_size": "rows of a batch",

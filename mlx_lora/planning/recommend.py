@@ -9,12 +9,13 @@ from typing import Any
 
 from ..base.names import BaseModel
 from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from ..data import iterations
 from ..device import is_cpu, memory_limit
 from ..errors import ConfigError, DataError, MLXLoRAError
 from ..training.packing_checks import check_model
-from .bare import folder_of, quantization_of
-from .estimate import estimate
-from .machines import Variant, variants
+from .bare import base_named, folder_of
+from .estimate import Estimator
+from .machines import Variant, fits, variants
 from .plan import Plan, plan_of, read_rows
 from .recipe import as_yaml, chosen_settings, epochs_for, rhythm
 from .rows import epoch_of
@@ -27,21 +28,21 @@ def recommend(
 
     Raises: DataError without a tokenizer or training rows; ConfigError where nothing that was tried fits.
     """
-    folder, notes = folder_of(model), []
+    base, notes = base_named(model), []
+    folder = folder_of(base)
     rows = read_rows(folder, data, trust_remote_code, notes)
     if rows is None:
         raise DataError(notes[-1], "Name a model folder that has its tokenizer.")
-    base = BaseModel(folder)
     masks = any(not example.mask[1:].all() for example in _with_prompts(folder, data, trust_remote_code))
-    size = min(4, len(rows)) if epoch_of(rows, TrainConfig(batch_size=1)).longest > 512 else min(8, len(rows))
+    size = min(4, len(rows)) if rows.widths[-1] > 512 else min(8, len(rows))
     chosen = chosen_settings(rows, masks, _packs(base, data.max_seq_length), TrainConfig(batch_size=size))
     adapter, train = AdapterConfig(**chosen["adapter"]), TrainConfig(batch_size=size, **chosen["train"])
-    epoch, optimizer = epoch_of(rows, train), OptimizerConfig(**chosen["optimizer"])
+    longest, optimizer = epoch_of(rows, train).longest, OptimizerConfig(**chosen["optimizer"])
     limit = memory_limit()
-    fitting = _fitting(base, optimizer, Variant(adapter, train, length=epoch.longest), limit)
+    fitting = _fitting(base, optimizer, Variant(adapter, train, length=longest), limit)
     train, adapter = fitting.train, fitting.adapter
-    epoch, epochs = epoch_of(rows, train), epochs_for(len(rows))
-    iters = epochs * epoch.batches
+    train = replace(train, iters=None, epochs=epochs_for(len(rows)))
+    epoch, iters = epoch_of(rows, train), iterations(train, rows)
     steps = math.ceil(iters / train.grad_accumulation_steps)
     settings: dict[str, Any] = {
         "model": str(model),
@@ -53,7 +54,7 @@ def recommend(
         "alpha": chosen["adapter"]["alpha"],
         **chosen["optimizer"],
         "warmup": max(1, min(100, steps // 10)),
-        "iters": iters,
+        "epochs": train.epochs,
         "batch_size": train.batch_size,
         "grad_accumulation_steps": train.grad_accumulation_steps,
         "max_seq_length": data.max_seq_length,
@@ -64,11 +65,9 @@ def recommend(
         **{name: True for name in ("pack", "grad_checkpoint") if getattr(train, name)},
         "seed": 0,
     }
-    train = TrainConfig(**{n: settings[n] for n in ("iters", "batch_size", "grad_accumulation_steps")},
-                        pack=train.pack, grad_checkpoint=train.grad_checkpoint)  # fmt: skip
     plan = plan_of(base, str(model), rows, data.max_seq_length, adapter, optimizer, train, notes=notes)
     machine = f"this machine, on which MLX can use {limit / 1e9:.1f} GB"
-    return as_yaml(plan, settings, epochs, machine), plan
+    return as_yaml(plan, settings, machine), plan
 
 
 def _with_prompts(folder: Path, data: DataConfig, trust_remote_code: bool) -> list[Any]:
@@ -90,11 +89,10 @@ def _packs(base: BaseModel, width: int) -> bool:
 
 def _fitting(base: BaseModel, optimizer: OptimizerConfig, asked: Variant, limit: int) -> Variant:
     """The first variant that fits without another base or shorter rows."""
-    for variant in variants(asked, quantization_of(base.config) is not None, 1):
-        if variant.quantize or variant.length != asked.length:
-            continue
-        if estimate(base, optimizer, variant, not is_cpu()).parts.peak <= limit:
-            return variant
+    with Estimator(base, optimizer) as estimate:
+        for variant in variants(asked, True, 1):  # neither another base nor fewer layers
+            if variant.length == asked.length and fits(estimate(variant, not is_cpu()).parts.peak, limit):
+                return variant
     raise ConfigError(
         f"{base.name}: nothing that was tried fits into the {limit / 1e9:.1f} GB that MLX can use here",
         "Use a model with 4-bit weights, or a smaller one: mlx-lora quantize makes one.",

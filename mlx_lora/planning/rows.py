@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from ..config import TrainConfig
-from ..data import batches, packing
+from ..config import PAIRS, TOKENS, TrainConfig
+from ..data import packing
+from ..data.batches import UNIT, sizes
 
 
 @dataclass(frozen=True)
@@ -16,29 +15,29 @@ class Epoch:
     """Every row of the training set once."""
 
     rows: int
-    tokens: int
+    tokens: int  # of both answers of a pair
     learned_tokens: int
     padding: float  # share of the tokens computed that are padding
     batches: int
     longest: int  # tokens of the widest batch
-    packed_padding: float  # the share with --pack
+    packed_padding: float | None  # the share with --pack; None for rows that cannot be packed
 
 
 def epoch_of(rows: Any, train: TrainConfig) -> Epoch:
     """An epoch of ``rows``, a data set of ``mlx_lora.data``."""
-    lengths, size, seed = np.asarray(rows.lengths), train.batch_size, train.seed
-    together = packing._epoch(lengths, packing.capacity(rows), size, seed, 0)
-    packed = sum(size * _multiple(room) for _, room in together)
-    apart = batches._epoch(lengths, size, seed, 0)
-    widths = np.asarray(rows.widths)
-    padded = sum(size * int(widths[np.searchsorted(widths, lengths[one].max())]) for one in apart)
-    tokens = int(lengths.sum())
-    computed, count = (packed, len(together)) if train.pack else (padded, len(apart))
-    longest = max(_multiple(room) for _, room in together) if train.pack else int(widths[-1])
-    summary = getattr(rows, "summary", None)
-    learned = summary.learned_tokens if summary else tokens
-    return Epoch(len(lengths), tokens, learned, 1 - tokens / computed, count, longest, 1 - tokens / packed)
+    size, seed = train.batch_size, train.seed
+    whole, learned = sizes(rows)
+    sequences = 2 if rows.kind == PAIRS else 1
+    apart = [rows.width(one) for one in rows.epoch(size, seed, 0)]
+    count, computed, longest = len(apart), sum(apart) * size * sequences, int(rows.widths[-1])
+    packed = None
+    if rows.kind == TOKENS:
+        widths = [_multiple(room) for _, room in packing._epoch(rows.lengths, packing.capacity(rows), size, seed, 0)]
+        packed = 1 - whole / (sum(widths) * size)
+        if train.pack:
+            count, computed, longest = len(widths), sum(widths) * size, max(widths)
+    return Epoch(len(rows), whole, learned, 1 - whole / computed, count, longest, packed)
 
 
 def _multiple(room: int) -> int:
-    return -(-max(1, room - 1) // batches.UNIT) * batches.UNIT + 1
+    return -(-max(1, room - 1) // UNIT) * UNIT + 1

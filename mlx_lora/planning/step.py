@@ -48,8 +48,8 @@ class Parts:
     def __sub__(self, other: Parts) -> Parts:
         return Parts(*map(operator.sub, astuple(self), astuple(other)))
 
-    def __mul__(self, times: int) -> Parts:
-        return Parts(*(part * times for part in astuple(self)))
+    def __mul__(self, times: float) -> Parts:
+        return Parts(*(round(part * times) for part in astuple(self)))
 
 
 class Traced:
@@ -68,7 +68,7 @@ class Traced:
             step = Step(
                 self.model,
                 optimizer,
-                loss=loss_named(getattr(self.config, "loss", "cross_entropy")),
+                loss=loss_named(self.config.loss, self.config.preference_options()),
                 seed=0,
                 fused=self.config.grad_accumulation_steps == 1,
                 max_grad_norm=self.config.max_grad_norm,

@@ -13,6 +13,7 @@ from ..base.batching import why_not_batched
 from ..config import TOKENS, DataConfig, TrainConfig, as_config, preference_of
 from ..data import Question, load_dataset, questions
 from ..errors import ConfigError
+from ..formats.checkpoints import choose
 from ..model.attach import disable_adapter
 from ..model.forward_paths import needs_cache, through_cache
 from ..model.loading import load
@@ -31,6 +32,7 @@ def measure(
     data: str | Path | DataConfig,
     adapter_path: str | Path | None = None,
     *,
+    checkpoint: str | int | None = None,
     batch_size: int = 4,
     test_batches: int = -1,
     loss: str = "cross_entropy",
@@ -47,6 +49,8 @@ def measure(
         model: a folder or repository, or a pair (model, tokenizer).
         data: a DataConfig, or its ``data``.
         adapter_path: an adapter of any format to load with the model; not with a pair.
+        checkpoint: where ``adapter_path`` is the folder of a run: ``last``, ``best`` or an iteration; by default the
+            best where there is one.
         test_batches: batches to measure at most; -1 for the whole set.
         loss: a name in ``LOSSES``. The reference of losses of preferences is the model without its adapter.
         options: of the loss, such as {"beta": 0.1}.
@@ -66,6 +70,10 @@ def measure(
     metrics = load_metrics(TrainConfig(metric=metric, metric_rows=metric_rows).metric if metric else None)
     if adapter_path is not None and isinstance(model, tuple):
         raise ConfigError("adapter_path cannot be used with a loaded model", "Load the model with its adapter.")
+    if checkpoint is not None:
+        if adapter_path is None:
+            raise ConfigError("checkpoint has no effect without adapter_path", "Name the folder of the run.")
+        adapter_path = choose(adapter_path, checkpoint)
     loss_named(loss)
     options = as_config(TrainConfig, {**(options or {}), "loss": loss, "batch_size": batch_size}, "options")
     data = as_data(data)

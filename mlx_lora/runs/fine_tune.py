@@ -31,7 +31,7 @@ from .metrics import load_metrics, measured
 from .peers import watched
 from .planned import check_weights, keep_speed, plan_run
 from .preferences import keeping_references, with_references
-from .prefix import keep_prefix
+from .prefix import drop_states, keep_prefix
 from .recorder import Recorder
 from .reports import DataLoaded, EarlierRunMoved, Loading, Planned, PrefixCache, Started, TestReport, Warned
 from .settings import Settings
@@ -163,6 +163,8 @@ def _fine_tune(
         hooks = {"metrics": _metrics(model, tokenizer, asked, config), "prefix": prefix}
         done = yield from _train(model, sets, folder, replace(settings, train=config), state, stop, hooks)
         keep_speed(planned, done, state)
+        if not done.stopped:
+            drop_states(folder.path)
         if settings.test_batches is not None and not done.stopped:
             if 0 < folder.best < done.iteration:
                 yield Warned(

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..config import DataConfig
+from ..config import LABELS, TOKENS, DataConfig
 from ..data import Dataset, Question, Splits, questions
 from ..errors import DataError
 from ..model.attach import extract
@@ -74,9 +74,11 @@ def _questions(data: Any, valid: Dataset, tokenizer: Any, count: int) -> list[Qu
             return [question for question in found if len(question.tokens) <= longest] or found[:1]
         except DataError:  # rows of text, or that end without an answer
             pass
-    count = min(count, len(valid))
-    rows = [valid[(2 * k + 1) * len(valid) // (2 * count)] for k in range(count)]
-    return [_split_row(row, tokenizer) for row in rows]
+    among: Any = range(len(valid))
+    if getattr(valid, "kind", TOKENS) == LABELS:  # bad answers are not expected ones
+        among = [i for i in among if valid[i].label]
+    count = min(count, len(among))
+    return [_split_row(valid[among[(2 * k + 1) * len(among) // (2 * count)]], tokenizer) for k in range(count)]
 
 
 def _split_row(row: Any, tokenizer: Any) -> Question:

@@ -13,10 +13,11 @@ from ..config import DataConfig
 from ..device import memory_limit
 from ..errors import MLXLoRAError, TrainingError
 from ..planning import speed
-from ..planning.bare import folder_of
+from ..planning.bare import base_named
+from ..planning.machines import MARGIN
 from ..planning.plan import Plan, suggestion
 from ..planning.plan import plan_of as make_plan
-from .reports import Planned
+from .reports import Planned, Warned
 from .settings import Settings
 
 _FORCE = "To train all the same, add --force (in Python force=True)."
@@ -27,8 +28,10 @@ def check_weights(settings: Settings) -> None:
     if isinstance(settings.model, tuple) or settings.force:
         return
     try:
-        folder = folder_of(settings.model)
+        folder = base_named(settings.model).folder
     except MLXLoRAError:  # loading says what is wrong with it
+        return
+    if folder is None:  # loading downloads it
         return
     size, limit = sum(file.stat().st_size for file in folder.glob("model*.safetensors")), memory_limit()
     if size > limit:
@@ -56,14 +59,20 @@ def plan_run(settings: Settings, model: nn.Module, sets: Any):
         yield Planned(None, limit, reason=reason.splitlines()[0][:200])
         return None
     padding = found.epoch.padding if found.epoch else None
+    limit = found.limit
     yield Planned(found.memory.peak, limit, found.trainable, found.iters, found.epochs, padding, found.seconds)
-    if not found.fits and not settings.force:
+    if found.memory.peak > limit and not settings.force:
         flags = suggestion(name, settings.adapter, settings.optimizer, settings.train, found)
         advice = f"It fits with {', '.join(flags)}. " if flags else "Nothing that was tried makes it fit here. "
         raise TrainingError(
             f"this run needs about {found.memory.peak / 1e9:.1f} GB at its peak, and MLX can use {limit / 1e9:.1f} GB "
             "here",
             advice + _FORCE,
+        )
+    if not found.fits and found.memory.peak <= limit:
+        yield Warned(
+            f"the peak is planned as {found.memory.peak / 1e9:.1f} GB of the {limit / 1e9:.1f} GB that MLX can use "
+            f"here; a plan may be {100 * MARGIN:g} % too low"
         )
     return found
 

@@ -25,13 +25,12 @@ def with_references(model: nn.Module, sets: Splits, config: TrainConfig, state: 
     """
     if preference_of(config.loss).rows == LABELS and (text := _unbalanced(sets.train, config)):
         yield Warned(text)
-    kept, found = state.reference if state is not None else None, {}
-    for split in ("train", "valid", "test"):
-        rows = getattr(sets, split)
-        if kept is None and rows is not None and preference_of(config.loss).reference:
-            yield Loading("reference", f"{len(rows):,} {split} rows")
-        found[split] = ready(model, rows, config, split, kept)
-    return replace(sets, **found)
+    kept = state.reference if state is not None else None
+    given = {split: getattr(sets, split) for split in ("train", "valid", "test")}
+    if kept is None and preference_of(config.loss).reference:
+        counts = [f"{len(rows):,} {split}" for split, rows in given.items() if rows is not None]
+        yield Loading("reference", f"{', '.join(counts)} rows")
+    return replace(sets, **{split: ready(model, rows, config, split, kept) for split, rows in given.items()})
 
 
 def _unbalanced(rows: LabelDataset, config: TrainConfig) -> str | None:

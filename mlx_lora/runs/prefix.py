@@ -1,7 +1,7 @@
 """``cache_prefix`` of a run: where the states of frozen layers are kept, how much they take, and whether that fits.
 
 Nothing is written and no memory is taken before the caller has taken the report ``PrefixCache``: to decline, close the
-run there.
+run there. A file stays when the run is stopped or killed, for the run that resumes it; a complete run deletes it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config import TrainConfig
-from ..data import Splits, batches_per_epoch
+from ..data import Splits
 from ..errors import ConfigError
 from ..training.prefix import FrozenPrefix
 from ..training.prefix_checks import check_settings
@@ -38,7 +38,7 @@ def keep_prefix(model: nn.Module, sets: Splits, path: Path, identity: dict[str, 
         return None
     check_settings(config.loss, mx.distributed.init().size())
     prefix = FrozenPrefix(model, sets.train, sets.valid if config.val_batches else None)
-    needed = prefix.nbytes(config.batch_size, config.seed, config.iters, config.val_batches)
+    needed, reused = prefix.expected(config.batch_size, config.seed, config.iters, config.val_batches)
     on_disk, file = config.cache_prefix == "disk", path / FILE
     free = _free_disk(path) if on_disk else _free_memory()
     owner = _owner(prefix, identity, config) if on_disk else None
@@ -49,12 +49,17 @@ def keep_prefix(model: nn.Module, sets: Splits, path: Path, identity: dict[str, 
             f"{(free + kept) / 1e9:,.3f} GB are free {f'in {path}' if on_disk else 'in memory'}.",
             ("Free some space" if on_disk else "Set --cache-prefix to disk") + ", or leave --cache-prefix out.",
         )
-    if config.iters <= batches_per_epoch(sets.train, config.batch_size):
+    if reused is None:
         yield Warned("cache_prefix gains little: the run ends within its first epoch, which computes all layers")
-    yield PrefixCache(prefix.count, len(prefix.layers), needed, free, str(file) if on_disk else "memory")
+    yield PrefixCache(prefix.count, len(prefix.layers), needed, free, str(file) if on_disk else "memory", reused)
     if on_disk:
         prefix.states = FileStates(file, owner, prefix.probe.itemsize)
     return prefix
+
+
+def drop_states(path: Path) -> None:
+    """Delete the file of a complete run in the folder ``path``, if there is one."""
+    (path / FILE).unlink(missing_ok=True)
 
 
 def _owner(prefix: FrozenPrefix, identity: dict[str, Any], config: TrainConfig) -> str:

@@ -54,6 +54,7 @@ class PrefixCache:
     bytes: int  # that it will take, about
     free: int  # bytes
     place: str  # "memory", or the file
+    reused: float | None  # share of the rows read after the first epoch that need no computing; None: only one epoch
 
 
 @dataclass(frozen=True)

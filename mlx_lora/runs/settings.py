@@ -9,6 +9,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..config import (
+    TOKENS,
     AdapterConfig,
     DataConfig,
     OptimizerConfig,
@@ -76,7 +77,8 @@ class Settings:
         own_rate = first_rate(optimizer.lr_schedule) is not None or chooses_own_rate(
             optimizer.optimizer, optimizer.optimizer_config
         )
-        if self._rate_is_given or own_rate or self.resume or adapter.method == "full":
+        preferences = preference_of(self.train.loss).rows != TOKENS  # which are learned at rates of 1e-6 to 5e-5
+        if self._rate_is_given or own_rate or self.resume or adapter.method == "full" or preferences:
             return adapter.doubts()
         return [
             *adapter.doubts(),

@@ -47,9 +47,9 @@ def trackers(
 
 
 def values_of(report: TrainReport | ValReport) -> dict[str, float]:
-    """The numbers of a report by name, metrics among them: those of a validation begin with ``val_``."""
+    """The numbers of a report by name: its fields, as mlx-lm names them, and its metrics after train/ or val/."""
     fields = asdict(report)
-    prefix = "val_" if isinstance(report, ValReport) else ""
+    prefix = "val/" if isinstance(report, ValReport) else "train/"
     metrics = {prefix + name: value for name, value in fields.pop("metrics").items()}
     return {name: value for name, value in {**fields, **metrics}.items() if name != "iteration" and value is not None}
 

@@ -19,6 +19,7 @@ _KEY, _VERSION = "mlx_lora_training_state", 1
 _GROUPS = ("parameters", "optimizer", "pending", "reference")
 _DATA = "training data"
 _PACK = "tokens in a packed sequence"
+_ORDER = "order of the batches"
 OTHER_DATA = "{} data: other rows or another order, or the rows are tokenized or masked differently"
 
 
@@ -153,6 +154,7 @@ def fingerprint(
         "batch_size": config.batch_size,
         "grad_accumulation_steps": config.grad_accumulation_steps,
         "seed": config.seed,
+        _ORDER: "rows of similar length in fixed groups",
         _PACK: capacity(train_set) if config.pack else 0,
         "optimizer": optimizer,
         "rows of training data": len(train_set),
@@ -167,6 +169,7 @@ def check_fingerprint(saved: dict[str, Any], here: dict[str, Any], most: int = 1
     before, now = _flat(saved), _flat(here)
     before.setdefault(_DATA, now[_DATA])  # older versions did not record these
     before.setdefault(_PACK, 0)
+    before.setdefault(_ORDER, "of an older version")
     differences = [
         OTHER_DATA.format("training") if name == _DATA else difference(name, before.get(name), now.get(name))
         for name in {**before, **now}

@@ -100,21 +100,28 @@ class FrozenPrefix:
             arrays = tuple(mx.array(array) for array in batch)
             yield self._hidden(1, rows, arrays[0], {}, self._record), *arrays
 
-    def nbytes(self, batch_size: int, seed: int, iters: int, val_batches: int) -> int:
-        """About how many bytes of states a run keeps."""
+    def expected(self, batch_size: int, seed: int, iters: int, val_batches: int) -> tuple[int, float | None]:
+        """What a run keeps.
+
+        Returns: (about how many bytes, share of the rows that training reads after its first epoch and finds kept;
+            None if the run ends within its first epoch).
+        """
         (train_set, valid_set), per_token = self._sets, self.probe.shape[-1] * self.probe.itemsize
         pairs: set[tuple[int, int]] = set()
-        epochs = -(-iters // batches_per_epoch(train_set, batch_size))
-        for epoch in range(min(epochs, _EPOCHS if self.exact else 1)):
-            for rows in train_set.epoch(batch_size, seed, epoch):
+        each, read, new = batches_per_epoch(train_set, batch_size), 0, 0
+        for epoch in range(min(-(-iters // each), _EPOCHS)):
+            before = len(pairs)
+            for rows in train_set.epoch(batch_size, seed, epoch)[: iters - epoch * each]:
                 width = train_set.width(rows) if self.exact else 0
                 pairs.update((int(row), width) for row in rows)
+                read += len(rows) if epoch else 0
+            new += len(pairs) - before if epoch else 0
         tokens = sum(int(train_set.lengths[row]) - 1 for row, _ in pairs)
         if valid_set is not None and len(valid_set) and val_batches:
             tokens += sum(
                 int((valid_set.lengths[rows] - 1).sum()) for rows in eval_rows(valid_set, batch_size, val_batches)
             )
-        return tokens * per_token
+        return tokens * per_token, 1 - new / read if read else None
 
     def _record(self, tokens: mx.array) -> mx.array:
         """The output of the last frozen layer [B, T, D] for `tokens` [B, T]."""

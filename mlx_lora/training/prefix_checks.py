@@ -23,7 +23,8 @@ _MOST = 64  # tokens of the row
 def check_settings(loss: str, processes: int) -> None:
     """Refuse a loss that is not one of a batch of single rows, and several processes. Raises: ConfigError."""
     faults = []
-    if list(inspect.signature(loss_named(loss)).parameters)[:3] != ["model", "tokens", "mask"]:
+    arguments = inspect.signature(loss_named(loss)).parameters.values()
+    if [argument.name for argument in arguments if argument.default is argument.empty] != ["model", "tokens", "mask"]:
         faults.append(f"cache_prefix: the loss {loss!r} does not read each row once")
     if processes > 1:
         faults.append(f"cache_prefix: each of {processes} processes reads other rows in every epoch and would find few")

@@ -67,7 +67,7 @@ def train(
         metrics: called at every validation, with the model in evaluation mode; its values go into the report. It must
             return the same in every process.
         prefix: the frozen layers of `model` and where their states are kept, for `cache_prefix` "disk" (in memory
-            without it).
+            without it, whatever they take: `prefix.expected` tells how much; `mlx_lora.run` refuses what does not fit).
 
     Yields: the reports of `reports.py`, in the order of the events; `Done` comes last.
 

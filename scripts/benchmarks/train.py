@@ -43,7 +43,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 CONTESTANTS = {
     "mlx-lora, 4-bit base": ("ours", {"bits": 4}, {}),
     "mlx-lora, float32 base": ("ours", {}, {}),
-    "mlx-lora, 4-bit base, unsorted": ("ours", {"bits": 4, "window": 1}, {}),
+    "mlx-lora, 4-bit base, unsorted": ("ours", {"bits": 4, "grouped": False}, {}),
     "mlx-lora, 4-bit base, packed 512": ("ours", {"bits": 4, "pack": 512}, {}),
     "mlx-lora, 4-bit base, packed 2048": ("ours", {"bits": 4, "pack": 2048}, {}),
     "mlx-lora, DoRA, 4-bit base": ("ours", {"bits": 4, "method": "dora"}, {}),
@@ -113,10 +113,12 @@ def ours(
     batch: int,
     bits: int | None = None,
     method: str = "lora",
-    window: int | None = None,
+    grouped: bool = True,
     pack: int | None = None,
 ) -> dict:
-    """window: batches whose rows are sorted together. pack: tokens in a sequence; a batch is then one sequence."""
+    """grouped: batches of rows of similar lengths. pack: tokens in a sequence; a batch is then one sequence."""
+    import numpy as np
+
     import mlx_lora
     from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
     from mlx_lora.data import batches, packed_batches, train_batches
@@ -127,7 +129,9 @@ def ours(
     accelerate(model)
     mlx_lora.attach(model, AdapterConfig(method=method, rank=RANK, scale=SCALE, num_layers=-1))
     data = mlx_lora.tokenize(rows(), tokenizer(), DataConfig(max_seq_length=pack or 2048))
-    batch, batches.WINDOW = 1 if pack else batch, window or batches.WINDOW
+    batch = 1 if pack else batch
+    if not grouped:
+        batches.length_groups = lambda room, *_: [np.arange(len(room))]
     config = TrainConfig(iters=100_000, batch_size=batch, steps_per_report=1, pack=bool(pack))
     optimizer = mlx_lora.build_optimizer(OptimizerConfig(learning_rate=RATE), config.iters)
     clock, before = Clock(seconds), 0

@@ -112,11 +112,12 @@ class Terminal(io.TextIOWrapper):
 def bar_on(terminal, monkeypatch, term: str = "xterm-256color", hidden: bool = False) -> list[str]:
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("TERM", term)
-    monkeypatch.setenv("TQDM_MININTERVAL", "0")
     monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda _: (80, 24))
     display = Display(as_json=hidden)
     report = dict(iteration=500, train_loss=1.0, learning_rate=1e-4, iterations_per_second=2.0, trained_tokens=5)
+    report["metrics"] = {}
     display.show("Started", SimpleNamespace(iters=1000, iteration=499, trainable=1, parameters=10, modules=1))
+    display.bar._bar.mininterval = 0
     for i in range(30):
         display.show("Progress", SimpleNamespace(iteration=500 + i, loss=8.0 / (i + 1)))
         if i == 10 and not hidden:

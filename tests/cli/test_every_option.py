@@ -143,6 +143,8 @@ RULES = {
     ("train", "loraplus_weight_decay"): [f"{TRAIN} --loraplus-weight-decay 0.1"],
     ("train", "steps_per_eval"): [f"{TRAIN} --val-batches 0 --steps-per-eval 5"],
     ("train", "pack"): [f"{TRAIN} --pack --no-train --test", f"{TRAIN} --pack --loss dpo"],
+    ("train", "cache_prefix"): [f"{TRAIN} --cache-prefix memory --pack", f"{TRAIN} --cache-prefix memory --loss dpo"],
+    ("train", "yes"): [f"{TRAIN} --yes"],
     ("train", "resume_adapter_file"): [
         f"{TRAIN} --resume-adapter-file a/adapters.safetensors --init gaussian",
         f"{TRAIN} --resume-adapter-file peft/adapter_model.safetensors",

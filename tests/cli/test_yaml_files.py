@@ -73,6 +73,11 @@ def test_an_old_file_names_the_third_reading(tmp_path):
         ("lora_rank: 8\nlora_alpha: 16\nlora_dropout: 0.05", {"rank": 8, "alpha": 16, "dropout": 0.05}),
         ("steps: 50\nlr: 1e-4", {"iters": 50, "learning_rate": 1e-4}),
         ("num_epochs: 2\nsave_total_limit: 3", {"epochs": 2, "keep": 3}),
+        ("training_mode: orpo\nbeta: 0.2", {"loss": "orpo", "beta": 0.2}),
+        ("train_mode: dpo\nbeta: 0.1\ndpo_cpo_loss_type: sigmoid\ndelta: 50", {"loss": "dpo", "beta": 0.1}),
+        ("train_mode: dpo\ndpo_cpo_loss_type: ipo\nreference_model_path: null", {"loss": "ipo"}),
+        ("train_mode: sft\nbeta: 0.1\ndpo_cpo_loss_type: hinge", {}),
+        ("num_train_epochs: 2\nearly_stopping_patience: 3", {"epochs": 2, "patience": 3}),
         ("gradient_accumulation_steps: 4", {"grad_accumulation_steps": 4}),
         ("wandb: mine", {"report_to": "wandb", "project_name": "mine"}),
         ("wandb: null\nepochs: null\nload_in_4bits: false\nqat_enable: false", {}),
@@ -85,19 +90,20 @@ def test_an_old_file_names_the_third_reading(tmp_path):
 def test_older_names_are_taken_for_what_they_mean(text, expected, tmp_path):
     options, said = read(tmp_path, text)
     assert options == expected
-    if expected and "learning_rate" not in text:
-        assert all(
-            line.partition(":")[0] in said
-            for line in text.splitlines()
-            if "train_mode" not in line and "alpha" not in line
-        )
+    silent = {*options, "train_mode", "alpha", "dpo_cpo_loss_type", "reference_model_path"}
+    if expected:
+        assert all(name in said for name in {line.partition(":")[0] for line in text.splitlines()} - silent)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("training_mode: orpo", "trains on given answers (sft) only"),
-        ("train_mode: grpo", "sft"),
+        ("train_mode: grpo", "on preferences (dpo, ipo, orpo, kto, simpo, cpo)"),
+        ("train_mode: dpo\ndpo_cpo_loss_type: hinge", "dpo_cpo_loss_type: 'hinge' is no option"),
+        ("train_mode: dpo\nreference_model_path: other", "its adapter off"),
+        ("train_mode: cpo\nis_reference_free: true", "is_reference_free: True"),
+        ("train_mode: dpo\nloss: ipo", "contradicts loss 'ipo'"),
+        ("num_train_epochs: 2\niters: 100", "contradict each other"),
         ("load_in_4bits: true", "mlx-lora quantize"),
         ("weight_decay: 0.1", "optimizer_config"),
         ("use_dora: true\nfine_tune_type: lora", "contradicts fine_tune_type 'lora'"),
@@ -189,7 +195,7 @@ def test_flags_replace_what_contradicts_them_in_the_file(runs, tmp_path, capsys)
     command(["train", "-c", tmp_path / "run.yaml", "--alpha", "8", "--layers-to-transform", "1"])
     kwargs, said = runs[0][2], capsys.readouterr().err
     assert kwargs["adapter"].alpha == 8 and kwargs["adapter"].scale is None and kwargs["adapter"].num_layers is None
-    assert kwargs["optimizer"].optimizer_config == {"adamw": {"weight_decay": 0.1}}
+    assert kwargs["optimizer"]["optimizer_config"] == {"adamw": {"weight_decay": 0.1}}
     assert "optimizer_config of adam" in said
     command(["train", "-c", tmp_path / "run.yaml", "--fine-tune-type", "full", "--num-layers", "2"])
     assert "not used from the file: rank, scale (full fine-tuning" in capsys.readouterr().err

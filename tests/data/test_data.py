@@ -730,6 +730,27 @@ def test_the_widths_pad_as_little_as_any_choice():
             assert len(planned) <= most and padding(planned) == best
 
 
+@pytest.mark.parametrize("count, batch_size", [(300, 8), (1003, 4), (1000, 16)])
+def test_a_row_is_nearly_always_padded_to_the_same_width_among_other_rows(count, batch_size):
+    dataset = made(np.random.default_rng(0).normal(110, 25, count).astype(int).clip(20, 200))
+    epochs = [dataset.epoch(batch_size, 0, epoch) for epoch in (0, 1)]
+    seen, batches = {}, []
+    for epoch in epochs:
+        assert sorted(np.concatenate(epoch)) == list(range(count)) and len(epoch) == -(-count // batch_size)
+        assert sum(len(rows) < batch_size for rows in epoch) == (count % batch_size > 0)
+        seen[len(seen)] = {int(row): dataset.width(rows) for rows in epoch for row in rows}
+        batches.append({frozenset(rows.tolist()) for rows in epoch})
+    assert sum(seen[0][row] == seen[1][row] for row in range(count)) > 0.8 * count
+    assert len(batches[0] & batches[1]) <= 0.25 * len(batches[0])
+    assert [rows.tolist() for rows in dataset.epoch(batch_size, 0, 1)] == [rows.tolist() for rows in epochs[1]]
+
+
+@pytest.mark.parametrize("count, batch_size", [(1, 4), (4, 4), (5, 4), (7, 1), (8, 4), (9, 4)])
+def test_few_rows_make_an_epoch(count, batch_size):
+    epoch = made(lengths_of(count)).epoch(batch_size, 0, 0)
+    assert sorted(np.concatenate(epoch)) == list(range(count)) and len(epoch) == -(-count // batch_size)
+
+
 def waste(dataset, batch_size):
     """The share of positions that are padding, over one epoch."""
     batches = take(train_batches(dataset, batch_size, seed=0), batches_per_epoch(dataset, batch_size))

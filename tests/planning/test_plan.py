@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 
+import huggingface_hub
 import mlx.core as mx
 import pytest
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 
 import mlx_lora
 from mlx_lora import device
 from mlx_lora.base.names import BaseModel
 from mlx_lora.cli.main import main
+from mlx_lora.cli.plan import plan as plan_command
+from mlx_lora.cli.train import train as train_command
 from mlx_lora.config import AdapterConfig, OptimizerConfig, TrainConfig
 from mlx_lora.errors import ConfigError, TrainingError
 from mlx_lora.planning import speed
-from mlx_lora.planning.bare import flops_per_token, quantization_of
+from mlx_lora.planning.bare import bare_model, base_named, flops_per_token, quantization_of, stored_dtype
 from mlx_lora.planning.estimate import estimate
-from mlx_lora.planning.machines import MACS, Variant, variants, working_set
+from mlx_lora.planning.machines import MACS, Variant, variants, verdicts, working_set
 from mlx_lora.runs import run
+from mlx_lora.runs.settings import Settings
 from mlx_lora.tiny_base import PATH, skill
 
 QWEN3 = dict(
@@ -65,16 +70,43 @@ def test_random_numbers_are_as_without_a_plan(config_only):
     assert mx.random.normal((4,)).tolist() == expected
 
 
-def test_the_verdicts_hold_when_planned_with_their_flags(config_only):
-    found = mlx_lora.plan(config_only, adapter={"rank": 8}, train={"batch_size": 8})
+def test_the_verdicts_hold_when_planned_with_their_flags(tmp_path):
+    wide = {**QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 6, "vocab_size": 32000}
+    (tmp_path / "config.json").write_text(json.dumps(wide))
+    asked = Variant(AdapterConfig(rank=8), TrainConfig(batch_size=8), length=2048)
+    found = mlx_lora.plan(tmp_path, adapter={"rank": 8}, train={"batch_size": 8})
     assert [v.machine for v in found.verdicts] == list(MACS) and working_set(16) < 12e9 < working_set(24)
     helped = next(v for v in found.verdicts if v.flags)
-    assert not helped.fits and "--grad-checkpoint" in helped.flags
-    options = variants(Variant(AdapterConfig(rank=8), TrainConfig(batch_size=8), length=2048), False, 28)
-    variant = next(v for v in options if v.flags == helped.flags)
-    again = estimate(BaseModel(config_only), OptimizerConfig(), variant, gpu=True)
-    assert again.parts.peak == helped.peak <= helped.working_set
-    assert all(v.peak <= v.working_set for v in found.verdicts if v.flags is not None)
+    assert not helped.fits and helped.flags[0] == "a 4-bit base"
+    variant = next(v for v in variants(asked, False, 6) if v.flags == helped.flags)
+    again = estimate(BaseModel(tmp_path), OptimizerConfig(), variant, gpu=True)
+    assert again.parts.peak == pytest.approx(helped.peak, rel=1e-5)  # constants that a model keeps are counted once
+    assert all(1.15 * v.peak <= v.working_set for v in found.verdicts if v.flags is not None)
+    assert found.verdicts[-1].fits and found.verdicts[-1].flags == ()
+
+
+def test_what_harms_least_is_tried_first():
+    asked = Variant(AdapterConfig(num_layers=-1), TrainConfig(batch_size=4), length=2000)
+    new = [v.flags[-1].split()[0] for v in variants(asked, False, 28)[1:]]
+    assert list(dict.fromkeys(new)) == [
+        *("a", "--grad-checkpoint", "--grad-accumulation-steps", "--max-seq-length", "--num-layers")
+    ]
+    last = variants(asked, True, 28)[-1]
+    assert last.flags == ("--grad-checkpoint", "--batch-size 1", "--grad-accumulation-steps 4",
+                          "--max-seq-length 256", "--num-layers 4")  # fmt: skip
+    kto = Variant(AdapterConfig(), TrainConfig(batch_size=8, loss="kto"), length=64)
+    assert min(v.train.batch_size for v in variants(kto, True, 28)) == 2
+
+
+def test_a_machine_is_given_the_first_variant_that_fits_with_room_for_the_error():
+    asked = Variant(AdapterConfig(num_layers=-1), TrainConfig(batch_size=8), length=256)
+    options = variants(asked, True, 8)
+    sizes = [working_set(64) / 1.16, working_set(64) / 1.14, *(working_set(8) / 1.14 - n for n in range(9))]
+    for peak in sizes[:2]:
+        found = {v.machine: v for v in verdicts(options, lambda v, p=peak: p if v is asked else 1.0)}
+        assert found[64].fits == (peak == sizes[0]) and found[512].fits
+    found = {v.machine: v for v in verdicts(options, lambda v: sizes[2] - options.index(v))}
+    assert not found[8].fits and found[8].flags is None and found[16].fits
 
 
 def test_smaller_batches_keep_the_rows_of_a_step():
@@ -136,7 +168,10 @@ def test_the_written_configuration_trains_as_it_is(data, tmp_path, monkeypatch, 
         "rank: 8",
     ):
         assert line in text
-    assert "warmup: " in text and "steps_per_eval: " in text and "# 5 epochs" in text
+    assert "warmup: " in text and "steps_per_eval: " in text
+    assert (
+        "\nepochs: 5 " in text and "# passes over the 40 rows, 25 iterations in all" in text and "\niters" not in text
+    )
     capsys.readouterr()
     (tmp_path / "run.yaml").write_text(text.replace("\nsave_every", "\nsteps_per_report: 5\nsave_every"))
     with pytest.raises(SystemExit) as end:
@@ -187,22 +222,118 @@ def test_a_plan_that_cannot_be_made_prevents_no_training(tmp_path, data, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "adapter", "warned"),
+    ("settings", "warned"),
     [
-        (None, None, True),
-        ({}, None, True),
-        ({"optimizer": "adamw"}, {"method": "dora"}, True),
-        ({"learning_rate": 1e-5}, None, False),
-        (OptimizerConfig(learning_rate=1e-5), None, False),
-        ({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-4, 10]}}, None, False),
-        (None, {"method": "full", "num_layers": 1}, False),
+        ({}, True),
+        ({"optimizer": {}}, True),
+        ({"optimizer": {"optimizer": "adamw"}, "adapter": {"method": "dora"}}, True),
+        ({"optimizer": {"learning_rate": 1e-5}}, False),
+        ({"optimizer": OptimizerConfig(learning_rate=1e-5)}, False),
+        ({"optimizer": {"lr_schedule": {"name": "cosine_decay", "arguments": [1e-4, 10]}}}, False),
+        ({"adapter": {"method": "full", "num_layers": 1}}, False),
+        ({"train": {"loss": "dpo"}}, False),
+        ({"train": {"loss": "kto"}}, False),
+        ({"resume": True}, False),
     ],
 )
-def test_only_a_learning_rate_that_nobody_gave_is_warned_of(tmp_path, data, optimizer, adapter, warned):
-    reports = run(tmp_path / "a", model=PATH, data=data, optimizer=optimizer, adapter=adapter)
-    first = next(iter(reports))
-    reports.close()
-    assert (type(first).__name__ == "Warned" and "hardly moves" in first.text) == warned
+def test_only_a_learning_rate_that_nobody_gave_is_warned_of(settings, warned):
+    doubts = Settings(model=PATH, data="rows.jsonl", **settings).doubts()
+    assert any("hardly moves" in text for text in doubts) == warned
+
+
+@pytest.mark.parametrize(
+    ("options", "yaml", "warned"),
+    [
+        ("", "", True),
+        ("--optimizer adamw", "batch_size: 2", True),
+        ("--learning-rate 1e-5", "", False),
+        ("", "learning_rate: 1e-5", False),
+        ("--loss dpo", "", False),
+        ("", "fine_tune_type: full", False),
+    ],
+)
+def test_a_rate_in_a_flag_or_a_file_counts_as_given(options, yaml, warned, tmp_path, monkeypatch):
+    def run(folder, **settings):
+        asked.append(Settings(**{k: v for k, v in settings.items() if k != "stop"}).doubts())
+        raise ConfigError("enough", "Nothing is trained here.")
+
+    asked = []
+    monkeypatch.setattr("mlx_lora.runs.run", run)
+    (tmp_path / "run.yaml").write_text(yaml)
+    with pytest.raises(SystemExit):
+        main(["train", "--model", str(PATH), "--data", "d", "-c", str(tmp_path / "run.yaml"), *options.split()])
+    assert any("hardly moves" in text for text in asked[0]) == warned
+
+
+def test_epochs_are_planned_by_the_number_of_rows(data, capsys):
+    found = mlx_lora.plan(PATH, data, train={"epochs": 2.5, "batch_size": 4}, machines=False)
+    assert (found.iters, found.epochs) == (25, 2.5)
+    found = mlx_lora.plan(PATH, data, train={"iters": 5, "batch_size": 4}, machines=False)
+    assert (found.iters, found.epochs) == (5, 0.5)
+    found = mlx_lora.plan(PATH, train={"epochs": 3}, max_seq_length=64, machines=False)
+    assert (found.iters, found.epochs, found.seconds) == (None, 3, None)
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "--model", str(PATH), "--epochs", "3", "--max-seq-length", "64"])
+    assert end.value.code == 0 and "3 epochs, rows of up to 64 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_rows_of_preferences_are_planned(loss, tmp_path):
+    pair = {"prompt": "2+2=", "chosen": " 4", "rejected": " five"}
+    (tmp_path / "train.jsonl").write_text((json.dumps(pair) + "\n") * 8)
+    found = mlx_lora.plan(PATH, tmp_path, train={"loss": loss, "epochs": 2, "batch_size": 4}, machines=False)
+    rows = found.epoch.rows
+    assert found.iters == 2 * found.epoch.batches and found.memory.peak > 0 and found.epoch.packed_padding is None
+    assert rows == (16 if loss == "kto" else 8) - found.epoch.rows % 2 and 0 <= found.epoch.padding < 1
+
+
+def test_every_option_of_train_is_taken(tmp_path):
+    theirs = {(param.name, tuple(param.opts)) for param in train_command.params}
+    assert theirs <= {(param.name, tuple(param.opts)) for param in plan_command.params}
+
+
+def test_a_command_and_a_file_of_train_are_planned_as_they_are(data, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {PATH}\ndata: {data}\ntrain: true\nepochs: 2\nadapter_path: x\nreport_to: wandb\n")
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "-c", str(file), "--resume-adapter-file", "a.safetensors", "--test", "--batch-size", "4"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 0 and "20 iterations, 2 epochs" in out
+    assert "--resume-adapter-file" in err and "no effect on a plan" in err
+
+
+class Repository:
+    """Stands for huggingface_hub: a repository with a config and headers. Downloads of anything else fail."""
+
+    def __init__(self, dtypes: dict[str, str], config: dict, folder):
+        self.dtypes, self.asked = dtypes, []
+        (folder / "config.json").write_text(json.dumps(config))
+        self.folder = folder
+
+    def download(self, name: str, file: str) -> str:
+        self.asked.append(file)
+        assert name == "me/model" and file == "config.json"
+        return str(self.folder / file)
+
+    def get_safetensors_metadata(self, name: str):
+        self.asked.append("headers")
+        tensors = {path: TensorInfo(dtype, [1], (0, 1)) for path, dtype in self.dtypes.items()}
+        files = {"model.safetensors": SafetensorsFileMetadata({}, tensors)}
+        return SafetensorsRepoMetadata(None, False, dict.fromkeys(tensors, "model.safetensors"), files)
+
+
+def test_a_repository_is_planned_from_its_config_and_headers(tmp_path, monkeypatch):
+    config = {**QWEN3, "num_hidden_layers": 2, "vocab_size": 1000, "quantization": {"group_size": 64, "bits": 4}}
+    scaled = {f"model.layers.{n}.mlp.{p}_proj.scales": "F16" for n in (0, 1) for p in ("gate", "up", "down")}
+    hub = Repository({**scaled, "model.norm.weight": "F16"}, config, tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    base = base_named("me/model")
+    assert stored_dtype(base) == "float16"  # by the headers, not the config's bfloat16
+    quantized = [path for path, m in bare_model(base, False, False).named_modules() if "bits" in vars(m)]
+    assert len(quantized) == 6 and all(".mlp." in path for path in quantized)
+    found = mlx_lora.plan("me/model", train={"batch_size": 1}, max_seq_length=32, machines=False)
+    assert found.memory.peak > 0 and hub.asked.count("config.json") == 2 and hub.asked.count("headers") == 2
 
 
 def test_the_memory_limit_is_that_of_the_machine():

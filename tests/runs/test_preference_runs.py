@@ -19,8 +19,9 @@ from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from mlx_lora.cli.main import main
 from mlx_lora.errors import ConfigError, TrainingError
 from mlx_lora.runs import measure, reports
+from mlx_lora.runs.report import read_histories
 from mlx_lora.tiny_base import PATH
-from mlx_lora.training import TrainReport, ValReport
+from mlx_lora.training import NewBest, TrainReport, ValReport
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -153,13 +154,52 @@ def test_the_command_line(data, tmp_path, capsys):
     options = ["--beta", "0.3", "--iters", "4", "--batch-size", "4", "--num-layers", "2", "--learning-rate", "1e-3"]
     command("train", *start, *options, "--steps-per-report", "2")
     said = capsys.readouterr().err
-    assert "Computing the log-probabilities of the reference: 24 train rows" in said
+    assert said.count("Computing the log-probabilities of the reference: 24 train, 8 valid rows\n") == 1
     assert "rewards/accuracies" in said and "rewards/margins" in said and "perplexity" not in said
     command("test", *start, "--beta", "0.3", "--json")
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["perplexity"] is None and report["metrics"]["rewards/accuracies"] >= 0
     command("test", *start)
     assert "rewards/margins" in capsys.readouterr().out
+
+
+def test_accuracy_of_rewards_chooses_the_best_and_ends_the_run(data, tmp_path):
+    train = {"steps_per_eval": 1, "val_batches": 1, "best_by": "rewards/accuracies", "patience": 2, "save_every": 9}
+    train |= {"metric": ("exact_match",), "metric_rows": 2, "metric_max_tokens": 3, "report_prompts": 1}
+    found = fine_tune(tmp_path / "a", data, iters=9, train=train)
+    values = {r.iteration: r.metrics["rewards/accuracies"] for r in of(found, ValReport) if r.iteration}
+    last = max(values)
+    best = max(values, key=lambda at: (values[at], -at))
+    news, done = of(found, NewBest), found[-1]
+    assert (news[-1].iteration, news[-1].name, news[-1].value) == (best, "rewards/accuracies", values[best])
+    assert done.reason == "patience" and last == best + 2 < 9
+    assert all("exact_match" in r.metrics for r in of(found, ValReport))
+    history = read_histories([tmp_path / "a"])[0]
+    assert history.best == (best, "rewards/accuracies", values[best]) and history.ended_early == last
+    assert history.expected == "chosen"
+    measured = {}
+    for checkpoint in (None, "best", best, "last", last):
+        options = {"loss": "dpo", "checkpoint": checkpoint}
+        *_, measured[checkpoint] = measure(PATH, data, tmp_path / "a", **options)
+    loss = {checkpoint: report.loss for checkpoint, report in measured.items()}
+    assert loss[None] == loss["best"] == loss[best] != loss["last"] == loss[last]
+    with pytest.raises(ConfigError, match="has no checkpoint '7'"):
+        measure(PATH, data, tmp_path / "a", loss="dpo", checkpoint=7)
+    with pytest.raises(ConfigError, match="checkpoint has no effect without adapter_path"):
+        measure(PATH, data, loss="dpo", checkpoint="last")
+
+
+def test_metrics_of_labelled_rows_are_those_of_the_good_answers(tmp_path):
+    data = write(tmp_path / "data", "kto")
+    code = (
+        "def answers(given, expected):\n    assert set(expected) <= {'red', 'blue', 'green'}\n    return len(given)\n"
+    )
+    (tmp_path / "metric.py").write_text(code)
+    train = {"metric": f"{tmp_path}/metric.py:answers", "metric_rows": -1, "metric_max_tokens": 2}
+    found = fine_tune(tmp_path / "a", data, "kto", iters=2, train=train)
+    rows = [json.loads(line) for line in (tmp_path / "data" / "valid.jsonl").read_text().splitlines()]
+    assert 0 < sum(row["label"] for row in rows) < len(rows)
+    assert [r.metrics["answers"] for r in of(found, ValReport)] == 2 * [sum(row["label"] for row in rows)]
 
 
 def test_settings_that_do_not_go_together(data, tmp_path):

@@ -11,10 +11,12 @@ import sys
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
+from mlx.utils import tree_flatten
 
 import mlx_lora
 from mlx_lora.cli.main import cli
 from mlx_lora.errors import ConfigError
+from mlx_lora.hub import _files
 from mlx_lora.runs import prefix as prefix_room
 from mlx_lora.tiny_base import PATH, skill
 from mlx_lora.training.prefix import FrozenPrefix
@@ -43,10 +45,14 @@ def write(folder, count: int = 6):
     return folder
 
 
-def losses(folder, data, adapter=None, resume=False, **train):
+def losses(folder, data, adapter=None, resume=False, stop_after=99, **train):
+    """Of every iteration and validation; the run is stopped after ``stop_after`` iterations."""
+    done = iter(range(1, 99))
     arguments = {} if resume else dict(model=PATH, data=str(data), adapter=adapter or LAST)
     found = []
-    for report in mlx_lora.run(folder, train={**TRAIN, **train}, resume=resume, **arguments):
+    for report in mlx_lora.run(
+        folder, train={**TRAIN, **train}, resume=resume, stop=lambda: next(done) >= stop_after, **arguments
+    ):
         found += [getattr(report, name) for name in ("train_loss", "val_loss") if hasattr(report, name)]
     return found
 
@@ -61,29 +67,42 @@ def computed(monkeypatch):
 
 def test_a_file_is_used_again_and_dropped_for_other_data_batches_and_layers(data, tmp_path, computed):
     folder = tmp_path / "run"
-    plain = losses(tmp_path / "plain", data)
-    assert not computed
 
     def again(data=data, **changed) -> bool:
-        """Whether a run computes states."""
+        """Whether a run computes states; it is stopped after the second epoch, so that its file stays."""
         computed.clear()
-        losses(folder, data, **{"cache_prefix": "disk", **changed})
+        losses(folder, data, **{"cache_prefix": "disk", "stop_after": 6, **changed})
         return bool(computed)
 
-    assert losses(folder, data, cache_prefix="disk") == plain and computed
+    assert again() and not again()
+    assert again(adapter={**LAST, "num_layers": 2})
+    assert again(batch_size=3)
+    assert again(data=write(tmp_path / "other", 5))
+
+
+def test_a_complete_run_deletes_its_file_and_a_stopped_one_leaves_it(data, tmp_path, computed):
+    folder, plain = tmp_path / "run", losses(tmp_path / "plain", data)
+    assert not computed
+    first = losses(folder, data, cache_prefix="disk", stop_after=6)
+    assert (folder / prefix_room.FILE).exists() and computed
     computed.clear()
-    assert losses(folder, data, cache_prefix="disk") == plain and not computed
-    assert again(adapter={**LAST, "num_layers": 2}) and again()
-    assert again(batch_size=3) and again()
-    assert again(data=write(tmp_path / "other", 5)) and again()
+    rest = losses(folder, data, resume=True)
+    assert not (folder / prefix_room.FILE).exists() and not computed
+    assert [*first, *rest] == plain
 
 
-def test_a_resumed_run_has_the_same_losses(data, tmp_path, computed):
-    plain = losses(tmp_path / "plain", data)
-    for place in ("memory", "disk"):
-        first = losses(tmp_path / place, data, iters=3, cache_prefix=place)
-        rest = losses(tmp_path / place, data, resume=True, iters=9)
-        assert first[:4] == plain[:4] and rest[-6:] == plain[-6:]
+def test_the_file_of_a_stopped_run_is_neither_pushed_nor_copied(data, tmp_path):
+    folder = tmp_path / "run"
+    losses(folder, data, cache_prefix="disk", stop_after=3)
+    assert (folder / prefix_room.FILE).exists()
+    assert prefix_room.FILE not in [file.name for file in _files(folder, "mlx-lm")]
+    for arguments in (
+        ["convert", str(folder), str(tmp_path / "peft"), "--to", "peft", "--model", str(PATH)],
+        ["fuse", "--model", str(PATH), "--adapter-path", str(folder), "--save-path", str(tmp_path / "fused")],
+    ):
+        found = CliRunner().invoke(cli, arguments)
+        assert found.exit_code == 0, found.output
+    assert list(tmp_path.rglob(prefix_room.FILE)) == [folder / prefix_room.FILE]
 
 
 def test_a_killed_run_keeps_complete_rows(data, tmp_path):
@@ -124,12 +143,13 @@ def test_the_size_comes_first_and_closing_the_run_there_declines(data, tmp_path)
     assert report.bytes > 0 and report.layers == report.of - 1 and report.place.endswith(prefix_room.FILE)
     reports.close()
     assert not (tmp_path / "run" / prefix_room.FILE).exists()
-    assert not list(loaded[0].trainable_parameters().get("lora_a", []))
+    assert not [path for path, _ in tree_flatten(loaded[0].parameters()) if "lora" in path]
 
 
 def test_the_predicted_size_is_that_of_the_file(data, tmp_path):
     arguments = dict(model=PATH, data=str(data), adapter=LAST, train={**TRAIN, "cache_prefix": "disk"})
-    reports = list(mlx_lora.run(tmp_path / "run", **arguments))
+    done = iter(range(1, 99))
+    reports = list(mlx_lora.run(tmp_path / "run", stop=lambda: next(done) > 7, **arguments))
     predicted = next(r for r in reports if type(r).__name__ == "PrefixCache").bytes
     assert (tmp_path / "run" / prefix_room.FILE).stat().st_size == pytest.approx(predicted, rel=0.2)
 
@@ -147,5 +167,6 @@ def test_the_command_line_shows_the_size_and_asks(data, tmp_path, monkeypatch):
     assert found.exit_code != 0 and "asks before it starts" in str(found.output) + str(found.exception)
     found = CliRunner().invoke(cli, [*base, "--yes"])
     assert found.exit_code == 0 and "layers will be kept in" in found.output
+    assert "of the rows after the first epoch" in found.output
     found = CliRunner().invoke(cli, [*base[:-2], "--yes"])
     assert found.exit_code != 0 and "--yes has no effect" in str(found.output) + str(found.exception)

@@ -20,7 +20,9 @@ from mlx_lora.data import Dataset, Example, Splits
 from mlx_lora.errors import ConfigError, MLXLoRAWarning
 from mlx_lora.runs import held_out, recorder
 from mlx_lora.runs.log import LOG, RunLog, read_log
+from mlx_lora.runs.tracking import values_of
 from mlx_lora.tiny_base import PATH, skill
+from mlx_lora.training import TrainReport, ValReport
 
 ADAPTER = AdapterConfig(rank=4, num_layers=2, dropout=0.1)
 TIMES = ("time", "iterations_per_second", "tokens_per_second", "peak_memory", "val_time", "seconds", "path")
@@ -258,6 +260,16 @@ def test_prompts_of_text_rows_and_of_loaded_sets(data, tmp_path):
     assert len(held_out.HeldOut(Splits(one, one), Splits(one, one), tokenizer, 10, 2).asked) == 1
 
 
+def test_loaded_preferences_are_asked_for_their_good_answers():
+    _, tokenizer = mlx_lora.load(PATH)
+    pair = {"prompt": "Say yes.", "chosen": "yes", "rejected": "no"}
+    labelled = [{"prompt": "Say it.", "completion": "yes" if i % 2 else "no", "label": bool(i % 2)} for i in range(6)]
+    for kind, rows, count in (("pairs", [pair], 1), ("labels", labelled, 3)):
+        valid = mlx_lora.tokenize(rows, tokenizer, DataConfig(), kind=kind)
+        found = held_out.HeldOut(Splits(valid, valid, None), Splits(valid, valid, None), tokenizer, 5, 2)
+        assert [question.answer.strip() for question in found.asked] == ["yes"] * count and not found.why
+
+
 def test_report_prompts_may_change_on_resume_and_is_checked(data, tmp_path):
     run(tmp_path / "a", data, 2, train={"report_prompts": 3})
     run(tmp_path / "a", data, 4, train={"report_prompts": 5}, resume=True)
@@ -330,15 +342,27 @@ def test_tensorboard(data, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(tmp_path / "a", data, 4, report_to=["tensorboard"])
-    run(tmp_path / "a", data, 6, report_to=["tensorboard"], resume=True)
+    train = {"metric": "exact_match", "metric_rows": 1, "metric_max_tokens": 2, "report_prompts": 0}
+    run(tmp_path / "a", data, 4, train=train, report_to=["tensorboard"])
+    run(tmp_path / "a", data, 6, train=train, report_to=["tensorboard"], resume=True)
     (folder,) = (tmp_path / "a" / "tensorboard").iterdir()
     board = EventAccumulator(str(folder)).Reload()
     losses = {r["iteration"]: r["train_loss"] for r in lines(tmp_path / "a", "TrainReport")}
     found = {event.step: event.value for event in board.Scalars("train_loss")}
     assert list(found) == [1, 2, 3, 4, 5, 6]
     assert all(value == pytest.approx(losses[step], rel=1e-6) for step, value in found.items())
+    validations = lines(tmp_path / "a", "ValReport")
+    found = [(event.step, event.value) for event in board.Scalars("val/exact_match")]
+    assert found == [(r["iteration"], r["metrics"]["exact_match"]) for r in validations]
     assert {"val_loss", "learning_rate", "grad_norm", "peak_memory"} <= set(board.Tags()["scalars"])
+
+
+def test_metrics_have_names_of_the_set_they_are_measured_on():
+    fields = dict(learning_rate=1e-4, iterations_per_second=1.0, tokens_per_second=1.0, trained_tokens=1)
+    train = TrainReport(2, 0.5, **fields, peak_memory=1.0, grad_norm=None, metrics={"rewards/margins": 0.2})
+    assert {"train_loss": 0.5, "train/rewards/margins": 0.2}.items() <= values_of(train).items()
+    assert values_of(ValReport(2, 0.5, 1.0, 3, {"rouge_l": 0.1}))["val/rouge_l"] == 0.1
+    assert not {"metrics", "iteration", "grad_norm"} & values_of(train).keys()
 
 
 def test_trackio(data, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from mlx_lora.runs.log import LOG
 from mlx_lora.runs.report import read_histories, summary, write_report
 from mlx_lora.runs.report.charts import Line, draw, smoothed, thinned
 from mlx_lora.runs.report.history import TRAIN, VALID, Curve
-from mlx_lora.runs.report.page import compact, duration, shown
+from mlx_lora.runs.report.text import compact, duration, shown
 
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'text' "
@@ -150,7 +150,7 @@ def test_the_best_is_what_the_run_says(tmp_path):
     assert summary(run)["best_name"] == "exact_match"
     _, page = page_of(tmp_path, records)
     said = " ".join(" ".join(page.text).split())
-    assert "Best exact_match 0.9 at iteration 30" in said and "best · 30" in said
+    assert "Best validation 0.9 exact_match, at iteration 30" in said and "best · 30" in said
 
 
 def test_metrics_have_charts(tmp_path):
@@ -160,6 +160,58 @@ def test_metrics_have_charts(tmp_path):
     checked(text, page)
     assert "rewards/margins" in "".join(page.text) and "<b>" not in text
     assert "training: 4 points over iterations 1 to 4, from 0.1 to 0.4" in text
+
+
+def preference_run(rate: float = 1e-4) -> list[dict]:
+    settings = {"model": "base", "train": {"loss": "dpo", "patience": 2}, "optimizer": {"learning_rate": rate}}
+    sides = {f"{of}/{side}": 0.5 for of in ("rewards", "logps") for side in ("chosen", "rejected")}
+    plan = {"kind": "Planned", "peak": 2_500_000_000, "limit": 16_000_000_000, "seconds": None, "padding": 0.125}
+    prefix = {"kind": "PrefixCache", "layers": 20, "of": 28, "bytes": 1_500_000_000, "free": 1, "place": "memory"}
+    values = ((0, 0.0), (2, 0.75), (4, 0.5), (6, 0.25))
+    return [
+        *(header(settings=settings), plan, prefix, {"kind": "Started", "iters": 40}),
+        answered("base", 0, ("What is lost?", "the red lamp", "nothing"), (f"Only {rate}?", "yes", "no")),
+        *(report(i, 0.7, **sides, **{"rewards/accuracies": 0.5}) for i in (2, 4, 6)),
+        *(validation(i, 0.7, **sides, **{"rewards/accuracies": value}) for i, value in values),
+        {"kind": "NewBest", "iteration": 2, "name": "rewards/accuracies", "value": 0.75},
+        answered("best", 2, ("What is lost?", "the red lamp", f"lamp {rate}")),
+        {"kind": "Done", "time": 1010.0, "iteration": 6, "stopped": False, "reason": "patience"},
+        {"kind": "TestReport", "loss": 0.6, "perplexity": None, "metrics": {"rewards/accuracies": rate, **sides}},
+    ]
+
+
+def test_a_preference_run_that_ended_early(tmp_path):
+    text, page = page_of(tmp_path, preference_run())
+    checked(text, page)
+    said = " ".join(" ".join(page.text).split())
+    for part in (
+        *("Ended early after 6 of 40 iterations in 10 s: 2 validations in a row were not better than the best one",),
+        *("Best validation 0.75 rewards/accuracies, at iteration 2", "Test loss 0.6 Test 1e-4 rewards/accuracies"),
+        *("Peak memory 3.25 GB planned 2.50 GB", "peak memory, planned 2.50 GB peak memory, measured 3.25 GB"),
+        *(
+            "time, planned not known time, measured 10 s",
+            "padding 12.5 %",
+            "size 1.50 GB kept in memory",
+        ),
+        *("rewards chosen, training chosen, validation rejected, training rejected, validation rewards chosen",),
+        *("rewards/accuracies training validation best ended early", "chosen the red lamp"),
+    ):
+        assert part in said, part
+    assert "nats per token" not in said and "perplexity" not in said and "chosen answer are marked" in said
+    assert said.count("ended early") == 1 and page.tags.count("svg") == 9
+
+
+def test_answers_to_the_same_prompts_are_side_by_side(tmp_path):
+    text, page = page_of(tmp_path, preference_run(), preference_run(2e-4))
+    checked(text, page)
+    said = " ".join(" ".join(page.text).split())
+    assert "What is lost? chosen the red lamp base nothing run-0 lamp 0.0001 run-1 lamp 0.0002" in said
+    assert "Only" not in said and "run-0: 0 of 1 equal, run-1: 0 of 1 equal." in said
+    assert "Test rewards/accuracies 1e-4 2e-4" in said and '<td class="lowest">2e-4</td>' in text
+    assert "rewards run-0, chosen, validation run-0, rejected, validation run-1, chosen" in said
+    other = [{**r, "answers": []} if r["kind"] == "Answers" else r for r in preference_run()]
+    _, page = page_of(tmp_path, preference_run(), other)
+    assert "No answers: the runs were not asked the same prompts." in " ".join(page.text)
 
 
 def test_hostile_text_is_shown_and_does_nothing(tmp_path):

@@ -56,7 +56,7 @@ def losses(monkeypatch):
     def script(*values: float) -> None:
         left = iter(values)
         found = mlx_lora.training.Evaluation(0.0, 1, 1.0, 0.0)
-        monkeypatch.setattr(trainer, "evaluate", lambda *_: dataclasses.replace(found, loss=next(left)))
+        monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: dataclasses.replace(found, loss=next(left)))
 
     return script
 

@@ -17,6 +17,7 @@ from mlx_lora.errors import ConfigError, MLXLoRAWarning
 from mlx_lora.training import prefix as prefix_module
 from mlx_lora.training import prefix_states
 from mlx_lora.training.prefix import FrozenPrefix
+from mlx_lora.training.prefix_checks import check_settings
 from mlx_lora.training.prefix_states import FileStates
 
 LLAMA = dict(
@@ -52,14 +53,15 @@ def llama(dtype=mx.float32, bits: int | None = None, **changed) -> nn.Module:
 
 
 def rows(count: int = 22, seed: int = 0) -> Dataset:
+    """In batches of 4, the 4 rows of 17 tokens are in one group with the 10 shorter ones, which so have two widths."""
     draw = np.random.default_rng(seed)
-    lengths = draw.choice([2, 9, 14, 21, 33, 36], count)
+    lengths = draw.permutation([2, *[13] * 9, *[17] * 4, *[33] * 8])[:count]
     return Dataset(Example(draw.integers(1, 97, n).astype(np.int32), np.arange(n) > 0) for n in lengths)
 
 
 def trained(model, valid_set=None, adapter=None, prefix=None, **train):
     """Losses of every iteration and validation, and the trained parameters."""
-    config = TrainConfig(**{"iters": 24, "batch_size": 4, "steps_per_report": 1, "steps_per_eval": 10, **train})
+    config = TrainConfig(**{"iters": 14, "batch_size": 4, "steps_per_report": 1, "steps_per_eval": 10, **train})
     mx.random.seed(1)
     mlx_lora.attach(model, AdapterConfig(**(adapter or LAST)))
     optimizer = mlx_lora.build_optimizer(mlx_lora.OptimizerConfig(learning_rate=1e-2), config.iters)
@@ -80,14 +82,13 @@ def equal(one, other):
         ({}, {}),
         ({"bits": 4}, {"grad_accumulation_steps": 2}),
         ({"dtype": mx.bfloat16}, {"grad_checkpoint": True}),
-        ({"dtype": mx.float16, "bits": 4}, {}),
     ],
 )
 def test_the_same_losses_to_the_bit(model, train):
     adapter = {**LAST, "dropout": 0.3}  # its masks must not depend on what is kept
     plain = trained(llama(**model), rows(9, 1), adapter, **train)
     kept = trained(llama(**model), rows(9, 1), adapter, cache_prefix="memory", **train)
-    assert len(plain[0]) == 28
+    assert len(plain[0]) == 14 + 3
     equal(plain, kept)
 
 
@@ -116,12 +117,14 @@ def test_each_pair_of_row_and_width_is_computed_once(monkeypatch):
     computed = counted(monkeypatch)
     model = llama()
     mlx_lora.attach(model, AdapterConfig(**LAST))
-    expected = FrozenPrefix(model, rows()).nbytes(4, 0, 24, 0)
+    expected = FrozenPrefix(model, rows()).expected(4, 0, 24, 0)[0]
     states = prefix_states.MemoryStates()
     monkeypatch.setattr(states, "close", lambda: None)
     prefix = FrozenPrefix(model, rows(), states=states)
     optimizer = mlx_lora.build_optimizer(mlx_lora.OptimizerConfig(), 24)
-    for _ in mlx_lora.train(model, optimizer, rows(), None, TrainConfig(24, 4, cache_prefix="memory"), prefix=prefix):
+    for _ in mlx_lora.train(
+        model, optimizer, rows(), None, TrainConfig(iters=24, batch_size=4, cache_prefix="memory"), prefix=prefix
+    ):
         pass
     assert sum(computed) == len(states._states)
     assert sum(s.nbytes for s in states._states.values()) == pytest.approx(expected, rel=0.35)
@@ -198,6 +201,34 @@ def test_trained_parameters_before_the_last_layers_are_refused(adapter, message)
         trained(llama(), adapter=adapter, cache_prefix="memory")
 
 
+@pytest.mark.parametrize(
+    "loss, processes, message", [("dpo", 1, "does not read each row once"), ("cross_entropy", 2, "each of 2 processes")]
+)
+def test_other_losses_and_several_processes_are_refused(loss, processes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        check_settings(loss, processes)
+    assert "Leave --cache-prefix out" in error.value.hint
+
+
+def test_dropout_in_a_frozen_layer_is_refused():
+    model = llama()
+    mlx_lora.attach(model, AdapterConfig(**LAST))
+    model.model.layers[1].mlp.drop = nn.Dropout(0.1)
+    with pytest.raises(ConfigError, match="the frozen layers have dropout"):
+        FrozenPrefix(model, rows())
+
+
+def test_the_expected_reuse_is_what_training_finds(monkeypatch):
+    model, computed = llama(), counted(monkeypatch)
+    mlx_lora.attach(model, AdapterConfig(**LAST))
+    assert FrozenPrefix(model, rows()).expected(4, 0, 6, 0)[1] is None  # one epoch
+    reused = FrozenPrefix(model, rows()).expected(4, 0, 24, 0)[1]
+    mlx_lora.unmount(model)
+    trained(model, cache_prefix="memory", iters=24)
+    assert sum(computed) - 22 == round((1 - reused) * 3 * 22)
+    assert 0.6 < reused < 1
+
+
 def test_a_trained_head_is_behind_the_prefix():
     adapter = {**LAST, "modules_to_save": ["lm_head"]}
     equal(trained(llama(), adapter=adapter), trained(llama(), adapter=adapter, cache_prefix="memory"))
@@ -226,7 +257,7 @@ def test_the_whole_model_is_back_also_when_the_run_is_closed_or_fails():
     classes = [type(module) for module in model.modules()]
     before = model(mx.array([[1, 2, 3]]))
     optimizer = mlx_lora.build_optimizer(mlx_lora.OptimizerConfig(learning_rate=1e-30), 9)
-    reports = mlx_lora.train(model, optimizer, rows(), None, TrainConfig(9, 4, cache_prefix="memory"))
+    reports = mlx_lora.train(model, optimizer, rows(), None, TrainConfig(iters=9, batch_size=4, cache_prefix="memory"))
     next(reports)
     assert [type(module) for module in model.modules()] != classes
     assert mx.allclose(model(mx.array([[1, 2, 3]])), before)  # also between two iterations
@@ -236,7 +267,9 @@ def test_the_whole_model_is_back_also_when_the_run_is_closed_or_fails():
     def fail(state):
         raise RuntimeError("no")
 
-    reports = mlx_lora.train(model, optimizer, rows(), None, TrainConfig(2, 4, cache_prefix="memory"), checkpoint=fail)
+    reports = mlx_lora.train(
+        model, optimizer, rows(), None, TrainConfig(iters=2, batch_size=4, cache_prefix="memory"), checkpoint=fail
+    )
     with pytest.raises(RuntimeError, match="no"):
         list(reports)
     assert [type(module) for module in model.modules()] == classes

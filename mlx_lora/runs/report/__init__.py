@@ -1,7 +1,8 @@
 """``report.html``: what a run did on one page, or several runs side by side, made from their logs.
 
-The page is one file that needs no network and no scripts. history.py reads the log, charts.py draws, page.py says what
-is on the page, answers.py compares answers, page.html and page.css are the page.
+The page is one file that needs no network and no scripts. history.py reads the log, panels.py chooses the charts and
+charts.py draws them, page.py and comparison.py say what is on the page, answers.py compares answers, page.html and
+page.css are the page.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 from ...base.writing import writing
 from ...errors import ConfigError
 from ..log import LOG
+from .comparison import comparison_page
 from .history import History, read_history
-from .page import comparison_page, run_page
+from .page import run_page
 
 
 def read_histories(folders: Sequence[str | Path]) -> list[History]:

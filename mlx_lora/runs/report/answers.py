@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .history import History
@@ -34,6 +35,43 @@ def prompts(history: History) -> list[dict[str, Any]]:
         {"prompt": _compared(question), "expected": _compared(expected), "given": given}
         for (question, expected), given in rows.items()
     ]
+
+
+def beside(runs: Sequence[History]) -> list[dict[str, Any]]:
+    """As ``prompts``, of those that all of the runs answered: the base's answer, then the last one of each run.
+
+    A base that answers differently in the runs, because it is not the same model, is shown with each.
+    """
+    found = [_last_given(run) for run in runs]
+    base = [_given(run.answers.get("base", {})) for run in runs]
+    shared = [key for key in found[0] if all(key in own for own in found)]
+    one_base = len({tuple(own.get(key) for key in shared) for own in base}) == 1
+    rows = []
+    for row in shared:
+        named = [("base", base[0])] if one_base else [(f"{r.name}, base", b) for r, b in zip(runs, base, strict=True)]
+        named += [(run.name, own) for run, own in zip(runs, found, strict=True)]
+        given = [(label, _compared(answers[row], row[1])) for label, answers in named if row in answers]
+        rows.append({"prompt": _compared(row[0]), "expected": _compared(row[1]), "given": given})
+    return rows
+
+
+def correct_beside(runs: Sequence[History]) -> list[tuple[str, int, int]]:
+    """(name of the run, answers equal to the expected one, answers) of the last answers of each run."""
+    return [
+        (run.name, sum(given == key[1] for key, given in answers.items()), len(answers))
+        for run in runs
+        for answers in [_last_given(run)]
+    ]
+
+
+def _last_given(run: History) -> dict[tuple[str, str], str]:
+    return next((given for of in ("best", "first") if (given := _given(run.answers.get(of, {})))), {})
+
+
+def _given(record: dict[str, Any]) -> dict[tuple[str, str], str]:
+    """The answers of a record by (question, expected answer)."""
+    answers = [answer for answer in record.get("answers") or () if isinstance(answer, dict)]
+    return {(str(a.get("question") or ""), str(a.get("expected") or "")): str(a.get("given") or "") for a in answers}
 
 
 def why_none(history: History) -> str:

@@ -37,13 +37,19 @@ class Line:
 
 
 def draw(
-    name: str, title: str, lines: Sequence[Line], size: tuple[float, float] = (4.6, 2.3), zero: bool = False
+    name: str,
+    title: str,
+    lines: Sequence[Line],
+    size: tuple[float, float] = (4.6, 2.3),
+    zero: bool = False,
+    end: int | None = None,
 ) -> str:
     """The chart of ``lines`` as an ``<svg>`` element, ``size`` inches large.
 
     Args:
         name: makes the ids of the element unique in its page.
         zero: whether the vertical axis begins at 0.
+        end: an iteration to mark with a vertical line.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -57,6 +63,8 @@ def draw(
         _frame(axes)
         for line in lines:
             _draw_line(axes, line)
+        if end is not None:
+            axes.axvline(end, color=_MUTED, linewidth=1, linestyle=(0, (1, 2)))
         _scale(axes, lines, zero)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -132,7 +140,8 @@ def _scale(axes, lines: Sequence[Line], zero: bool) -> None:
         axes.tick_params(which="minor", length=0)
         return
     elif values and max(values) == min(values):
-        axes.set_ylim(min(values) - (largest or 1) / 2, max(values) + (largest or 1) / 2)
+        top = 2 * largest or 1
+        axes.set_ylim(-top if values[0] < 0 else -0.04 * top, 0.04 * top if values[0] < 0 else top)
     if largest and largest < 0.01:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
     elif largest >= 1000:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...config import PAIRS, preference_of
 from ..log import read_log
 
 # Curves of every run: key -> (title, unit). Each is drawn from the fields of this name in the reports.
@@ -74,6 +75,23 @@ class History:
         """Whether the run ended by itself, and was not resumed since."""
         ends = [record for record in self.records if record["kind"] in ("Run", "Done")]
         return bool(ends) and ends[-1]["kind"] == "Done" and not ends[-1].get("stopped")
+
+    @property
+    def ended_early(self) -> int | None:
+        """The iteration at which patience ended the run; None where it did not."""
+        done = self.last_of("Done")
+        early = self.finished and done.get("reason") == "patience"
+        return int(number(done.get("iteration")) or 0) if early else None
+
+    @property
+    def rows(self) -> str:
+        """What the run learns from: tokens to imitate, pairs of answers, or answers with labels."""
+        return preference_of(str(self.settings.get("train.loss"))).rows
+
+    @property
+    def expected(self) -> str:
+        """What the answers that the data gives are called."""
+        return "chosen" if self.rows == PAIRS else "expected"
 
     @property
     def seconds(self) -> float:

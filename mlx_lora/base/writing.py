@@ -81,6 +81,21 @@ def failed_write(
     return error("\n".join([*lines, *([kept] if kept else [])]), hint)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file at once: a reader sees the old file or the new one. Raises: FormatError."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
+
+
 def sync(path: Path) -> None:
     """Flush a file, or a folder's list of files, from the system's buffers to the disk."""
     handle = os.open(path, os.O_RDONLY)

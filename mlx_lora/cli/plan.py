@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ..base.writing import write_text
 from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..errors import ConfigError
 from . import console
@@ -52,7 +53,7 @@ def plan(ctx: click.Context, **params: Any):
     if params["data"] or hf_dataset:
         values = {**params, "data": params["data"] or DataConfig.data}
         data = build(DataConfig, values, hf_dataset=hf_dataset)
-    if params["write"]:
+    if params["write"] is not None:
         return _write(ctx, params, data)
     from ..planning.plan import plan as make_plan
 
@@ -81,9 +82,12 @@ for _param in _OF_TRAIN.values():
 
 def _write(ctx: click.Context, params: dict[str, Any], data: DataConfig | None) -> None:
     file = Path(params["write"])
-    if unused := [flag_of(ctx, name) for name in given_flags(ctx) if name not in _WRITING]:
+    names = dict.fromkeys((*given_flags(ctx), *(name for name in ctx.default_map or {} if name in params)))
+    if unused := [flag_of(ctx, name) for name in names if name not in _WRITING]:
         raise ConfigError(f"{', '.join(unused)}: no effect, because --write chooses the settings",
                           "Leave these options out, and change them in the file afterwards.")  # fmt: skip
+    if file.suffix.lower() not in (".yaml", ".yml"):
+        raise ConfigError(f"--write {file}: is no name of a YAML file", "Name a file that ends in .yaml.")
     if data is None or data.hf_dataset:
         raise ConfigError("write (--write) chooses the settings by the data, and none are named", "Add --data FOLDER.")
     if file.exists():
@@ -91,10 +95,7 @@ def _write(ctx: click.Context, params: dict[str, Any], data: DataConfig | None) 
     from ..planning.recommend import recommend
 
     text, found = recommend(params["model"], data, trust_remote_code=params["trust_remote_code"])
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be written ({error})", "Name a file in a folder that exists.") from None
+    write_text(file, text)
     if params["as_json"]:
         return console.report_event(found)
     _show(found)

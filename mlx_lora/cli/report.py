@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from ..errors import ConfigError
 from . import console
 from .options import json_option
 
 COMPARISON = "comparison.html"
+GENERATOR = '<meta name="generator" content="mlx-lora">'  # in every page; another page is not replaced
 
 
 @click.command()
@@ -36,6 +38,11 @@ def report(folders: tuple[str, ...], output: str | None, open_page: bool, as_jso
     from ..runs.report import summary, write_report
 
     target = Path(output) if output else Path(folders[0]) / PAGE if len(folders) == 1 else Path(COMPARISON)
+    if target.is_dir() or target.suffix.lower() not in (".html", ".htm"):
+        what = "is a folder" if target.is_dir() else "is no name of a page"
+        raise ConfigError(f"--output {target}: {what}", "Name a file that ends in .html.")
+    if target.exists() and GENERATOR not in target.read_text("utf-8", errors="replace")[:1000]:
+        raise ConfigError(f"{target}: exists and is no report", "Name another file with --output.")
     runs = write_report(folders, target)
     for run in runs:
         if run.unreadable:

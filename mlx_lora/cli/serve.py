@@ -57,7 +57,7 @@ def serve(**params: Any):
     """Serve a model and its adapters over HTTP, with OpenAI's and Anthropic's interfaces.
 
     A request's "model" is the name of the base or of an adapter. Requests with different adapters are answered
-    together, in one batch. Needs the extra packages of serve: pip install 'mlx-lora[serve]'.
+    together, in one batch. Needs the extra packages of serve: pip install '.[serve]' in a checkout.
 
     \b
     mlx-lora serve --model Qwen/Qwen3-0.6B --adapter pirate=adapters
@@ -82,7 +82,7 @@ def serve(**params: Any):
     run(Server(engine, Worker(engine), config, name, defaults), ready)
 
 
-_INSTALL = "pip install 'mlx-lora[serve]', with Python 3.11 or newer"
+_INSTALL = "pip install fastapi uvicorn prometheus-client llguidance, with Python 3.11 or newer"
 
 
 def _check(params: dict[str, Any]) -> None:

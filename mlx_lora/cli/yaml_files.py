@@ -106,7 +106,8 @@ def _mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})", _LINES) from None
     if raw is not None and not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds a {type(raw).__name__}, not a mapping of options", _LINES)
-    return {str(key): value for key, value in (raw or {}).items()}
+    # YAML 1.1 reads a key spelled yes as true.
+    return {"yes" if key is True else str(key): value for key, value in (raw or {}).items()}
 
 
 def _yaml_loader():

@@ -244,7 +244,7 @@ def _table(read: Any, name: str, faults: list[Fault]) -> Values:
     except ImportError:
         raise ConfigError(
             f"Reading {name} needs the pyarrow package.",
-            "pip install 'mlx-lora[hub]', or convert the file to .jsonl or .csv.",
+            "pip install datasets pyarrow, or convert the file to .jsonl or .csv.",
         ) from None
     try:
         rows = read(pyarrow).to_pylist()

@@ -276,7 +276,7 @@ def _load(path: str, options: dict, split: str | None) -> Any:
     except ImportError:
         raise ConfigError(
             f"There is no folder or file {path!r}, and loading a dataset of that name needs the datasets package.",
-            "pip install 'mlx-lora[hub]', or give a folder with train.jsonl and valid.jsonl.",
+            "pip install datasets pyarrow, or give a folder with train.jsonl and valid.jsonl.",
         ) from None
     try:
         return datasets.load_dataset(path, split=split, **options)

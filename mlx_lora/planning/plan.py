@@ -78,14 +78,18 @@ def plan(
         as_config(OptimizerConfig, optimizer, "optimizer"),
     )
     train = as_config(TrainConfig, train, "train")
-    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1 or train.batch_size % processes:
+    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
+        raise ConfigError(f"processes must be at least 1, not {processes!r}", "Give the N of mlx.launch -n N.")
+    if train.batch_size % processes:
         raise ConfigError(
-            f"{train.batch_size} rows cannot be divided equally among {processes!r} processes",
-            f"Set batch_size to a multiple of the number of processes, such as {4 * max(1, int(processes or 1))}.",
+            f"{train.batch_size} rows cannot be divided equally among {processes} processes",
+            f"Set batch_size to a multiple of the number of processes, such as {4 * processes}.",
         )
+    if max_seq_length is not None:
+        DataConfig(max_seq_length=max_seq_length)  # raises as for the data of a run
     base, rows, notes = base_named(model), None, []
     if data is None:
-        length = max_seq_length or DataConfig.max_seq_length
+        length = DataConfig.max_seq_length if max_seq_length is None else max_seq_length
         notes.append(f"No data: every row is taken to have {length} tokens (max_seq_length)")
     if data is not None:
         rows = read_rows(folder_of(base), data, trust_remote_code, notes, train.loss)

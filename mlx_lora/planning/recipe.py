@@ -62,7 +62,7 @@ def as_yaml(plan: Plan, settings: dict[str, Any], machine: str) -> str:
         "grad_accumulation_steps": "batches of an optimizer step",
         "grad_checkpoint": "recompute activations, to fit into memory",
         "pack": "several rows in each sequence, because padding would be a large share",
-        "steps_per_eval": "about five times an epoch",
+        "steps_per_eval": f"{plan.epoch.batches / settings['steps_per_eval']:.2g} times an epoch",
         "save_every": "a checkpoint at every validation",
     }
     lines = [

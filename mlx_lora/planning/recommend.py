@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..base.names import BaseModel
 from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from ..config.options import is_set
 from ..data import iterations
 from ..device import is_cpu, memory_limit
 from ..errors import ConfigError, DataError, MLXLoRAError
@@ -59,6 +60,8 @@ def recommend(
         "grad_accumulation_steps": train.grad_accumulation_steps,
         "max_seq_length": data.max_seq_length,
         "mask_prompt": masks,
+        **_given(data),
+        **({"trust_remote_code": True} if trust_remote_code else {}),
         "val_batches": 25,
         "steps_per_eval": rhythm(epoch.batches, iters),
         "save_every": rhythm(epoch.batches, iters),
@@ -68,6 +71,12 @@ def recommend(
     plan = plan_of(base, str(model), rows, data.max_seq_length, adapter, optimizer, train, notes=notes)
     machine = f"this machine, on which MLX can use {limit / 1e9:.1f} GB"
     return as_yaml(plan, settings, machine), plan
+
+
+def _given(data: DataConfig) -> dict[str, Any]:
+    """The other settings of the data that are not the default: without them the file would read other rows."""
+    names = [field.name for field in fields(DataConfig) if field.name not in ("data", "mask_prompt", "max_seq_length")]
+    return {name: getattr(data, name) for name in names if is_set(data, name)}
 
 
 def _with_prompts(folder: Path, data: DataConfig, trust_remote_code: bool) -> list[Any]:

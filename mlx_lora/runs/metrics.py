@@ -39,7 +39,7 @@ def _rouge() -> ModuleType:
     try:
         from rouge_score import rouge_scorer
     except ImportError:
-        hint = "pip install 'mlx-lora[metrics]'"
+        hint = "pip install rouge-score"
         raise ConfigError("metric rouge_l: the package rouge-score is not installed", hint) from None
     return rouge_scorer
 

@@ -31,9 +31,7 @@ def trackers(
         except ImportError:
             missing.append(name)
     if missing:
-        raise ConfigError(
-            f"report_to {', '.join(missing)}: not installed", f"pip install 'mlx-lora[{','.join(missing)}]'"
-        )
+        raise ConfigError(f"report_to {', '.join(missing)}: not installed", f"pip install {' '.join(missing)}")
     found = []
     for name, kind in kinds.items():
         try:

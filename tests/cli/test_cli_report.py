@@ -63,8 +63,8 @@ def test_bad_folders_and_outputs(runs, capsys):
     err = capsys.readouterr().err
     assert "none: does not exist" in err and "nowhere: does not exist" in err and "Hint: " in err
     (runs / "dir").mkdir()
-    assert call("one", "--output", "dir") == 1
-    assert "dir: cannot be written" in capsys.readouterr().err and list((runs / "dir").iterdir()) == []
+    assert call("one", "--output", "dir") == 2
+    assert "dir: is a folder" in capsys.readouterr().err and list((runs / "dir").iterdir()) == []
     assert not [path for path in runs.iterdir() if path.name.startswith(".")]
 
 
@@ -155,3 +155,27 @@ def test_events_hold_no_nan(capsys):
         "metrics": {"b": None, "c": 1},
         "path": ".",
     }
+
+
+def test_only_a_report_is_replaced(tmp_path, capsys):
+    from mlx_lora.cli.main import main
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.jsonl").write_text('{"kind": "Run", "time": 1}\n')
+    (run / "mine.html").write_text("<!doctype html>my page")
+    before = (run / "log.jsonl").read_bytes()
+    for output, text in (
+        (run / "log.jsonl", "is no name of a page"),
+        (run / "adapters.safetensors", "is no name of a page"),
+        (run, "is a folder"),
+        (run / "mine.html", "is no report"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["report", str(run), "--output", str(output)])
+        assert end.value.code in (1, 2) and text in capsys.readouterr().err
+    assert (run / "log.jsonl").read_bytes() == before and (run / "mine.html").read_text() == "<!doctype html>my page"
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            main(["report", str(run), "--output", str(run / "page.html")])
+        assert end.value.code == 0

@@ -251,3 +251,11 @@ def test_rslora_beside_scale_means_what_it_means_to_mlx_lm(name, alpha, tmp_path
     options, said = read(tmp_path, f"lora_parameters: {{rank: 8, {alpha}scale: 10.0, {name}: true}}")
     assert options["scale"] == 10.0 and "rslora" not in options and "alpha" not in options
     assert "rslora is not used" in said
+
+
+def test_the_key_yes_is_the_option_yes(tmp_path):
+    from mlx_lora.cli.yaml_files import read_yaml
+
+    file = tmp_path / "run.yaml"
+    file.write_text("yes: true\niters: 3\n")
+    assert read_yaml(file, {"yes", "iters"})[0] == {"yes": True, "iters": 3}

@@ -340,3 +340,37 @@ def test_the_memory_limit_is_that_of_the_machine():
     total = int(subprocess.run(["getconf", "_PHYS_PAGES"], capture_output=True, text=True).stdout) * 4096
     if device.is_cpu():
         assert device.memory_limit() == pytest.approx(total, rel=0.01)
+
+
+def test_what_is_written_reads_the_same_rows(tmp_path, monkeypatch, capsys):
+    import yaml
+
+    from mlx_lora.cli.main import main
+    from mlx_lora.tiny_base import PATH
+
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"q": f"Where is box {n}?", "a": f"In room {n}.", "prompt": "WRONG", "completion": "WRONG"} for n in range(40)
+    ]
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    features = ["--prompt-feature", "q", "--completion-feature", "a", "--valid-split", "0.25"]
+
+    def call(*args: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["plan", "--model", str(PATH), *args])
+        return end.value.code, capsys.readouterr().err
+
+    assert call("--data", "d", *features, "--write", "run.yaml")[0] == 0
+    written = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert (written["prompt_feature"], written["completion_feature"], written["valid_split"]) == ("q", "a", 0.25)
+    (tmp_path / "mine.yaml").write_text("data: d\nrank: 64\nlearning_rate: 0.5\n")
+    code, err = call("-c", "mine.yaml", "--write", "new.yaml")
+    assert code and "--rank" in err and "--learning-rate" in err and not (tmp_path / "new.yaml").exists()
+    for args, text in (
+        (["--data", "d", "--write", ""], "no name of a YAML file"),
+        (["--max-seq-length", "-5"], "max_seq_length must be at least 2"),
+        (["--processes", "-2"], "processes must be at least 1"),
+    ):
+        code, err = call(*args)
+        assert code and text in err, err

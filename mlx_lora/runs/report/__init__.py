@@ -7,13 +7,11 @@ page.css are the page.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...base.writing import writing
+from ...base.writing import write_text
 from ...errors import ConfigError
 from ..log import LOG
 from .comparison import comparison_page
@@ -53,17 +51,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Hist
     """
     found, output = read_histories(folders), Path(output)
     text = run_page(found[0]) if len(found) == 1 else comparison_page(found)
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{output.name}-", dir=output.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, output)
-        except OSError:
-            os.unlink(temporary)
-            raise
+    write_text(output, text)
     return found
 
 

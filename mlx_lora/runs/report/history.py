@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +131,8 @@ def _best(records: list[dict[str, Any]], curves: dict) -> tuple[int, str, float]
     if chosen and number(chosen[-1].get("iteration")) is not None:
         return int(chosen[-1]["iteration"]), str(chosen[-1].get("name")), float(chosen[-1]["value"])
     measured = curves.get("loss", {}).get(VALID, Curve())
-    points = [(value, at) for at, value in zip(measured.iterations, measured.values, strict=True) if value is not None]
+    pairs = zip(measured.iterations, measured.values, strict=True)
+    points = [(value, at) for at, value in pairs if value is not None and at > 0]  # no checkpoint is from before
     return (min(points)[1], "val_loss", min(points)[0]) if points else None
 
 
@@ -155,8 +157,9 @@ def clean(value: Any) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """``value`` if it is a number; None otherwise."""
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """``value`` if it is a finite number; None otherwise."""
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if whole and -math.inf < value < math.inf else None
 
 
 def _span(begin: float | None, end: float | None) -> float:

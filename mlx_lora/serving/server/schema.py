@@ -72,7 +72,7 @@ def _tokens_of(tokenizer: Any, vocab_size: int) -> Any:
     try:
         from llguidance.hf import from_tokenizer
     except ImportError:
-        raise ConfigError("response_format needs the package llguidance", "pip install 'mlx-lora[serve]'") from None
+        raise ConfigError("response_format needs the package llguidance", "pip install llguidance") from None
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     try:
         return from_tokenizer(inner, n_vocab=vocab_size, eos_token=sorted(tokenizer.eos_token_ids))

@@ -133,9 +133,12 @@ def resident() -> int:
 
 def start(folder: Path) -> subprocess.Popen:
     resume = ["--resume"] if (folder / "run" / "training_state.safetensors").exists() else []
-    command = [sys.executable, str(Path(__file__).resolve()), "--train", "-c", "run.yaml", "--json", "--yes", *resume]
+    words = ["--train", "-c", "run.yaml", "--json", *resume]
+    words += ["--yes"] if "cache_prefix" in (folder / "run.yaml").read_text() else []
     with open(folder / "output", "a") as output:
-        return subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env={**os.environ, "MLX_LORA_DEBUG": "1"})
+        return subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), *words], cwd=folder, stdout=output, stderr=output
+        )
 
 
 def measures(folder: Path) -> list[dict]:

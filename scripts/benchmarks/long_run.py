@@ -35,7 +35,8 @@ ACCUMULATION = 3
 METRIC = '''
 def shared_words(given, expected):
     """The mean share of expected words that are in the answer."""
-    return sum(len({*a.split()} & {*b.split()}) / max(1, len({*b.split()})) for a, b in zip(given, expected)) / len(given)
+    pairs = [({*a.split()}, {*b.split()}) for a, b in zip(given, expected)]
+    return sum(len(a & b) / max(1, len(b)) for a, b in pairs) / len(pairs)
 '''
 OPTIONS = {
     "pack": {"pack": True, "num_layers": -1, "grad_checkpoint": True, "max_seq_length": 192},
@@ -49,13 +50,32 @@ def settings(iters: int, name: str) -> dict:
 
     often = max(4, iters // 40)
     return {
-        **{"model": str(PATH), "data": "../data", "mask_prompt": True, "adapter_path": "run", "iters": iters},
-        **{"batch_size": 2, "grad_accumulation_steps": ACCUMULATION, "seed": 7, "max_grad_norm": 1.0},
-        **{"optimizer": "adamw", "learning_rate": 1e-3, "lr_schedule": "cosine_decay", "warmup": 10},
-        **{"lora_parameters": {"rank": 8, "alpha": 16, "dropout": 0.1}, "loraplus_lr_ratio": 4.0},
-        **{"steps_per_report": 5, "steps_per_eval": often, "save_every": max(3, iters // 50), "val_batches": 2},
-        **{"metric": "../metric.py:shared_words", "metric_rows": 4, "metric_max_tokens": 8, "best_by": "shared_words"},
-        **{"report_prompts": 2, "keep": 3, "patience": 0},
+        "model": str(PATH),
+        "data": "../data",
+        "mask_prompt": True,
+        "adapter_path": "run",
+        "iters": iters,
+        "batch_size": 2,
+        "grad_accumulation_steps": ACCUMULATION,
+        "seed": 7,
+        "max_grad_norm": 1.0,
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "lr_schedule": "cosine_decay",
+        "warmup": 10,
+        "lora_parameters": {"rank": 8, "alpha": 16, "dropout": 0.1},
+        "loraplus_lr_ratio": 4.0,
+        "steps_per_report": 5,
+        "steps_per_eval": often,
+        "save_every": max(3, iters // 50),
+        "val_batches": 2,
+        "metric": "../metric.py:shared_words",
+        "metric_rows": 4,
+        "metric_max_tokens": 8,
+        "best_by": "shared_words",
+        "report_prompts": 2,
+        "keep": 3,
+        "patience": 0,
         **OPTIONS[name],
     }
 
@@ -85,9 +105,9 @@ def write_rows(source: Path | None, folder: Path) -> None:
 
 def train(*words: str) -> None:
     """``mlx-lora train``, with a line of measurements for each iteration."""
-    from mlx_lora.training.step import Step
-
     import mlx.core as mx  # after mlx_lora, which opens a fast BLAS on Linux
+
+    from mlx_lora.training.step import Step
 
     traces, shapes, now = {"_train_batch_fn": 0, "_accumulate_fn": 0, "_update_fn": 0}, set(), [0]
 
@@ -202,11 +222,15 @@ def check(name: str, one: Path, two: Path, killed: list[int]) -> list[str]:
     print(f"{name}: {last['iteration']} iterations; killed at {killed}")
     for kind, allowed in (("active", 0.01), ("rss", 0.05)):
         gained, size = growth([(m["iteration"], m[kind]) for m in half]), half[0][kind]
-        print(f"  {kind:6} memory: {size / 1e6:.2f} MB at half, {half[-1][kind] / 1e6:.2f} MB at the end; "
-              f"slope {gained / len(half) / ACCUMULATION:+.1f} bytes an iteration, {gained / size:+.3%} over this half")  # fmt: skip
+        print(
+            f"  {kind:6} memory: {size / 1e6:.2f} MB at half, {half[-1][kind] / 1e6:.2f} MB at the end; slope "
+            f"{gained / len(half) / ACCUMULATION:+.1f} bytes an iteration, {gained / size:+.3%} over this half"
+        )
         if gained > allowed * size:
             faults.append(f"{name}: {kind} memory grows by {gained / size:.1%} in the second half")
-    print(f"  traces: {last['_accumulate_fn']} of accumulate for {last['shapes']} shapes, {last['_update_fn']} of update")
+    print(
+        f"  traces: {last['_accumulate_fn']} of accumulate for {last['shapes']} shapes, {last['_update_fn']} of update"
+    )
     if last["_accumulate_fn"] != last["shapes"] or last["_update_fn"] != 1 or last["_train_batch_fn"]:
         faults.append(f"{name}: the step was traced more often than once for each shape")
     first, second = files(one), files(two)
@@ -215,7 +239,9 @@ def check(name: str, one: Path, two: Path, killed: list[int]) -> list[str]:
     faults += [f"{name}: {file} differs" for file in different]
     a, b = log(one), log(two)
     unequal = [f"{x}\n  {y}" for x, y in zip(a, b, strict=False) if x != y]
-    print(f"  log: {len(a)} lines, {len(unequal)} different" + ("" if len(a) == len(b) else f"; {len(b)} after the kills"))
+    print(
+        f"  log: {len(a)} lines, {len(unequal)} different" + ("" if len(a) == len(b) else f"; {len(b)} after the kills")
+    )
     if a != b:
         faults.append(f"{name}: the log differs:\n  " + "\n  ".join(unequal[:3]))
     return faults

@@ -157,12 +157,6 @@ def test_the_tasks_are_there():
 def test_a_recipe_trains_and_measures(name, tmp_path, capsys):
     recipe, folder = RECIPES / f"{name}.yaml", tmp_path / "adapters"
     given = settings(recipe)
-    if "metric" in given and "rouge_l" in given["metric"]:
-        pytest.importorskip("rouge_score")
-    if given.get("loss") == "dpo":
-        losses = pytest.importorskip("mlx_lora.training.losses")
-        if "dpo" not in losses.LOSSES:
-            pytest.skip("no preference losses")
     reports = run("train", *short(recipe, folder), capsys=capsys)
     trained = [report for report in reports if report["event"] == "TrainReport"]
     validated = [report for report in reports if report["event"] == "ValReport"]

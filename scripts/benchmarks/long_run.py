@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-CHARACTERS = 80  # of a prompt, and of its completion
+CHARACTERS = 40  # of a prompt, and of its completion
 MEASURES = "measures.jsonl"
 # A resumed call logs these again. The fields differ from one run to the next.
 PER_CALL = {"Run", "DataLoaded", "Planned", "Started", "PrefixCache", "Warned", "Done"}
@@ -39,7 +39,7 @@ def shared_words(given, expected):
     return sum(len(a & b) / max(1, len(b)) for a, b in pairs) / len(pairs)
 '''
 OPTIONS = {
-    "pack": {"pack": True, "num_layers": -1, "grad_checkpoint": True, "max_seq_length": 192},
+    "pack": {"pack": True, "num_layers": -1, "grad_checkpoint": True, "max_seq_length": 96},
     "prefix": {"cache_prefix": "disk", "num_layers": 1},
 }
 
@@ -161,9 +161,10 @@ def start(folder: Path) -> subprocess.Popen:
         )
 
 
-def measures(folder: Path) -> list[dict]:
+def measures(folder: Path, start: int = 0) -> list[dict]:
+    """The measurements from this byte of the file on; the last line may not be complete."""
     file = folder / MEASURES
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    lines = file.read_bytes()[start:].decode().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}\n")]
 
 
@@ -177,9 +178,11 @@ def train_with_kills(folder: Path, iters: int, kills: int, seed: int) -> list[in
     """Train, and kill the process at random moments; return the iterations that it had reached."""
     draw, killed = random.Random(seed), []
     for after in sorted(draw.randrange(1, max(2, int(iters * 0.95))) for _ in range(kills)):
-        process, known = start(folder), len(measures(folder))
-        while process.poll() is None and not any(m["iteration"] >= after for m in measures(folder)[known:]):
-            time.sleep(0.05)
+        process, at = start(folder), 0
+        known = (folder / MEASURES).stat().st_size if (folder / MEASURES).exists() else 0
+        while process.poll() is None and at < after:
+            time.sleep(0.1)
+            at = max((m["iteration"] for m in measures(folder, known)[-1:]), default=0)
         time.sleep(draw.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         if process.wait() != -signal.SIGKILL:

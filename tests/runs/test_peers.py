@@ -324,7 +324,7 @@ def test_two_processes_train_and_record_as_one(rows, tmp_path):
     runs = {"padded": [40, *common, *steering], "packed": [6, *common, "--pack", "--max-seq-length", 128]}
     both = {name: [flags(tmp_path / count / name, rows, *words) for count in "12"] for name, words in runs.items()}
     output = train(tmp_path, *(two for _, two in both.values())).output(120)
-    assert output.count("Done") == 2, output
+    assert output.count("Next") == 2, output
     for one, _ in both.values():
         with pytest.raises(SystemExit) as end:
             main(one)

@@ -12,6 +12,7 @@ corpus of the tiny model.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -32,6 +33,7 @@ MEASURES = "measures.jsonl"
 PER_CALL = {"Run", "DataLoaded", "Planned", "Started", "PrefixCache", "Warned", "Done"}
 TIMES = {"time", "iterations_per_second", "tokens_per_second", "peak_memory", "val_time", "seconds"}
 ACCUMULATION = 3
+SETTLED = 1000  # iterations; in the half of a shorter run, the system's allocator still takes memory for the first time
 METRIC = '''
 def shared_words(given, expected):
     """The mean share of expected words that are in the answer."""
@@ -90,7 +92,8 @@ def write_rows(source: Path | None, folder: Path) -> None:
             if source is None:
                 from mlx_lora.tiny_base import corpus
 
-                text = " ".join(corpus.texts(400, 0))
+                documents = itertools.islice(corpus.documents(0), 300)
+                text = " ".join(turn["content"] for document in documents for turn in document["messages"])
             else:
                 text = source.read_text("utf-8")
             cut = [text[i : i + 2 * CHARACTERS] for i in range(0, len(text), 2 * CHARACTERS)]
@@ -229,7 +232,8 @@ def check(name: str, one: Path, two: Path, killed: list[int]) -> list[str]:
             f"  {kind:6} memory: {size / 1e6:.2f} MB at half, {half[-1][kind] / 1e6:.2f} MB at the end; slope "
             f"{gained / len(half) / ACCUMULATION:+.1f} bytes an iteration, {gained / size:+.3%} over this half"
         )
-        if gained > allowed * size:
+        settled = kind == "active" or last["iteration"] >= SETTLED
+        if settled and gained > allowed * size:
             faults.append(f"{name}: {kind} memory grows by {gained / size:.1%} in the second half")
     print(
         f"  traces: {last['_accumulate_fn']} of accumulate for {last['shapes']} shapes, {last['_update_fn']} of update"

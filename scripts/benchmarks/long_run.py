@@ -93,7 +93,7 @@ def write_rows(source: Path | None, folder: Path) -> None:
                 from mlx_lora.tiny_base import corpus
 
                 documents = itertools.islice(corpus.documents(0), 300)
-                text = " ".join(turn["content"] for document in documents for turn in document["messages"])
+                text = " ".join(turn["content"] for document in documents for turn in document.get("messages", ()))
             else:
                 text = source.read_text("utf-8")
             cut = [text[i : i + 2 * CHARACTERS] for i in range(0, len(text), 2 * CHARACTERS)]

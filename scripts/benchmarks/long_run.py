@@ -145,9 +145,10 @@ def train(*words: str) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now."""
-    if (statm := Path("/proc/self/statm")).exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of this process that are in memory now; on Linux without files, and with what was swapped out."""
+    if (status := Path("/proc/self/status")).exists():
+        lines = [line.split() for line in status.read_text().splitlines()]
+        return 1024 * sum(int(line[1]) for line in lines if line[0] in ("RssAnon:", "VmSwap:"))
     return 1024 * int(subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True).stdout)
 
 

@@ -140,7 +140,6 @@ def short(recipe: Path, folder: Path) -> list:
     given = settings(recipe)
     flags = {"--model": PATH, "--adapter-path": folder, "--batch-size": 10, "--epochs": 1, "--steps-per-eval": 2}
     flags |= {"--warmup": 1, "--steps-per-report": 1, "--save-every": 9, "--num-layers": 1, "--val-batches": 1}
-    flags |= {"--report-prompts": 1 if given.get("loss") == "dpo" else 0}
     if "metric" in given:
         flags |= {"--metric-rows": 2, "--metric-max-tokens": 4}
     if "patience" in given:

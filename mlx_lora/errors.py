@@ -54,3 +54,11 @@ class HubError(MLXLoRAError):
 
 class TrainingError(MLXLoRAError):
     """Training that cannot start or continue: nothing to train, non-finite gradients, another run's checkpoint."""
+
+
+class LostProcessError(TrainingError):
+    """Another process of a distributed run has died, failed or hangs. ``rank`` is its number."""
+
+    def __init__(self, message: str, hint: str, rank: int = -1):
+        super().__init__(message, hint)
+        self.rank = rank

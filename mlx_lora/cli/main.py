@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import click
 
 from .. import __version__
-from ..errors import ConfigError, MLXLoRAError
+from ..errors import ConfigError, LostProcessError, MLXLoRAError
 from . import console
 
 # Command -> (module, line in `mlx-lora --help`). A module is imported when its command is used.
@@ -39,6 +40,7 @@ COMMANDS = {
     "pull": ("hub", "Download an adapter from the Hugging Face Hub."),
     "doctor": ("doctor", "Show this machine's compute backend and how to make it faster."),
 }
+_LAUNCHER = 4.0  # seconds in which mlx.launch ends the other processes when one has failed
 
 
 class Lazy(click.Group):
@@ -91,8 +93,10 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = cli.main(args, prog_name="mlx-lora", standalone_mode=False)
     except MLXLoRAError as error:
+        _leave_to_rank_0(error)
         fail(error.message, error.hint, 2 if isinstance(error, ConfigError) else 1)
     except click.ClickException as error:
+        _leave_to_rank_0(error)
         _misused(error, sys.argv[1:] if args is None else args)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
@@ -111,6 +115,17 @@ def main(args: list[str] | None = None) -> None:
             1,
         )
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave_to_rank_0(error: Exception) -> None:
+    """Let rank 0 of a distributed run alone show an error that all processes have.
+
+    ``mlx.launch`` ends the other processes a second or two after rank 0 has failed. Where it has not, this one shows
+    its error after the wait.
+    """
+    lost = isinstance(error, LostProcessError) and error.rank == 0
+    if os.environ.get("MLX_RANK", "0") != "0" and not lost:
+        time.sleep(_LAUNCHER)
 
 
 def _failed_write(error: Exception) -> None:

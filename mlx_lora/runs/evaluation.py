@@ -22,7 +22,7 @@ from ..training.losses import loss_named
 from .checks import check_data, masks_without_effect
 from .metrics import load_metrics
 from .metrics import measured as measure_answers
-from .peers import watched
+from .peers import watched, working
 from .reports import Answer, DataLoaded, Loading, TestReport, Warned
 from .settings import as_data, as_model, check_test_batches
 
@@ -132,7 +132,8 @@ def answers(
     batch_size = 1 if why_not_batched(model) else batch_size
     for start in range(0, len(asked), batch_size):
         batch = asked[start : start + batch_size]
-        texts = batch_generate(model, tokenizer, [q.tokens for q in batch], max_tokens=max_tokens).texts
+        with working():
+            texts = batch_generate(model, tokenizer, [q.tokens for q in batch], max_tokens=max_tokens).texts
         for question, text in zip(batch, texts, strict=True):
             yield Answer(question.text, question.answer.strip(), text.strip())
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from ..config import metric_name
 from ..errors import ConfigError, MLXLoRAError
+from .peers import working
 from .reports import Answer
 
 Metric = Callable[[list[str], list[str]], float]
@@ -121,7 +122,8 @@ def measured(metrics: dict[str, Metric], answers: Sequence[Answer]) -> dict[str,
     values = []
     for name, metric in metrics.items():
         try:
-            values.append(float(metric([a.given for a in answers], [a.expected for a in answers])))
+            with working():
+                values.append(float(metric([a.given for a in answers], [a.expected for a in answers])))
         except MLXLoRAError:
             raise
         except Exception as error:  # whatever the user's code raises

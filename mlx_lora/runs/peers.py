@@ -20,12 +20,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import mlx.core as mx
 
-from ..errors import MLXLoRAError, TrainingError
+from ..errors import LostProcessError, MLXLoRAError, TrainingError
 from .links import BEAT, Link, connect
 
 GRACE = 2.0  # seconds
@@ -35,6 +35,7 @@ TIMEOUT = 30.0  # seconds without an answer
 _TIMEOUTS, _SLOWER = 20, 10
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _started = False
+_watch: Peers | None = None  # of this process
 
 
 def group() -> Any:
@@ -69,13 +70,14 @@ def watched(reports: Iterator[Any], folder: Any = None, timeout: float = TIMEOUT
         timeout: seconds without an answer until a process counts as lost. One whose connection is closed is lost at
             once. 0: do not watch.
 
-    Raises: TrainingError. Where the main thread cannot be reached, the process ends instead.
+    Raises: LostProcessError. Where the main thread cannot be reached, the process ends instead.
     """
     everyone = group()
     if everyone.size() == 1 or not timeout:
         yield from reports
         return
-    peers = Peers(everyone, folder, timeout)
+    global _watch
+    peers = _watch = Peers(everyone, folder, timeout)
     try:
         with closing(reports):
             for report in reports:
@@ -87,7 +89,23 @@ def watched(reports: Iterator[Any], folder: Any = None, timeout: float = TIMEOUT
         if failure := peers.leave(error):
             raise failure from error
         raise
+    finally:
+        _watch = None
     peers.finish()
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """A context for long work of this process alone, such as answering prompts: no process takes it for a hang."""
+    peers = _watch
+    if peers is None:
+        yield
+        return
+    peers.note(True)
+    try:
+        yield
+    finally:
+        peers.note(False)
 
 
 class Peers:
@@ -102,6 +120,7 @@ class Peers:
         self._leaving = False
         self._signal = self._decided = None  # times
         self._begun = self._training = False
+        self._work: dict[int, list[int]] = {self.rank: [0, 0]}  # by rank: [changes so far, contexts of `working` now]
         self._last, self._longest = time.monotonic(), 0.0
         # A collective tells the ports: a process that is lost already must not be waited for without a limit.
         limit = threading.Timer(START, self._end, [f"another process did not start within {START:.0f} seconds"])
@@ -137,8 +156,15 @@ class Peers:
         self._last, self._begun = now, self._begun or report == "Started"
         self._training = report != "Done" and (self._training or report == "Progress")
 
+    def note(self, begins: bool) -> None:
+        """Note that work which no report tells of begins or ends. The other processes wait for it."""
+        changes, busy = self._work[self.rank]
+        self._work[self.rank] = [changes + 1, busy + (1 if begins else -1)]
+        self._last = time.monotonic()
+        self._poke()
+
     def finish(self) -> None:
-        """Wait until the other processes have completed the run too. Raises: TrainingError: one was lost."""
+        """Wait until the other processes have completed the run too. Raises: LostProcessError."""
         self._training = False
         self.done.add(self.rank)
         self._poke()
@@ -147,7 +173,7 @@ class Peers:
         if self.lost:
             raise self.failure()
 
-    def leave(self, error: BaseException) -> TrainingError | None:
+    def leave(self, error: BaseException) -> LostProcessError | None:
         """End the watch after ``error``; return what to raise instead, where another process is the reason."""
         expected = isinstance(error, (MLXLoRAError, KeyboardInterrupt, GeneratorExit))
         if not expected:  # a collective fails shortly before or after the process is known to be lost
@@ -159,7 +185,7 @@ class Peers:
         self._stop()
         return None if expected or (self.lost[0] == self.rank and not self._signal) else self.failure()
 
-    def failure(self) -> TrainingError:
+    def failure(self) -> LostProcessError:
         """The error for what happened to the lost rank."""
         rank, what = self.lost
         host = next((f" ({link.host})" for link in self._links if link.rank == rank), "")
@@ -175,7 +201,8 @@ class Peers:
                 f"complete in {self.folder.path} of rank 0."
             )
             again = again if known is None else "continue from the checkpoint: the same command with --resume"
-        return TrainingError("\n".join(lines), f"Look at the output of rank {rank} and at its machine, then {again}.")
+        hint = f"Look at the output of rank {rank} and at its machine, then {again}."
+        return LostProcessError("\n".join(lines), hint, rank)
 
     def _stop(self) -> None:
         self._leaving = True
@@ -229,7 +256,7 @@ class Peers:
     def _send(self) -> None:
         if self.folder is not None and self.folder.saved is not None:
             self.saved = max(self.folder.saved, self.saved or 0)
-        news = {"saved": self.saved, "done": sorted(self.done), "lost": self.lost}
+        news = {"saved": self.saved, "done": sorted(self.done), "lost": self.lost, "work": self._work}
         for link in self._links:
             if not link.closed:
                 link.send(news)
@@ -241,6 +268,10 @@ class Peers:
             self.lost = tuple(news["lost"])
         if news["saved"] is not None:
             self.saved = max(news["saved"], self.saved or 0)
+        for rank, work in zip(map(int, news["work"]), news["work"].values(), strict=True):
+            if rank != self.rank and work > self._work.get(rank, []):
+                self._work[rank] = work
+                self._last = time.monotonic()
         if known != (len(self.done), self.lost):
             self._poke()  # send it on
 
@@ -263,7 +294,8 @@ class Peers:
             # `mlx.launch` ends all processes when one has failed: the reason may be on its way
             self.lost = self.rank, f"was told to end ({signal.Signals(self._signal[1]).name})"
         quiet, limit = now - self._last, max(_TIMEOUTS * self.timeout, _SLOWER * self._longest)
-        if self.lost is None and self._training and quiet > limit:
+        working = any(busy for _, busy in self._work.values())
+        if self.lost is None and self._training and not working and quiet > limit:
             self.lost = self.rank, f"has waited for {quiet:.0f} seconds without completing an iteration"
         if self.lost is None and len(self.done) < self.size:
             return

@@ -27,6 +27,7 @@ from ..training import Checkpoint, Done
 from .folder import RunFolder, is_main_process
 from .held_out import HeldOut, weights_of
 from .log import PAGE, RunLog, logged_until
+from .peers import working
 from .reports import Loading, Started, TestReport
 from .settings import Settings
 from .tracking import Tracker, trackers
@@ -210,7 +211,8 @@ class Recorder:
         from .report import write_report
 
         try:
-            write_report([self.folder.path], self.folder.path / PAGE)
+            with working():  # the other processes wait
+                write_report([self.folder.path], self.folder.path / PAGE)
         except Exception as problem:
             text = f"report.html was not written: {problem}. Make it again with mlx-lora report {self.folder.path}"
             warnings.warn(text, MLXLoRAWarning, stacklevel=2)

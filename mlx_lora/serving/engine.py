@@ -18,12 +18,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..base.batching import why_not_batched
-from ..config import GenerateConfig
-from ..data.template import Template, encode_prompt, said_by
 from ..errors import ConfigError, MLXLoRAError
 from .bank import AdapterBank
 from .lanes import BatchLane, PromptRead, SingleLane, Token
 from .memory import KeysAndValues, can_always_trim, free_memory, new_cache
+from .prompts import Prompts
 from .requests import Piece, Request, Row, TokenLogprobs
 from .sampling import Guarded, check_sampling, make_processors, make_sampler
 from .text import AnswerText, Segment
@@ -39,7 +38,7 @@ class TooLongError(MLXLoRAError):
     """The request would not fit into memory even alone."""
 
 
-class Engine:
+class Engine(Prompts):
     """One base model, its tokenizer and its adapters, answering requests.
 
     Args:
@@ -73,7 +72,8 @@ class Engine:
         from mlx_lm.models.cache import LRUPromptCache
 
         mx.eval(model.parameters())  # by this thread: another one cannot
-        self.model, self.tokenizer, self.template = model, tokenizer, Template(tokenizer)
+        super().__init__(tokenizer)
+        self.model = model
         self.bank = bank or AdapterBank(model)
         self.draft_model, self.turn_seconds = draft_model, turn_seconds
         self.queue_size, self.batch_size = queue_size, batch_size
@@ -98,44 +98,6 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         return self._sizes.vocab_size
-
-    # Prompts.
-
-    def prompt(
-        self, messages: Sequence[dict], tools: list | None = None, config: GenerateConfig | None = None
-    ) -> list[int]:
-        """The tokens of a conversation, up to the assistant's next answer.
-
-        Args:
-            config: for its ``chat_template_config`` and ``prefill_response``.
-
-        Raises: ConfigError: the model has no chat template, or the template refuses the messages.
-        """
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ConfigError(
-                "this model's tokenizer has no chat template", "Use generate --ignore-chat-template with plain text."
-            )
-        config = config or GenerateConfig()
-        try:
-            return self.template.prompt(messages, tools, config.chat_template_config, config.prefill_response)
-        except Exception as error:  # jinja's errors, among others
-            raise ConfigError(
-                f"the chat template refuses these messages: {said_by(error)}",
-                "Change the messages as the template says, or use generate --ignore-chat-template with plain text.",
-            ) from None
-
-    def state_after(self, tokens: list[int]) -> str:
-        """What the text after a prompt is: "reasoning" where its template has opened that, else "normal"."""
-        tokenizer = self.tokenizer
-        state = "normal"
-        if getattr(tokenizer, "has_thinking", False):
-            opened, closed = tokenizer.rfind_think_start(tokens), tokenizer.rfind_think_end(tokens)
-            state = "reasoning" if opened > closed else "normal"
-        return getattr(tokenizer, "response_initial_state", None) or state
-
-    def plain_prompt(self, text: str) -> list[int]:
-        """The tokens of a text to continue, without a chat template."""
-        return encode_prompt(self.tokenizer, text)
 
     # Requests.
 

@@ -25,20 +25,11 @@ DIFFERENCES = {
     "generate": {
         "model": NO_DOWNLOAD,
         "prompt": "required here: nobody wants an answer to mlx-lm's default 'hello'",
-        **dict.fromkeys(
-            (
-                *("extra_eos_token", "image", "prefill_response", "xtc_probability", "xtc_threshold", "verbose"),
-                *("min_tokens_to_keep", "use_default_chat_template", "chat_template_config", "max_kv_size"),
-                *("prefill_step_size", "prompt_cache_file", "quantize_activations", "kv_bits", "kv_group_size"),
-                *("quantized_kv_start", "draft_model", "num_draft_tokens"),
-            ),
-            NOT_OFFERED,
-        ),
+        **dict.fromkeys(("image", "verbose", "use_default_chat_template", "quantize_activations"), NOT_OFFERED),
     },
     "chat": {
         "model": NO_DOWNLOAD,
         "seed": "mlx-lm seeds every conversation with 0; here sampling differs from one to the next, as in generate",
-        **dict.fromkeys(("xtc_probability", "xtc_threshold", "max_kv_size", "prefill_step_size"), NOT_OFFERED),
         "pipeline": NOT_OFFERED,
     },
     "fuse": {

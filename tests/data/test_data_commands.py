@@ -8,7 +8,7 @@ import pytest
 
 from mlx_lora.cli.main import main
 from mlx_lora.errors import ConfigError
-from mlx_lora.serving.engine import Engine
+from mlx_lora.serving.prompts import Prompts
 from mlx_lora.tiny_base import PATH, skill
 
 
@@ -57,8 +57,13 @@ def test_generate_gives_one_bos(capsys, monkeypatch):
     from mlx_lora.cli import generate
 
     tokenizer, seen = with_bos("{{ bos_token }}" + CHATML), []
-    monkeypatch.setattr(generate, "load_engine", lambda *_: Engine(None, tokenizer, bank=object()))
-    monkeypatch.setattr(Engine, "stream", lambda self, tokens, config: seen.append(tokens) or iter(()))
+
+    class Engine(Prompts):
+        def stream(self, request):
+            seen.append(request.tokens)
+            return iter(())
+
+    monkeypatch.setattr(generate, "load_engine", lambda *_: (Engine(tokenizer), []))
     for more in ([], ["--ignore-chat-template"]):
         for prompt in ("Hi", "<|endoftext|>Hi"):
             with pytest.raises(SystemExit):
@@ -76,7 +81,7 @@ def test_the_chat_templates_words_reach_the_user():
     )
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     with pytest.raises(ConfigError, match="refuses these messages: No system here") as error:
-        Engine(None, tokenizer, bank=object()).prompt(messages)
+        Prompts(tokenizer).prompt(messages)
     assert "system prompt" not in error.value.hint
 
 

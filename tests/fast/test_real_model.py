@@ -57,7 +57,7 @@ def test_train_and_decode(backend, method, stories, shared, monkeypatch):
     got = decoded(model, tokens)
     assert_close(got, decoded(plainly(model, monkeypatch), tokens), 2e-5)
     assert_close(np.array(losses), np.array(trained(*stories(), shared, method)), 1e-5)
-    assert losses[-1] < losses[0]
+    assert sum(trained(*stories(), shared, method, iters=12)[-4:]) < sum(losses)
 
 
 def test_many_adapters(backend, stories, shared, monkeypatch):

@@ -1,0 +1,53 @@
+"""From messages to the tokens of a prompt, through the model's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..config import GenerateConfig
+from ..data.template import Template, encode_prompt, said_by
+from ..errors import ConfigError
+
+
+class Prompts:
+    """Makes prompts for one tokenizer."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.template = tokenizer, Template(tokenizer)
+
+    def prompt(
+        self, messages: Sequence[dict], tools: list | None = None, config: GenerateConfig | None = None
+    ) -> list[int]:
+        """The tokens of a conversation, up to the assistant's next answer.
+
+        Args:
+            config: for its ``chat_template_config`` and ``prefill_response``.
+
+        Raises: ConfigError: the model has no chat template, or the template refuses the messages.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigError(
+                "this model's tokenizer has no chat template", "Use generate --ignore-chat-template with plain text."
+            )
+        config = config or GenerateConfig()
+        try:
+            return self.template.prompt(messages, tools, config.chat_template_config, config.prefill_response)
+        except Exception as error:  # jinja's errors, among others
+            raise ConfigError(
+                f"the chat template refuses these messages: {said_by(error)}",
+                "Change the messages as the template says, or use generate --ignore-chat-template with plain text.",
+            ) from None
+
+    def state_after(self, tokens: list[int]) -> str:
+        """What the text after a prompt is: "reasoning" where its template has opened that, else "normal"."""
+        tokenizer = self.tokenizer
+        state = "normal"
+        if getattr(tokenizer, "has_thinking", False):
+            opened, closed = tokenizer.rfind_think_start(tokens), tokenizer.rfind_think_end(tokens)
+            state = "reasoning" if opened > closed else "normal"
+        return getattr(tokenizer, "response_initial_state", None) or state
+
+    def plain_prompt(self, text: str) -> list[int]:
+        """The tokens of a text to continue, without a chat template."""
+        return encode_prompt(self.tokenizer, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import mlx.core as mx
@@ -54,9 +55,15 @@ def plan_run(settings: Settings, model: nn.Module, sets: Any):
         found = make_plan(
             name, base.name, sets.train, length, settings.adapter, settings.optimizer, settings.train, world
         )
+    except MLXLoRAError as error:
+        yield Planned(None, limit, reason=error.message.splitlines()[0][:200])
+        return None
     except Exception as error:  # a plan that cannot be made must not keep anyone from training
-        reason = error.message if isinstance(error, MLXLoRAError) else f"{type(error).__name__}: {error}"
-        yield Planned(None, limit, reason=reason.splitlines()[0][:200])
+        if os.environ.get("MLX_LORA_DEBUG"):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        yield Planned(None, limit, reason=reason)
+        yield Warned(f"the plan of this run failed ({reason}), which is a bug: please report it. The run goes on.")
         return None
     padding = found.epoch.padding if found.epoch else None
     limit = found.limit

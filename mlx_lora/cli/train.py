@@ -192,8 +192,12 @@ def _next_steps(model: str, folder: Path, method: str) -> None:
 @click.option("--test-batches", default=-1, show_default=True, help="Batches to measure; -1 for the whole set.")
 @click.option("--exact-match", default=0, metavar="N", help="Also answer N rows and count the exact matches.")
 @config_options(TrainConfig, "metric", "metric_rows")
-@click.option("--max-tokens", default=128, show_default=True, help="With --exact-match or --metric: longest answer.")
-@yaml_option("hf_dataset", passes=lambda: {param.name for param in train.params})
+@click.option(
+    "--max-tokens",
+    type=int,
+    help="With --exact-match or --metric: longest answer (default: metric_max_tokens of a YAML file, or 128).",
+)
+@yaml_option("hf_dataset", "metric_max_tokens", passes=lambda: {param.name for param in train.params})
 @trust_option
 @json_option
 @click.pass_context
@@ -215,6 +219,7 @@ def test(ctx: click.Context, **params: Any):
         )
     from ..runs import measure
 
+    longest = params["max_tokens"] or (ctx.default_map or {}).get("metric_max_tokens") or config.metric_max_tokens
     reports = measure(
         params["model"],
         data,
@@ -224,7 +229,7 @@ def test(ctx: click.Context, **params: Any):
         options=config.preference_options(),
         test_batches=params["test_batches"],
         exact_match=params["exact_match"],
-        max_tokens=params["max_tokens"],
+        max_tokens=longest,
         metric=config.metric,
         metric_rows=config.metric_rows or -1,
         trust_remote_code=params["trust_remote_code"],

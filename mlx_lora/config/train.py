@@ -128,9 +128,11 @@ class TrainConfig(PreferenceOptions):
         names = [metric_name(name) for name in self.metric or () if isinstance(name, str)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             faults.append(f"metric names {', '.join(twice)} twice")
-        # What another loss measures besides is known when it is measured.
-        if self.val_batches and self.loss == "cross_entropy" and self.best_by not in (VAL_LOSS, *names):
-            faults.append(f"best_by must be {' or '.join((VAL_LOSS, *names))}, not {self.best_by!r}: add it to metric")
+        if taken := sorted({*names} & _TAKEN):
+            faults.append(f"metric {', '.join(taken)}: a loss measures something of this name; rename your function")
+        known = (VAL_LOSS, *names, *preference_of(self.loss).measures)
+        if self.val_batches and self.loss in ("cross_entropy", *PREFERENCES) and self.best_by not in known:
+            faults.append(f"best_by must be {' or '.join(known)}, not {self.best_by!r}: add it to metric")
         if self.cache_prefix not in PREFIX_PLACES:
             faults.append(f"cache_prefix must be one of {', '.join(PREFIX_PLACES)}, not {self.cache_prefix!r}")
         if self.cache_prefix != "none" and self.pack:
@@ -149,6 +151,7 @@ def _is_count(value: int) -> bool:
     return isinstance(value, int) and (value == -1 or value >= 1)
 
 
+_TAKEN = {VAL_LOSS, *(name for needs in PREFERENCES.values() for name in needs.measures)}
 _COUNTS = {  # the least value of each
     **dict.fromkeys(("iters", "batch_size", "grad_accumulation_steps", "steps_per_report", "steps_per_eval"), 1),
     **dict.fromkeys(("save_every", "keep", "metric_max_tokens"), 1),

@@ -148,6 +148,7 @@ class Display:
         console.note(
             f"Trainable: {r.trainable:,} of {r.parameters:,} parameters ({share:.3f} %) in {r.modules} modules"
         )
+        console.note(f"Validates every {r.steps_per_eval} iterations, saves every {r.save_every} iterations")
 
     def EarlierRunMoved(self, r: Any) -> None:
         self.bar.line(f"{r.path.parent} held an earlier run. Moved its files to {r.path}")

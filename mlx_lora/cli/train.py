@@ -25,6 +25,7 @@ from .options import (
     json_option,
     model_option,
     trust_option,
+    values_of,
     yaml_option,
 )
 from .reports import Stop, ask_for_prefix, show_reports
@@ -90,18 +91,15 @@ def train(ctx: click.Context, **params: Any):
     mlx-lora train -c my_run.yaml --resume
     """
     settle(ctx, params)
-    data = _data(ctx, params)
-    adapter, optimizer, config = (build(kind, params) for kind in (AdapterConfig, OptimizerConfig, TrainConfig))
     if not (params["train"] or (params["train"] is None and not params["test"])):
-        return _test_only(ctx, data, config, params)
+        return _test_only(ctx, _data(ctx, params), build(TrainConfig, params), params)
     _check_train(ctx, params)
     from ..runs import is_main_process, run
 
     stop, folder = Stop(), Path(params["adapter_path"])
-    settings = {"model": params["model"], "data": data, "adapter": adapter, "train": config}
-    settings["optimizer"] = optimizer if params["resume"] else given_only(ctx, "optimizer", optimizer)
-    if params["resume"]:  # what is not given is taken from the run
-        settings = {name: given_only(ctx, name, value) for name, value in settings.items()}
+    settings = {"model": params["model"], **_configs(ctx, params)}
+    if params["resume"]:
+        settings["model"] = given_only(ctx, "model", params["model"])
     reports = run(
         folder,
         **settings,
@@ -120,7 +118,18 @@ def train(ctx: click.Context, **params: Any):
         ctx.exit(130)
     if not params["test"] and not params["as_json"] and is_main_process():
         saved = json.loads((folder / "adapter_config.json").read_text("utf-8")) if params["resume"] else {}
-        _next_steps(saved.get("model", params["model"]), folder, saved.get("fine_tune_type", adapter.method))
+        _next_steps(saved.get("model", params["model"]), folder, saved.get("fine_tune_type", params["fine_tune_type"]))
+
+
+def _configs(ctx: click.Context, params: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run. Of one that is resumed only what is given, which is checked with the run's own options."""
+    kinds = {"data": DataConfig, "adapter": AdapterConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
+    if params["resume"]:
+        values = {name: values_of(kind, params) for name, kind in kinds.items()}
+        values["data"]["hf_dataset"] = (ctx.default_map or {}).get("hf_dataset")
+        return {name: given_only(ctx, name, fields) for name, fields in values.items()}
+    found = {name: build(kind, params) for name, kind in kinds.items() if name != "data"}
+    return {"data": _data(ctx, params), **found, "optimizer": given_only(ctx, "optimizer", found["optimizer"])}
 
 
 def _data(ctx: click.Context, params: dict[str, Any]) -> DataConfig:

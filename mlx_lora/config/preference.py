@@ -33,7 +33,9 @@ PREFERENCES = {
     "ipo": Preference(PAIRS, True, ("beta",), _OF_PAIRS),
     "orpo": Preference(PAIRS, False, ("beta",), (*_OF_PAIRS, "nll_loss", "log_odds_ratio", "log_odds_chosen")),
     "kto": Preference(LABELS, True, ("beta", "desirable_weight", "undesirable_weight"), (*_OF_LABELS, "kl")),
-    "simpo": Preference(PAIRS, False, ("beta", "label_smoothing", "simpo_gamma", "cpo_alpha"), (*_OF_PAIRS, "nll_loss")),
+    "simpo": Preference(
+        PAIRS, False, ("beta", "label_smoothing", "simpo_gamma", "cpo_alpha"), (*_OF_PAIRS, "nll_loss")
+    ),
     "cpo": Preference(PAIRS, False, ("beta", "label_smoothing", "cpo_alpha"), (*_OF_PAIRS, "nll_loss")),
 }
 _CPO_ALPHA = {"cpo": 1.0}  # 0 for the others

@@ -96,8 +96,11 @@ def _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_c
     with through_cache(model, cached):
         test = sets.test
         if kind != TOKENS:
+            known = kept_reference(adapter_path, test, loss)
+            if known is None and (text := other_reference(adapter_path, loss)):
+                yield Warned(text)
             with disable_adapter(model):
-                test = referenced(model, test, loss, batch_size)
+                test = referenced(model, test, loss, batch_size, known=known)
         result = asdict(evaluate(model, test, *measured))
     given = {}
     for count, rows in asked.items():

@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..config import VAL_LOSS, TrainConfig
-from ..data import Dataset, iterations, packed_batches, train_batches
+from ..data import Dataset, in_iterations, packed_batches, train_batches
 from ..data.packing import capacity
 from ..device import memory_limits
 from ..errors import ConfigError, MLXLoRAError, TrainingError
@@ -94,7 +94,7 @@ def train(
         )
     if len(train_set) == 0:
         raise TrainingError("The training set is empty.", "Check that train.jsonl in the data folder has rows.")
-    config = dataclasses.replace(config, iters=iterations(config, train_set), epochs=None)
+    config = in_iterations(config, train_set)
     for rows in (train_set, valid_set):
         if rows is not None:
             check_kind(rows, _loss_of(config))

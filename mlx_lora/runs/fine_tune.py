@@ -16,13 +16,14 @@ from ..config.train import RHYTHM
 from ..data import Dataset, Question, Splits, in_iterations, questions, train_batches
 from ..errors import ConfigError, MLXLoRAError
 from ..formats.checkpoints import STATE
+from ..formats.files import file_digest
 from ..init import FROM_DATA
 from ..model.attach import disable_adapter, extract, parameter_counts, unmount
 from ..model.forward_paths import through_cache
-from ..training import Checkpoint, Report, TrainingState, build_optimizer, evaluate
+from ..training import Checkpoint, Done, Report, TrainingState, build_optimizer, evaluate
 from ..training import train as train_model
-from ..training.best import check_patience
-from ..training.checkpoints import read_processes
+from ..training.best import check_patience, made_worse
+from ..training.checkpoints import Tally, read_processes
 from ..training.trainer import check_validated
 from .adapters import attach_for_run
 from .agreement import check_agreement
@@ -150,7 +151,11 @@ def _fine_tune(
     settings = replace(settings, train=replace(settings.train, **rhythm))  # a run that is resumed keeps it
     folder.settings |= {"iters": config.iters, **rhythm}
     folder.identity = {**identify(settings, model, sets), "iters": config.iters}
+    if settings.resume_adapter_file:
+        file = Path(settings.resume_adapter_file).resolve()
+        folder.identity["start"] = {"file": str(file), "weights": file_digest(file)}
     if state is not None:
+        folder.identity |= {name: state.run[name] for name in ("start",) if name in state.run}
         check(state.run, folder.identity, settings.force, folder.path)
         check_incomplete(state, settings.train, config.iters, folder.path)
     planned = yield from plan_run(replace(settings, train=config), model, sets)
@@ -241,12 +246,13 @@ def _started(model: nn.Module, state: TrainingState | None, config: TrainConfig)
 
 def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, hooks):
     """Yield the reports of the training; return the last one, ``Done``."""
-    moved, first = None, not settings.resume
+    moved, first, tally = None, not settings.resume, Tally()
     if state is not None:
         folder.restore_best(state)
 
     def save(state: TrainingState) -> Path:
-        nonlocal moved, first
+        nonlocal moved, first, tally
+        tally = state.tally
         moved = folder.save(extract(model), keeping_references(state, sets), move_earlier=first) or moved
         first = False
         return folder.numbered(state.iteration)
@@ -264,5 +270,7 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, hook
             if isinstance(report, Checkpoint) and moved is not None:
                 yield EarlierRunMoved(moved)
                 moved = None
+            if isinstance(report, Done) and not report.stopped and (text := made_worse(tally)):
+                yield Warned(text)
             yield report
     return report

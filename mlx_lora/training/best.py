@@ -14,7 +14,7 @@ from ..errors import ConfigError, MLXLoRAWarning
 from .checkpoints import Tally
 from .reports import ValReport
 
-_FIELDS = ("best_by", "best_value", "best_iteration", "not_better")
+_FIELDS = ("best_by", "best_value", "best_iteration", "not_better", "first_loss", "lowest_loss")
 
 
 def is_best(tally: Tally, report: ValReport, config: TrainConfig) -> bool:

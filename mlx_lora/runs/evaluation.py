@@ -20,8 +20,8 @@ from ..model.loading import load
 from ..training import evaluate, referenced
 from ..training.checkpoints import read_run
 from ..training.losses import loss_named
+from .adapters import weights_of
 from .checks import check_data, masks_without_effect
-from .held_out import weights_of
 from .metrics import load_metrics
 from .metrics import measured as measure_answers
 from .peers import watched

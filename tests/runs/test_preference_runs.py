@@ -17,6 +17,7 @@ import pytest
 import mlx_lora
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from mlx_lora.cli.main import main
+from mlx_lora.config import preference_of
 from mlx_lora.errors import ConfigError, TrainingError
 from mlx_lora.runs import measure, reports
 from mlx_lora.runs.report import read_histories

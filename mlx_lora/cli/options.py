@@ -14,6 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..config import as_config
 from ..errors import ConfigError
 
 # Fields whose flag has another name, mlx-lm's.
@@ -143,6 +144,11 @@ def _is_union(hint: Any) -> bool:
 
 def build(config: type, params: dict[str, Any], **changes: Any) -> Any:
     """A config from a command's parameters. Parameters that are not fields of it are left out."""
+    return as_config(config, {**values_of(config, params), **changes}, config.__name__)
+
+
+def values_of(config: type, params: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config in a command's parameters, as the config takes them."""
     values = {}
     for field in dataclasses.fields(config):
         name = _FLAGS.get(field.name, field.name)
@@ -162,28 +168,24 @@ def build(config: type, params: dict[str, Any], **changes: Any) -> Any:
         elif value is None and field.default is dataclasses.MISSING:
             continue
         values[field.name] = value
-    try:
-        return config(**{**values, **changes})
-    except TypeError as error:
-        raise ConfigError(
-            str(error), "Correct the type of that value in the YAML file; --help shows what each option takes."
-        ) from None
+    return values
 
 
 def given_only(ctx: click.Context, name: str, value: Any) -> Any:
     """``value`` of the option ``name``, or the fields of a config, as far as a flag or the YAML file gave them.
 
-    Returns: None for an option that was not given; a dict of fields for a config.
+    Returns: None for an option that was not given; a dict of fields for a config, or for a dict of its fields.
     """
 
     def given(option: str) -> bool:
         source = ctx.get_parameter_source(option)
         return option in (ctx.default_map or {}) or source not in (None, click.core.ParameterSource.DEFAULT)
 
-    if not dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if not isinstance(value, dict):
         return value if given(name) else None
-    names = [field.name for field in dataclasses.fields(value)]
-    return {n: getattr(value, n) for n in names if given(_FLAGS.get(n, n))}
+    return {n: field for n, field in value.items() if given(_FLAGS.get(n, n))}
 
 
 def given_flags(ctx: click.Context) -> list[str]:
@@ -230,8 +232,10 @@ def chosen(path: str | None, checkpoint: str | None) -> str | None:
     from . import console
 
     found = choose(path, checkpoint)
-    if text := said_of(path, checkpoint, found):
+    said = click.get_current_context().meta.setdefault("mlx_lora.said", set())  # merge may name a folder twice
+    if (text := said_of(path, checkpoint, found)) and text not in said:
         console.note(text)
+        said.add(text)
     return str(found)
 
 

@@ -148,6 +148,7 @@ class Display:
         console.note(
             f"Trainable: {r.trainable:,} of {r.parameters:,} parameters ({share:.3f} %) in {r.modules} modules"
         )
+        console.note(f"Validates every {r.steps_per_eval} iterations, saves every {r.save_every} iterations")
 
     def EarlierRunMoved(self, r: Any) -> None:
         self.bar.line(f"{r.path.parent} held an earlier run. Moved its files to {r.path}")
@@ -164,7 +165,7 @@ class Display:
         self.bar.line(f"Iteration {r.iteration:>5}: validation loss {r.val_loss:.3f}{_metrics(r)} ({r.val_time:.1f} s)")
 
     def NewBest(self, r: Any) -> None:
-        self.bar.line(f"Iteration {r.iteration:>5}: best validation so far ({r.name} {r.value:.3f})")
+        self.bar.line(f"Iteration {r.iteration:>5}: best checkpoint so far ({r.name} {r.value:.3f})")
 
     def SkippedStep(self, r: Any) -> None:
         self.bar.line(f"Iteration {r.iteration:>5}: skipped a step, its gradient is not finite ({r.in_a_row} in a row)")

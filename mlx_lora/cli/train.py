@@ -25,6 +25,7 @@ from .options import (
     json_option,
     model_option,
     trust_option,
+    values_of,
     yaml_option,
 )
 from .reports import Stop, ask_for_prefix, show_reports
@@ -90,18 +91,15 @@ def train(ctx: click.Context, **params: Any):
     mlx-lora train -c my_run.yaml --resume
     """
     settle(ctx, params)
-    data = _data(ctx, params)
-    adapter, optimizer, config = (build(kind, params) for kind in (AdapterConfig, OptimizerConfig, TrainConfig))
     if not (params["train"] or (params["train"] is None and not params["test"])):
-        return _test_only(ctx, data, config, params)
+        return _test_only(ctx, _data(ctx, params), build(TrainConfig, params), params)
     _check_train(ctx, params)
     from ..runs import is_main_process, run
 
     stop, folder = Stop(), Path(params["adapter_path"])
-    settings = {"model": params["model"], "data": data, "adapter": adapter, "train": config}
-    settings["optimizer"] = optimizer if params["resume"] else given_only(ctx, "optimizer", optimizer)
-    if params["resume"]:  # what is not given is taken from the run
-        settings = {name: given_only(ctx, name, value) for name, value in settings.items()}
+    settings = {"model": params["model"], **_configs(ctx, params)}
+    if params["resume"]:
+        settings["model"] = given_only(ctx, "model", params["model"])
     reports = run(
         folder,
         **settings,
@@ -120,7 +118,18 @@ def train(ctx: click.Context, **params: Any):
         ctx.exit(130)
     if not params["test"] and not params["as_json"] and is_main_process():
         saved = json.loads((folder / "adapter_config.json").read_text("utf-8")) if params["resume"] else {}
-        _next_steps(saved.get("model", params["model"]), folder, saved.get("fine_tune_type", adapter.method))
+        _next_steps(saved.get("model", params["model"]), folder, saved.get("fine_tune_type", params["fine_tune_type"]))
+
+
+def _configs(ctx: click.Context, params: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run. Of one that is resumed only what is given, which is checked with the run's own options."""
+    kinds = {"data": DataConfig, "adapter": AdapterConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
+    if params["resume"]:
+        values = {name: values_of(kind, params) for name, kind in kinds.items()}
+        values["data"]["hf_dataset"] = (ctx.default_map or {}).get("hf_dataset")
+        return {name: given_only(ctx, name, fields) for name, fields in values.items()}
+    found = {name: build(kind, params) for name, kind in kinds.items() if name != "data"}
+    return {"data": _data(ctx, params), **found, "optimizer": given_only(ctx, "optimizer", found["optimizer"])}
 
 
 def _data(ctx: click.Context, params: dict[str, Any]) -> DataConfig:
@@ -192,8 +201,12 @@ def _next_steps(model: str, folder: Path, method: str) -> None:
 @click.option("--test-batches", default=-1, show_default=True, help="Batches to measure; -1 for the whole set.")
 @click.option("--exact-match", default=0, metavar="N", help="Also answer N rows and count the exact matches.")
 @config_options(TrainConfig, "metric", "metric_rows")
-@click.option("--max-tokens", default=128, show_default=True, help="With --exact-match or --metric: longest answer.")
-@yaml_option("hf_dataset", passes=lambda: {param.name for param in train.params})
+@click.option(
+    "--max-tokens",
+    type=int,
+    help="With --exact-match or --metric: longest answer (default: metric_max_tokens of a YAML file, or 128).",
+)
+@yaml_option("hf_dataset", "metric_max_tokens", passes=lambda: {param.name for param in train.params})
 @trust_option
 @json_option
 @click.pass_context
@@ -215,6 +228,7 @@ def test(ctx: click.Context, **params: Any):
         )
     from ..runs import measure
 
+    longest = params["max_tokens"] or (ctx.default_map or {}).get("metric_max_tokens") or config.metric_max_tokens
     reports = measure(
         params["model"],
         data,
@@ -224,7 +238,7 @@ def test(ctx: click.Context, **params: Any):
         options=config.preference_options(),
         test_batches=params["test_batches"],
         exact_match=params["exact_match"],
-        max_tokens=params["max_tokens"],
+        max_tokens=longest,
         metric=config.metric,
         metric_rows=config.metric_rows or -1,
         trust_remote_code=params["trust_remote_code"],

@@ -94,7 +94,13 @@ def as_config(kind: type, value: Any, name: str) -> Any:
         )
     if unknown := [str(key) for key in value or {} if key not in known]:
         raise ConfigError(f"{name}: {kind.__name__} has no {', '.join(unknown)}", f"It has: {', '.join(known)}.")
-    return kind(**(value or {}))
+    try:
+        return kind(**(value or {}))
+    except TypeError as error:
+        raise ConfigError(
+            str(error),
+            "Correct the type of that value (in the YAML file, if it is there); --help shows what each takes.",
+        ) from None
 
 
 def raise_all(faults: list[str], config: Any) -> None:

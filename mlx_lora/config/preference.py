@@ -22,15 +22,21 @@ class Preference(NamedTuple):
     rows: str = TOKENS  # TOKENS, PAIRS or LABELS
     reference: bool = False  # whether it compares with the log-probabilities of the model as training begins
     options: tuple[str, ...] = ()
+    measures: tuple[str, ...] = ()  # names of what it measures besides its value
 
 
+_SIDES = tuple(f"{what}/{side}" for what in ("rewards", "logps") for side in ("chosen", "rejected"))
+_OF_LABELS = (*_SIDES, "rewards/margins")
+_OF_PAIRS = (*_OF_LABELS, "rewards/accuracies")
 PREFERENCES = {
-    "dpo": Preference(PAIRS, True, ("beta", "label_smoothing")),
-    "ipo": Preference(PAIRS, True, ("beta",)),
-    "orpo": Preference(PAIRS, False, ("beta",)),
-    "kto": Preference(LABELS, True, ("beta", "desirable_weight", "undesirable_weight")),
-    "simpo": Preference(PAIRS, False, ("beta", "label_smoothing", "simpo_gamma", "cpo_alpha")),
-    "cpo": Preference(PAIRS, False, ("beta", "label_smoothing", "cpo_alpha")),
+    "dpo": Preference(PAIRS, True, ("beta", "label_smoothing"), _OF_PAIRS),
+    "ipo": Preference(PAIRS, True, ("beta",), _OF_PAIRS),
+    "orpo": Preference(PAIRS, False, ("beta",), (*_OF_PAIRS, "nll_loss", "log_odds_ratio", "log_odds_chosen")),
+    "kto": Preference(LABELS, True, ("beta", "desirable_weight", "undesirable_weight"), (*_OF_LABELS, "kl")),
+    "simpo": Preference(
+        PAIRS, False, ("beta", "label_smoothing", "simpo_gamma", "cpo_alpha"), (*_OF_PAIRS, "nll_loss")
+    ),
+    "cpo": Preference(PAIRS, False, ("beta", "label_smoothing", "cpo_alpha"), (*_OF_PAIRS, "nll_loss")),
 }
 _CPO_ALPHA = {"cpo": 1.0}  # 0 for the others
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any
 
 from .options import check_types, common, option, raise_all, without_effect
 from .preference import PREFERENCES, TOKENS, PreferenceOptions, preference_of
 
 REPORTERS = ("tensorboard", "trackio", "wandb", "swanlab")
 ITERS = 1000  # where neither iters nor epochs is given
+RHYTHM = {"steps_per_eval": 200, "save_every": 100}  # with iters, and at most with epochs, see ``rhythm_of``
 METRIC_ROWS = 32  # where metric_rows is not given
 VAL_LOSS = "val_loss"
 PREFIX_PLACES = ("none", "memory", "disk")
@@ -55,8 +59,17 @@ class TrainConfig(PreferenceOptions):
     )
     metric_max_tokens: int = option(128, "With --metric: longest answer.")
     steps_per_report: int = option(10, "Iterations between reports of the training loss.")
-    steps_per_eval: int = option(200, "Iterations between validations.")
-    save_every: int = option(100, "Iterations between checkpoints.", section="Output")
+    steps_per_eval: int | None = option(
+        None,
+        f"Iterations between validations (default: {RHYTHM['steps_per_eval']}; with --epochs at most that, and four "
+        "validations an epoch).",
+    )
+    save_every: int | None = option(
+        None,
+        f"Iterations between checkpoints (default: {RHYTHM['save_every']}; with --epochs at most that, and one "
+        "checkpoint an epoch).",
+        section="Output",
+    )
     keep: int | None = option(
         None,
         "Keep the weights of the newest N checkpoints, and of the best one (default: of all).",
@@ -84,6 +97,18 @@ class TrainConfig(PreferenceOptions):
     )
     seed: int = option(0, "Seed of the initialisation, dropout and the order of the data.")
 
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of the fields whose default is filled in, see ``is_set``."""
+        return RHYTHM
+
+    def rhythm_of(self, iters: int) -> dict[str, int]:
+        """The fields of ``RHYTHM`` for a run of ``iters`` iterations: as they are set, or else parts of an epoch."""
+        epoch = iters / max(1, self.epochs or 1)
+        found = {"steps_per_eval": round(epoch / 4), "save_every": math.ceil(epoch)}
+        if not self.val_batches:
+            found.pop("steps_per_eval")
+        return {n: getattr(self, n) or max(1, min(most, found.get(n, most))) for n, most in RHYTHM.items()}
+
     def __post_init__(self):
         if isinstance(self.metric, str):
             object.__setattr__(self, "metric", self.metric.split(","))
@@ -91,7 +116,10 @@ class TrainConfig(PreferenceOptions):
         faults = []
         if self.iters is None and self.epochs is None:
             object.__setattr__(self, "iters", ITERS)
-        elif None not in (self.iters, self.epochs):
+        if self.epochs is None:  # else they follow from the data
+            for name, value in RHYTHM.items():
+                object.__setattr__(self, name, value if getattr(self, name) is None else getattr(self, name))
+        elif self.iters is not None:
             faults.append(f"iters ({self.iters}) and epochs ({self.epochs}) contradict each other: give one of the two")
         if self.metric is not None:
             named = tuple(name.strip() if isinstance(name, str) else name for name in self.metric)
@@ -128,9 +156,11 @@ class TrainConfig(PreferenceOptions):
         names = [metric_name(name) for name in self.metric or () if isinstance(name, str)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             faults.append(f"metric names {', '.join(twice)} twice")
-        # What another loss measures besides is known when it is measured.
-        if self.val_batches and self.loss == "cross_entropy" and self.best_by not in (VAL_LOSS, *names):
-            faults.append(f"best_by must be {' or '.join((VAL_LOSS, *names))}, not {self.best_by!r}: add it to metric")
+        if taken := sorted({*names} & _TAKEN):
+            faults.append(f"metric {', '.join(taken)}: a loss measures something of this name; rename your function")
+        known = (VAL_LOSS, *names, *preference_of(self.loss).measures)
+        if self.val_batches and self.loss in ("cross_entropy", *PREFERENCES) and self.best_by not in known:
+            faults.append(f"best_by must be {' or '.join(known)}, not {self.best_by!r}: add it to metric")
         if self.cache_prefix not in PREFIX_PLACES:
             faults.append(f"cache_prefix must be one of {', '.join(PREFIX_PLACES)}, not {self.cache_prefix!r}")
         if self.cache_prefix != "none" and self.pack:
@@ -138,6 +168,18 @@ class TrainConfig(PreferenceOptions):
         if self.cache_prefix != "none" and preference_of(self.loss).rows != TOKENS:
             faults.append(f"cache_prefix cannot be used with the loss {self.loss}, which reads two answers of a row")
         raise_all(faults + self.preference_faults() + without_effect(self, _TRAIN_RULES), self)
+
+
+def no_effect(values: dict[str, Any], given: Collection[str]) -> list[str]:
+    """The names of ``values`` of a TrainConfig, other than those ``given``, that have no effect beside the others."""
+    defaults = {known.name: known.default for known in fields(TrainConfig)} | RHYTHM
+    values, found = {**defaults, **values}, []
+    for names, acts, _ in _TRAIN_RULES:
+        if not acts(SimpleNamespace(**values)):
+            dropped = [n for n in names if n not in given and values[n] not in (None, (), [], defaults[n])]
+            values |= {name: defaults[name] for name in dropped}
+            found += dropped
+    return found
 
 
 def metric_name(metric: str) -> str:
@@ -149,12 +191,13 @@ def _is_count(value: int) -> bool:
     return isinstance(value, int) and (value == -1 or value >= 1)
 
 
+_TAKEN = {VAL_LOSS, *(name for needs in PREFERENCES.values() for name in needs.measures)}
 _COUNTS = {  # the least value of each
     **dict.fromkeys(("iters", "batch_size", "grad_accumulation_steps", "steps_per_report", "steps_per_eval"), 1),
     **dict.fromkeys(("save_every", "keep", "metric_max_tokens"), 1),
     "patience": 0,
 }
-_MAY_BE_NONE = ("iters", "keep")
+_MAY_BE_NONE = ("iters", "keep", *RHYTHM)
 _VALIDATION = ("steps_per_eval", "patience", "best_by", "metric")
 _TRAIN_RULES = (
     (_VALIDATION, lambda c: c.val_batches != 0, "has no effect where val_batches is 0"),

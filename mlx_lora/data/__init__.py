@@ -14,7 +14,7 @@ samples.py   a checked row, and its parts    preference_rows.py, preferences.py 
 from __future__ import annotations
 
 from .batches import Batch, Dataset, Example, Summary, batches_per_epoch, eval_batches, train_batches
-from .epochs import iterations
+from .epochs import in_iterations, iterations
 from .load import Splits, load_dataset, tokenize
 from .packing import PackedBatch, packed_batches
 from .questions import Question, questions
@@ -29,6 +29,7 @@ __all__ = [
     "Summary",
     "batches_per_epoch",
     "eval_batches",
+    "in_iterations",
     "iterations",
     "load_dataset",
     "packed_batches",

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 from ..config import TrainConfig
 from .batches import Dataset, batches_per_epoch
 from .packing import packed_batches_per_epoch
+
+
+def in_iterations(config: TrainConfig, train_set: Dataset) -> TrainConfig:
+    """The config of a run over ``train_set``, counted in iterations instead of epochs."""
+    iters = iterations(config, train_set)
+    return replace(config, iters=iters, epochs=None, **config.rhythm_of(iters))
 
 
 def iterations(config: TrainConfig, train_set: Dataset) -> int:

@@ -86,7 +86,7 @@ def facts(folder: str | Path) -> dict[str, Any]:
 
 
 def said_of(path: str | Path, checkpoint: str | int | None, chosen: Path) -> str:
-    """A line about a choice that the user did not make; empty where there was none."""
+    """A line about a choice that the user did not make; empty where there was none, or nothing to choose from."""
     if checkpoint is not None or BEST not in checkpoints(path):
         return ""
     if chosen == Path(path):
@@ -95,6 +95,8 @@ def said_of(path: str | Path, checkpoint: str | int | None, chosen: Path) -> str
             "--checkpoint best uses it"
         )
     best, last = facts(chosen), facts(path).get("iteration")
+    if best.get("iteration") == last is not None:
+        return ""
     value = "".join(f", {name} {best[name]:.4g}" for name in best if name not in ("iteration", "weights"))
     return (
         f"Using the best checkpoint in {path}: iteration {best.get('iteration')}{value}. --checkpoint last is "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..adapter import FINGERPRINT, SHARED, raise_faults
 from ..config import AdapterConfig
@@ -77,3 +79,25 @@ def _config_beside(file: Path) -> dict[str, Any]:
     except MLXLoRAError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+@contextmanager
+def weights_of(model: nn.Module, file: Path) -> Iterator[None]:
+    """Give ``model`` the trained weights of a checkpoint of its own run, and its present ones back on exit.
+
+    Raises: ValueError: the file is not there, or is of another adapter.
+    """
+    present = dict(tree_flatten(model.trainable_parameters()))
+    found = mx.load(str(file)) if file.is_file() else {}
+    names = {id(array): name for name, array in extract(model).weights.items()}
+    # The file of an initialisation that is subtracted (pissa and its like) holds the frozen pair in a second half.
+    past = {path: found.get(names.get(id(array), path)) for path, array in present.items()}
+    cut = {path: tuple(slice(size) for size in array.shape) for path, array in present.items()}
+    past = {path: array[cut[path]] for path, array in past.items() if array is not None}
+    if {path: array.shape for path, array in past.items()} != {path: array.shape for path, array in present.items()}:
+        raise ValueError(f"{file} does not hold the weights of this run")
+    model.update(tree_unflatten([(path, array.astype(present[path].dtype)) for path, array in past.items()]))
+    try:
+        yield
+    finally:
+        model.update(tree_unflatten(list(present.items())))

@@ -17,7 +17,7 @@ from .identity import flat
 from .peers import group
 
 # A path may differ from machine to machine. What is read from it is compared by its hash.
-_PATHS = ("settings.model", "settings.init_reference", "settings.data.data")
+_PATHS = ("settings.model", "settings.init_reference", "settings.data.data", "start.file")
 
 
 def check_agreement(identity: dict[str, Any], model: nn.Module, state: TrainingState | None) -> None:

@@ -13,12 +13,15 @@ from ..base.batching import why_not_batched
 from ..config import TOKENS, DataConfig, TrainConfig, as_config, preference_of
 from ..data import Question, load_dataset, questions
 from ..errors import ConfigError
-from ..formats.checkpoints import choose
+from ..formats.checkpoints import STATE, choose
+from ..formats.files import file_digest
 from ..model.attach import disable_adapter
 from ..model.forward_paths import needs_cache, through_cache
 from ..model.loading import load
 from ..training import evaluate, referenced
+from ..training.checkpoints import read_run
 from ..training.losses import loss_named
+from .adapters import weights_of
 from .checks import check_data, masks_without_effect
 from .metrics import load_metrics
 from .metrics import measured as measure_answers
@@ -52,7 +55,8 @@ def measure(
         checkpoint: where ``adapter_path`` is the folder of a run: ``last``, ``best`` or an iteration; by default the
             best where there is one.
         test_batches: batches to measure at most; -1 for the whole set.
-        loss: a name in ``LOSSES``. The reference of losses of preferences is the model without its adapter.
+        loss: a name in ``LOSSES``. The reference of losses of preferences is what the run of ``adapter_path``
+            began from (``resume_adapter_file``), or the model without its adapter.
         options: of the loss, such as {"beta": 0.1}.
         exact_match: rows to answer greedily, spread over the set. An ``Answer`` is yielded for each, and the report
             says how many are exactly the row's last answer.
@@ -97,8 +101,7 @@ def _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_c
     with through_cache(model, cached):
         test = sets.test
         if kind != TOKENS:
-            with disable_adapter(model):
-                test = referenced(model, test, loss, batch_size)
+            test = yield from _with_reference(model, test, loss, batch_size, adapter_path)
         result = asdict(evaluate(model, test, *measured))
     given = {}
     for count, rows in asked.items():
@@ -110,6 +113,34 @@ def _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_c
     share = sum(answer.correct for answer in counted) / len(counted) if counted else None
     values = {**result.pop("metrics"), **values}
     yield TestReport(**result, exact_match=share, answered=len(counted), metrics=values)
+
+
+def _with_reference(model: nn.Module, rows: Any, loss: str, batch_size: int, adapter_path: str | Path | None):
+    """``rows`` with their reference: by the adapter that the run of ``adapter_path`` began from, else by the base.
+
+    Yields a warning where that adapter is known, and not there.
+    """
+    start = _start_of(adapter_path) if adapter_path is not None and preference_of(loss).reference else None
+    if start is not None:
+        file, digest = Path(start["file"]), start["weights"]
+        if file.is_file() and file_digest(file) == digest:
+            with weights_of(model, file):
+                return referenced(model, rows, loss, batch_size)
+        yield Warned(
+            f"the reference here is the base model; that of the run was the adapter it began from, {file}, which is "
+            "not there any more or has changed"
+        )
+    with disable_adapter(model):
+        return referenced(model, rows, loss, batch_size)
+
+
+def _start_of(adapter_path: str | Path) -> dict[str, str] | None:
+    """What the run whose checkpoint this is recorded of the adapter it began from; None where it began from none."""
+    path = Path(adapter_path)
+    for state in (path / STATE, path.parent / STATE):
+        if state.is_file():
+            return read_run(state).get("start")
+    return None
 
 
 def compare_paths(model: nn.Module, rows: Any, grad_checkpoint: bool = False):

@@ -12,23 +12,27 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..config import METRIC_ROWS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, preference_of
-from ..data import Dataset, Question, Splits, iterations, questions, train_batches
+from ..config.train import RHYTHM
+from ..data import Dataset, Question, Splits, in_iterations, questions, train_batches
 from ..errors import ConfigError, MLXLoRAError
+from ..formats.checkpoints import STATE
+from ..formats.files import file_digest
 from ..init import FROM_DATA
-from ..model.attach import extract, parameter_counts, unmount
+from ..model.attach import disable_adapter, extract, parameter_counts, unmount
 from ..model.forward_paths import through_cache
-from ..training import Checkpoint, Report, TrainingState, build_optimizer, evaluate
+from ..training import Checkpoint, Done, Report, TrainingState, build_optimizer, evaluate
 from ..training import train as train_model
-from ..training.best import check_patience
+from ..training.best import check_patience, made_worse
+from ..training.checkpoints import Tally, read_processes
 from ..training.trainer import check_validated
 from .adapters import attach_for_run
 from .agreement import check_agreement
 from .checks import check_data, check_modules, check_packing
 from .evaluation import answers, compare_paths, load_model, load_sets
 from .folder import RunFolder
-from .identity import check, check_incomplete, continued, explained, identify
+from .identity import check, check_incomplete, check_processes, continued, explained, identify
 from .metrics import load_metrics, measured
-from .peers import watched
+from .peers import group, watched
 from .planned import check_weights, keep_speed, plan_run
 from .preferences import keeping_references, with_references
 from .prefix import drop_states, keep_prefix
@@ -100,6 +104,8 @@ def run(
     kept.check(resume)
     given = dict(model=model, data=data, adapter=adapter, optimizer=optimizer, train=train)
     given["init_reference"] = init_reference
+    if resume:
+        check_processes(read_processes(kept.path / STATE), group().size())
     recorded = kept.recorded() if resume else {}
     with explained(folder, recorded, given):
         settings = Settings(
@@ -137,27 +143,34 @@ def _fine_tune(
     check_weights(settings)
     model, tokenizer = yield from load_model(settings.model, trust_remote_code=settings.trust_remote_code)
     sets = yield from load_sets(settings.data, tokenizer, settings.splits, settings.train.loss)
-    config = replace(settings.train, iters=iterations(settings.train, sets.train), epochs=None)
+    config = in_iterations(settings.train, sets.train)
     check_validated(config, None if config.val_batches == 0 else sets.valid)
     check_patience(config, config.iters)
     asked = _questions(settings, tokenizer)
-    folder.settings["iters"] = config.iters
+    rhythm = {name: getattr(config, name) for name in RHYTHM}
+    settings = replace(settings, train=replace(settings.train, **rhythm))  # a run that is resumed keeps it
+    folder.settings |= {"iters": config.iters, **rhythm}
     folder.identity = {**identify(settings, model, sets), "iters": config.iters}
+    if settings.resume_adapter_file:
+        file = Path(settings.resume_adapter_file).resolve()
+        folder.identity["start"] = {"file": str(file), "weights": file_digest(file)}
     if state is not None:
+        folder.identity |= {name: state.run[name] for name in ("start",) if name in state.run}
         check(state.run, folder.identity, settings.force, folder.path)
         check_incomplete(state, settings.train, config.iters, folder.path)
     planned = yield from plan_run(replace(settings, train=config), model, sets)
-    yield from recorder.prepare(model, tokenizer, sets, None if state is None else state.iteration)
     yield from _attach(model, sets, folder, settings)
-    check_agreement(folder.identity, model, state)
     try:
+        check_agreement(folder.identity, model, state)
         cached = yield from compare_paths(model, sets.train, config.grad_checkpoint)
         with through_cache(model, cached):
             prefix = yield from keep_prefix(model, sets, folder.path, folder.identity, config)
+        with disable_adapter(model):
+            yield from recorder.prepare(model, tokenizer, sets, None if state is None else state.iteration)
     except (MLXLoRAError, GeneratorExit):  # nothing was trained: a model that the caller loaded is as it was
         unmount(model)
         raise
-    yield _started(model, state, config.iters)
+    yield _started(model, state, config)
     with through_cache(model, cached):
         sets = yield from with_references(model, sets, config, state)
         hooks = {"metrics": _metrics(model, tokenizer, asked, config), "prefix": prefix}
@@ -224,20 +237,22 @@ def _attach(model: nn.Module, sets: Splits, folder: RunFolder, settings: Setting
     )
 
 
-def _started(model: nn.Module, state: TrainingState | None, iters: int) -> Started:
+def _started(model: nn.Module, state: TrainingState | None, config: TrainConfig) -> Started:
     trainable, parameters = parameter_counts(model)
+    rhythm = (getattr(config, name) for name in RHYTHM)
     modules = len({name.rpartition(".")[0] for name, _ in tree_flatten(model.trainable_parameters())})
-    return Started(state.iteration if state else 0, iters, trainable, parameters, modules)
+    return Started(state.iteration if state else 0, config.iters, trainable, parameters, modules, *rhythm)
 
 
 def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, hooks):
     """Yield the reports of the training; return the last one, ``Done``."""
-    moved, first = None, not settings.resume
+    moved, first, tally = None, not settings.resume, Tally()
     if state is not None:
         folder.restore_best(state)
 
     def save(state: TrainingState) -> Path:
-        nonlocal moved, first
+        nonlocal moved, first, tally
+        tally = state.tally
         moved = folder.save(extract(model), keeping_references(state, sets), move_earlier=first) or moved
         first = False
         return folder.numbered(state.iteration)
@@ -255,5 +270,7 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, hook
             if isinstance(report, Checkpoint) and moved is not None:
                 yield EarlierRunMoved(moved)
                 moved = None
+            if isinstance(report, Done) and not report.stopped and (text := made_worse(tally)):
+                yield Warned(text)
             yield report
     return report

@@ -5,19 +5,13 @@ The prompts are rows of the validation set. Answering draws no random numbers an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import LABELS, TOKENS, DataConfig
 from ..data import Dataset, Question, Splits, questions
 from ..errors import DataError
-from ..model.attach import extract
 from ..training.evaluation import mode
 from .evaluation import answers
 from .reports import Answer
@@ -90,28 +84,6 @@ def _split_row(row: Any, tokenizer: Any) -> Question:
     prompt, answer = tokens[:start], tokens[start : start + MAX_TOKENS]
     texts = [tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, answer)]
     return Question(prompt, *texts)
-
-
-@contextmanager
-def weights_of(model: nn.Module, file: Path) -> Iterator[None]:
-    """Give ``model`` the trained weights of a checkpoint of its own run, and its present ones back on exit.
-
-    Raises: ValueError: the file is not there, or is of another adapter.
-    """
-    present = dict(tree_flatten(model.trainable_parameters()))
-    found = mx.load(str(file)) if file.is_file() else {}
-    names = {id(array): name for name, array in extract(model).weights.items()}
-    # The file of an initialisation that is subtracted (pissa and its like) holds the frozen pair in a second half.
-    past = {path: found.get(names.get(id(array), path)) for path, array in present.items()}
-    cut = {path: tuple(slice(size) for size in array.shape) for path, array in present.items()}
-    past = {path: array[cut[path]] for path, array in past.items() if array is not None}
-    if {path: array.shape for path, array in past.items()} != {path: array.shape for path, array in present.items()}:
-        raise ValueError(f"{file} does not hold the weights of this run")
-    model.update(tree_unflatten([(path, array.astype(present[path].dtype)) for path, array in past.items()]))
-    try:
-        yield
-    finally:
-        model.update(tree_unflatten(list(present.items())))
 
 
 def _said(problem: Exception) -> str:

@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from ..base.fingerprint import digest
 from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, as_config
+from ..config.train import no_effect
 from ..data import Splits
 from ..errors import ConfigError, DataError, MLXLoRAWarning, ModelError
 from ..training import TrainingState
@@ -82,10 +83,20 @@ def continued(given: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]
         if name in _CONFIGS and (value is None or isinstance(value, dict)):
             replaced = {other for option in value or {} for other in _INSTEAD.get(option, ())}
             kept = {option: setting for option, setting in past.items() if option not in replaced}
+            kept = _acting(kept, value or {}) if name == "train" else kept
             found[name] = as_config(_CONFIGS[name], {**kept, **(value or {})}, name)
         elif value is None:
             found[name] = past
     return found
+
+
+def _acting(recorded: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The ``recorded`` options of training without those that have no effect beside the ``given`` ones. Warns of it."""
+    unused = no_effect({**recorded, **given}, given)
+    if unused:
+        text = f"{', '.join(unused)}: not taken from the record, because of {', '.join(given)}"
+        warnings.warn(f"The run continues with another setting: {text}", MLXLoRAWarning, stacklevel=2)
+    return {name: value for name, value in recorded.items() if name not in unused}
 
 
 def check(saved: dict[str, Any], here: dict[str, Any], force: bool, folder: Any) -> None:
@@ -114,6 +125,14 @@ def check(saved: dict[str, Any], here: dict[str, Any], force: bool, folder: Any)
         raise another_run(faults + forced, hint=None if faults else _FORCE)
     for text in (*forced, *_stretched(saved, here)):
         warnings.warn(f"The run continues with another setting: {text}", MLXLoRAWarning, stacklevel=2)
+
+
+def check_processes(before: int | None, now: int) -> None:
+    """Refuse to resume in another number of processes, before any of them waits for another. Raises: TrainingError."""
+    if before not in (None, now):
+        how = f"with mlx.launch -n {before}" if before > 1 else "without mlx.launch"
+        hint = f"Resume it {how}; in another number of processes, only a new run can be started."
+        raise another_run([difference("processes", before, now)], hint=hint)
 
 
 def check_incomplete(state: TrainingState, config: TrainConfig, iters: int | None, folder: Path) -> None:

@@ -109,7 +109,9 @@ def _module(path: Path, _changed: int) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's code raises
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # whatever the user's code raises, sys.exit() included
         raise ConfigError(f"metric: {path} fails: {type(error).__name__}: {error}", "Correct that file.") from error
     return module
 
@@ -124,9 +126,9 @@ def measured(metrics: dict[str, Metric], answers: Sequence[Answer]) -> dict[str,
         try:
             with working():
                 values.append(float(metric([a.given for a in answers], [a.expected for a in answers])))
-        except MLXLoRAError:
+        except (MLXLoRAError, KeyboardInterrupt, GeneratorExit):
             raise
-        except Exception as error:  # whatever the user's code raises
+        except BaseException as error:  # whatever the user's code raises, sys.exit() included
             raise ConfigError(f"metric {name} fails: {type(error).__name__}: {error}", _HOW) from error
     group = mx.distributed.init()
     if group.size() > 1:

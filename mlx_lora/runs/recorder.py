@@ -24,8 +24,9 @@ from ..device import as_dict, describe
 from ..errors import MLXLoRAError, MLXLoRAWarning
 from ..formats.mlx_lm import WEIGHTS
 from ..training import Checkpoint, Done
+from .adapters import weights_of
 from .folder import RunFolder, is_main_process
-from .held_out import HeldOut, weights_of
+from .held_out import HeldOut
 from .log import PAGE, RunLog, logged_until
 from .peers import working
 from .reports import Loading, Started, TestReport

@@ -66,6 +66,8 @@ class Started:
     trainable: int  # parameters
     parameters: int  # of the model with its adapter; a quantized weight counts as one
     modules: int  # that hold trainable parameters
+    steps_per_eval: int  # iterations between validations, where there is a validation set
+    save_every: int  # iterations between checkpoints
 
 
 @dataclass(frozen=True)

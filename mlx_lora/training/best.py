@@ -14,7 +14,7 @@ from ..errors import ConfigError, MLXLoRAWarning
 from .checkpoints import Tally
 from .reports import ValReport
 
-_FIELDS = ("best_by", "best_value", "best_iteration", "not_better")
+_FIELDS = ("best_by", "best_value", "best_iteration", "not_better", "first_loss", "lowest_loss")
 
 
 def is_best(tally: Tally, report: ValReport, config: TrainConfig) -> bool:
@@ -29,7 +29,9 @@ def is_best(tally: Tally, report: ValReport, config: TrainConfig) -> bool:
         known = ", ".join(values)
         raise ConfigError(f"best_by: {config.best_by!r} is not measured in this run", f"Choose one of: {known}.")
     if report.iteration == 0:
+        tally.first_loss = report.val_loss
         return False
+    tally.lowest_loss = min(report.val_loss, tally.lowest_loss if tally.lowest_loss is not None else math.inf)
     value, best = values[config.best_by], tally.best_value
     better = best is None or (value < best if config.best_by == VAL_LOSS else value > best)
     if not (better and math.isfinite(value)):
@@ -37,6 +39,17 @@ def is_best(tally: Tally, report: ValReport, config: TrainConfig) -> bool:
         return False
     tally.best_value, tally.best_iteration, tally.not_better = value, report.iteration, 0
     return True
+
+
+def made_worse(tally: Tally) -> str | None:
+    """A warning where no validation of a complete run had a lower loss than the one before the first step."""
+    first, lowest = tally.first_loss, tally.lowest_loss
+    if first is None or lowest is None or lowest < first:
+        return None
+    return (
+        f"training made the model worse: the validation loss was {first:.3f} before it, and never below {lowest:.3f} "
+        "after; lower the learning rate, or look at the data"
+    )
 
 
 def out_of_patience(tally: Tally, config: TrainConfig) -> bool:

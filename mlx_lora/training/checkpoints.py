@@ -42,6 +42,8 @@ class Tally:
     best_value: float | None = None
     best_iteration: int = 0
     not_better: int = 0  # validations in a row since the best one
+    first_loss: float | None = None  # validation loss before the first step
+    lowest_loss: float | None = None  # of the validations after it
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,11 @@ class TrainingState:
 def read_run(path: str | os.PathLike) -> dict[str, Any]:
     """The `run` of the state in a file, without its arrays. Empty in a file of an older version."""
     return _open(path)[1].get("run") or {}
+
+
+def read_processes(path: str | os.PathLike) -> int | None:
+    """The number of processes of the run whose state is in a file; None in a file of an older version."""
+    return _open(path)[1]["fingerprint"].get("processes")
 
 
 def _open(path: str | os.PathLike) -> tuple[dict[str, mx.array], dict[str, Any]]:

@@ -16,10 +16,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..config import VAL_LOSS, TrainConfig
-from ..data import Dataset, iterations, packed_batches, train_batches
+from ..data import Dataset, in_iterations, packed_batches, train_batches
 from ..data.packing import capacity
 from ..device import memory_limits
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, MLXLoRAError, TrainingError
 from .best import check_patience, continued, is_best, out_of_patience, with_best_of
 from .checkpoints import Tally, TrainingState, check_fingerprint, fingerprint
 from .evaluation import check_rows as check_kind
@@ -94,7 +94,7 @@ def train(
         )
     if len(train_set) == 0:
         raise TrainingError("The training set is empty.", "Check that train.jsonl in the data folder has rows.")
-    config = dataclasses.replace(config, iters=iterations(config, train_set), epochs=None)
+    config = in_iterations(config, train_set)
     for rows in (train_set, valid_set):
         if rows is not None:
             check_kind(rows, _loss_of(config))
@@ -152,6 +152,7 @@ class _Run:
     fingerprint: dict[str, Any]
     group: Any
     prefix: FrozenPrefix | None
+    begun: bool = False  # whether a step was taken
 
     def reports(self, resume: TrainingState | None) -> Iterator[Report]:
         begin = time.perf_counter()
@@ -209,6 +210,9 @@ class _Run:
         config, tally = self.config, self.tally
         if tally.iteration == 0:
             yield from self._validate()
+        else:
+            self._measured()  # a metric that fails ends the run now, not hours later
+        self.begun = True
         if tally.iteration == config.iters:
             return "complete"
         batches = (packed_batches if config.pack else train_batches)(
@@ -267,7 +271,7 @@ class _Run:
             yield from self._count_step(outcome.finite, outcome.grad_norm)
         if self.tally.window_iterations:
             yield self._report()
-        best = yield from self._validate()
+        best = yield from self._validate(state)
         yield from self._save(dataclasses.replace(state, tally=with_best_of(state.tally, self.tally)), best)
 
     def _count_step(self, finite: bool | None, norm: float | None) -> Iterator[Report]:
@@ -309,8 +313,17 @@ class _Run:
         tally.window_loss, tally.window_tokens, tally.window_iterations, tally.window_seconds = 0.0, 0, 0, 0.0
         return report
 
-    def _validate(self) -> Iterator[Report]:
-        """Returns whether this is the best validation so far."""
+    def _measured(self) -> dict[str, float]:
+        """The values of the metrics; none without metrics."""
+        with mode(self.model, training=False):
+            return self.metrics() if self.metrics and self.valid_set is not None else {}
+
+    def _validate(self, state: TrainingState | None = None) -> Iterator[Report]:
+        """Returns whether this is the best validation so far. A metric that fails after a step ends the run saved.
+
+        Args:
+            state: to save then; by default that of now.
+        """
         if self.valid_set is None:
             return False
         config = self.config
@@ -318,9 +331,12 @@ class _Run:
         measured = evaluate(
             self.model, self.valid_set, config.batch_size, config.val_batches, *of_loss, prefix=self.prefix
         )
-        with mode(self.model, training=False):
-            values = self.metrics() if self.metrics else {}
-        values = {**measured.metrics, **values}
+        try:
+            values = {**measured.metrics, **self._measured()}
+        except MLXLoRAError:
+            if self.begun:
+                yield from self._save(state or self._state())
+            raise
         report = ValReport(self.tally.iteration, measured.loss, measured.seconds, measured.tokens, values)
         yield report
         return is_best(self.tally, report, config)

@@ -135,3 +135,10 @@ def test_mlx_lms_own_runs_have_numbered_checkpoints(folder, adapters):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     assert which(mlx_lora.load_adapter(folder), adapters) == "c"
     assert which(mlx_lora.load_adapter(folder, checkpoint=4), adapters) == "b"
+
+
+def test_nothing_is_said_where_the_best_checkpoint_is_the_last(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["checkpoint"]["iteration"] = 4
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert said_of(folder, None, choose(folder)) == ""

@@ -239,3 +239,37 @@ def test_every_process_measures_and_stops_alike(data, tmp_path):
     assert ranks[0] and ranks[0] == ranks[1], done.stdout + done.stderr
     assert ranks[0][-1] == "Done patience" and ranks[0].count("ValReport {'rank': 5.0}") == 4
     assert (tmp_path / "a" / "best" / "adapters.safetensors").exists()
+
+
+def test_names_that_a_loss_measures_are_no_metrics():
+    for name in ("val_loss", "kl", "nll_loss"):
+        with pytest.raises(ConfigError, match=f"metric {name}: a loss measures something of this name"):
+            TrainConfig(metric=f"m.py:{name}")
+
+
+@pytest.mark.parametrize("error", ["ValueError('late')", "SystemExit(3)"])
+def test_a_metric_that_fails_late_ends_a_saved_run_and_is_tried_before_it_goes_on(error, data, tmp_path):
+    file = tmp_path / "late.py"
+    file.write_text(f"calls = []\ndef late(given, expected):\n    calls.append(1)\n    if len(calls) > 1:\n"
+                    f"        raise {error}\n    return 1.0\n")  # fmt: skip
+    measuring = {"metric": f"{file}:late", "metric_rows": 1, "metric_max_tokens": 1}
+    with pytest.raises(ConfigError, match="metric late fails"):
+        run(tmp_path / "a", data, iters=6, save_every=50, **measuring)
+    assert (tmp_path / "a" / "0000002_adapters.safetensors").exists()
+    found = []
+    with pytest.raises(ConfigError, match="metric late fails"):
+        found += mlx_lora.run(tmp_path / "a", resume=True)
+    assert not (tmp_path / "a" / "0000004_adapters.safetensors").exists()
+
+
+def test_test_takes_the_answer_length_of_a_recipe(data, metric, tmp_path, monkeypatch):
+    from mlx_lora.cli.main import main
+
+    asked = []
+    monkeypatch.setattr(runs, "measure", lambda *_, max_tokens, **__: asked.append(max_tokens) or iter(()))
+    (tmp_path / "run.yaml").write_text("metric_max_tokens: 7\niters: 5\n")
+    base = ["test", "--model", str(PATH), "--data", data.data, "--metric", "exact_match"]
+    for more in ([], ["-c", str(tmp_path / "run.yaml")], ["-c", str(tmp_path / "run.yaml"), "--max-tokens", "9"]):
+        with pytest.raises(SystemExit):
+            main([*base, *more])
+    assert asked == [128, 7, 9]

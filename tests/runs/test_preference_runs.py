@@ -17,6 +17,7 @@ import pytest
 import mlx_lora
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from mlx_lora.cli.main import main
+from mlx_lora.config import preference_of
 from mlx_lora.errors import ConfigError, TrainingError
 from mlx_lora.runs import measure, reports
 from mlx_lora.runs.report import read_histories
@@ -290,3 +291,26 @@ def test_the_example_learns_a_preference(tmp_path):
     spec.loader.exec_module(example)
     rewards = example.main(str(tmp_path / "a"), train=96, held_out=24, iters=20)
     assert rewards["rewards/accuracies"] > 0.95
+
+
+def test_test_compares_with_the_adapter_that_the_run_began_from(data, tmp_path):
+    """The loss of a run's start is log 2; where that adapter has changed, a warning names the base as reference."""
+    fine_tune(tmp_path / "first", data, loss="cpo")
+    start = tmp_path / "first" / "adapters.safetensors"
+    reports = fine_tune(tmp_path / "a", data, iters=1, resume_adapter_file=start, test_batches=-1)
+    *_, measured = measure(PATH, data, tmp_path / "a", loss="dpo", checkpoint="last")
+    assert measured.loss == pytest.approx(reports[-1].loss, abs=1e-5)
+    fine_tune(tmp_path / "a", data, iters=2, resume=True)
+    assert not [r for r in measure(PATH, data, tmp_path / "a", loss="dpo") if type(r).__name__ == "Warned"]
+    start.unlink()
+    said = [r.text for r in measure(PATH, data, tmp_path / "a", loss="dpo") if type(r).__name__ == "Warned"]
+    assert len(said) == 1 and "the reference here is the base model" in said[0]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "kto", "simpo", "cpo"])
+def test_the_names_that_a_loss_measures_are_those_it_reports(loss, tmp_path):
+    reports = fine_tune(tmp_path / "a", write(tmp_path / "rows", loss), loss, iters=1, train={"report_prompts": 0})
+    names = set(of(reports, ValReport)[0].metrics)
+    assert names | {"nll_loss"} == {*preference_of(loss).measures, "nll_loss"}
+    with pytest.raises(ConfigError, match="best_by must be val_loss or rewards/chosen"):
+        TrainConfig(loss=loss, best_by="accuracy")

@@ -139,7 +139,9 @@ def test_the_size_comes_first_and_closing_the_run_there_declines(data, tmp_path)
     reports = mlx_lora.run(
         tmp_path / "run", model=loaded, data=str(data), adapter=LAST, train={**TRAIN, "cache_prefix": "disk"}
     )
-    report = next(r for r in reports if type(r).__name__ == "PrefixCache")
+    before = []
+    report = next(r for r in reports if before.append(r) or type(r).__name__ == "PrefixCache")
+    assert not [r for r in before if getattr(r, "what", "") == "answers"]
     assert report.bytes > 0 and report.layers == report.of - 1 and report.place.endswith(prefix_room.FILE)
     reports.close()
     assert not (tmp_path / "run" / prefix_room.FILE).exists()

@@ -18,7 +18,7 @@ import mlx_lora
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from mlx_lora.data import Dataset, Example, Splits
 from mlx_lora.errors import ConfigError, MLXLoRAWarning
-from mlx_lora.runs import held_out, recorder
+from mlx_lora.runs import adapters, held_out, recorder
 from mlx_lora.runs.log import LOG, RunLog, read_log
 from mlx_lora.runs.tracking import values_of
 from mlx_lora.tiny_base import PATH, skill
@@ -209,13 +209,13 @@ def test_the_weights_of_a_checkpoint_are_put_on_and_taken_off_again(init, data, 
     tokens = mx.array([[5, 6, 7, 8]])
     last = model(tokens)
     first = tmp_path / "a" / "0000002_adapters.safetensors"
-    with held_out.weights_of(model, first):
+    with adapters.weights_of(model, first):
         then = model(tokens)
     assert mx.array_equal(model(tokens), last) and not mx.array_equal(then, last)
     (tmp_path / "a" / "adapters.safetensors").write_bytes(first.read_bytes())
     alone, _ = mlx_lora.load(PATH, tmp_path / "a")
     assert mx.allclose(alone(tokens), then, atol=1e-4)
-    with pytest.raises(ValueError, match="does not hold"), held_out.weights_of(model, tmp_path / "none"):
+    with pytest.raises(ValueError, match="does not hold"), adapters.weights_of(model, tmp_path / "none"):
         pass
 
 

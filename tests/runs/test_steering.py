@@ -307,3 +307,71 @@ def test_a_relative_path_of_the_record_is_explained(data, tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match=r"metric 'here/m.py:f' comes from the record of the run in a"):
         mlx_lora.run("a", model="small", data="rows", train={"iters": 4}, resume=True)
     list(mlx_lora.run("a", model="small", data="rows", train={"iters": 4, "metric": "m.py:f"}, resume=True))
+
+
+# --- the rhythm of epochs, and options beside those of the record ----------------------------------------------------
+
+
+@pytest.mark.parametrize(("iters", "epochs", "found"), [(27, 3, (2, 9)), (204, 3, (17, 68)), (9999, 3, (200, 100))])
+def test_epochs_decide_how_often_a_run_validates_and_saves(iters, epochs, found):
+    assert tuple(TrainConfig(epochs=epochs).rhythm_of(iters).values()) == found
+    assert tuple(TrainConfig(epochs=epochs, steps_per_eval=5).rhythm_of(iters).values()) == (5, found[1])
+    assert (TrainConfig().steps_per_eval, TrainConfig().save_every) == (200, 100)
+
+
+def test_patience_works_with_epochs_alone_and_a_resumed_run_keeps_the_rhythm(data, tmp_path, losses):
+    losses(9.0, *range(8, -50, -1))
+    first = run(tmp_path / "a", data, epochs=1, patience=1)
+    assert of(first, "Started")[0].steps_per_eval == 2 and [r.iteration for r in of(first, "ValReport")] == [
+        0,
+        2,
+        4,
+        6,
+        7,
+    ]
+    again = list(mlx_lora.run(tmp_path / "a", train={"epochs": 4}, resume=True))
+    assert of(again, "Started")[0].steps_per_eval == 2
+
+
+def test_no_validation_drops_what_the_record_says_of_it(data, tmp_path, losses):
+    losses(9.0, 8.0, 7.0, 6.0, 5.0)
+    run(tmp_path / "a", data, iters=4, steps_per_eval=1, patience=2, val_batches=2)
+    with pytest.warns(mlx_lora.errors.MLXLoRAWarning, match="steps_per_eval, patience: not taken from the record"):
+        mlx_lora.run(tmp_path / "a", train={"val_batches": 0, "iters": 6}, resume=True).close()
+    with pytest.raises(ConfigError, match="patience has no effect"):
+        mlx_lora.run(tmp_path / "a", train={"val_batches": 0, "patience": 3}, resume=True)
+
+
+def test_a_run_that_only_gets_worse_says_so(data, tmp_path, losses):
+    losses(1.0, 3.0, 2.0)
+    texts = [r.text for r in of(run(tmp_path / "a", data, iters=4, steps_per_eval=2), "Warned")]
+    assert any("training made the model worse: the validation loss was 1.000" in text for text in texts)
+    losses(1.0, 3.0, 0.5)
+    assert not of(run(tmp_path / "b", data, iters=4, steps_per_eval=2), "Warned")
+
+
+def test_another_number_of_processes_is_named_at_once(data, tmp_path, monkeypatch):
+    run(tmp_path / "a", data, iters=1, val_batches=0)
+    monkeypatch.setattr(
+        "mlx_lora.runs.fine_tune.group", lambda: type("Two", (), {"size": lambda self: 2, "rank": lambda self: 0})()
+    )
+    with pytest.raises(mlx_lora.MLXLoRAError, match="processes: 1 in the checkpoint, 2 here") as caught:
+        mlx_lora.run(tmp_path / "a", train={"iters": 2}, resume=True)
+    assert caught.value.hint.startswith("Resume it without mlx.launch")
+
+
+def test_flags_of_a_resumed_run_are_checked_with_its_record(tmp_path, data, capsys):
+    row = '{"prompt": "a b", "chosen": "c", "rejected": "d e"}\n'
+    for split, count in (("train", 4), ("valid", 2)):
+        (tmp_path / f"{split}.jsonl").write_text(row * count)
+    config = TrainConfig(loss="dpo", iters=1, batch_size=2, val_batches=1, report_prompts=0)
+    list(mlx_lora.run(tmp_path / "a", model=PATH, data=str(tmp_path), adapter=ADAPTER, train=config))
+    base = ["train", "--adapter-path", str(tmp_path / "a"), "--resume", "--iters", "2"]
+    for flags, code, said in (
+        (["--beta", "0.2"], 1, "beta: 0.1 in the checkpoint, 0.2 here"),
+        (["--best-by", "rewards/margins"], 0, ""),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*base, *flags])
+        err = capsys.readouterr().err
+        assert bool(ended.value.code) == bool(code) and said in err, err

@@ -56,13 +56,18 @@ def plan(ctx: click.Context, **params: Any):
     if params["write"] is not None:
         return _write(ctx, params, data)
     from ..planning.plan import plan as make_plan
+    from ..runs.metrics import load_metrics
 
+    train = build(TrainConfig, params)
+    load_metrics(train.metric)  # refused here as by train
+    if train.cache_prefix != "none":
+        console.note("The kept output of frozen layers (--cache-prefix) is not counted; train shows its size first.")
     found = make_plan(
         params["model"],
         data,
         adapter=build(AdapterConfig, params),
         optimizer=build(OptimizerConfig, params),
-        train=build(TrainConfig, params),
+        train=train,
         processes=params["processes"],
         max_seq_length=params["max_seq_length"],
         trust_remote_code=params["trust_remote_code"],

@@ -31,10 +31,20 @@ def recommend(
     """
     base, notes = base_named(model), []
     folder = folder_of(base)
-    rows = read_rows(folder, data, trust_remote_code, notes)
+    try:
+        rows = read_rows(folder, data, trust_remote_code, notes)
+    except DataError as error:
+        if "preference row" in error.message:
+            raise DataError(
+                "the rows are preferences (chosen, rejected), for which no settings are chosen",
+                "Start from examples/recipes/dpo.yaml, and plan it: mlx-lora plan -c FILE.",
+            ) from None
+        raise
     if rows is None:
         raise DataError(notes[-1], "Name a model folder that has its tokenizer.")
-    masks = any(not example.mask[1:].all() for example in _with_prompts(folder, data, trust_remote_code))
+    masks = data.mask_prompt or any(
+        not example.mask[1:].all() for example in _with_prompts(folder, data, trust_remote_code)
+    )
     size = min(4, len(rows)) if rows.widths[-1] > 512 else min(8, len(rows))
     chosen = chosen_settings(rows, masks, _packs(base, data.max_seq_length), TrainConfig(batch_size=size))
     adapter, train = AdapterConfig(**chosen["adapter"]), TrainConfig(batch_size=size, **chosen["train"])

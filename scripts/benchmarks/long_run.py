@@ -127,6 +127,8 @@ def train(*words: str) -> None:
 
     def noted(self, iteration, *batch, **options):
         now[0] = iteration
+        if not shapes:  # the plan traces the step, too
+            traces.update(dict.fromkeys(traces, 0))
         shapes.add(str([array.shape for array in batch]))
         return run(self, iteration, *batch, **options)
 

@@ -116,7 +116,8 @@ def bar_on(terminal, monkeypatch, term: str = "xterm-256color", hidden: bool = F
     display = Display(as_json=hidden)
     report = dict(iteration=500, train_loss=1.0, learning_rate=1e-4, iterations_per_second=2.0, trained_tokens=5)
     report["metrics"] = {}
-    display.show("Started", SimpleNamespace(iters=1000, iteration=499, trainable=1, parameters=10, modules=1))
+    rhythm = {"steps_per_eval": 200, "save_every": 100}
+    display.show("Started", SimpleNamespace(iters=1000, iteration=499, trainable=1, parameters=10, modules=1, **rhythm))
     display.bar._bar.mininterval = 0
     for i in range(30):
         display.show("Progress", SimpleNamespace(iteration=500 + i, loss=8.0 / (i + 1)))

@@ -17,6 +17,7 @@ NO_DOWNLOAD = "required here: mlx-lm's default downloads a model of gigabytes th
 DIFFERENCES = {
     "train": {
         "iters": "None stands for 1000, unless epochs are given",
+        **dict.fromkeys(("steps_per_eval", "save_every"), "None stands for mlx-lm's, unless epochs are given"),
         "clear_cache_threshold": "mlx-lm's 0 empties the cache after every step; None keeps it up to a bound",
         "optimizer_config": "mlx-lm lists each optimizer without arguments, which is the same as none",
         "num_layers": "None stands for 16, or all layers of a smaller model, which mlx-lm refuses",

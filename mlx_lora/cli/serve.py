@@ -120,7 +120,7 @@ def _engine(params: dict[str, Any], config: ServeConfig, defaults: GenerateConfi
     limit = None if config.adapter_memory is None else int(1e9 * config.adapter_memory)
     bank = AdapterBank(model, limit, params["adapters_dir"])
     for name, path in () if merged else params["adapters"]:
-        bank.add(name, path, pinned=False)
+        bank.add(name, path)
         bank.load(name)
     engine = Engine(
         model,

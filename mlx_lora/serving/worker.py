@@ -26,7 +26,6 @@ class Worker:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.failures = 0
         self.last_step = time.monotonic()
         self._stop, self._work = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="mlx-lora-engine", daemon=True)
@@ -72,6 +71,5 @@ class Worker:
             return self.engine.step()
         except Exception as error:
             log.exception("a step of the engine failed")
-            self.failures += 1
             self.engine.fail_all(error)
             return True

@@ -38,7 +38,7 @@ def described(error: Exception) -> tuple[int, dict[str, Any], str]:
     for kind, status, openai, anthropic in _KINDS:
         if isinstance(error, kind):
             code = "model_not_found" if kind is UnknownModel else None
-            message = f"{error.message} {error.hint}" if isinstance(error, MLXLoRAError) else str(error)
+            message = f"{error.message}. {error.hint}" if isinstance(error, MLXLoRAError) else str(error)
             return status, {"message": message, "type": openai, "param": None, "code": code}, anthropic
     log.error("a request failed", exc_info=error)
     body = {"message": "the server failed at this request", "type": "server_error", "param": None, "code": None}

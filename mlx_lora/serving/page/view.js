@@ -44,7 +44,7 @@ export function edit(turn) {
 }
 
 function empty() {
-  return el("div", { className: "empty" }, el("h2", {}, "What shall it be?"), el("p", {}, "Ask the model something. Choose several at the top to compare their answers."));
+  return el("div", { className: "empty" }, el("h2", {}, "Ask the model"), el("p", {}, "Choose several models at the top to compare their answers side by side."));
 }
 
 function drawTurn(turn, versions) {
@@ -107,7 +107,7 @@ function picker(turn, answer, picked) {
   return el("button", {
     type: "button", className: picked ? "quiet" : "outlined", "aria-pressed": String(picked), disabled: chat.state.busy !== null,
     "data-key": `pick-${answer.id}`, title: "The conversation goes on with this answer", on: { click: () => chat.choose(turn, answer.id) },
-  }, picked ? "Continues" : "Continue with this");
+  }, picked ? "Chosen" : "Continue with this");
 }
 
 function reasoning(answer) {

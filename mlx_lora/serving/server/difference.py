@@ -12,7 +12,7 @@ _WORD = re.compile(r"\s*\S+|\s+$")
 
 
 def difference(old: str, new: str) -> list[dict[str, str]]:
-    """The parts of both texts in order: kind "same", "removed" (of ``old`` only) or "added" (of ``new`` only), and text.
+    """The parts of both texts in order, each with its kind: "same", "removed" (from ``old``) or "added" (in ``new``).
 
     Raises: ConfigError: the texts are too long.
     """

@@ -22,39 +22,8 @@ LONGEST = 200_000  # characters; a longer text is shown without Markdown
 _LONGEST_CODE = 20_000  # characters of a block that is highlighted
 _PREFIX = "hl-"  # of the classes of highlighted code
 _LIGHT, _DARK = "xcode", "github-dark"  # Pygments' styles
-_TAGS = set(
-    "a blockquote br code del em h1 h2 h3 h4 h5 h6 hr li ol p pre s span strong table tbody td th thead tr ul".split()
-)
-    [
-        "a",
-        "blockquote",
-        "br",
-        "code",
-        "del",
-        "em",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "hr",
-        "li",
-        "ol",
-        "p",
-        "pre",
-        "s",
-        "span",
-        "strong",
-        "table",
-        "tbody",
-        "td",
-        "th",
-        "thead",
-        "tr",
-        "ul",
-    ]
-)
+_HEADINGS, _TABLE = {f"h{level}" for level in range(1, 7)}, {"table", "thead", "tbody", "tr", "th", "td"}
+_TAGS = {*"a blockquote br code em hr li ol p pre s span strong ul".split(), *_HEADINGS, *_TABLE}  # noqa: SIM905
 _ATTRIBUTES = {"a": {"href", "title"}, "code": {"class"}, "ol": {"start"}, "span": {"class"}}
 
 

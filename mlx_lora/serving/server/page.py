@@ -164,7 +164,7 @@ async def _chunks(server: Server, body: Chat) -> AsyncIterator[str]:
             html = await run_in_threadpool(render, answer.text)
             took = time.perf_counter() - now
             rendered[column] = now + took + max(_RENDER_EVERY, 10 * took)
-            yield sse({"column": column, "kind": "html", "html": html})
+            yield sse({"column": column, "kind": "html", "html": html, **_numbers(answer, first[column])})
     yield sse("[DONE]")
 
 

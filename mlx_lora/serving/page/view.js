@@ -108,6 +108,7 @@ function drawAnswer(turn, answer, compared) {
     el("h3", {}, el("span", { className: "name" }, name), compared ? picker(turn, answer, picked) : null),
     reasoning(answer), body,
     answer.error ? el("p", { className: "error", role: "alert" }, answer.error) : null,
+    answer.error && !answer.text ? el("p", { className: "hint" }, "This message is left out of the conversation until it is answered.") : null,
     !answer.done && !live ? el("p", { className: "hint" }, "This answer was not finished.") : null,
     el("div", { className: "actions" }, live ? null : answerActions(turn, answer, compared), el("span", { className: "numbers" }, numbers(answer))));
   fill(element, answer);

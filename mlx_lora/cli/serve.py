@@ -77,12 +77,15 @@ def serve(**params: Any):
 
     def ready(url: str) -> None:
         console.note(f"Models: {', '.join([name, *engine.bank.names])}")
+        console.note(f"Chat page: {url}/")
         console.note(f"Serving at {url} (Ctrl-C ends it)")
 
     run(Server(engine, Worker(engine), config, name, defaults), ready)
 
 
-_INSTALL = "pip install fastapi uvicorn prometheus-client llguidance, with Python 3.11 or newer"
+_INSTALL = (
+    "pip install fastapi uvicorn prometheus-client llguidance markdown-it-py nh3 pygments, with Python 3.11 or newer"
+)
 
 
 def _check(params: dict[str, Any]) -> None:

@@ -22,8 +22,8 @@ _HEADERS = {
     b"x-frame-options": b"DENY",
     b"cross-origin-resource-policy": b"same-origin",
 }
-# Where no key is asked for: the page, which asks the user for it, and what tells that the server runs.
-_OPEN = ("/", "/health")
+# Where no key is asked for: the page's files, which ask the user for it, and what tells that the server runs.
+_OPEN, _OPEN_FOLDER = ("/", "/health"), "/static/"
 
 
 class Guard:
@@ -56,7 +56,7 @@ class Guard:
             return 413, f"the body is larger than {self._config.body_limit} bytes"
         if scope["method"] == "OPTIONS" and origin is not None:
             return None
-        open_path = scope["path"] in _OPEN or scope["path"].startswith("/page/")
+        open_path = scope["path"] in _OPEN or scope["path"].startswith(_OPEN_FOLDER)
         if self._config.api_key is not None and not open_path and not self._knows_key(headers):
             return 401, "the API key is missing or wrong: send it as Authorization: Bearer KEY"
         return None

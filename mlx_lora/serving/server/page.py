@@ -1,0 +1,188 @@
+"""The chat page: its files, and what they ask the server for.
+
+The page's own requests are under ``/page/`` and need the API key where there is one. They are no public interface:
+programs use OpenAI's or Anthropic's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from starlette.exceptions import HTTPException
+
+from ... import __version__
+from ...config import SAMPLING, GenerateConfig
+from .difference import difference
+from .events import Answer, Event
+from .markdown import code_stylesheet, render
+from .openai import events, read_message, server_of, sse, stream
+from .state import Ask, Server
+
+router = APIRouter(include_in_schema=False)
+MOST_COLUMNS = 8  # answers side by side
+FILES = Path(__file__).parents[1] / "page"
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "object-src 'none'",
+    "Cache-Control": "no-cache",  # an update of the package must not mix with files of the version before
+}
+_RENDER_EVERY = 0.3  # seconds between renderings of an answer that grows, and ten times what one took
+_SHOWN = [
+    field
+    for field in fields(GenerateConfig)
+    if field.metadata.get("section") == SAMPLING or field.name in ("max_tokens", "stop", "chat_template_config")
+]
+_KINDS = get_type_hints(GenerateConfig)
+Options = create_model(
+    "Options",
+    __config__=ConfigDict(extra="forbid"),
+    **{field.name: (_KINDS[field.name] | None, None) for field in _SHOWN},
+)
+
+
+class Chat(BaseModel):
+    """POST /page/chat."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    adapters: Annotated[list[str | None], Field(min_length=1, max_length=MOST_COLUMNS)] = [None]  # None: the base
+    options: Options = Options()
+
+
+class Texts(BaseModel):
+    """POST /page/markdown."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    texts: Annotated[list[str], Field(max_length=1000)]
+
+
+class Two(BaseModel):
+    """POST /page/difference."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    old: str
+    new: str
+
+
+@router.api_route("/", methods=["GET", "HEAD"])
+async def page() -> Response:
+    """The page."""
+    return _file("index.html")
+
+
+@router.get("/static/{name}")
+async def static(name: str) -> Response:
+    """A file of the page."""
+    return _file(name)
+
+
+def _file(name: str) -> Response:
+    files = _files()
+    if name not in files:
+        raise HTTPException(404, "Not Found")
+    return Response(files[name], media_type=_TYPES[Path(name).suffix], headers=_HEADERS)
+
+
+@cache
+def _files() -> dict[str, bytes]:
+    """The page's files by name, so that no path ever comes from a request."""
+    found = {path.name: path.read_bytes() for path in FILES.iterdir() if path.suffix in _TYPES}
+    return {**found, "code.css": code_stylesheet().encode()}
+
+
+@router.get("/page/settings")
+async def settings(request: Request) -> dict[str, Any]:
+    """What the page needs to know of the server: the base, the adapters, the options of sampling."""
+    server = server_of(request)
+    options = [
+        {
+            "name": field.name,
+            "kind": field.type.partition(" ")[0].partition("[")[0],
+            "help": field.metadata["help"],
+            "default": getattr(server.defaults, field.name),
+        }
+        for field in _SHOWN
+    ]
+    adapters = await run_in_threadpool(lambda: server.engine.bank.names)
+    return {
+        "version": __version__,
+        "base": server.name,
+        "adapters": adapters,
+        "options": options,
+        "max_tokens_limit": server.config.max_tokens_limit,
+        "most_columns": MOST_COLUMNS,
+    }
+
+
+@router.post("/page/markdown")
+async def markdown(body: Texts) -> dict[str, list[str]]:
+    """The HTML of Markdown texts."""
+    return {"html": await run_in_threadpool(lambda: [render(text) for text in body.texts])}
+
+
+@router.post("/page/difference")
+async def differences(body: Two) -> dict[str, Any]:
+    """What changes from one text to another, word by word."""
+    return {"parts": await run_in_threadpool(difference, body.old, body.new)}
+
+
+@router.post("/page/chat")
+async def chat(request: Request, body: Chat) -> Any:
+    """Answer a conversation with each of ``adapters``, in one batch. Events name the column that they are of."""
+    return await stream(request, _chunks(server_of(request), body))
+
+
+async def _chunks(server: Server, body: Chat) -> AsyncIterator[str]:
+    config = server.generation(**body.options.model_dump(exclude_none=True))
+    messages = [read_message(message) for message in body.messages]
+    names = [None if adapter is None else server.adapter_of(adapter) for adapter in body.adapters]
+    answers = [Answer(server.engine.tokenizer.tool_parser, None) for _ in names]
+    begun, first, rendered = time.perf_counter(), [0.0] * len(names), [time.perf_counter()] * len(names)
+    asks = [Ask(name, config, messages=messages) for name in names]
+    async for column, new in events(server, asks, answers):
+        answer, now = answers[column], time.perf_counter()
+        first[column] = first[column] or now - begun
+        for event in new:
+            yield sse({"column": column, **_told(event, answer)})
+        if answer.finish_reason:
+            html = await run_in_threadpool(render, answer.text)
+            yield sse({"column": column, "kind": "end", "html": html, **_numbers(answer, first[column])})
+        elif new and now >= rendered[column]:
+            html = await run_in_threadpool(render, answer.text)
+            took = time.perf_counter() - now
+            rendered[column] = now + took + max(_RENDER_EVERY, 10 * took)
+            yield sse({"column": column, "kind": "html", "html": html, **_numbers(answer, first[column])})
+    yield sse("[DONE]")
+
+
+def _told(event: Event, answer: Answer) -> dict[str, Any]:
+    if event.kind != "tool_call":
+        return {"kind": event.kind, "text": event.text}
+    text = f"\n```json\n{event.call.name}({event.call.arguments})\n```\n"  # the page runs no tools: it shows the call
+    answer.text += text
+    return {"kind": "text", "text": text}
+
+
+def _numbers(answer: Answer, first: float) -> dict[str, Any]:
+    last = answer.last
+    return {
+        "finish_reason": answer.finish_reason,
+        "first_token": first,  # seconds
+        "tokens": last.generation_tokens,
+        "tokens_per_second": last.generation_tps,
+        "prompt_tokens": last.prompt_tokens,
+        "cached_tokens": last.cached_tokens,
+    }

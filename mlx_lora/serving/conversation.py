@@ -95,7 +95,7 @@ class Conversation:
         self.messages: list[dict] = []
         self.answers: list[Answer] = []  # the latest, or those that were compared
         self.unanswered: str | None = None  # the question whose answer was stopped or failed
-        self.stopping = False
+        self.answering = self.stopping = False
         self._retries = 0
         self.start(system)
 
@@ -156,16 +156,25 @@ class Conversation:
             self.unanswered = None
 
     def _answer(self, messages: list[dict], adapters: Sequence[str | None], config: GenerateConfig) -> Iterator[Event]:
-        engine, self.stopping, begins = self.engine, False, config.prefill_response or ""
+        engine, begins = self.engine, config.prefill_response or ""
         tokens = engine.prompt(messages, self.tools, config)
         self._check_length(len(tokens), config.max_tokens)
         state = engine.state_after(tokens)
-        self.answers = answers = [Answer(adapter, begins) for adapter in adapters]
+        requests = [Request(tokens, config, adapter, parts=True, state=state) for adapter in adapters]
+        self.answers = [Answer(adapter, begins) for adapter in adapters]
+        self.answering, self.stopping = True, False
+        try:
+            yield from self._events(requests, begins)
+        except KeyboardInterrupt:  # in the middle of a step: what was computed so far may be half done
+            engine.close()
+            raise
+        finally:
+            self.answering = False
+
+    def _events(self, requests: list[Request], begins: str) -> Iterator[Event]:
         since = time.perf_counter()
-        for number, piece in engine.stream_all(
-            [Request(tokens, config, adapter, parts=True, state=state) for adapter in adapters], lambda: self.stopping
-        ):
-            answer = answers[number]
+        for number, piece in self.engine.stream_all(requests, lambda: self.stopping):
+            answer = self.answers[number]
             if answer.first_token is None:
                 answer.first_token = time.perf_counter() - since
                 if begins:

@@ -49,6 +49,7 @@ def chat(**params: Any):
     The model remembers the conversation. Switch adapters with /adapter NAME or /adapter none; the base model is not
     loaded again. /compare shows an answer with and without the adapter, and /help lists all commands. Where standard
     input is no terminal, each of its lines is a message or a command; the answers go to stdout, all else to stderr.
+    Messages are kept for the next session in a file that MLX_LORA_HISTORY names (empty: nowhere).
 
     \b
     mlx-lora chat --model Qwen/Qwen3-0.6B --adapter-path adapters
@@ -93,10 +94,7 @@ def talk(commands: Commands, read: Callable[[], str]) -> None:
         except Leave:
             return
         except KeyboardInterrupt:
-            commands.conversation.stop()
-        if commands.conversation.stopping:
-            console.note("\nStopped: what was answered is not kept. /retry asks the question again.")
-            commands.conversation.stopping = False
+            console.note("Interrupted.")
 
 
 def attempt(commands: Commands, line: str) -> None:
@@ -109,14 +107,14 @@ def attempt(commands: Commands, line: str) -> None:
 
 @contextmanager
 def interruptible(conversation: Any) -> Iterator[None]:
-    """A context in which Ctrl-C stops the answer after the present step, and the second one at once."""
+    """A context in which Ctrl-C stops an answer after the present step. A second one, or one at any other time, raises
+    KeyboardInterrupt."""
 
     def stop(*_: Any) -> None:
-        if conversation.stopping:
+        if conversation.stopping or not conversation.answering:
             raise KeyboardInterrupt
         conversation.stop()
 
-    conversation.stopping = False
     before = signal.signal(signal.SIGINT, stop)
     try:
         yield

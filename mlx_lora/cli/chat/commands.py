@@ -105,7 +105,13 @@ class Commands:
         getattr(self, name)(*([text] if any(usage for usage, _ in TABLE[name].usages) else []))
 
     def _show(self, events: Any, labels: list[str] | None = None) -> None:
-        self.screen.show(events, self.conversation, labels)
+        try:
+            self.screen.show(events, self.conversation, labels)
+        finally:
+            if self.conversation.stopping:
+                again = "" if labels else " /retry asks the question again."
+                console.note(f"Stopped: nothing of the answer is kept.{again}")
+            self.conversation.stopping = False
 
     # One method for each row of the table.
 

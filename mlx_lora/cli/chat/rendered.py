@@ -113,7 +113,7 @@ def _shown(kind: str, text: str) -> Any:
     from rich.text import Text
 
     if kind == "text":
-        return Markdown(text, code_theme="ansi_dark", hyperlinks=False)
+        return _Lines(Markdown(text, code_theme="ansi_dark", hyperlinks=False))
     if kind == "tool":
         return Text(f"Tool call: {text.strip()}", style="cyan")
     return Text(text.rstrip("\n"), style="dim")
@@ -143,7 +143,8 @@ class Tail:
         self._drawn = now
         if not self._live.is_started:
             self._live.start()
-        self._live.update(_LastLines(renderable() if callable(renderable) else renderable), refresh=True)
+        shown = renderable() if callable(renderable) else renderable
+        self._live.update(_Lines(shown, max(1, self._console.height - 2)), refresh=True)
 
     def clear(self) -> None:
         """Take away what was drawn."""
@@ -152,16 +153,17 @@ class Tail:
             self._live.stop()
 
 
-class _LastLines:
-    """The last lines of a renderable, as many as the screen can show."""
+class _Lines:
+    """A renderable without the blank lines around it: its last lines where ``most`` is given."""
 
-    def __init__(self, renderable: Any):
-        self._renderable = renderable
+    def __init__(self, renderable: Any, most: int = 0):
+        self._renderable, self._most = renderable, most
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.segment import Segment
 
         lines = console.render_lines(self._renderable, options.update(height=None), pad=False)
-        for line in lines[-max(1, console.height - 2) :]:
+        seen = [number for number, line in enumerate(lines) if "".join(part.text for part in line).strip()]
+        for line in lines[seen[0] : seen[-1] + 1][-self._most :] if seen else []:
             yield from line
             yield Segment.line()

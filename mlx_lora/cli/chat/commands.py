@@ -7,6 +7,7 @@ import difflib
 import json
 import shlex
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from ...config import GenerateConfig
 from ...errors import AdapterError, ConfigError
 from .. import console
 from ..generate import add_adapter
-from ..old_names import did_you_mean
 from ..options import chosen, config_options
 
 BASE = ("none", "base")  # names of the model without an adapter
@@ -95,10 +95,9 @@ class Commands:
         if name == "save!":
             return self.save(text, overwrite=True)
         if name not in TABLE:
-            near = [word for word in TABLE if name and word.startswith(name)] or difflib.get_close_matches(name, TABLE)
-            meant = f"; did you mean {' or '.join('/' + word for word in near)}?" if near else ""
             raise ConfigError(
-                f"/{name} is not a command{meant}", "/help lists them. To send a message that begins with /, write //."
+                f"/{name} is not a command{_meant(name, TABLE, '/')}",
+                "/help lists them. To send a message that begins with /, write //.",
             )
         if text and not any(usage for usage, _ in TABLE[name].usages):
             raise ConfigError(f"/{name} takes nothing after it, not {text!r}", f"Write /{name} alone.")
@@ -122,9 +121,9 @@ class Commands:
             if found is None and name not in BASE:
                 if not Path(name).expanduser().exists():
                     known = ", ".join([*bank.names, "none"])
-                    meant = did_you_mean(name, bank.names)
                     raise AdapterError(
-                        f"no adapter named {name!r}{meant}", f"Known: {known}. An adapter's folder works, too."
+                        f"no adapter named {name!r}{_meant(name, bank.names)}",
+                        f"Known: {known}. An adapter's folder works, too.",
                     )
                 path = str(Path(name).expanduser())
                 found = add_adapter(bank, path, chosen(path, None))
@@ -218,8 +217,7 @@ class Commands:
         values = {}
         for name, value in _pairs(text):
             if (key := name.lstrip("-").replace("-", "_")) not in self.options:
-                meant = did_you_mean(key, self.options)
-                raise ConfigError(f"there is no option {name!r}{meant}", "/set lists the options.")
+                raise ConfigError(f"there is no option {name!r}{_meant(key, self.options)}", "/set lists the options.")
             if value is None:
                 kind = self.options[key]
                 return console.note(f"{key}: {_shown(getattr(self.conversation.config, key))}. {kind.help}")
@@ -259,6 +257,14 @@ class Commands:
 
     def quit(self) -> None:
         raise Leave
+
+
+def _meant(word: str, names: Iterable[str], mark: str = "") -> str:
+    """``; did you mean ...?``: the names that a word begins, or the one that is spelled nearly like it."""
+    names = list(names)
+    begun = [name for name in names if word and name.startswith(word)]
+    near = begun or difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {' or '.join(mark + name for name in near)}?" if near else ""
 
 
 def _file(text: str, example: str) -> Path:

@@ -21,6 +21,7 @@ from .options import (
     config_options,
     json_option,
     model_option,
+    system_option,
     trust_option,
 )
 from .sections import SectionedCommand
@@ -91,7 +92,7 @@ def load_draft(config: GenerateConfig, tokenizer: Any):
 @adapter_option()
 @checkpoint_option
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from standard input.")
-@click.option("--system-prompt", help="System message.")
+@system_option
 @click.option("--ignore-chat-template", is_flag=True, help="Continue the prompt as plain text.")
 @config_options(GenerateConfig, max_tokens=100)
 @click.option("-m", "max_tokens_short", type=int, hidden=True)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 from mlx_lora.cli.chat.commands import Commands
 from mlx_lora.cli.chat.screens import Plain
+from mlx_lora.formats import detect_format
 from mlx_lora.serving.conversation import Conversation
 from mlx_lora.serving.requests import Piece
 
@@ -23,6 +24,7 @@ class Bank:
         self.loaded.append(name)
 
     def add(self, name: str, adapter: str) -> None:
+        detect_format(adapter)
         self.names.append(name)
 
     def listed(self) -> list:

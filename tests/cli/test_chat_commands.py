@@ -103,7 +103,7 @@ def test_answers_go_to_stdout_and_reasoning_to_stderr(capsys):
         ("tool", ""),
         ("tool", "g"),
     ]
-    out, err = said(scripted(parts), capsys, "Hello")
+    out, err = said(scripted([parts]), capsys, "Hello")
     assert out == "Yes\nTool call: f(1)\nTool call: g\n" and err == "hm...\n"
 
 

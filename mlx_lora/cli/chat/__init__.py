@@ -26,6 +26,7 @@ from ..options import (
     config_options,
     json_option,
     model_option,
+    system_option,
     trust_option,
 )
 from ..sections import SectionedCommand
@@ -39,7 +40,7 @@ from .screens import screen_for
     multiple=True, help="Folder of an adapter; repeat the option to switch between several. The first one is active."
 )
 @checkpoint_option
-@click.option("--system-prompt", help="System message.")
+@system_option
 @config_options(GenerateConfig)
 @trust_option
 @json_option
@@ -125,7 +126,9 @@ def interruptible(conversation: Any) -> Iterator[None]:
 def lines() -> Iterator[str]:
     """The lines of standard input. Raises: ConfigError: it is not UTF-8."""
     try:
-        while line := sys.stdin.readline():
-            yield line
+        while True:
+            yield input()
+    except EOFError:
+        return
     except UnicodeDecodeError:
         raise ConfigError("standard input is not UTF-8", "Convert it, such as with iconv -f LATIN1 -t UTF-8.") from None

@@ -14,7 +14,8 @@ from typing import Any
 
 from .screens import in_order
 
-_INTERVAL = 0.08  # seconds between drawings
+_INTERVAL = 0.08  # seconds between drawings, at least
+_SHARE = 5  # and so many times as long as a drawing takes, so that long answers are not held up
 _NARROWEST = 36  # columns of an answer next to another one
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model's text must not move the cursor
 
@@ -127,7 +128,7 @@ class Tail:
 
         self._console = console
         self._live = Live(console=console, transient=True, auto_refresh=False, vertical_overflow="crop")
-        self._drawn = 0.0
+        self._next = 0.0  # time of the next drawing
 
     def __enter__(self) -> Tail:
         return self
@@ -137,14 +138,15 @@ class Tail:
 
     def draw(self, renderable: Any) -> None:
         """Draw a renderable, or what a function makes. Too soon after the last time nothing is drawn."""
-        now = time.monotonic()
-        if renderable is None or now - self._drawn < _INTERVAL:
+        since = time.monotonic()
+        if renderable is None or since < self._next:
             return
-        self._drawn = now
         if not self._live.is_started:
             self._live.start()
         shown = renderable() if callable(renderable) else renderable
         self._live.update(_Lines(shown, max(1, self._console.height - 2)), refresh=True)
+        now = time.monotonic()
+        self._next = now + max(_INTERVAL, _SHARE * (now - since))
 
     def clear(self) -> None:
         """Take away what was drawn."""

@@ -77,12 +77,13 @@ def test_without_a_place_for_the_history(keyboard, tmp_path, monkeypatch, place)
     assert read(keyboard, "Hello\r") == "Hello" and (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_history_that_cannot_be_written_any_more(keyboard, history):
-    edit = Editor(scripted(), input=keyboard, output=DummyOutput())
+def test_a_history_that_cannot_be_read_or_written_any_more(keyboard, history):
+    kept = Editor(scripted(), input=keyboard, output=DummyOutput())._session.history
     history.unlink()
     history.mkdir()
-    keyboard.send_text("Hello\r")
-    assert edit() == "Hello"
+    assert list(kept.load_history_strings()) == []
+    kept.append_string("Hello")
+    assert kept.get_strings() == ["Hello"]
 
 
 def test_where_the_history_is_by_default(monkeypatch):

@@ -113,6 +113,18 @@ def test_an_answer_longer_than_the_screen_is_shown_once(text):
     assert words == re.findall(r"\w+", text)
 
 
+@pytest.mark.parametrize("labels", [None, ["base", "pirate"]])
+def test_what_grows_is_seen_at_its_end(labels):
+    shown, out = screen(100, 10)
+
+    def events():
+        yield from said("```\n" + "".join(f"line {n}\n" for n in range(40)))[:-1]
+        text = lasting(out, 100, 10)
+        assert "line 38" in text and "line 20" not in text and len(text.strip().split("\n")) < 10
+
+    shown.show(events(), None, labels)
+
+
 def test_all_of_markdown_is_shown_once():
     shown, out = screen()
     shown.show(said(MARKDOWN), None, None)

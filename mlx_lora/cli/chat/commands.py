@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import json
 import shlex
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
-
-from ...config import GenerateConfig
 from ...errors import AdapterError, ConfigError
 from .. import console
 from ..generate import add_adapter
-from ..options import chosen, config_options
+from ..options import chosen
+from .settings import converted, listing, option_params, pairs, shown
 
 BASE = ("none", "base")  # names of the model without an adapter
 
@@ -65,11 +61,6 @@ TABLE = {
 KEYS = """\
 Enter sends. Alt+Enter, or a backslash before Enter, begins a new line; pasted text keeps its lines. Tab completes.
 Ctrl-C stops an answer, of which nothing is kept, or empties the line. // begins a message with a slash."""
-
-
-def option_params() -> dict[str, click.Parameter]:
-    """The command line's options for ``GenerateConfig``, by name: they convert what ``/set`` is given."""
-    return {param.name: param for param in config_options(GenerateConfig)(click.Command("set")).params}
 
 
 class Commands:
@@ -211,38 +202,26 @@ class Commands:
 
     def set(self, text: str) -> None:
         if not text:
-            config, fields = self.conversation.config, dataclasses.fields(GenerateConfig)
-            rows = [(f.name, _shown(getattr(config, f.name)), _shown(f.default)) for f in fields]
-            return console.note(console.table(rows, ("option", "value", "default")))
+            return console.note(listing(self.conversation.config))
         values = {}
-        for name, value in _pairs(text):
-            if (key := name.lstrip("-").replace("-", "_")) not in self.options:
-                raise ConfigError(f"there is no option {name!r}{_meant(key, self.options)}", "/set lists the options.")
+        for name, value in pairs(text):
+            if name not in self.options:
+                raise ConfigError(f"there is no option {name!r}{_meant(name, self.options)}", "/set lists the options.")
             if value is None:
-                kind = self.options[key]
-                return console.note(f"{key}: {_shown(getattr(self.conversation.config, key))}. {kind.help}")
-            values[key] = self._converted(key, value)
+                return console.note(f"{self._now(name)}. {self.options[name].help}")
+            values[name] = converted(self.options[name], value)
         self.conversation.set(values)
-        console.note(", ".join(f"{name}: {_shown(getattr(self.conversation.config, name))}" for name in values))
+        console.note(", ".join(map(self._now, values)))
 
-    def _converted(self, name: str, value: str) -> Any:
-        """A value as the command line would take it. Raises: ConfigError."""
-        param, default = self.options[name], GenerateConfig.__dataclass_fields__[name].default
-        if value == "default" or (value == "none" and default in (None, ())):
-            return default
-        if param.multiple:
-            return tuple(json.loads(value)) if _is_json(value) else (value,)
-        try:
-            return param.type.convert(value, param, None)
-        except click.BadParameter as error:
-            raise ConfigError(f"{name}: {error.message}", f"{name}: {param.help} Or write default.") from None
+    def _now(self, name: str) -> str:
+        return f"{name}: {shown(getattr(self.conversation.config, name))}"
 
     def stats(self) -> None:
-        facts = [facts for answer in self.conversation.answers if (facts := _facts(answer)) is not None]
+        facts = {answer.adapter or "base": _facts(answer) for answer in self.conversation.answers if answer.last}
         if not facts:
             raise ConfigError("there is no answer yet", "Ask something first.")
-        rows = [(name, *(fact[name] for fact in facts)) for name in facts[0]]
-        console.note(console.table(rows, ("", *(answer.adapter or "base" for answer in self.conversation.answers))))
+        rows = [(name, *(fact[name] for fact in facts.values())) for name in next(iter(facts.values()))]
+        console.note(console.table(rows, ("", *facts)))
         most = self.conversation.context_length
         console.note(f"Questions so far: {self.conversation.questions}. Context length: {most or 'not known'}")
 
@@ -273,38 +252,9 @@ def _file(text: str, example: str) -> Path:
     return Path(text).expanduser()
 
 
-def _is_json(value: str) -> bool:
-    try:
-        return isinstance(json.loads(value), list)
-    except ValueError:
-        return False
-
-
-def _pairs(text: str) -> list[tuple[str, str | None]]:
-    """The names and values after ``/set``; a single name has the value None. JSON and quoted values stay whole."""
-    name, _, value = text.replace("=", " ", 1).partition(" ") if "=" in text.split()[0] else text.partition(" ")
-    if not value.strip() or value.lstrip().startswith(("{", "[")):
-        return [(name, value.strip() or None)]
-    try:
-        words = [name, *shlex.split(value)]
-    except ValueError as error:
-        raise ConfigError(f"{text}: {str(error).lower()}", "Put a value with blanks between double quotes.") from None
-    if len(words) % 2:
-        raise ConfigError(
-            f"{words[-1]}: has no value", 'Write /set NAME VALUE NAME VALUE; a value with blanks as "two words".'
-        )
-    return list(zip(words[::2], words[1::2], strict=True))
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None or value == () else json.dumps(value, ensure_ascii=False)
-
-
-def _facts(answer: Any) -> dict[str, str] | None:
-    """What ``/stats`` says of an answer; None where it has not begun."""
+def _facts(answer: Any) -> dict[str, str]:
+    """What ``/stats`` says of an answer that has begun."""
     last = answer.last
-    if last is None:
-        return None
     return {
         "prompt tokens": str(last.prompt_tokens),
         "of these cached": str(last.cached_tokens),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,12 @@ def _history(path: Path | None) -> Any:
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     class Forgiving(FileHistory):
+        def load_history_strings(self) -> Iterable[str]:
+            try:
+                return list(super().load_history_strings())
+            except OSError:
+                return []
+
         def store_string(self, string: str) -> None:
             with suppress(OSError):  # a full disk must not end the conversation
                 super().store_string(string)

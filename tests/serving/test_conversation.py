@@ -146,10 +146,13 @@ def test_the_engine_answers_after_an_interrupt_in_the_middle_of_a_step(engine, m
     conversation = Conversation(engine, SHORT, adapter="pirate")
     expected = answers(conversation.say(QUESTION))
     conversation.undo()
+    closed, close = [], engine.close
+    monkeypatch.setattr(engine, "close", lambda: (closed.append(True), close()))
     monkeypatch.setattr(BatchLane, "next", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         list(conversation.say(QUESTION))
     monkeypatch.undo()
+    assert closed, "a step that was left in the middle is not gone on with"
     assert engine.active == engine.queued == 0 and answers(conversation.retry()) == expected
 
 

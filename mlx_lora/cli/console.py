@@ -13,14 +13,20 @@ import click
 from . import sparkline
 
 
-def note(text: str = "") -> None:
+def note(text: str = "", newline: bool = True) -> None:
     """Print a line on stderr."""
-    click.echo(text, err=True)
+    click.echo(text, nl=newline, err=True)
 
 
 def warn(text: str) -> None:
     """Print a warning on stderr."""
     click.echo(click.style("Warning: ", fg="yellow") + text, err=True)
+
+
+def error(message: str, hint: str) -> None:
+    """Print what is wrong, and the fix, on stderr."""
+    click.echo(click.style("Error: ", fg="red", bold=True) + message, err=True)
+    click.echo(click.style("Hint: ", bold=True) + hint, err=True)
 
 
 def title(text: str) -> None:

@@ -21,6 +21,7 @@ from .options import (
     config_options,
     json_option,
     model_option,
+    system_option,
     trust_option,
 )
 from .sections import SectionedCommand
@@ -48,12 +49,26 @@ def load_engine(params: dict[str, Any], config: GenerateConfig, paths: Sequence[
         prefill_step_size=config.prefill_step_size,
         draft_model=load_draft(config, tokenizer),
     )
-    names = []
-    for path, adapter in zip(paths, adapters, strict=True):
+    return engine, [add_adapter(engine.bank, path, adapter) for path, adapter in zip(paths, adapters, strict=True)]
+
+
+def add_adapter(bank: Any, path: str, adapter: str) -> str:
+    """Add the adapter in the folder ``adapter`` to the bank, unless it is there. Returns its name.
+
+    It is called as the folder ``path`` that the user gave, or as the whole path where that name is taken.
+    """
+    known = {Path(each.path).resolve(): each.name for each in bank.listed() if each.path}
+    if (name := known.get(Path(adapter).resolve())) is None:
         name = Path(path).resolve().name
-        names.append(path if name in names else name)
-        engine.bank.add(names[-1], adapter)
-    return engine, names
+        name = path if name in bank or name in ("none", "base") else name  # chat's words for the model alone
+        bank.add(name, adapter)
+    return name
+
+
+def answer_event(last: Any, text: str, **more: Any) -> None:
+    """Print an answer as one line of JSON. ``last``: its last piece."""
+    facts = {name: value for name, value in asdict(last).items() if name not in ("kind", "token", "logprobs")}
+    console.event("Answer", {**facts, "text": text, **more})
 
 
 def load_draft(config: GenerateConfig, tokenizer: Any):
@@ -77,7 +92,7 @@ def load_draft(config: GenerateConfig, tokenizer: Any):
 @adapter_option()
 @checkpoint_option
 @click.option("-p", "--prompt", required=True, help="The prompt; - reads it from standard input.")
-@click.option("--system-prompt", help="System message.")
+@system_option
 @click.option("--ignore-chat-template", is_flag=True, help="Continue the prompt as plain text.")
 @config_options(GenerateConfig, max_tokens=100)
 @click.option("-m", "max_tokens_short", type=int, hidden=True)
@@ -120,9 +135,7 @@ def generate(**params: Any):
         if not params["as_json"]:
             console.data(last.text, newline=False)
     if params["as_json"]:
-        facts = {name: value for name, value in asdict(last).items() if name not in ("kind", "token", "logprobs")}
-        console.event("Answer", {**facts, "text": "".join(answer)})
-        return
+        return answer_event(last, "".join(answer))
     console.data("")
     console.note(
         f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.0f} tokens/s. Generation: {last.generation_tokens} "

@@ -166,6 +166,5 @@ def fail(message: str, hint: str, code: int) -> None:
         import traceback
 
         traceback.print_exc()
-    click.echo(click.style("Error: ", fg="red", bold=True) + message, err=True)
-    click.echo(click.style("Hint: ", bold=True) + hint, err=True)
+    console.error(message, hint)
     sys.exit(code)

@@ -264,6 +264,7 @@ def is_quantized_base(model: str) -> bool:
 trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Allow the model's repository to run its own Python code."
 )
+system_option = click.option("--system-prompt", help="System message.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line on stdout.")
 force_option = click.option("--force", is_flag=True, help="Overwrite existing files.")
 

@@ -137,8 +137,14 @@ class Engine(Prompts):
         for _, piece in self.stream_all([request]):
             yield piece
 
-    def stream_all(self, requests: Sequence[Request]) -> Iterator[tuple[int, Piece]]:
-        """Answer several requests at once, as ``stream``: pairs of a request's number and a piece of its answer."""
+    def stream_all(
+        self, requests: Sequence[Request], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[int, Piece]]:
+        """Answer several requests at once, as ``stream``: pairs of a request's number and a piece of its answer.
+
+        Args:
+            stopped: called before each step. Where it returns True, the answers end there, without a finish_reason.
+        """
         got: deque[tuple[int, Piece | Exception]] = deque()
         rows: list[Row] = []
         try:
@@ -150,6 +156,8 @@ class Engine(Prompts):
                     if isinstance(piece, Exception):
                         raise piece
                     yield number, piece
+                if stopped():
+                    return
                 self.step()
         finally:
             for row in rows:

@@ -170,13 +170,13 @@ def test_adapters_come_by_name_and_never_by_path(server, adapters):
     url, state = server
     for path in ("../pirate", "/etc", str(adapters / "pirate"), "pirate/..", ".", "", "nobody"):
         got = httpx.post(f"{url}/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path})
-        assert got.status_code == 400, path
+        assert got.status_code == 404, path
     assert httpx.post(f"{url}/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "pirate"}).status_code == 200
     assert "x" in state.engine.bank.names
     assert {each["name"] for each in httpx.get(f"{url}/lora-adapters").json()} >= {"x", "pirate"}
     assert httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 200
     assert "x" not in state.engine.bank.names
-    assert httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 400
+    assert httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 404
 
 
 def test_other_hosts_and_pages_are_refused(server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -13,7 +14,8 @@ from starlette.exceptions import HTTPException
 from ...errors import AdapterError, ConfigError, DataError, FormatError, MLXLoRAError
 from ..engine import BusyError, TooLongError
 from ..worker import Stopped
-from .state import OutOfTime, UnknownModel
+from . import shapes
+from .state import NameTaken, OutOfTime, UnknownModel
 
 RETRY_AFTER = "1"  # seconds
 log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ _KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (Stopped, 503, "server_error", "overloaded_error"),
     (OutOfTime, 504, "server_error", "timeout_error"),
     (UnknownModel, 404, "invalid_request_error", "not_found_error"),
+    (NameTaken, 409, "invalid_request_error", "invalid_request_error"),
     (TooLongError, 413, "invalid_request_error", "request_too_large"),
     (ConfigError, 400, "invalid_request_error", "invalid_request_error"),
     (DataError, 400, "invalid_request_error", "invalid_request_error"),
@@ -64,6 +67,45 @@ def answer(path: str, status: int, message: str, param: str | None = None) -> JS
     openai = {"message": message, "type": kind, "param": param, "code": None}
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
     return JSONResponse(_shaped(path, openai, anthropic), status, headers)
+
+
+# What may happen to every request, and to one that is answered by the model.
+_ALWAYS = (400, 401, 403, 408, 413, 500)
+ANSWERED = (404, 415, 429, 503, 504)
+_REASON = {
+    400: "The request is not valid.",
+    401: "The API key is missing or wrong.",
+    403: "This host or web page may not ask.",
+    404: "There is no such model, adapter or path.",
+    408: "The body did not arrive in time.",
+    409: "The name is taken.",
+    413: "The body or the answer is too large.",
+    415: "The body is not JSON, or is compressed.",
+    429: "Too many requests wait. Retry-After says when to come back.",
+    500: "The server failed.",
+    503: "The server shuts down, or cannot answer. Retry-After says when to come back.",
+    504: "The answer took too long.",
+}
+
+
+def responses(good: dict[str, Any], *statuses: int, stream: bool = False, error: Any = shapes.ERROR) -> dict:
+    """FastAPI's ``responses`` of a route: the schema of its answer, and its errors.
+
+    Args:
+        stream: whether the answer may also be server-sent events.
+    """
+    content: dict[str, Any] = {"application/json": {"schema": good}}
+    if stream:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    found: dict = {200: {"description": "The answer.", "content": content}}
+    for status in sorted({*_ALWAYS, *statuses}):
+        found[status] = {"description": _REASON[status], "content": {"application/json": {"schema": error}}}
+        if status in (429, 503):
+            found[status]["headers"] = {"Retry-After": {"schema": {"type": "string", "pattern": "^[0-9]+$"}}}
+    return found
+
+
+anthropic_responses = partial(responses, error=shapes.ANTHROPIC_ERROR)
 
 
 async def on_error(request: Request, error: Exception) -> JSONResponse:

@@ -9,36 +9,50 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, WithJsonSchema
 
 from ...errors import ConfigError
+from . import shapes
+from .body import Body, StrictRoute
 from .connection import unless_disconnected
+from .errors import ANSWERED
+from .errors import responses as described
 from .events import Answer
-from .openai import collect, events, read_message, server_of, sse, stream
+from .openai_requests import Function, Metadata, Model, Tokens, read_message
 from .state import Ask, Server
+from .streams import collect, events, server_of, sse, stream
 
-router = APIRouter(tags=["responses"])
+router = APIRouter(tags=["responses"], route_class=StrictRoute)
 
 
-class Responses(BaseModel):
+class ResponsesTool(Function):
+    """A tool of responses: a function, not nested as in chat completions."""
+
+    type: Literal["function"]
+
+
+class Responses(Body):
     """POST /v1/responses."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    input: str | list[dict[str, Any]]
+    model: Model
+    input: (
+        str
+        | Annotated[
+            list[Annotated[dict[str, Any], WithJsonSchema(shapes.INPUT_ITEM)]], Field(min_length=1, max_length=10_000)
+        ]
+    )
     instructions: str | None = None
-    max_output_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_output_tokens: Tokens | None = None
     temperature: Annotated[float | None, Field(ge=0, le=100)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     stream: bool | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[ResponsesTool] | None, Field(max_length=256)] = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Literal[True] | None = None
-    text: dict[str, Any] | None = None
+    text: Annotated[dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.TEXT_OPTIONS))] = None
     reasoning: dict[str, Any] | None = None  # its effort has no meaning here
     store: bool | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
     user: str | None = None
     include: list[str] | None = None
     truncation: Literal["disabled", "auto"] | None = None
@@ -47,7 +61,7 @@ class Responses(BaseModel):
     prompt_cache_key: str | None = None
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=described(shapes.RESPONSE, *ANSWERED, stream=True))
 async def responses(request: Request, body: Responses) -> Any:
     """Answer a conversation."""
     server = server_of(request)
@@ -75,7 +89,7 @@ async def responses(request: Request, body: Responses) -> Any:
         "temperature": ask.config.temp,
         "top_p": ask.config.top_p,
         "tool_choice": body.tool_choice or "auto",
-        "tools": body.tools or [],
+        "tools": [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
         "error": None,
     }
     if body.stream:
@@ -135,16 +149,15 @@ def _message(item: dict[str, Any]) -> dict[str, Any]:
     raise ConfigError(f"input: an item of type {kind!r} cannot be read", "Send messages and function calls.")
 
 
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+def _tool(tool: ResponsesTool) -> dict[str, Any]:
     """A tool as chat templates take it."""
-    if tool.get("type") != "function" or not isinstance(tool.get("name"), str):
-        raise ConfigError("tools: only functions with a name can be used", "Send type, name, description, parameters.")
-    function = {key: tool[key] for key in ("name", "description", "parameters") if tool.get(key) is not None}
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type", "strict"})}
 
 
 def _format(text: dict[str, Any] | None) -> dict[str, Any] | None:
     """Chat completions' response_format for ``text``."""
+    if unknown := sorted((text or {}).keys() - {"format"}):
+        raise ConfigError(f"text: {', '.join(unknown)[:200]} cannot be used", "Send nothing but format in text.")
     wanted = (text or {}).get("format")
     if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
         return wanted

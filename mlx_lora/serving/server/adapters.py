@@ -10,14 +10,13 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from . import shapes
-from .body import Body, StrictRoute
+from .body import Body, Int, StrictRoute
 from .errors import responses
 from .state import NameTaken, UnknownModel
 from .streams import server_of
 
 router = APIRouter(tags=["adapters"], route_class=StrictRoute)
-# No blanks at its ends, no control characters and no slashes, by which a name could pass for a path.
-_Name = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f/\\]+( +[^\s\x00-\x1f/\\]+)*$", max_length=200)]
+_Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Load(Body):
@@ -32,7 +31,7 @@ class Unload(Body):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: _Name
-    lora_int_id: int | None = None  # vLLM's; the name says it all
+    lora_int_id: Int | None = None  # vLLM's; the name says it all
 
 
 @router.post("/v1/load_lora_adapter", responses=responses(shapes.DONE, 404, 409, 415))
@@ -43,7 +42,9 @@ async def load_lora_adapter(request: Request, body: Load) -> Any:
     known = await run_in_threadpool(bank.in_folder)
     if path not in known:
         raise UnknownModel(path, known, "adapter in the server's --adapters-dir")
-    if body.lora_name == server.name or (body.lora_name in bank and body.lora_name != path and not body.load_inplace):
+    if body.lora_name in (server.name, "base") or (
+        body.lora_name in bank and body.lora_name != path and not body.load_inplace
+    ):
         raise NameTaken(body.lora_name)
     if body.lora_name != path or body.lora_name in bank.registered:
         await run_in_threadpool(bank.add, body.lora_name, bank.folder / path)

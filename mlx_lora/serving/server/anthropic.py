@@ -13,7 +13,7 @@ from pydantic import Field, WithJsonSchema
 
 from ...errors import ConfigError
 from . import shapes
-from .body import Body, StrictRoute
+from .body import Body, Int, StrictRoute, only
 from .connection import unless_disconnected
 from .errors import ANSWERED, anthropic_responses
 from .events import Answer, Event
@@ -44,14 +44,14 @@ class ToolChoice(Body):
     """Whether tools may be called. A call cannot be forced."""
 
     type: Literal["auto", "none"]
-    disable_parallel_tool_use: Literal[False] | None = None
+    disable_parallel_tool_use: only(False) | None = None
 
 
 class Thinking(Body):
     """Whether the model thinks before it answers, where its chat template knows how to."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int | None, Field(ge=1)] = None
+    budget_tokens: Tokens | None = None
     display: str | None = None
 
 
@@ -77,7 +77,7 @@ class Messages(CountTokens):
     max_tokens: Tokens
     temperature: Annotated[float | None, Field(ge=0, le=1)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=0)] = None
+    top_k: Annotated[Int | None, Field(ge=0, lt=2**31)] = None
     stop_sequences: Annotated[list[StopWord] | None, Field(max_length=64)] = None
     stream: bool | None = None
     metadata: dict[str, Any] | None = None  # for Anthropic's own bookkeeping, as is service_tier
@@ -144,7 +144,7 @@ def _message(message: dict[str, Any]) -> list[dict[str, Any]]:
         if kind == "text":
             texts.append(_text([block]))
         elif kind == "thinking" and role == "assistant":
-            thoughts.append(_text(block.get("thinking")))
+            thoughts.append(_text([{"type": "text", "text": block.get("thinking", "")}]))
         elif kind == "tool_use" and role == "assistant":
             function = {"name": block.get("name"), "arguments": block.get("input") or {}}
             calls.append({"id": block.get("id"), "type": "function", "function": function})

@@ -8,13 +8,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Request
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+
+
+def only(value: bool) -> Any:
+    """The type of a boolean field that may have but one value. (``Literal[False]`` would take 0 as well.)"""
+
+    def check(given: bool) -> bool:
+        if given is not value:
+            raise ValueError(f"only {str(value).lower()} can be honoured")
+        return given
+
+    return Annotated[bool, AfterValidator(check), WithJsonSchema({"const": value})]
+
+
+# 3.0 is an integer in JSON.
+Int = Annotated[int, BeforeValidator(_whole)]
 
 
 class Body(BaseModel):

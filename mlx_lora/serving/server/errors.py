@@ -96,7 +96,7 @@ def responses(good: dict[str, Any], *statuses: int, stream: bool = False, error:
     """
     content: dict[str, Any] = {"application/json": {"schema": good}}
     if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": shapes.SERVER_SENT}
     found: dict = {200: {"description": "The answer.", "content": content}}
     for status in sorted({*_ALWAYS, *statuses}):
         found[status] = {"description": _REASON[status], "content": {"application/json": {"schema": error}}}

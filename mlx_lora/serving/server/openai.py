@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator
+from itertools import accumulate
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from ...errors import ConfigError
@@ -73,7 +75,9 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Any:
         chunks = _chat_chunks(server, ask, answers, about, body.usage_in_stream)
         return await stream(request, chunks)
     await unless_disconnected(request, collect(server, ask, answers))
-    choices = [_chat_choice(server, number, answer, body.logprobs) for number, answer in enumerate(answers)]
+    choices = await run_in_threadpool(  # decoding the tokens of logprobs may take long
+        lambda: [_chat_choice(server, number, answer, body.logprobs) for number, answer in enumerate(answers)]
+    )
     return JSONResponse({**about, "choices": choices, "usage": usage(answers)})
 
 
@@ -94,7 +98,9 @@ async def completions(request: Request, body: Completion) -> Any:
     if body.stream:
         return await stream(request, _text_chunks(server, asks, answers, about, body.usage_in_stream))
     await unless_disconnected(request, collect(server, asks, answers))
-    choices = [_text_choice(server, number, answer, body.logprobs) for number, answer in enumerate(answers)]
+    choices = await run_in_threadpool(
+        lambda: [_text_choice(server, number, answer, body.logprobs) for number, answer in enumerate(answers)]
+    )
     return JSONResponse({**about, "choices": choices, "usage": usage(answers)})
 
 
@@ -183,19 +189,24 @@ def _tool_call(call: Any) -> dict[str, Any]:
 def _token_logprobs(server: Server, each: Any) -> dict[str, Any]:
     def shown(token: int, logprob: float) -> dict[str, Any]:
         text = server.engine.tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
     return {**shown(each.token, each.logprob), "top_logprobs": [shown(*pair) for pair in each.top]}
+
+
+def _finite(logprob: float) -> float:
+    """As OpenAI writes the log-probability of a token that is as good as impossible; JSON has no infinity."""
+    return logprob if logprob > -9999.0 else -9999.0
 
 
 def _text_logprobs(server: Server, found: list) -> dict[str, Any]:
     decode = server.engine.tokenizer.decode
     texts = [decode([each.token]) for each in found]
-    offsets = [sum(map(len, texts[:number])) for number in range(len(texts))]
-    top = [{decode([token]): logprob for token, logprob in each.top} for each in found]
+    offsets = [0, *accumulate(map(len, texts[:-1]))] if texts else []
+    top = [{decode([token]): _finite(logprob) for token, logprob in each.top} for each in found]
     return {
         "tokens": texts,
-        "token_logprobs": [each.logprob for each in found],
+        "token_logprobs": [_finite(each.logprob) for each in found],
         "top_logprobs": top,
         "text_offset": offsets,
     }

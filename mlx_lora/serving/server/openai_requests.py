@@ -9,17 +9,19 @@ from pydantic_core import from_json
 
 from ...errors import ConfigError
 from . import shapes
-from .body import Body
+from .body import Body, Int, only
 
 TOP = 20  # most top_logprobs, as OpenAI's
 PROMPTS = 64  # texts to continue in one request
 PROMPTS_OF_SEVERAL = 4  # the same where n asks for several answers to each
 _TEXTS = ("text", "input_text", "output_text", "refusal")  # types of content parts
-_TopLogprobs = Annotated[int, Field(ge=0, le=TOP)]
-_Token = Annotated[int, Field(ge=0)]
+_TopLogprobs = Annotated[Int, Field(ge=0, le=TOP)]
+_Token = Annotated[Int, Field(ge=0, lt=2**31)]
 
 Model = Annotated[str, Field(min_length=1, max_length=500)]
-Tokens = Annotated[int, Field(ge=1, description="More than the server's --max-tokens-limit counts as that limit.")]
+Tokens = Annotated[
+    Int, Field(ge=1, lt=2**31, description="More than the server's --max-tokens-limit counts as that limit.")
+]
 StopWord = Annotated[str, Field(max_length=1000)]
 # For the client's own bookkeeping: accepted, without a meaning here.
 Metadata = Annotated[dict[str, str], Field(max_length=16)]
@@ -58,20 +60,20 @@ class Sampling(Body):
     model: Model
     temperature: Annotated[float | None, Field(ge=0, le=100)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=-1)] = None
+    top_k: Annotated[Int | None, Field(ge=-1, lt=2**31)] = None
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     xtc_probability: Annotated[float | None, Field(ge=0, le=1)] = None
     xtc_threshold: Annotated[float | None, Field(ge=0, le=0.5)] = None
     presence_penalty: Annotated[float | None, Field(ge=-100, le=100)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-100, le=100)] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=100)] = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]*)$")], Annotated[float, Field(ge=-100, le=100)]] | None,
         Field(max_length=1024),
     ] = None
-    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
+    seed: Annotated[Int | None, Field(ge=0, lt=2**63)] = None
     stop: StopWord | Annotated[list[StopWord], Field(max_length=64)] | None = None
-    n: Annotated[int | None, Field(ge=1, le=16)] = None
+    n: Annotated[Int | None, Field(ge=1, le=16)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -118,7 +120,7 @@ class ChatCompletion(Sampling):
     top_logprobs: _TopLogprobs | None = None
     tools: Annotated[list[ChatTool] | None, Field(max_length=256)] = None
     tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    parallel_tool_calls: only(True) | None = None
     response_format: Annotated[dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.RESPONSE_FORMAT))] = None
     chat_template_kwargs: Annotated[
         dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.TEMPLATE_VARIABLES))
@@ -143,7 +145,7 @@ class Completion(Sampling):
     )
     max_tokens: Tokens | None = None
     logprobs: _TopLogprobs | None = None
-    echo: Literal[False] | None = None
+    echo: only(False) | None = None
     suffix: None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
@@ -188,15 +190,27 @@ def read_message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_call(call: Any) -> dict[str, Any]:
-    """A tool call with its arguments as an object, which templates expect."""
+    """A tool call with its arguments as an object, which templates expect. Raises: ConfigError."""
     try:
         function = dict(call["function"])
-        if isinstance(function.get("arguments"), str):
-            function["arguments"] = from_json(function["arguments"] or "{}")
-        if not isinstance(function["name"], str) or not isinstance(function["arguments"], dict):
-            raise ValueError
+        if isinstance(function["arguments"], str):
+            function["arguments"] = _read_arguments(function["arguments"])
+        elif not isinstance(function["arguments"], dict):
+            raise TypeError
+        if not isinstance(function["name"], str):
+            raise TypeError
         return {**call, "type": "function", "function": function}
     except (TypeError, KeyError, ValueError):
         raise ConfigError(
-            "messages: a tool call has no function with JSON arguments", "Send back the tool calls that the model made."
+            "messages: a tool call has no function with a name and arguments",
+            "Send back the tool calls that the model made.",
         ) from None
+
+
+def _read_arguments(text: str) -> Any:
+    """The object in ``text``; the text as it is where a model wrote something else."""
+    try:
+        read = from_json(text or "{}")
+    except ValueError:
+        return text
+    return read if isinstance(read, dict) else text

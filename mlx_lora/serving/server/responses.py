@@ -13,7 +13,7 @@ from pydantic import Field, WithJsonSchema
 
 from ...errors import ConfigError
 from . import shapes
-from .body import Body, StrictRoute
+from .body import Body, StrictRoute, only
 from .connection import unless_disconnected
 from .errors import ANSWERED
 from .errors import responses as described
@@ -48,7 +48,7 @@ class Responses(Body):
     stream: bool | None = None
     tools: Annotated[list[ResponsesTool] | None, Field(max_length=256)] = None
     tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    parallel_tool_calls: only(True) | None = None
     text: Annotated[dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.TEXT_OPTIONS))] = None
     reasoning: dict[str, Any] | None = None  # its effort has no meaning here
     store: bool | None = None
@@ -130,14 +130,20 @@ def _answered(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
             last = {"role": "assistant"}
             made.append(last)
         if kind == "reasoning":
-            parts = [part.get("text") for part in item.get("content") or item.get("summary") or ()]
-            last["reasoning_content"] = "".join(text for text in parts if isinstance(text, str))
+            last["reasoning_content"] = _thoughts(item)
         elif kind == "message":
             last["content"] = item.get("content")
         else:
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             last.setdefault("tool_calls", []).append({"id": item.get("call_id"), "function": function})
     return [read_message({"content": "", **message}) for message in made]
+
+
+def _thoughts(item: dict[str, Any]) -> str:
+    told = [item.get(name) or [] for name in ("content", "summary")]
+    if not all(isinstance(parts, list) and all(isinstance(part, dict) for part in parts) for parts in told):
+        raise ConfigError("input: content and summary of reasoning must be lists of objects", "Send back what came.")
+    return "".join(text for part in told[0] or told[1] if isinstance(text := part.get("text"), str))
 
 
 def _message(item: dict[str, Any]) -> dict[str, Any]:

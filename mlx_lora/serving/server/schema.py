@@ -16,14 +16,15 @@ _TYPES = "text, json_object or json_schema"
 
 def response_processors(tokenizer: Any, vocab_size: int, wanted: dict[str, Any] | None) -> tuple:
     """Logits processors that keep one answer to OpenAI's ``response_format``. Raises: ConfigError."""
-    kind = (wanted or {"type": "text"}).get("type")
+    kind = "text" if wanted is None else wanted.get("type") if isinstance(wanted, dict) else wanted
     if kind == "text":
         return ()
     if kind not in ("json_object", "json_schema"):
         raise ConfigError(f"response_format: {kind!r} is no type", f"Use {_TYPES}.")
     schema: Any = {"type": "object"}
     if kind == "json_schema":
-        schema = (wanted.get("json_schema") or {}).get("schema")
+        described = wanted.get("json_schema")
+        schema = described.get("schema") if isinstance(described, dict) else None
         if not isinstance(schema, (dict, bool)):
             raise ConfigError(
                 "response_format: json_schema has no schema", 'Send {"json_schema": {"name": ..., "schema": {...}}}.'

@@ -59,7 +59,7 @@ _PLAIN_FORMAT = opened({"type": one_of("text", "json_object")})
 RESPONSE_FORMAT: Schema = {
     "anyOf": [
         _PLAIN_FORMAT,
-        opened({"type": one_of("json_schema"), "json_schema": opened({"schema": _SCHEMA}, {"name": TEXT})}),
+        opened({"type": one_of("json_schema"), "json_schema": opened({"schema": _SCHEMA})}),
     ]
 }
 TEXT_FORMAT: Schema = {"anyOf": [_PLAIN_FORMAT, opened({"type": one_of("json_schema"), "schema": _SCHEMA})]}
@@ -248,6 +248,7 @@ ADAPTERS: Schema = listed(
         }
     )
 )
+SERVER_SENT: Schema = closed({"data": TEXT}, {"event": TEXT})  # an event; its data is JSON, or [DONE]
 HEALTH: Schema = closed({"status": TEXT, "active": COUNT, "queued": COUNT})
 _ERROR = {"message": TEXT, "type": TEXT}
 ERROR: Schema = closed({"error": closed({**_ERROR, "param": nullable(TEXT), "code": nullable(TEXT)})})

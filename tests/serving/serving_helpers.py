@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import uvicorn
-
 from conftest import shake
 from mlx_lora import AdapterConfig, attach, extract, load, save_adapter, unmount
 from mlx_lora.config import ServeConfig
 from mlx_lora.serving.bank import AdapterBank
 from mlx_lora.serving.engine import Engine
-from mlx_lora.serving.server.app import create_app
+from mlx_lora.serving.server.run import Runner, listen
 from mlx_lora.serving.server.state import Server
 from mlx_lora.serving.worker import Worker
 from mlx_lora.tiny_base import PATH
@@ -40,15 +38,15 @@ def running(folder: Path | None = None, engine: Engine | None = None, **config) 
         bank = AdapterBank(model, folder=folder)
         engine = Engine(model, tokenizer, bank, batch_size=settings.batch_size, queue_size=settings.queue_size)
     server = Server(engine, Worker(engine), settings, "tiny")
-    runner = uvicorn.Server(uvicorn.Config(create_app(server), port=0, log_level="error", timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=runner.run, daemon=True)
+    runner = Runner(server, log_level="critical", timeout_graceful_shutdown=2)
+    listening = listen(settings)
+    thread = threading.Thread(target=runner.run, args=([listening],), daemon=True)
     thread.start()
     while not runner.started:
         time.sleep(0.01)
-    port = runner.servers[0].sockets[0].getsockname()[1]
     try:
-        yield f"http://127.0.0.1:{port}", server
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", server
     finally:
         runner.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive() and not server.worker.alive

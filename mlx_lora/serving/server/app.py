@@ -41,5 +41,5 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(Exception, errors.on_error)
     for kind in (errors.MLXLoRAError, errors.OutOfTime):
         app.add_exception_handler(kind, errors.on_error)
-    app.add_middleware(Guard, config=server.config)
+    app.add_middleware(Guard, config=server.config, draining=lambda: server.draining)
     return app

@@ -65,8 +65,12 @@ def answer(path: str, status: int, message: str, param: str | None = None) -> JS
     anthropic = _BY_STATUS.get(status, "invalid_request_error" if status < 500 else "api_error")
     kind = "invalid_request_error" if status < 500 else "server_error"
     openai = {"message": message, "type": kind, "param": param, "code": None}
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else _come_back(status)
     return JSONResponse(_shaped(path, openai, anthropic), status, headers)
+
+
+def _come_back(status: int) -> dict[str, str] | None:
+    return {"Retry-After": RETRY_AFTER} if status in (429, 503) else None
 
 
 # What may happen to every request, and to one that is answered by the model.
@@ -111,7 +115,7 @@ anthropic_responses = partial(responses, error=shapes.ANTHROPIC_ERROR)
 async def on_error(request: Request, error: Exception) -> JSONResponse:
     """The answer to a request that raised."""
     status, body = body_of(request.url.path, error)
-    return JSONResponse(body, status, {"Retry-After": RETRY_AFTER} if status in (429, 503) else None)
+    return JSONResponse(body, status, _come_back(status))
 
 
 async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:

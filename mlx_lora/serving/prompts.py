@@ -32,7 +32,7 @@ class Prompts:
                 "this model's tokenizer has no chat template", "Use generate --ignore-chat-template with plain text."
             )
         config = config or GenerateConfig()
-        if tools and not self._shows_tools:
+        if tools and not self.shows_tools:
             raise ConfigError("the chat template of this model does not show tools to it", "Leave tools out.")
         try:
             return self.template.prompt(messages, tools, config.chat_template_config, config.prefill_response)
@@ -43,7 +43,8 @@ class Prompts:
             ) from None
 
     @cached_property
-    def _shows_tools(self) -> bool:
+    def shows_tools(self) -> bool:
+        """Whether the chat template shows tools to the model."""
         asked = [{"role": "user", "content": "Hi"}]
         tool = {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}}
         try:

@@ -77,7 +77,7 @@ class Messages(CountTokens):
     max_tokens: Tokens
     temperature: Annotated[float | None, Field(ge=0, le=1)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[Int | None, Field(ge=0, lt=2**31)] = None
+    top_k: Annotated[Int | None, Field(ge=0, le=2**31 - 1)] = None
     stop_sequences: Annotated[list[StopWord] | None, Field(max_length=64)] = None
     stream: bool | None = None
     metadata: dict[str, Any] | None = None  # for Anthropic's own bookkeeping, as is service_tier
@@ -146,7 +146,11 @@ def _message(message: dict[str, Any]) -> list[dict[str, Any]]:
         elif kind == "thinking" and role == "assistant":
             thoughts.append(_text([{"type": "text", "text": block.get("thinking", "")}]))
         elif kind == "tool_use" and role == "assistant":
-            function = {"name": block.get("name"), "arguments": block.get("input") or {}}
+            function = {"name": block.get("name"), "arguments": block.get("input")}
+            if not isinstance(function["name"], str) or not isinstance(function["arguments"], dict):
+                raise ConfigError(
+                    "messages: a tool_use block has no name and input", "Send back the blocks that the model made."
+                )
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "tool_result" and role == "user":
             result = {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": _text(block.get("content"))}

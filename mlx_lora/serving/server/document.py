@@ -28,6 +28,8 @@ def describe(app: FastAPI, server: Server) -> dict[str, Any]:
             fields["model"]["examples"] = names
         if "logit_bias" in fields:
             fields["logit_bias"]["anyOf"][0]["propertyNames"] = {"pattern": f"^({below(server.engine.vocab_size)})$"}
+        if "tools" in fields and not server.engine.shows_tools:
+            fields["tools"]["anyOf"][0]["maxItems"] = 0
         if "prompt" in fields:
             _limit_tokens(fields["prompt"], server.engine.vocab_size - 1)
     for path, operations in found["paths"].items():

@@ -16,11 +16,11 @@ PROMPTS = 64  # texts to continue in one request
 PROMPTS_OF_SEVERAL = 4  # the same where n asks for several answers to each
 _TEXTS = ("text", "input_text", "output_text", "refusal")  # types of content parts
 _TopLogprobs = Annotated[Int, Field(ge=0, le=TOP)]
-_Token = Annotated[Int, Field(ge=0, lt=2**31)]
+_Token = Annotated[Int, Field(ge=0, le=2**31 - 1)]
 
 Model = Annotated[str, Field(min_length=1, max_length=500)]
 Tokens = Annotated[
-    Int, Field(ge=1, lt=2**31, description="More than the server's --max-tokens-limit counts as that limit.")
+    Int, Field(ge=1, le=2**31 - 1, description="More than the server's --max-tokens-limit counts as that limit.")
 ]
 StopWord = Annotated[str, Field(max_length=1000)]
 # For the client's own bookkeeping: accepted, without a meaning here.
@@ -60,7 +60,7 @@ class Sampling(Body):
     model: Model
     temperature: Annotated[float | None, Field(ge=0, le=100)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[Int | None, Field(ge=-1, lt=2**31)] = None
+    top_k: Annotated[Int | None, Field(ge=-1, le=2**31 - 1)] = None
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     xtc_probability: Annotated[float | None, Field(ge=0, le=1)] = None
     xtc_threshold: Annotated[float | None, Field(ge=0, le=0.5)] = None
@@ -184,8 +184,12 @@ def read_message(message: dict[str, Any]) -> dict[str, Any]:
     shown |= {"role": "system" if role == "developer" else role}
     if content is not None:
         shown["content"] = content
-    if calls := message.get("tool_calls"):
+    if (calls := message.get("tool_calls")) is not None:
+        if not isinstance(calls, list):
+            raise ConfigError("messages: tool_calls must be a list", "Send back the tool calls that the model made.")
         shown["tool_calls"] = [_read_call(call) for call in calls]
+        if not calls:
+            del shown["tool_calls"]
     return shown
 
 

@@ -140,7 +140,7 @@ def _answered(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _thoughts(item: dict[str, Any]) -> str:
-    told = [item.get(name) or [] for name in ("content", "summary")]
+    told = [[] if item.get(name) is None else item[name] for name in ("content", "summary")]
     if not all(isinstance(parts, list) and all(isinstance(part, dict) for part in parts) for parts in told):
         raise ConfigError("input: content and summary of reasoning must be lists of objects", "Send back what came.")
     return "".join(text for part in told[0] or told[1] if isinstance(text := part.get("text"), str))

@@ -351,10 +351,10 @@ def test_what_cannot_be_forced_is_an_error(minimind):
 def test_tools_that_the_template_does_not_show_are_an_error(minimind, monkeypatch):
     url, engine = minimind
     monkeypatch.setattr(engine.tokenizer._tokenizer, "chat_template", "{{ messages[0].content }}")
-    monkeypatch.delitem(engine.__dict__, "_shows_tools", raising=False)
+    monkeypatch.delitem(engine.__dict__, "shows_tools", raising=False)
     with pytest.raises(openai.BadRequestError, match="does not show tools"):
         completion(url, False)
-    engine.__dict__.pop("_shows_tools")
+    engine.__dict__.pop("shows_tools")
 
 
 def test_reasoning_is_told_apart_and_goes_back_into_the_prompt(minimind):

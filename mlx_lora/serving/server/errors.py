@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -36,22 +37,27 @@ _KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
 _BY_STATUS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
 
 
-def described(error: Exception) -> tuple[int, dict[str, Any], str]:
-    """(status, OpenAI's error, Anthropic's type). Of an unexpected error only that it happened is told."""
+def described(error: Exception, hide: Callable[[str], str]) -> tuple[int, dict[str, Any], str]:
+    """(status, OpenAI's error, Anthropic's type). Of an unexpected error only that it happened is told.
+
+    Args:
+        hide: takes out of a message what is nobody's business.
+    """
     for kind, status, openai, anthropic in _KINDS:
         if isinstance(error, kind):
             code = "model_not_found" if kind is UnknownModel else None
             message = f"{error.message}. {error.hint}" if isinstance(error, MLXLoRAError) else str(error)
+            message = hide(message)
             return status, {"message": message, "type": openai, "param": None, "code": code}, anthropic
     log.error("a request failed", exc_info=error)
     body = {"message": "the server failed at this request", "type": "server_error", "param": None, "code": None}
     return 500, body, "api_error"
 
 
-def body_of(path: str, error: Exception) -> tuple[int, dict[str, Any]]:
-    """The status and body of ``error`` in the shape of the interface that ``path`` belongs to."""
-    status, openai, anthropic = described(error)
-    return status, _shaped(path, openai, anthropic)
+def body_of(request: Request, error: Exception) -> tuple[int, dict[str, Any]]:
+    """The status and body of ``error`` in the shape of the interface that the request's path belongs to."""
+    status, openai, anthropic = described(error, request.app.state.server.hide_folders)
+    return status, _shaped(request.url.path, openai, anthropic)
 
 
 def _shaped(path: str, openai: dict[str, Any], anthropic: str) -> dict[str, Any]:
@@ -114,7 +120,7 @@ anthropic_responses = partial(responses, error=shapes.ANTHROPIC_ERROR)
 
 async def on_error(request: Request, error: Exception) -> JSONResponse:
     """The answer to a request that raised."""
-    status, body = body_of(request.url.path, error)
+    status, body = body_of(request, error)
     return JSONResponse(body, status, _come_back(status))
 
 

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
+from ...config.generate import TEMPLATE_ARGUMENTS
 from ...errors import ConfigError
 from . import shapes
 from .body import StrictRoute
@@ -51,6 +52,8 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Any:
     if body.top_logprobs and not body.logprobs:
         raise ConfigError("top_logprobs needs logprobs: true", "Set logprobs, or leave top_logprobs out.")
     tools = None if body.tool_choice == "none" else [tool.for_template() for tool in body.tools or ()] or None
+    if taken := sorted((body.chat_template_kwargs or {}).keys() & TEMPLATE_ARGUMENTS):
+        raise ConfigError(f"chat_template_kwargs cannot set {', '.join(taken)}", "Leave them out.")
     ask = Ask(
         server.adapter_of(body.model),
         server.generation(

@@ -134,9 +134,9 @@ class _Body:
         self._whole = not message.get("more_body", False)
         size = len(message.get("body", b""))
         self.seen += size
+        self._hold(size)
         if self.seen > self._limit:
             raise errors.HTTPException(413, f"the body is larger than {self._limit} bytes")
-        self._hold(size)
         return message
 
 

@@ -49,13 +49,13 @@ class Grammar:
         self._read: int | None = None  # tokens of the prompt and the answer that were consumed
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        """tokens: so far [L]; logits: [1, vocab]."""
+        """tokens: so far [L]; logits: [1, vocab]. Raises: ConfigError: no token fits, or the grammar is too large."""
         new = [] if self._read is None else tokens[self._read :].tolist()
         self._read = len(tokens)
         if new and not self._matcher.is_stopped():
             self._matcher.consume_tokens(new)
         if problem := self._matcher.get_error():
-            raise ValueError(problem)
+            raise _refused(problem)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
         allowed = np.pad(allowed, (0, logits.shape[-1] - len(allowed)))

@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
 
+from ...base.origin import base_of
 from ...config import GenerateConfig, ServeConfig
 from ...errors import AdapterError, ConfigError
 from ..engine import Engine
@@ -43,6 +45,15 @@ class Server:
     defaults: GenerateConfig = field(default_factory=GenerateConfig)
     started: float = field(default_factory=time.time)
     draining: bool = False
+
+    def hide_folders(self, text: str) -> str:
+        """``text`` without the places of the adapters and the base on this machine."""
+        bank = self.engine.bank
+        base = base_of(self.engine.model)
+        paths = [*(each.path for each in bank.listed()), bank.folder and bank.folder / "x", base and base.folder]
+        for folder in sorted({str(Path(path).parent) for path in paths if path}, key=len, reverse=True):
+            text = text.replace(f"{folder}/", "")
+        return text
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a request's ``model`` names, None for the base. Raises: UnknownModel."""

@@ -49,7 +49,7 @@ async def stream(request: Request, chunks: AsyncIterator[str]) -> StreamingRespo
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            yield sse(body_of(request.url.path, error)[1])
+            yield sse(body_of(request, error)[1])
         finally:
             await chunks.aclose()
 

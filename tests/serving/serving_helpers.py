@@ -10,9 +10,10 @@ from pathlib import Path
 
 from conftest import shake
 from mlx_lora import AdapterConfig, attach, extract, load, save_adapter, unmount
-from mlx_lora.config import ServeConfig
+from mlx_lora.config import GenerateConfig, ServeConfig
 from mlx_lora.serving.bank import AdapterBank
 from mlx_lora.serving.engine import Engine
+from mlx_lora.serving.requests import Request
 from mlx_lora.serving.server.run import Runner, listen
 from mlx_lora.serving.server.state import Server
 from mlx_lora.serving.worker import Worker
@@ -36,9 +37,15 @@ def running(folder: Path | None = None, engine: Engine | None = None, **config) 
     if engine is None:
         model, tokenizer = load(PATH)
         bank = AdapterBank(model, folder=folder)
-        engine = Engine(model, tokenizer, bank, batch_size=settings.batch_size, queue_size=settings.queue_size)
+        engine = Engine(
+            *(model, tokenizer, bank),
+            batch_size=settings.batch_size,
+            queue_size=settings.queue_size,
+            prompt_cache_size=settings.prompt_cache_size,
+        )
     server = Server(engine, Worker(engine), settings, "tiny")
     runner = Runner(server, log_level="critical", timeout_graceful_shutdown=2)
+    server.runner = runner  # for tests of its end
     listening = listen(settings)
     thread = threading.Thread(target=runner.run, args=([listening],), daemon=True)
     thread.start()
@@ -50,3 +57,16 @@ def running(folder: Path | None = None, engine: Engine | None = None, **config) 
         runner.should_exit = True
         thread.join(60)
         assert not thread.is_alive() and not server.worker.alive
+
+
+def greedy_answers(engine: Engine, models: tuple[str, ...], prompt: str, tokens: int) -> dict[str, str]:
+    """The greedy continuation of ``prompt`` by each model, one after the other; "tiny" is the base."""
+    found = {}
+    for name in models:
+        pieces, adapter = [], None if name == "tiny" else name
+        request = Request(engine.plain_prompt(prompt), GenerateConfig(max_tokens=tokens), adapter)
+        row = engine.submit(request, pieces.append)
+        while not row.ended:
+            time.sleep(0.01)
+        found[name] = "".join(piece.text for piece in pieces)
+    return found

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -47,7 +48,7 @@ async def metrics(request: Request) -> Response:
     """The counts and sizes of this server, in Prometheus's text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Numbers(server_of(request)))
-    return Response(generate_latest(registry), media_type=_PROMETHEUS)
+    return Response(await run_in_threadpool(generate_latest, registry), media_type=_PROMETHEUS)
 
 
 class _Numbers:

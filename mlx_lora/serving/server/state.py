@@ -48,6 +48,8 @@ class Server:
 
     def hide_folders(self, text: str) -> str:
         """``text`` without the places of the adapters and the base on this machine."""
+        if "/" not in text:
+            return text
         bank = self.engine.bank
         base = base_of(self.engine.model)
         paths = [*(each.path for each in bank.listed()), bank.folder and bank.folder / "x", base and base.folder]

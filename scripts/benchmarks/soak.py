@@ -211,7 +211,7 @@ def soak(url: str, engine: Any, loop: Any, expected: dict[str, str], count: int,
     """(clients, what was there before, what is there afterwards). The clients' ``faults`` say what went wrong."""
     port = int(url.rpartition(":")[2])
     quiet = left_behind(engine, loop)
-    asyncio.run(Clients(port, expected, **options).run(3 * len(KINDS), at_a_time))  # what is made once is made now
+    asyncio.run(Clients(port, expected, **options).run(2 * len(KINDS), at_a_time))  # what is made once is made now
     measure = lambda: left_behind(engine, loop)  # noqa: E731
     before = settled(measure, {**quiet, "bytes of MLX": 2**62})
     clients = Clients(port, expected, **options)

@@ -29,11 +29,11 @@ def test_none_is_lost_and_nothing_is_left_behind(soak, tmp_path):
     with running(tmp_path, body_limit=50_000, queue_size=16, prompt_cache_size=0) as (url, server):
         expected = greedy_answers(server.engine, ("tiny", *names), soak.PROMPT, 4)
         clients, before, after = soak.soak(
-            *(url, server.engine, server.runner.loop, expected, 8 * len(soak.KINDS), 200),
+            *(url, server.engine, server.runner.loop, expected, 5 * len(soak.KINDS), 200),
             tokens=4,
             pause=0.01,
             body_limit=50_000,
         )
         assert not clients.faults and not soak.grown(before, after), clients.faults
-        assert all(clients.done[kind.__name__] >= 8 for kind in soak.KINDS)
+        assert all(clients.done[kind.__name__] >= 5 for kind in soak.KINDS)
         assert not server.engine.counts["failed"]

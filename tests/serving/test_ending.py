@@ -21,7 +21,7 @@ from serving_helpers import running  # noqa: E402
 from mlx_lora.serving.server import run  # noqa: E402
 from mlx_lora.tiny_base import PATH  # noqa: E402
 
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "A red umbrella."}], "temperature": 0}
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "A red umbrella."}], "temperature": 0}
 ENDLESS = {"2": -100, "0": -100, "1": -100}  # the biases of the tokens that end an answer
 
 
@@ -139,6 +139,11 @@ def start(port: int, temporary) -> tuple[subprocess.Popen, str]:
     raise AssertionError("".join(said))
 
 
+def left_in(folder) -> list[str]:
+    """The files there, but for MLX's own cache of compiled kernels."""
+    return [path.name for path in folder.iterdir() if path.name != "mlx"]
+
+
 def test_a_killed_server_leaves_nothing_behind_and_sigterm_is_a_clean_end(tmp_path):
     process, url = start(0, tmp_path)
     try:
@@ -159,7 +164,7 @@ def test_a_killed_server_leaves_nothing_behind_and_sigterm_is_a_clean_end(tmp_pa
     finally:
         process.kill()
         process.stderr.close()
-    assert list(tmp_path.iterdir()) == []
+    assert left_in(tmp_path) == []
     process, again = start(int(url.rpartition(":")[2]), tmp_path)  # on the same port, at once
     try:
         assert again == url and ask(url, max_tokens=2).status_code == 200
@@ -168,4 +173,4 @@ def test_a_killed_server_leaves_nothing_behind_and_sigterm_is_a_clean_end(tmp_pa
     finally:
         process.kill()
         process.stderr.close()
-    assert list(tmp_path.iterdir()) == []
+    assert left_in(tmp_path) == []

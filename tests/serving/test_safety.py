@@ -217,7 +217,7 @@ def test_a_compressed_body_is_not_unpacked(url):
 OPTIONS = {
     "n": (0, -1, 17, 10**9, 1.5, "2", True, [1]),
     "max_tokens": (0, -1, 10**18, 1.5, "9", True),
-    "seed": (-1, 2**63, 2**64, 1e300, "x"),
+    "seed": (-1, 2**53 + 1, 2**64, 1e300, "x"),
     "temperature": (-1, 101, "1", True),
     "top_p": (0, -0.1, 1.1),
     "top_logprobs": (-1, 21, 10**9),

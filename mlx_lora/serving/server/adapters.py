@@ -10,7 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from . import shapes
-from .body import Body, Int, StrictRoute
+from .body import Body, StrictRoute, integer
 from .errors import responses
 from .state import NameTaken, UnknownModel
 from .streams import server_of
@@ -31,7 +31,7 @@ class Unload(Body):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: _Name
-    lora_int_id: Int | None = None  # vLLM's; the name says it all
+    lora_int_id: integer(0, 2**53) | None = None  # vLLM's; the name says it all
 
 
 @router.post("/v1/load_lora_adapter", responses=responses(shapes.DONE, 404, 409, 415))

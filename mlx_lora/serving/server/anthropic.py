@@ -13,7 +13,7 @@ from pydantic import Field, WithJsonSchema
 
 from ...errors import ConfigError
 from . import shapes
-from .body import Body, Int, StrictRoute, only
+from .body import Body, StrictRoute, integer, only
 from .connection import unless_disconnected
 from .errors import ANSWERED, anthropic_responses
 from .events import Answer, Event
@@ -77,7 +77,7 @@ class Messages(CountTokens):
     max_tokens: Tokens
     temperature: Annotated[float | None, Field(ge=0, le=1)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[Int | None, Field(ge=0, le=2**31 - 1)] = None
+    top_k: integer(0) | None = None
     stop_sequences: Annotated[list[StopWord] | None, Field(max_length=64)] = None
     stream: bool | None = None
     metadata: dict[str, Any] | None = None  # for Anthropic's own bookkeeping, as is service_tier
@@ -166,6 +166,8 @@ def _message(message: dict[str, Any]) -> list[dict[str, Any]]:
 def _text(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
+    if not isinstance(content, list):
+        raise ConfigError("content must be text or a list of blocks", 'Send {"type": "text", "text": ...}.')
     texts = [
         block.get("text") if isinstance(block, dict) and block.get("type") == "text" else None for block in content
     ]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import Request
 from fastapi.routing import APIRoute
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
@@ -32,8 +32,9 @@ def only(value: bool) -> Any:
     return Annotated[bool, AfterValidator(check), WithJsonSchema({"const": value})]
 
 
-# 3.0 is an integer in JSON.
-Int = Annotated[int, BeforeValidator(_whole)]
+def integer(least: int, most: int = 2**31 - 1, **about: str) -> Any:
+    """The type of a whole number within bounds. 3.0 is one in JSON."""
+    return Annotated[int, Field(ge=least, le=most, **about), BeforeValidator(_whole)]
 
 
 class Body(BaseModel):

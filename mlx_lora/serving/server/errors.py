@@ -126,11 +126,15 @@ async def on_error(request: Request, error: Exception) -> JSONResponse:
 
 async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     """The answer to a body that does not fit the interface: every fault, by its field."""
-    faults = [
-        f"{'.'.join(str(part) for part in fault['loc'][1:]) or 'body'}: {fault['msg']}" for fault in error.errors()
-    ]
-    param = ".".join(str(part) for part in error.errors()[0]["loc"][1:]) or None
-    return answer(request.url.path, 400, "; ".join(faults[:20]), param)
+    faults = [(_field(fault["loc"]), fault["msg"]) for fault in error.errors()]
+    told = dict.fromkeys(f"{field or 'body'}: {message}" for field, message in faults)
+    return answer(request.url.path, 400, "; ".join(list(told)[:20]), faults[0][0] or None)
+
+
+def _field(place: tuple) -> str:
+    """The field at a place in the body, without pydantic's names of the types that were tried."""
+    names = [str(part) for part in place[1:]]
+    return ".".join(name for name in names if name.isidentifier() or name.isdecimal())
 
 
 async def on_http(request: Request, error: HTTPException) -> JSONResponse:

@@ -9,19 +9,18 @@ from pydantic_core import from_json
 
 from ...errors import ConfigError
 from . import shapes
-from .body import Body, Int, only
+from .body import Body, integer, only
 
 TOP = 20  # most top_logprobs, as OpenAI's
 PROMPTS = 64  # texts to continue in one request
 PROMPTS_OF_SEVERAL = 4  # the same where n asks for several answers to each
 _TEXTS = ("text", "input_text", "output_text", "refusal")  # types of content parts
-_TopLogprobs = Annotated[Int, Field(ge=0, le=TOP)]
-_Token = Annotated[Int, Field(ge=0, le=2**31 - 1)]
+_TopLogprobs = integer(0, TOP)
+_Token = integer(0)
 
 Model = Annotated[str, Field(min_length=1, max_length=500)]
-Tokens = Annotated[
-    Int, Field(ge=1, le=2**31 - 1, description="More than the server's --max-tokens-limit counts as that limit.")
-]
+# An answer may always be shorter.
+Tokens = integer(1, description="More than the server's --max-tokens-limit counts as that limit.")
 StopWord = Annotated[str, Field(max_length=1000)]
 # For the client's own bookkeeping: accepted, without a meaning here.
 Metadata = Annotated[dict[str, str], Field(max_length=16)]
@@ -60,7 +59,7 @@ class Sampling(Body):
     model: Model
     temperature: Annotated[float | None, Field(ge=0, le=100)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[Int | None, Field(ge=-1, le=2**31 - 1)] = None
+    top_k: integer(-1) | None = None
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     xtc_probability: Annotated[float | None, Field(ge=0, le=1)] = None
     xtc_threshold: Annotated[float | None, Field(ge=0, le=0.5)] = None
@@ -71,9 +70,9 @@ class Sampling(Body):
         dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]*)$")], Annotated[float, Field(ge=-100, le=100)]] | None,
         Field(max_length=1024),
     ] = None
-    seed: Annotated[Int | None, Field(ge=0, lt=2**63)] = None
+    seed: integer(0, 2**53) | None = None
     stop: StopWord | Annotated[list[StopWord], Field(max_length=64)] | None = None
-    n: Annotated[Int | None, Field(ge=1, le=16)] = None
+    n: integer(1, 16) | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -25,7 +25,7 @@ def response_processors(tokenizer: Any, vocab_size: int, wanted: dict[str, Any] 
     if kind == "json_schema":
         described = wanted.get("json_schema")
         schema = described.get("schema") if isinstance(described, dict) else None
-        if not isinstance(schema, (dict, bool)):
+        if not isinstance(schema, dict):
             raise ConfigError(
                 "response_format: json_schema has no schema", 'Send {"json_schema": {"name": ..., "schema": {...}}}.'
             )

@@ -54,7 +54,7 @@ MESSAGE: Schema = {
         {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
     ],
 }
-_SCHEMA = {"type": ["object", "boolean"]}
+_SCHEMA = {"type": "object"}
 _PLAIN_FORMAT = opened({"type": one_of("text", "json_object")})
 RESPONSE_FORMAT: Schema = {
     "anyOf": [

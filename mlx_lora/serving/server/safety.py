@@ -54,11 +54,14 @@ class Guard:
             return await errors.answer(scope["path"], *refused)(scope, receive, self._with_headers(send, headers))
         if scope["method"] == "OPTIONS" and headers.get("origin") in self._config.allow_origin:  # a browser's preflight
             return await Response(status_code=204)(scope, receive, self._with_headers(send, headers))
-        body = _Body(receive, self._config.body_limit, self._hold)
+        body = _Body(receive, self._body_limit(scope), self._hold)
         try:
             await self._app(scope, body.receive, self._with_headers(send, headers))
         finally:
             self._held -= body.seen
+
+    def _body_limit(self, scope: dict) -> int:
+        return self._config.body_limit
 
     def _hold(self, size: int) -> None:
         """Count ``size`` bytes more. Raises: HTTPException: all bodies together are too large."""
@@ -76,8 +79,9 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and not self._own(origin, headers) and origin not in self._config.allow_origin:
             return 403, f"web pages of {origin[:100]!r} may not ask; to allow it, start the server with --allow-origin"
-        if (length := headers.get("content-length", "")).isdecimal() and int(length) > self._config.body_limit:
-            return 413, f"the body is larger than {self._config.body_limit} bytes"
+        limit = self._body_limit(scope)
+        if (length := headers.get("content-length", "")).isdecimal() and int(length) > limit:
+            return 413, f"the body is larger than {limit} bytes"
         if headers.get("content-encoding", "identity") != "identity":
             return 415, "a compressed body is not read: send it without Content-Encoding"
         if scope["method"] == "OPTIONS" and origin is not None:

@@ -133,7 +133,8 @@ _USAGE = closed(
     {
         **dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), COUNT),
         "prompt_tokens_details": closed({"cached_tokens": COUNT}),
-    }
+    },
+    {"completion_tokens_details": closed({"reasoning_tokens": COUNT})},
 )
 _ABOUT = {"id": _ID, "created": COUNT, "model": TEXT}
 _TOKEN = {"token": TEXT, "logprob": _NUMBER, "bytes": listed(COUNT)}

@@ -10,9 +10,12 @@ from .options import MEMORY as _CACHE
 from .options import SAMPLING as _SAMPLING
 from .options import check_types, common, option, raise_all, without_effect
 
-# What the engine itself gives to a chat template.
+# What the engine itself gives to apply_chat_template, and what a request must not: its own template, no tokens.
+_OF_MESSAGES = ("self", "conversation", "messages", "tools", "chat_template")
+_OF_TOKENS = ("tokenize", "padding", "truncation", "max_length", "tokenizer_kwargs")
+_OF_RESULTS = ("return_dict", "return_tensors", "return_assistant_tokens_mask")
 TEMPLATE_ARGUMENTS = frozenset(
-    ("messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
+    (*_OF_MESSAGES, *_OF_TOKENS, *_OF_RESULTS, "add_generation_prompt", "continue_final_message")
 )
 
 

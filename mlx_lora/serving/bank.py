@@ -96,9 +96,8 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """All names, loaded or not."""
-        with self.lock:
-            return sorted({*self._sources, *self.in_folder()})
+        """All names, loaded or not. Needs no lock, so that no one waits for a step of the engine."""
+        return sorted({*list(self._sources), *self.in_folder()})
 
     @property
     def registered(self) -> list[str]:
@@ -111,8 +110,7 @@ class AdapterBank:
             return [self._list(name) for name in self.names]
 
     def __contains__(self, name: str) -> bool:
-        with self.lock:
-            return name in self._sources or name in self.in_folder()
+        return name in self._sources or name in self.in_folder()
 
     def add(self, name: str, adapter: Adapter | str | Path, pinned: bool = False) -> None:
         """Register ``adapter``, or the one in that folder, as ``name``. A folder is read when it is first used.

@@ -15,8 +15,7 @@ pytest.importorskip("fastapi")
 
 from serving_helpers import make_adapters, running  # noqa: E402
 
-from mlx_lora.config import GenerateConfig, ServeConfig  # noqa: E402
-from mlx_lora.errors import ConfigError  # noqa: E402
+from mlx_lora.config import GenerateConfig  # noqa: E402
 from mlx_lora.serving.requests import Request  # noqa: E402
 
 ASK = [{"role": "user", "content": "A red umbrella was found on a bench."}]
@@ -166,45 +165,6 @@ def test_what_is_wrong_is_said_and_nothing_inside_is_shown(server):
     )
 
 
-def test_adapters_come_by_name_and_never_by_path(server, adapters):
-    url, state = server
-    for path in ("../pirate", "/etc", str(adapters / "pirate"), "pirate/..", ".", "", "nobody"):
-        got = httpx.post(f"{url}/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path})
-        assert got.status_code == 400, path
-    assert httpx.post(f"{url}/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "pirate"}).status_code == 200
-    assert "x" in state.engine.bank.names
-    assert {each["name"] for each in httpx.get(f"{url}/lora-adapters").json()} >= {"x", "pirate"}
-    assert httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 200
-    assert "x" not in state.engine.bank.names
-    assert httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "x"}).status_code == 400
-
-
-def test_other_hosts_and_pages_are_refused(server):
-    url, _ = server
-    port = url.rpartition(":")[2]
-    for host in ("evil.com", f"evil.com:{port}", "127.0.0.1.evil.com", "localhost.evil.com", ""):
-        assert httpx.get(f"{url}/health", headers={"Host": host}).status_code in (400, 403), host
-    for host in (f"localhost:{port}", "127.0.0.1", "[::1]:80", "LOCALHOST"):
-        assert httpx.get(f"{url}/health", headers={"Host": host}).status_code == 200, host
-    for origin in ("http://evil.com", "null", "http://localhost:1", f"https://evil.com/{url}"):
-        got = httpx.post(f"{url}/v1/chat/completions", json={}, headers={"Origin": origin})
-        assert got.status_code == 403 and "access-control-allow-origin" not in got.headers, origin
-    assert httpx.get(f"{url}/v1/models", headers={"Origin": url}).status_code == 200
-
-
-def test_bodies_are_limited(server):
-    url, _ = server
-    big = {"model": "tiny", "messages": [{"role": "user", "content": "x" * 200_000}]}
-    assert httpx.post(f"{url}/v1/chat/completions", json=big).status_code == 413
-
-    def endless():
-        for _ in range(300):
-            yield b'{"model": "' + b"x" * 1000
-
-    got = httpx.post(f"{url}/v1/chat/completions", content=endless(), headers={"content-type": "application/json"})
-    assert got.status_code == 413
-
-
 def test_a_client_that_leaves_frees_its_slot(server):
     url, state = server
     body = {"model": "tiny", "messages": ASK, "max_tokens": 1900, "logit_bias": ENDLESS, "stream": True}
@@ -230,35 +190,6 @@ def test_a_full_queue_says_when_to_come_back(adapters):
             engine.cancel(row)
         _until(lambda: engine.queued == 0)
         assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
-
-
-def test_a_key_is_asked_for(adapters):
-    with running(adapters, api_key="a-secret-key") as (url, _):
-        body = {"model": "tiny", "messages": ASK, "max_tokens": 2}
-        for headers in (
-            {},
-            {"Authorization": "Bearer wrong-key"},
-            {"Authorization": "a-secret-key"},
-            {"x-api-key": ""},
-        ):
-            assert httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers).status_code == 401
-        for headers in ({"Authorization": "Bearer a-secret-key"}, {"x-api-key": "a-secret-key"}):
-            assert httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers).status_code == 200
-        assert httpx.get(f"{url}/health").status_code == 200
-        assert httpx.get(f"{url}/metrics").status_code == httpx.get(f"{url}/openapi.json").status_code == 401
-    for host in ("0.0.0.0", "192.168.0.4", "example.org", "::"):
-        with pytest.raises(ConfigError, match="api_key"):
-            ServeConfig(host=host)
-    assert ServeConfig(host="::1").local and not ServeConfig(host="0.0.0.0", api_key="12345678").local
-
-
-def test_pages_of_an_allowed_origin(adapters):
-    with running(adapters, allow_origin=("http://localhost:3000",)) as (url, _):
-        origin = {"Origin": "http://localhost:3000"}
-        asked = {**origin, "Access-Control-Request-Method": "POST"}
-        got = httpx.options(f"{url}/v1/chat/completions", headers=asked)
-        assert got.status_code in (200, 204) and got.headers["access-control-allow-origin"] == origin["Origin"]
-        assert httpx.get(f"{url}/v1/models", headers=origin).headers["access-control-allow-origin"] == origin["Origin"]
 
 
 def test_a_dead_thread_shows_in_health(adapters):

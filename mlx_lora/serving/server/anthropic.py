@@ -5,62 +5,91 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, WithJsonSchema
 
 from ...errors import ConfigError
+from . import shapes
+from .body import Body, StrictRoute, integer, only
 from .connection import unless_disconnected
+from .errors import ANSWERED, anthropic_responses
 from .events import Answer, Event
-from .openai import collect, events, server_of, sse, stream
+from .openai_requests import Model, StopWord, Tokens
 from .state import Ask, Server
+from .streams import collect, events, server_of, sse, stream
 
-router = APIRouter(tags=["messages"])
+router = APIRouter(tags=["messages"], route_class=StrictRoute)
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-class Messages(BaseModel):
+class MessagesTool(Body):
+    """A tool that the model may call."""
+
+    name: Annotated[str, Field(min_length=1, max_length=500)]
+    type: Literal["custom"] | None = None
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None  # every prompt's keys and values are kept
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        function = {"name": self.name, "description": self.description or "", "parameters": self.input_schema or {}}
+        return {"type": "function", "function": function}
+
+
+class ToolChoice(Body):
+    """Whether tools may be called. A call cannot be forced."""
+
+    type: Literal["auto", "none"]
+    disable_parallel_tool_use: only(False) | None = None
+
+
+class Thinking(Body):
+    """Whether the model thinks before it answers, where its chat template knows how to."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Tokens | None = None
+    display: str | None = None
+
+
+class CountTokens(Body):
+    """POST /v1/messages/count_tokens."""
+
+    model: Model
+    messages: Annotated[
+        list[Annotated[dict[str, Any], WithJsonSchema(shapes.ANTHROPIC_MESSAGE)]],
+        Field(min_length=1, max_length=10_000),
+    ]
+    system: Annotated[
+        str | list[dict[str, Any]] | None, WithJsonSchema({"anyOf": [*shapes.TEXT_OR_BLOCKS, {"type": "null"}]})
+    ] = None
+    tools: Annotated[list[MessagesTool] | None, Field(max_length=256)] = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+
+
+class Messages(CountTokens):
     """POST /v1/messages."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)]
-    system: str | list[dict[str, Any]] | None = None
+    max_tokens: Tokens
     temperature: Annotated[float | None, Field(ge=0, le=1)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=0)] = None
-    stop_sequences: list[str] | None = None
+    top_k: integer(0) | None = None
+    stop_sequences: Annotated[list[StopWord] | None, Field(max_length=64)] = None
     stream: bool | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None  # for Anthropic's own bookkeeping, as is service_tier
     service_tier: str | None = None
 
 
-class CountTokens(BaseModel):
-    """POST /v1/messages/count_tokens."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    system: str | list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
-
-
-@router.post("/v1/messages")
+@router.post("/v1/messages", responses=anthropic_responses(shapes.MESSAGES, *ANSWERED, stream=True))
 async def messages(request: Request, body: Messages) -> Any:
     """Answer a conversation."""
     server = server_of(request)
     ask = _ask(server, body)
-    answer = Answer(server.engine.tokenizer.tool_parser, ask.tools)
+    answer = Answer(server.engine.tokenizer, ask.tools)
     about = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant", "model": body.model}
     if body.stream:
         return await stream(request, _chunks(server, ask, answer, about))
@@ -71,8 +100,8 @@ async def messages(request: Request, body: Messages) -> Any:
     return JSONResponse({**about, "content": content, **_end(answer), "usage": _usage(answer)})
 
 
-@router.post("/v1/messages/count_tokens")
-async def count_tokens(request: Request, body: CountTokens) -> dict[str, int]:
+@router.post("/v1/messages/count_tokens", responses=anthropic_responses(shapes.TOKEN_COUNT, *ANSWERED))
+async def count_tokens(request: Request, body: CountTokens) -> Any:
     """The length of a conversation in tokens."""
     server = server_of(request)
     ask = _ask(server, Messages(**body.model_dump(exclude_none=True), max_tokens=1))
@@ -81,11 +110,9 @@ async def count_tokens(request: Request, body: CountTokens) -> dict[str, int]:
 
 
 def _ask(server: Server, body: Messages) -> Ask:
-    tools = [_tool(tool) for tool in body.tools or ()] or None
-    choice = (body.tool_choice or {}).get("type", "auto")
-    if choice not in ("auto", "none"):
-        raise ConfigError(f"tool_choice: {choice!r} cannot be forced", 'Use {"type": "auto"} or {"type": "none"}.')
-    thinking = (body.thinking or {}).get("type")
+    tools = [tool.for_template() for tool in body.tools or ()] or None
+    choice = body.tool_choice.type if body.tool_choice else "auto"
+    thinking = body.thinking.type if body.thinking else None
     config = server.generation(
         temp=1.0 if body.temperature is None else body.temperature,
         top_p=body.top_p,
@@ -111,40 +138,46 @@ def _message(message: dict[str, Any]) -> list[dict[str, Any]]:
         )
     if isinstance(content, str):
         return [{"role": role, "content": content}]
-    texts, calls, results = [], [], []
+    texts, calls, results, thoughts = [], [], [], []
     for block in content:
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "text":
             texts.append(_text([block]))
+        elif kind == "thinking" and role == "assistant":
+            thoughts.append(_text([{"type": "text", "text": block.get("thinking", "")}]))
         elif kind == "tool_use" and role == "assistant":
-            function = {"name": block.get("name"), "arguments": block.get("input") or {}}
+            function = {"name": block.get("name"), "arguments": block.get("input")}
+            if not isinstance(function["name"], str) or not isinstance(function["arguments"], dict):
+                raise ConfigError(
+                    "messages: a tool_use block has no name and input", "Send back the blocks that the model made."
+                )
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "tool_result" and role == "user":
             result = {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": _text(block.get("content"))}
             results.append(result)
-        elif kind not in ("thinking", "redacted_thinking"):
+        elif kind != "redacted_thinking":
             raise ConfigError(f"messages: a block of type {kind!r} cannot be read", "Send text and results of tools.")
     made = {"role": role, "content": "".join(texts), **({"tool_calls": calls} if calls else {})}
+    if any(thoughts):
+        made["reasoning_content"] = "".join(thoughts)
     return [*results, made] if texts or calls or not results else results
 
 
 def _text(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
+    if not isinstance(content, list):
+        raise ConfigError("content must be text or a list of blocks", 'Send {"type": "text", "text": ...}.')
     texts = [
         block.get("text") if isinstance(block, dict) and block.get("type") == "text" else None for block in content
     ]
     if not all(isinstance(text, str) for text in texts):
-        raise ConfigError("only blocks of text can be read here", 'Send {"type": "text", "text": ...}.')
+        kinds = {str(block.get("type") if isinstance(block, dict) else block)[:50] for block in content} - {"text"}
+        raise ConfigError(
+            f"only blocks of text can be read here, not {', '.join(sorted(kinds)) or 'one without text'}",
+            'Send {"type": "text", "text": ...}.',
+        )
     return "".join(texts)
-
-
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool as chat templates take it."""
-    if not isinstance(tool.get("name"), str) or tool.get("type") not in (None, "custom"):
-        raise ConfigError("tools: only custom tools with a name can be used", "Send name, description, input_schema.")
-    function = {"name": tool["name"], "description": tool.get("description", "")}
-    return {"type": "function", "function": {**function, "parameters": tool.get("input_schema") or {}}}
 
 
 def _tool_use(call: Any, arguments: dict[str, Any]) -> dict[str, Any]:

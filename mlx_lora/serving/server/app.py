@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from ... import __version__
 from . import adapters, anthropic, errors, health, openai, page, responses
+from .document import describe
 from .safety import Guard
 from .state import Server
 
@@ -32,6 +33,7 @@ def create_app(server: Server) -> FastAPI:
 
     app = FastAPI(title="mlx-lora", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
+    app.openapi = lambda: describe(app, server)
     for part in (openai, responses, anthropic, adapters, health, page):
         app.include_router(part.router)
     app.add_exception_handler(RequestValidationError, errors.on_invalid)
@@ -39,5 +41,5 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(Exception, errors.on_error)
     for kind in (errors.MLXLoRAError, errors.OutOfTime):
         app.add_exception_handler(kind, errors.on_error)
-    app.add_middleware(Guard, config=server.config)
+    app.add_middleware(Guard, config=server.config, draining=lambda: server.draining)
     return app

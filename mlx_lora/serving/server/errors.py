@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -13,7 +15,8 @@ from starlette.exceptions import HTTPException
 from ...errors import AdapterError, ConfigError, DataError, FormatError, MLXLoRAError
 from ..engine import BusyError, TooLongError
 from ..worker import Stopped
-from .state import OutOfTime, UnknownModel
+from . import shapes
+from .state import NameTaken, OutOfTime, UnknownModel
 
 RETRY_AFTER = "1"  # seconds
 log = logging.getLogger(__name__)
@@ -24,6 +27,7 @@ _KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (Stopped, 503, "server_error", "overloaded_error"),
     (OutOfTime, 504, "server_error", "timeout_error"),
     (UnknownModel, 404, "invalid_request_error", "not_found_error"),
+    (NameTaken, 409, "invalid_request_error", "invalid_request_error"),
     (TooLongError, 413, "invalid_request_error", "request_too_large"),
     (ConfigError, 400, "invalid_request_error", "invalid_request_error"),
     (DataError, 400, "invalid_request_error", "invalid_request_error"),
@@ -33,22 +37,27 @@ _KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
 _BY_STATUS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
 
 
-def described(error: Exception) -> tuple[int, dict[str, Any], str]:
-    """(status, OpenAI's error, Anthropic's type). Of an unexpected error only that it happened is told."""
+def described(error: Exception, hide: Callable[[str], str]) -> tuple[int, dict[str, Any], str]:
+    """(status, OpenAI's error, Anthropic's type). Of an unexpected error only that it happened is told.
+
+    Args:
+        hide: takes out of a message what is nobody's business.
+    """
     for kind, status, openai, anthropic in _KINDS:
         if isinstance(error, kind):
             code = "model_not_found" if kind is UnknownModel else None
             message = f"{error.message}. {error.hint}" if isinstance(error, MLXLoRAError) else str(error)
+            message = hide(message)
             return status, {"message": message, "type": openai, "param": None, "code": code}, anthropic
     log.error("a request failed", exc_info=error)
     body = {"message": "the server failed at this request", "type": "server_error", "param": None, "code": None}
     return 500, body, "api_error"
 
 
-def body_of(path: str, error: Exception) -> tuple[int, dict[str, Any]]:
-    """The status and body of ``error`` in the shape of the interface that ``path`` belongs to."""
-    status, openai, anthropic = described(error)
-    return status, _shaped(path, openai, anthropic)
+def body_of(request: Request, error: Exception) -> tuple[int, dict[str, Any]]:
+    """The status and body of ``error`` in the shape of the interface that the request's path belongs to."""
+    status, openai, anthropic = described(error, request.app.state.server.hide_folders)
+    return status, _shaped(request.url.path, openai, anthropic)
 
 
 def _shaped(path: str, openai: dict[str, Any], anthropic: str) -> dict[str, Any]:
@@ -62,23 +71,70 @@ def answer(path: str, status: int, message: str, param: str | None = None) -> JS
     anthropic = _BY_STATUS.get(status, "invalid_request_error" if status < 500 else "api_error")
     kind = "invalid_request_error" if status < 500 else "server_error"
     openai = {"message": message, "type": kind, "param": param, "code": None}
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else _come_back(status)
     return JSONResponse(_shaped(path, openai, anthropic), status, headers)
+
+
+def _come_back(status: int) -> dict[str, str] | None:
+    return {"Retry-After": RETRY_AFTER} if status in (429, 503) else None
+
+
+# What may happen to every request, and to one that is answered by the model.
+_ALWAYS = (400, 401, 403, 408, 413, 500)
+ANSWERED = (404, 415, 429, 503, 504)
+_REASON = {
+    400: "The request is not valid.",
+    401: "The API key is missing or wrong.",
+    403: "This host or web page may not ask.",
+    404: "There is no such model, adapter or path.",
+    408: "The body did not arrive in time.",
+    409: "The name is taken.",
+    413: "The body or the answer is too large.",
+    415: "The body is not JSON, or is compressed.",
+    429: "Too many requests wait. Retry-After says when to come back.",
+    500: "The server failed.",
+    503: "The server shuts down, or cannot answer. Retry-After says when to come back.",
+    504: "The answer took too long.",
+}
+
+
+def responses(good: dict[str, Any], *statuses: int, stream: bool = False, error: Any = shapes.ERROR) -> dict:
+    """FastAPI's ``responses`` of a route: the schema of its answer, and its errors.
+
+    Args:
+        stream: whether the answer may also be server-sent events.
+    """
+    content: dict[str, Any] = {"application/json": {"schema": good}}
+    if stream:
+        content["text/event-stream"] = {"schema": shapes.SERVER_SENT}
+    found: dict = {200: {"description": "The answer.", "content": content}}
+    for status in sorted({*_ALWAYS, *statuses}):
+        found[status] = {"description": _REASON[status], "content": {"application/json": {"schema": error}}}
+        if status in (429, 503):
+            found[status]["headers"] = {"Retry-After": {"schema": {"type": "string", "pattern": "^[0-9]+$"}}}
+    return found
+
+
+anthropic_responses = partial(responses, error=shapes.ANTHROPIC_ERROR)
 
 
 async def on_error(request: Request, error: Exception) -> JSONResponse:
     """The answer to a request that raised."""
-    status, body = body_of(request.url.path, error)
-    return JSONResponse(body, status, {"Retry-After": RETRY_AFTER} if status in (429, 503) else None)
+    status, body = body_of(request, error)
+    return JSONResponse(body, status, _come_back(status))
 
 
 async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     """The answer to a body that does not fit the interface: every fault, by its field."""
-    faults = [
-        f"{'.'.join(str(part) for part in fault['loc'][1:]) or 'body'}: {fault['msg']}" for fault in error.errors()
-    ]
-    param = ".".join(str(part) for part in error.errors()[0]["loc"][1:]) or None
-    return answer(request.url.path, 400, "; ".join(faults[:20]), param)
+    faults = [(_field(fault["loc"]), fault["msg"]) for fault in error.errors()]
+    told = dict.fromkeys(f"{field or 'body'}: {message}" for field, message in faults)
+    return answer(request.url.path, 400, "; ".join(list(told)[:20]), faults[0][0] or None)
+
+
+def _field(place: tuple) -> str:
+    """The field at a place in the body, without pydantic's names of the types that were tried."""
+    names = [str(part) for part in place[1:]]
+    return ".".join(name for name in names if name.isidentifier() or name.isdecimal())
 
 
 async def on_http(request: Request, error: HTTPException) -> JSONResponse:

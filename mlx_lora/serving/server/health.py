@@ -6,18 +6,25 @@ from typing import Any
 
 import mlx.core as mx
 from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from .openai import server_of
+from . import shapes
+from .errors import responses
 from .state import Server
+from .streams import server_of
 
 router = APIRouter(tags=["health"])
+_PROMETHEUS = "text/plain; version=0.0.4"
 _STUCK = 120  # seconds that one step may take; reading a long prompt takes several steps
 
 
-@router.get("/health")
+_SAYS = {"content": {"application/json": {"schema": shapes.HEALTH}}}
+
+
+@router.get("/health", responses={**responses(shapes.HEALTH), 503: {"description": "It does not.", **_SAYS}})
 async def health(request: Request) -> JSONResponse:
     """200 while the generating thread lives and moves, 503 otherwise, with what is wrong."""
     server = server_of(request)
@@ -32,12 +39,16 @@ async def health(request: Request) -> JSONResponse:
     return JSONResponse(body, 200 if status == "ok" else 503)
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={**responses(shapes.HEALTH), 200: {"description": "The numbers.", "content": {_PROMETHEUS: {}}}},
+)
 async def metrics(request: Request) -> Response:
     """The counts and sizes of this server, in Prometheus's text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Numbers(server_of(request)))
-    return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+    return Response(await run_in_threadpool(generate_latest, registry), media_type=_PROMETHEUS)
 
 
 class _Numbers:

@@ -2,118 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from itertools import accumulate
+from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
 
+from ...config.generate import TEMPLATE_ARGUMENTS
 from ...errors import ConfigError
+from . import shapes
+from .body import StrictRoute
 from .connection import unless_disconnected
-from .errors import body_of
-from .events import Answer, Event
+from .errors import ANSWERED, responses
+from .events import Answer
+from .openai_requests import ChatCompletion, Completion, read_message
 from .state import Ask, Server
+from .streams import collect, events, server_of, sse, stream
 
-router = APIRouter()
-_TOP = 20  # most top_logprobs, as OpenAI's
-_TEXTS = ("text", "input_text", "output_text", "refusal")  # types of content parts
-
-
-class Sampling(BaseModel):
-    """What both kinds of completions take. Unknown fields are refused by name, as OpenAI does."""
-
-    model_config = ConfigDict(extra="forbid", strict=False)
-
-    model: str
-    temperature: Annotated[float | None, Field(ge=0, le=100)] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=-1)] = None
-    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    xtc_probability: Annotated[float | None, Field(ge=0, le=1)] = None
-    xtc_threshold: Annotated[float | None, Field(ge=0, le=0.5)] = None
-    presence_penalty: Annotated[float | None, Field(ge=-100, le=100)] = None
-    frequency_penalty: Annotated[float | None, Field(ge=-100, le=100)] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=100)] = None
-    logit_bias: dict[str, float] | None = None
-    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
-    stop: str | list[str] | None = None
-    n: Annotated[int | None, Field(ge=1, le=16)] = None
-    stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
-    # For OpenAI's own bookkeeping: accepted, without a meaning here.
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-
-    def options(self) -> dict[str, Any]:
-        """As fields of ``GenerateConfig``."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        return {
-            "temp": 1.0 if self.temperature is None else self.temperature,
-            "top_p": self.top_p,
-            "top_k": None if self.top_k is None else max(0, self.top_k),
-            "min_p": self.min_p,
-            "xtc_probability": self.xtc_probability,
-            "xtc_threshold": self.xtc_threshold if self.xtc_probability else None,
-            "presence_penalty": self.presence_penalty or None,
-            "frequency_penalty": self.frequency_penalty or None,
-            "repetition_penalty": self.repetition_penalty,
-            "logit_bias": self.logit_bias or None,
-            "seed": self.seed,
-            "stop": tuple(text for text in stop or () if text) or None,
-        }
-
-    @property
-    def usage_in_stream(self) -> bool:
-        return bool((self.stream_options or {}).get("include_usage"))
+router = APIRouter(route_class=StrictRoute)
 
 
-class ChatCompletion(Sampling):
-    """POST /v1/chat/completions."""
-
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int | None, Field(ge=0, le=_TOP)] = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
-    response_format: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-class Completion(Sampling):
-    """POST /v1/completions."""
-
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
-    logprobs: Annotated[int | None, Field(ge=0, le=_TOP)] = None
-    echo: Literal[False] | None = None
-    suffix: None = None
-
-
-def server_of(request: Request) -> Server:
-    return request.app.state.server
-
-
-@router.get("/v1/models", tags=["models"])
-async def models(request: Request) -> dict[str, Any]:
+@router.get("/v1/models", tags=["models"], responses=responses(shapes.MODELS))
+async def models(request: Request) -> Any:
     """The base, and each adapter by its name."""
     server = server_of(request)
     return {"object": "list", "data": [_model(server, None), *(_model(server, n) for n in server.engine.bank.names)]}
 
 
-@router.get("/v1/models/{model:path}", tags=["models"])
-async def model(request: Request, model: str) -> dict[str, Any]:
+@router.get("/v1/models/{model:path}", tags=["models"], responses=responses(shapes.MODEL, 404))
+async def model(request: Request, model: str) -> Any:
     """One of them."""
     server = server_of(request)
     return _model(server, server.adapter_of(model))
@@ -124,18 +45,20 @@ def _model(server: Server, adapter: str | None) -> dict[str, Any]:
     return {**base, "parent": server.name} if adapter else base
 
 
-@router.post("/v1/chat/completions", tags=["completions"])
+@router.post("/v1/chat/completions", tags=["completions"], responses=responses(shapes.CHAT, *ANSWERED, stream=True))
 async def chat_completions(request: Request, body: ChatCompletion) -> Any:
     """Answer a conversation."""
     server = server_of(request)
     if body.top_logprobs and not body.logprobs:
         raise ConfigError("top_logprobs needs logprobs: true", "Set logprobs, or leave top_logprobs out.")
-    tools = None if body.tool_choice == "none" else body.tools or None
+    tools = None if body.tool_choice == "none" else [tool.for_template() for tool in body.tools or ()] or None
+    if taken := sorted((body.chat_template_kwargs or {}).keys() & TEMPLATE_ARGUMENTS):
+        raise ConfigError(f"chat_template_kwargs cannot set {', '.join(taken)}", "Leave them out.")
     ask = Ask(
         server.adapter_of(body.model),
         server.generation(
             **body.options(),
-            max_tokens=body.max_completion_tokens or body.max_tokens,
+            max_tokens=body.most_tokens,
             chat_template_config=body.chat_template_kwargs,
         ),
         messages=[read_message(message) for message in body.messages],
@@ -150,81 +73,38 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Any:
         "model": body.model,
         "object": "chat.completion",
     }
-    answers = [Answer(server.engine.tokenizer.tool_parser, tools) for _ in range(ask.n)]
+    answers = [Answer(server.engine.tokenizer, tools) for _ in range(ask.n)]
     if body.stream:
         chunks = _chat_chunks(server, ask, answers, about, body.usage_in_stream)
         return await stream(request, chunks)
     await unless_disconnected(request, collect(server, ask, answers))
-    choices = [_chat_choice(server, number, answer, body.logprobs) for number, answer in enumerate(answers)]
+    choices = await run_in_threadpool(  # decoding the tokens of logprobs may take long
+        lambda: [_chat_choice(server, number, answer, body.logprobs) for number, answer in enumerate(answers)]
+    )
     return JSONResponse({**about, "choices": choices, "usage": usage(answers)})
 
 
-@router.post("/v1/completions", tags=["completions"])
+@router.post("/v1/completions", tags=["completions"], responses=responses(shapes.COMPLETION, *ANSWERED, stream=True))
 async def completions(request: Request, body: Completion) -> Any:
     """Continue one text or several."""
     server = server_of(request)
-    prompts = body.prompt
-    if not isinstance(prompts, list) or (prompts and isinstance(prompts[0], int)):
-        prompts = [prompts]
-    if not prompts or not all(prompts) or len(prompts) * (body.n or 1) > 64:
-        raise ConfigError("prompt must be one to 64 texts that are not empty", "Give a text, or a list of them.")
     config = server.generation(**body.options(), max_tokens=body.max_tokens or 16)
     adapter = server.adapter_of(body.model)
-    asks = [Ask(adapter, config, text=prompt, logprobs=body.logprobs, n=body.n or 1) for prompt in prompts]
+    asks = [Ask(adapter, config, text=prompt, logprobs=body.logprobs, n=body.n or 1) for prompt in body.prompts()]
     about = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),
         "model": body.model,
         "object": "text_completion",
     }
-    answers = [Answer(None, None) for ask in asks for _ in range(ask.n)]
+    answers = [Answer() for ask in asks for _ in range(ask.n)]
     if body.stream:
         return await stream(request, _text_chunks(server, asks, answers, about, body.usage_in_stream))
     await unless_disconnected(request, collect(server, asks, answers))
-    choices = [_text_choice(server, number, answer, body.logprobs) for number, answer in enumerate(answers)]
+    choices = await run_in_threadpool(
+        lambda: [_text_choice(server, number, answer, body.logprobs) for number, answer in enumerate(answers)]
+    )
     return JSONResponse({**about, "choices": choices, "usage": usage(answers)})
-
-
-async def events(
-    server: Server, asks: Ask | list[Ask], answers: list[Answer]
-) -> AsyncIterator[tuple[int, list[Event]]]:
-    """(number of the answer, what is new in it), as it comes."""
-    requests = [
-        request for ask in (asks if isinstance(asks, list) else [asks]) for request in await server.requests(ask)
-    ]
-    async for number, piece in server.pieces(requests):
-        yield number, answers[number].feed(piece)
-
-
-async def collect(server: Server, asks: Ask | list[Ask], answers: list[Answer]) -> None:
-    """Wait for all answers."""
-    async for _ in events(server, asks, answers):
-        pass
-
-
-async def stream(request: Request, chunks: AsyncIterator[str]) -> StreamingResponse:
-    """Server-sent events. What goes wrong before the first one is an answer with a status, as without streaming."""
-    first = await unless_disconnected(request, anext(chunks))
-
-    async def rest() -> AsyncIterator[str]:
-        try:
-            yield first
-            async for chunk in chunks:
-                yield chunk
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
-            yield sse(body_of(request.url.path, error)[1])
-        finally:
-            await chunks.aclose()
-
-    return StreamingResponse(rest(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-
-def sse(data: Any, event: str | None = None) -> str:
-    """One server-sent event."""
-    name = f"event: {event}\n" if event else ""
-    return f"{name}data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 def usage(answers: list[Answer]) -> dict[str, Any]:
@@ -312,56 +192,24 @@ def _tool_call(call: Any) -> dict[str, Any]:
 def _token_logprobs(server: Server, each: Any) -> dict[str, Any]:
     def shown(token: int, logprob: float) -> dict[str, Any]:
         text = server.engine.tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
     return {**shown(each.token, each.logprob), "top_logprobs": [shown(*pair) for pair in each.top]}
+
+
+def _finite(logprob: float) -> float:
+    """As OpenAI writes the log-probability of a token that is as good as impossible; JSON has no infinity."""
+    return logprob if logprob > -9999.0 else -9999.0
 
 
 def _text_logprobs(server: Server, found: list) -> dict[str, Any]:
     decode = server.engine.tokenizer.decode
     texts = [decode([each.token]) for each in found]
-    offsets = [sum(map(len, texts[:number])) for number in range(len(texts))]
-    top = [{decode([token]): logprob for token, logprob in each.top} for each in found]
+    offsets = [0, *accumulate(map(len, texts[:-1]))] if texts else []
+    top = [{decode([token]): _finite(logprob) for token, logprob in each.top} for each in found]
     return {
         "tokens": texts,
-        "token_logprobs": [each.logprob for each in found],
+        "token_logprobs": [_finite(each.logprob) for each in found],
         "top_logprobs": top,
         "text_offset": offsets,
     }
-
-
-def read_message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates take it. Raises: ConfigError: it has no role, or content that is no text."""
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "developer", "user", "assistant", "tool", "function"):
-        raise ConfigError(f"messages: {role!r} is no role", "Use system, user, assistant or tool.")
-    if isinstance(content, list):
-        parts = [part for part in content if isinstance(part, dict) and part.get("type") in _TEXTS]
-        texts = [part.get("text") for part in parts]
-        if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
-            raise ConfigError("messages: only text content can be read", 'Send parts of {"type": "text", "text": ...}.')
-        content = "".join(texts)
-    elif content is not None and not isinstance(content, str):
-        raise ConfigError(f"messages: content must be text, not {type(content).__name__}", "Send a string.")
-    if content is None and not message.get("tool_calls"):
-        raise ConfigError(f"messages: the {role} message has no content", "Send its text in content.")
-    shown = {key: value for key, value in message.items() if value is not None}
-    shown |= {"role": "system" if role == "developer" else role}
-    if content is not None:
-        shown["content"] = content
-    if calls := message.get("tool_calls"):
-        shown["tool_calls"] = [_read_call(call) for call in calls]
-    return shown
-
-
-def _read_call(call: Any) -> dict[str, Any]:
-    """A tool call with its arguments as an object, which templates expect."""
-    try:
-        function = dict(call["function"])
-        if isinstance(function.get("arguments"), str):
-            function["arguments"] = json.loads(function["arguments"] or "{}")
-        return {**call, "type": "function", "function": function}
-    except (TypeError, KeyError, ValueError):
-        raise ConfigError(
-            "messages: a tool call has no function with JSON arguments", "Send back the tool calls that the model made."
-        ) from None

@@ -9,36 +9,50 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, WithJsonSchema
 
 from ...errors import ConfigError
+from . import shapes
+from .body import Body, StrictRoute, only
 from .connection import unless_disconnected
+from .errors import ANSWERED
+from .errors import responses as described
 from .events import Answer
-from .openai import collect, events, read_message, server_of, sse, stream
+from .openai_requests import Function, Metadata, Model, Tokens, read_message
 from .state import Ask, Server
+from .streams import collect, events, server_of, sse, stream
 
-router = APIRouter(tags=["responses"])
+router = APIRouter(tags=["responses"], route_class=StrictRoute)
 
 
-class Responses(BaseModel):
+class ResponsesTool(Function):
+    """A tool of responses: a function, not nested as in chat completions."""
+
+    type: Literal["function"]
+
+
+class Responses(Body):
     """POST /v1/responses."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    input: str | list[dict[str, Any]]
+    model: Model
+    input: (
+        str
+        | Annotated[
+            list[Annotated[dict[str, Any], WithJsonSchema(shapes.INPUT_ITEM)]], Field(min_length=1, max_length=10_000)
+        ]
+    )
     instructions: str | None = None
-    max_output_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_output_tokens: Tokens | None = None
     temperature: Annotated[float | None, Field(ge=0, le=100)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     stream: bool | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[ResponsesTool] | None, Field(max_length=256)] = None
     tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
-    text: dict[str, Any] | None = None
+    parallel_tool_calls: only(True) | None = None
+    text: Annotated[dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.TEXT_OPTIONS))] = None
     reasoning: dict[str, Any] | None = None  # its effort has no meaning here
     store: bool | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
     user: str | None = None
     include: list[str] | None = None
     truncation: Literal["disabled", "auto"] | None = None
@@ -47,7 +61,7 @@ class Responses(BaseModel):
     prompt_cache_key: str | None = None
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=described(shapes.RESPONSE, *ANSWERED, stream=True))
 async def responses(request: Request, body: Responses) -> Any:
     """Answer a conversation."""
     server = server_of(request)
@@ -63,7 +77,7 @@ async def responses(request: Request, body: Responses) -> Any:
         tools=None if body.tool_choice == "none" else tools,
         response_format=_format(body.text),
     )
-    answer = Answer(server.engine.tokenizer.tool_parser, tools)
+    answer = Answer(server.engine.tokenizer, ask.tools)
     about = {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -75,7 +89,7 @@ async def responses(request: Request, body: Responses) -> Any:
         "temperature": ask.config.temp,
         "top_p": ask.config.top_p,
         "tool_choice": body.tool_choice or "auto",
-        "tools": body.tools or [],
+        "tools": [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
         "error": None,
     }
     if body.stream:
@@ -90,32 +104,66 @@ def _messages(body: Responses) -> list[dict[str, Any]]:
         return [*chat, {"role": "user", "content": body.input}]
     if not body.input:
         raise ConfigError("input is empty", "Send a text, or a list of messages.")
-    for item in body.input:
-        kind = item.get("type", "message")
-        if kind == "message":
-            chat.append(read_message({key: item.get(key) for key in ("role", "content")}))
-        elif kind == "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments")}
-            call = {"id": item.get("call_id"), "function": function}
-            chat.append(read_message({"role": "assistant", "content": "", "tool_calls": [call]}))
-        elif kind == "function_call_output":
-            output = item.get("output")
-            chat.append(read_message({"role": "tool", "tool_call_id": item.get("call_id"), "content": output}))
-        elif kind != "reasoning":
-            raise ConfigError(f"input: an item of type {kind!r} cannot be read", "Send messages and function calls.")
+    answer: list[dict[str, Any]] = []  # the items of one answer, which chat templates take as one message
+    for item in [*body.input, None]:
+        if item is not None and _of_answer(item):
+            answer.append(item)
+            continue
+        chat += _answered(answer)
+        answer = []
+        if item is not None:
+            chat.append(_message(item))
     return chat
 
 
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+def _of_answer(item: dict[str, Any]) -> bool:
+    kind = item.get("type", "message")
+    return kind in ("function_call", "reasoning") or (kind == "message" and item.get("role") == "assistant")
+
+
+def _answered(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages of the assistant for items of its answers: one, unless text follows a text or a call."""
+    made: list[dict[str, Any]] = []
+    for item in items:
+        kind, last = item.get("type", "message"), made[-1] if made else {}
+        if not made or (kind != "function_call" and ("tool_calls" in last or "content" in last)):
+            last = {"role": "assistant"}
+            made.append(last)
+        if kind == "reasoning":
+            last["reasoning_content"] = _thoughts(item)
+        elif kind == "message":
+            last["content"] = item.get("content")
+        else:
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            last.setdefault("tool_calls", []).append({"id": item.get("call_id"), "function": function})
+    return [read_message({"content": "", **message}) for message in made]
+
+
+def _thoughts(item: dict[str, Any]) -> str:
+    told = [[] if item.get(name) is None else item[name] for name in ("content", "summary")]
+    if not all(isinstance(parts, list) and all(isinstance(part, dict) for part in parts) for parts in told):
+        raise ConfigError("input: content and summary of reasoning must be lists of objects", "Send back what came.")
+    return "".join(text for part in told[0] or told[1] if isinstance(text := part.get("text"), str))
+
+
+def _message(item: dict[str, Any]) -> dict[str, Any]:
+    kind = item.get("type", "message")
+    if kind == "message":
+        return read_message({key: item.get(key) for key in ("role", "content")})
+    if kind == "function_call_output":
+        return read_message({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+    raise ConfigError(f"input: an item of type {kind!r} cannot be read", "Send messages and function calls.")
+
+
+def _tool(tool: ResponsesTool) -> dict[str, Any]:
     """A tool as chat templates take it."""
-    if tool.get("type") != "function" or not isinstance(tool.get("name"), str):
-        raise ConfigError("tools: only functions with a name can be used", "Send type, name, description, parameters.")
-    function = {key: tool[key] for key in ("name", "description", "parameters") if tool.get(key) is not None}
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type", "strict"})}
 
 
 def _format(text: dict[str, Any] | None) -> dict[str, Any] | None:
     """Chat completions' response_format for ``text``."""
+    if unknown := sorted((text or {}).keys() - {"format"}):
+        raise ConfigError(f"text: {', '.join(unknown)[:200]} cannot be used", "Send nothing but format in text.")
     wanted = (text or {}).get("format")
     if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
         return wanted

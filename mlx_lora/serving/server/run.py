@@ -2,66 +2,113 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import socket
+import time
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 
 from ...config import ServeConfig
 from ...errors import ConfigError
 from .app import create_app
+from .protocol import Connection
 from .state import Server
 
-_DRAIN = 30  # seconds that running answers may take after SIGTERM or Ctrl-C; a second one ends them
+_DRAIN = 30.0  # seconds that running answers may take after SIGTERM or Ctrl-C
+_CLOSE = 5  # seconds that clients may then take to read them
 
 
 def serve(server: Server, ready: Callable[[str], None] = lambda url: None) -> None:
-    """Answer requests until SIGTERM or Ctrl-C. Running answers are then finished, and new ones refused.
+    """Answer requests until SIGTERM or Ctrl-C. Running answers are then finished, and new ones refused with 503.
+
+    After SIGTERM this returns, so that the process exits with 0; after Ctrl-C it raises KeyboardInterrupt. A second
+    signal ends everything at once.
 
     Args:
         ready: called with the server's address when it listens.
 
     Raises: ConfigError: the port cannot be used.
     """
-    config = server.config
-    listening = _listen(config)
+    _allow_connections()
+    listening = listen(server.config)
     host, port = listening.getsockname()[:2]
-    runner = _Runner(
-        uvicorn.Config(
-            create_app(server),
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=_DRAIN,
-            server_header=False,
-            h11_max_incomplete_event_size=64_000,  # of headers
-        ),
-        lambda: ready(f"http://{f'[{host}]' if ':' in host else host}:{port}"),
-        server,
-    )
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     try:
-        runner.run(sockets=[listening])
+        Runner(server, lambda: ready(url)).run(sockets=[listening])
     finally:
         listening.close()
+        server.worker.stop()
 
 
-class _Runner(uvicorn.Server):
-    """uvicorn's server, which tells when it listens and when it drains."""
+class Runner(uvicorn.Server):
+    """uvicorn's server, which tells when it listens, sends new requests away while it drains, and ends slow clients.
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], server: Server):
-        super().__init__(config)
+    It reads HTTP by h11 also where httptools is installed, which knows no limit for headers.
+    """
+
+    def __init__(self, server: Server, ready: Callable[[], None] = lambda: None, **settings: Any):
+        fixed: dict[str, Any] = dict(
+            http=Connection,
+            ws="none",
+            loop="asyncio",
+            lifespan="on",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_CLOSE,
+            h11_max_incomplete_event_size=64_000,  # of headers
+        )
+        super().__init__(uvicorn.Config(create_app(server), **{**fixed, **settings}))
         self._ready, self._server = ready, server
+        self._drain_until: float | None = None  # once a signal has come
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
             self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        now = time.monotonic()
+        if counter % 10 == 0:  # every second
+            for connection in list(self.server_state.connections):
+                connection.end_if_overdue(now)
+        if self._drain_until is not None and (not self.server_state.tasks or now > self._drain_until):
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._server.draining = True
         await super().shutdown(sockets)
 
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """On the first signal, drain; on the second one, end. uvicorn raises the kept signals again at the end."""
+        again = self._drain_until is not None
+        if again or sig == signal.SIGINT:
+            self._captured_signals.append(sig)
+        if again:
+            self.should_exit = self.force_exit = True
+        else:
+            self._server.draining, self._drain_until = True, time.monotonic() + _DRAIN
 
-def _listen(config: ServeConfig) -> socket.socket:
+
+def _allow_connections() -> None:
+    """Let the process have as many open files as it may; macOS begins with 256, and each connection is one."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240)  # more than this macOS refuses
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def listen(config: ServeConfig) -> socket.socket:
+    """A socket that listens where ``config`` says. Raises: ConfigError: the port cannot be used."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import time
+from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import Response
@@ -15,7 +17,9 @@ from starlette.responses import Response
 from ...config import LOCAL_NAMES, ServeConfig
 from . import errors
 
-_BODY_SECONDS = 30  # from one part of a body to the next
+_BODY_SECONDS = 30  # for a body to arrive, and
+_BODY_SPEED = 10_000  # bytes for which it gets a second more
+_BODIES = 32  # times the largest body that may be in memory at a time
 _HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
@@ -24,36 +28,62 @@ _HEADERS = {
 }
 # Where no key is asked for: the page's files, which ask the user for it, and what tells that the server runs.
 _OPEN, _OPEN_FOLDER = ("/", "/health"), "/static/"
+_WHILE_DRAINING = ("/health", "/metrics")
 
 
 class Guard:
-    """Refuses requests before they reach a route."""
+    """Refuses requests before they reach a route.
 
-    def __init__(self, app: Any, config: ServeConfig):
-        self._app, self._config = app, config
+    Args:
+        draining: whether the server shuts down, so that new requests are sent away.
+    """
+
+    def __init__(self, app: Any, config: ServeConfig, draining: Callable[[], bool] = lambda: False):
+        self._app, self._config, self._draining = app, config, draining
         self._hosts = {name.lower() for name in (*LOCAL_NAMES, config.host, *config.allow_host)}
+        self._held = 0  # bytes of the bodies of requests that are not finished
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1008})  # there are no web sockets here
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         refused = self._refusal(scope, headers)
         if refused is not None:
             return await errors.answer(scope["path"], *refused)(scope, receive, self._with_headers(send, headers))
         if scope["method"] == "OPTIONS" and headers.get("origin") in self._config.allow_origin:  # a browser's preflight
             return await Response(status_code=204)(scope, receive, self._with_headers(send, headers))
-        await self._app(scope, self._limited(receive), self._with_headers(send, headers))
+        body = _Body(receive, self._body_limit(scope), self._hold)
+        try:
+            await self._app(scope, body.receive, self._with_headers(send, headers))
+        finally:
+            self._held -= body.seen
+
+    def _body_limit(self, scope: dict) -> int:
+        return self._config.body_limit
+
+    def _hold(self, size: int) -> None:
+        """Count ``size`` bytes more. Raises: HTTPException: all bodies together are too large."""
+        self._held += size
+        if self._held > _BODIES * self._config.body_limit:
+            raise errors.HTTPException(503, "too many large requests at a time; send it again in a moment")
 
     def _refusal(self, scope: dict, headers: dict[str, str]) -> tuple[int, str] | None:
         """(status, message) of a request that is refused."""
+        if self._draining() and scope["path"] not in _WHILE_DRAINING:
+            return 503, "the server is shutting down; send the request again later"
         host = _name(headers.get("host", ""))
         if self._config.local and host not in self._hosts and not _is_loopback(host):
             return 403, f"the Host {host[:100]!r} is not served here; to allow it, start the server with --allow-host"
         origin = headers.get("origin")
         if origin is not None and not self._own(origin, headers) and origin not in self._config.allow_origin:
             return 403, f"web pages of {origin[:100]!r} may not ask; to allow it, start the server with --allow-origin"
-        if (length := headers.get("content-length", "")).isdecimal() and int(length) > self._config.body_limit:
-            return 413, f"the body is larger than {self._config.body_limit} bytes"
+        limit = self._body_limit(scope)
+        if (length := headers.get("content-length", "")).isdecimal() and int(length) > limit:
+            return 413, f"the body is larger than {limit} bytes"
+        if headers.get("content-encoding", "identity") != "identity":
+            return 415, "a compressed body is not read: send it without Content-Encoding"
         if scope["method"] == "OPTIONS" and origin is not None:
             return None
         open_path = scope["path"] in _OPEN or scope["path"].startswith(_OPEN_FOLDER)
@@ -68,25 +98,7 @@ class Guard:
     def _knows_key(self, headers: dict[str, str]) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        return hmac.compare_digest(given.encode(), self._config.api_key.encode())
-
-    def _limited(self, receive: Any) -> Any:
-        """``receive`` that ends a body, of whatever announced length, at the limit."""
-        seen, whole = 0, False
-
-        async def limited() -> dict:
-            nonlocal seen, whole
-            try:  # a client that sends its body byte by byte; afterwards only its leaving is waited for
-                message = await (receive() if whole else asyncio.wait_for(receive(), _BODY_SECONDS))
-            except asyncio.TimeoutError:
-                raise errors.HTTPException(408, f"the body did not arrive within {_BODY_SECONDS} seconds") from None
-            whole = not message.get("more_body", False)
-            seen += len(message.get("body", b""))
-            if seen > self._config.body_limit:
-                raise errors.HTTPException(413, f"the body is larger than {self._config.body_limit} bytes")
-            return message
-
-        return limited
+        return hmac.compare_digest(given.encode("latin-1"), self._config.api_key.encode())
 
     def _with_headers(self, send: Any, headers: dict[str, str]) -> Any:
         origin = headers.get("origin")
@@ -105,6 +117,31 @@ class Guard:
             await send(message)
 
         return sending
+
+
+class _Body:
+    """A request's body on its way in, which ends at the limit, of whatever announced length, and at its time."""
+
+    def __init__(self, receive: Any, limit: int, hold: Callable[[int], None]):
+        self._receive, self._limit, self._hold = receive, limit, hold
+        self._begun, self._whole = time.monotonic(), False
+        self.seen = 0  # bytes
+
+    async def receive(self) -> dict:
+        if self._whole:  # only the client's leaving is waited for
+            return await self._receive()
+        left = self._begun + _BODY_SECONDS + self.seen / _BODY_SPEED - time.monotonic()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.0, left))
+        except asyncio.TimeoutError:
+            raise errors.HTTPException(408, "the body did not arrive in time") from None
+        self._whole = not message.get("more_body", False)
+        size = len(message.get("body", b""))
+        self.seen += size
+        self._hold(size)
+        if self.seen > self._limit:
+            raise errors.HTTPException(413, f"the body is larger than {self._limit} bytes")
+        return message
 
 
 def _name(host: str) -> str:

@@ -16,15 +16,16 @@ _TYPES = "text, json_object or json_schema"
 
 def response_processors(tokenizer: Any, vocab_size: int, wanted: dict[str, Any] | None) -> tuple:
     """Logits processors that keep one answer to OpenAI's ``response_format``. Raises: ConfigError."""
-    kind = (wanted or {"type": "text"}).get("type")
+    kind = "text" if wanted is None else wanted.get("type") if isinstance(wanted, dict) else wanted
     if kind == "text":
         return ()
     if kind not in ("json_object", "json_schema"):
         raise ConfigError(f"response_format: {kind!r} is no type", f"Use {_TYPES}.")
     schema: Any = {"type": "object"}
     if kind == "json_schema":
-        schema = (wanted.get("json_schema") or {}).get("schema")
-        if not isinstance(schema, (dict, bool)):
+        described = wanted.get("json_schema")
+        schema = described.get("schema") if isinstance(described, dict) else None
+        if not isinstance(schema, dict):
             raise ConfigError(
                 "response_format: json_schema has no schema", 'Send {"json_schema": {"name": ..., "schema": {...}}}.'
             )
@@ -48,13 +49,13 @@ class Grammar:
         self._read: int | None = None  # tokens of the prompt and the answer that were consumed
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        """tokens: so far [L]; logits: [1, vocab]."""
+        """tokens: so far [L]; logits: [1, vocab]. Raises: ConfigError: no token fits, or the grammar is too large."""
         new = [] if self._read is None else tokens[self._read :].tolist()
         self._read = len(tokens)
         if new and not self._matcher.is_stopped():
             self._matcher.consume_tokens(new)
         if problem := self._matcher.get_error():
-            raise ValueError(problem)
+            raise _refused(problem)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
         allowed = np.pad(allowed, (0, logits.shape[-1] - len(allowed)))

@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
 
+from ...base.origin import base_of
 from ...config import GenerateConfig, ServeConfig
-from ...errors import AdapterError
+from ...errors import AdapterError, ConfigError
 from ..engine import Engine
 from ..requests import Piece, Request
 from ..worker import Stopped, Worker
@@ -44,6 +46,17 @@ class Server:
     started: float = field(default_factory=time.time)
     draining: bool = False
 
+    def hide_folders(self, text: str) -> str:
+        """``text`` without the places of the adapters and the base on this machine."""
+        if "/" not in text:
+            return text
+        bank = self.engine.bank
+        base = base_of(self.engine.model)
+        paths = [*(each.path for each in bank.listed()), bank.folder and bank.folder / "x", base and base.folder]
+        for folder in sorted({str(Path(path).parent) for path in paths if path}, key=len, reverse=True):
+            text = text.replace(f"{folder}/", "")
+        return text
+
     def adapter_of(self, model: str) -> str | None:
         """The adapter that a request's ``model`` names, None for the base. Raises: UnknownModel."""
         base, colon, adapter = model.partition(":")
@@ -63,6 +76,8 @@ class Server:
         if values["temp"] == 0:  # clients send these beside temperature 0, where they say nothing
             for name in ("top_p", "min_p", "top_k", "xtc_probability", "seed", "min_tokens_to_keep", "xtc_threshold"):
                 values[name] = GenerateConfig.__dataclass_fields__[name].default
+        if values["top_k"] >= self.engine.vocab_size:  # all tokens
+            values["top_k"] = 0
         limit = self.config.max_tokens_limit
         return GenerateConfig(**{**values, "max_tokens": min(values["max_tokens"], limit)})
 
@@ -77,6 +92,11 @@ class Server:
             state = engine.state_after(tokens)
         else:
             tokens = list(ask.text) if isinstance(ask.text, list) else engine.plain_prompt(ask.text)
+            if outside := [token for token in tokens if token >= engine.vocab_size]:
+                raise ConfigError(
+                    f"prompt: the vocabulary has {engine.vocab_size} tokens, and no {outside[0]}",
+                    "Send tokens of this model.",
+                )
             state = "normal"
         configs = [ask.config]
         if ask.n > 1:  # each with numbers of its own
@@ -98,19 +118,25 @@ class Server:
         def deliver(number: int):
             return lambda piece: loop.call_soon_threadsafe(queue.put_nowait, (number, piece))
 
-        rows, left = [], len(requests)
-        self._check_alive()
+        rows, left, gone = [], len(requests), False
+
+        def submit(number: int, request: Request) -> None:
+            rows.append(self.engine.submit(request, deliver(number)))
+            if gone:  # the client, while this thread waited for the engine
+                self.engine.cancel(rows[-1])
+
+        self._check_taken()
         try:
             for number, request in enumerate(requests):
-                rows.append(await run_in_threadpool(self.engine.submit, request, deliver(number)))
+                await run_in_threadpool(submit, number, request)
             self.worker.wake()
             deadline = loop.time() + self.config.request_timeout
             while left:
+                if loop.time() >= deadline:
+                    raise OutOfTime(self.config.request_timeout)
                 try:
-                    number, piece = await asyncio.wait_for(queue.get(), min(1.0, max(0.001, deadline - loop.time())))
+                    number, piece = await asyncio.wait_for(queue.get(), 1.0)
                 except asyncio.TimeoutError:
-                    if loop.time() >= deadline:
-                        raise OutOfTime(self.config.request_timeout) from None
                     self._check_alive()
                     continue
                 if isinstance(piece, Exception):
@@ -118,21 +144,34 @@ class Server:
                 left -= piece.finish_reason is not None
                 yield number, piece
         finally:
+            gone = True
             for row in rows:
                 self.engine.cancel(row)
             self.worker.wake()
 
-    def _check_alive(self) -> None:
-        """Raise ``Stopped`` where nobody would answer."""
-        if self.draining or not self.worker.alive:
+    def _check_taken(self) -> None:
+        """Raise ``Stopped`` where a new request would not be answered."""
+        if self.draining:
             raise Stopped("the server is shutting down", "Send the request again later.")
+        self._check_alive()
+
+    def _check_alive(self) -> None:
+        if not self.worker.alive:
+            raise Stopped("the thread that generates has ended", "Restart the server.")
 
 
 class UnknownModel(AdapterError):
     """A request names a model that is neither the base nor an adapter."""
 
-    def __init__(self, model: str, known: list[str]):
-        super().__init__(f"the model {model[:200]!r} does not exist", f"Known: {', '.join(known)}.")
+    def __init__(self, model: str, known: list[str], kind: str = "model"):
+        super().__init__(f"the {kind} {model[:200]!r} does not exist", f"Known: {', '.join(known) or 'none'}.")
+
+
+class NameTaken(AdapterError):
+    """Another adapter, or the base, has this name."""
+
+    def __init__(self, name: str):
+        super().__init__(f"{name!r} is loaded already", "Unload it first, or send load_inplace: true.")
 
 
 class OutOfTime(Exception):

@@ -1,0 +1,219 @@
+"""The bodies of OpenAI's chat completions and completions, and the way from a message to a chat template's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic_core import from_json
+
+from ...errors import ConfigError
+from . import shapes
+from .body import Body, integer, only
+
+TOP = 20  # most top_logprobs, as OpenAI's
+PROMPTS = 64  # texts to continue in one request
+PROMPTS_OF_SEVERAL = 4  # the same where n asks for several answers to each
+_TEXTS = ("text", "input_text", "output_text", "refusal")  # types of content parts
+_TopLogprobs = integer(0, TOP)
+_Token = integer(0)
+
+Model = Annotated[str, Field(min_length=1, max_length=500)]
+# An answer may always be shorter.
+Tokens = integer(1, description="More than the server's --max-tokens-limit counts as that limit.")
+StopWord = Annotated[str, Field(max_length=1000)]
+# For the client's own bookkeeping: accepted, without a meaning here.
+Metadata = Annotated[dict[str, str], Field(max_length=16)]
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(min_length=1, max_length=500)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema, for the model to read
+    strict: bool | None = None
+
+
+class ChatTool(Body):
+    """A tool of chat completions."""
+
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        return self.model_dump(exclude_none=True)
+
+
+class StreamOptions(Body):
+    """What else a stream tells."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # padding against eavesdroppers; nothing is padded here
+
+
+class Sampling(Body):
+    """What both kinds of completions take."""
+
+    model: Model
+    temperature: Annotated[float | None, Field(ge=0, le=100)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    top_k: integer(-1) | None = None
+    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    xtc_probability: Annotated[float | None, Field(ge=0, le=1)] = None
+    xtc_threshold: Annotated[float | None, Field(ge=0, le=0.5)] = None
+    presence_penalty: Annotated[float | None, Field(ge=-100, le=100)] = None
+    frequency_penalty: Annotated[float | None, Field(ge=-100, le=100)] = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None
+    logit_bias: Annotated[
+        dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]*)$")], Annotated[float, Field(ge=-100, le=100)]] | None,
+        Field(max_length=1024),
+    ] = None
+    seed: integer(0, 2**53) | None = None
+    stop: StopWord | Annotated[list[StopWord], Field(max_length=64)] | None = None
+    n: integer(1, 16) | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: Metadata | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As fields of ``GenerateConfig``."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        return {
+            "temp": 1.0 if self.temperature is None else self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "min_p": self.min_p,
+            "xtc_probability": self.xtc_probability,
+            "xtc_threshold": self.xtc_threshold if self.xtc_probability else None,
+            "presence_penalty": self.presence_penalty or None,
+            "frequency_penalty": self.frequency_penalty or None,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self.logit_bias or None,
+            "seed": self.seed,
+            "stop": tuple(text for text in stop or () if text) or None,
+        }
+
+    @property
+    def usage_in_stream(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatCompletion(Sampling):
+    """POST /v1/chat/completions."""
+
+    model_config = ConfigDict(json_schema_extra=shapes.TOP_LOGPROBS_NEED_LOGPROBS)
+
+    messages: Annotated[
+        list[Annotated[dict[str, Any], WithJsonSchema(shapes.MESSAGE)]], Field(min_length=1, max_length=10_000)
+    ]
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: _TopLogprobs | None = None
+    tools: Annotated[list[ChatTool] | None, Field(max_length=256)] = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: only(True) | None = None
+    response_format: Annotated[dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.RESPONSE_FORMAT))] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.TEMPLATE_VARIABLES))
+    ] = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The smaller of the two limits; None where neither is given."""
+        return min((limit for limit in (self.max_tokens, self.max_completion_tokens) if limit), default=None)
+
+
+class Completion(Sampling):
+    """POST /v1/completions."""
+
+    model_config = ConfigDict(json_schema_extra=shapes.few_prompts_of_several(PROMPTS_OF_SEVERAL))
+
+    prompt: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=PROMPTS)]
+        | Annotated[list[_Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[_Token], Field(min_length=1)]], Field(min_length=1, max_length=PROMPTS)]
+    )
+    max_tokens: Tokens | None = None
+    logprobs: _TopLogprobs | None = None
+    echo: only(False) | None = None
+    suffix: None = None
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The texts to continue. Raises: ConfigError: too many for so many answers to each."""
+        prompts = self.prompt
+        if isinstance(prompts, str) or isinstance(prompts[0], int):
+            prompts = [prompts]
+        if (self.n or 1) > 1 and len(prompts) > PROMPTS_OF_SEVERAL:
+            raise ConfigError(
+                f"n: several answers are given to {PROMPTS_OF_SEVERAL} prompts at most, not to {len(prompts)}",
+                "Send fewer prompts in one request.",
+            )
+        return prompts
+
+
+def read_message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as chat templates take it. Raises: ConfigError: it has no role, or content that is no text."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "developer", "user", "assistant", "tool", "function"):
+        raise ConfigError(f"messages: {role!r} is no role", "Use system, user, assistant or tool.")
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") in _TEXTS]
+        texts = [part.get("text") for part in parts]
+        if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
+            kinds = {str(part.get("type") if isinstance(part, dict) else part)[:50] for part in content} - {*_TEXTS}
+            raise ConfigError(
+                f"messages: only text content can be read, not {', '.join(sorted(kinds)) or 'a part without text'}",
+                'Send parts of {"type": "text", "text": ...}.',
+            )
+        content = "".join(texts)
+    elif content is not None and not isinstance(content, str):
+        raise ConfigError(f"messages: content must be text, not {type(content).__name__}", "Send a string.")
+    if content is None and not message.get("tool_calls"):
+        raise ConfigError(f"messages: the {role} message has no content", "Send its text in content.")
+    shown = {key: value for key, value in message.items() if value is not None}
+    shown |= {"role": "system" if role == "developer" else role}
+    if content is not None:
+        shown["content"] = content
+    if (calls := message.get("tool_calls")) is not None:
+        if not isinstance(calls, list):
+            raise ConfigError("messages: tool_calls must be a list", "Send back the tool calls that the model made.")
+        shown["tool_calls"] = [_read_call(call) for call in calls]
+        if not calls:
+            del shown["tool_calls"]
+    return shown
+
+
+def _read_call(call: Any) -> dict[str, Any]:
+    """A tool call with its arguments as an object, which templates expect. Raises: ConfigError."""
+    try:
+        function = dict(call["function"])
+        if isinstance(function["arguments"], str):
+            function["arguments"] = _read_arguments(function["arguments"])
+        elif not isinstance(function["arguments"], dict):
+            raise TypeError
+        if not isinstance(function["name"], str):
+            raise TypeError
+        return {**call, "type": "function", "function": function}
+    except (TypeError, KeyError, ValueError):
+        raise ConfigError(
+            "messages: a tool call has no function with a name and arguments",
+            "Send back the tool calls that the model made.",
+        ) from None
+
+
+def _read_arguments(text: str) -> Any:
+    """The object in ``text``; the text as it is where a model wrote something else."""
+    try:
+        read = from_json(text or "{}")
+    except ValueError:
+        return text
+    return read if isinstance(read, dict) else text

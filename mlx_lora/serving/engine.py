@@ -361,7 +361,7 @@ class Engine(Prompts):
             self._end(row)
 
     def _deliver(self, row: Row, event: Token, segments: list[Segment], reason: str | None, now: float) -> None:
-        *earlier, last = segments or [Segment("normal", "")]
+        *earlier, last = segments or [Segment(row.text.kind, "")]
         count = len(row.made)
         facts = dict(
             prompt_tokens=len(row.request.tokens),

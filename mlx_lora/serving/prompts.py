@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from ..config import GenerateConfig
@@ -31,6 +32,8 @@ class Prompts:
                 "this model's tokenizer has no chat template", "Use generate --ignore-chat-template with plain text."
             )
         config = config or GenerateConfig()
+        if tools and not self._shows_tools:
+            raise ConfigError("the chat template of this model does not show tools to it", "Leave tools out.")
         try:
             return self.template.prompt(messages, tools, config.chat_template_config, config.prefill_response)
         except Exception as error:  # jinja's errors, among others
@@ -38,6 +41,15 @@ class Prompts:
                 f"the chat template refuses these messages: {said_by(error)}",
                 "Change the messages as the template says, or use generate --ignore-chat-template with plain text.",
             ) from None
+
+    @cached_property
+    def _shows_tools(self) -> bool:
+        asked = [{"role": "user", "content": "Hi"}]
+        tool = {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}}
+        try:
+            return self.template.prompt(asked) != self.template.prompt(asked, [{"type": "function", "function": tool}])
+        except Exception:  # of any type; the request itself will tell
+            return True
 
     def state_after(self, tokens: list[int]) -> str:
         """What the text after a prompt is: "reasoning" where its template has opened that, else "normal"."""

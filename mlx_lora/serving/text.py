@@ -54,7 +54,7 @@ class AnswerText:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), parts: bool = False, state: str = "normal"):
         self._detokenizer, self._stop = tokenizer.detokenizer, StopWords(stop)
-        self._machine, self._kind = None, state
+        self._machine, self.kind = None, state  # kind: of the text that comes next
         if parts:
             from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
@@ -85,7 +85,7 @@ class AnswerText:
             found = [*found, (kind, rest)]
         segments = []
         for kind, part in found:
-            if part or kind != self._kind:
+            if part or kind != self.kind:
                 segments.append(Segment(kind, part))
-            self._kind = kind
+            self.kind = kind
         return segments

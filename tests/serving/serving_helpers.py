@@ -32,17 +32,15 @@ def make_adapters(folder: Path, names: tuple[str, ...] = ("pirate", "lawyer")) -
 
 
 @contextmanager
-def running(folder: Path | None = None, **config) -> Iterator[tuple[str, Server]]:
-    """(address, server) of the tiny base with the adapters in ``folder``."""
-    model, tokenizer = load(PATH)
+def running(folder: Path | None = None, engine: Engine | None = None, **config) -> Iterator[tuple[str, Server]]:
+    """(address, server) of ``engine``, or of the tiny base with the adapters in ``folder``."""
     settings = ServeConfig(port=0, **config)
-    engine = Engine(
-        model,
-        tokenizer,
-        AdapterBank(model, folder=folder),
-        batch_size=settings.batch_size,
-        queue_size=settings.queue_size,
-    )
+    if engine is None:
+        model, tokenizer = load(PATH)
+        bank = AdapterBank(model, folder=folder)
+        engine = Engine(
+            model, tokenizer, bank, batch_size=settings.batch_size, queue_size=settings.queue_size
+        )
     server = Server(engine, Worker(engine), settings, "tiny")
     runner = uvicorn.Server(uvicorn.Config(create_app(server), port=0, log_level="error", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=runner.run, daemon=True)

@@ -60,7 +60,7 @@ async def messages(request: Request, body: Messages) -> Any:
     """Answer a conversation."""
     server = server_of(request)
     ask = _ask(server, body)
-    answer = Answer(server.engine.tokenizer.tool_parser, ask.tools)
+    answer = Answer(server.engine.tokenizer, ask.tools)
     about = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant", "model": body.model}
     if body.stream:
         return await stream(request, _chunks(server, ask, answer, about))
@@ -111,20 +111,24 @@ def _message(message: dict[str, Any]) -> list[dict[str, Any]]:
         )
     if isinstance(content, str):
         return [{"role": role, "content": content}]
-    texts, calls, results = [], [], []
+    texts, calls, results, thoughts = [], [], [], []
     for block in content:
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "text":
             texts.append(_text([block]))
+        elif kind == "thinking" and role == "assistant":
+            thoughts.append(_text(block.get("thinking")))
         elif kind == "tool_use" and role == "assistant":
             function = {"name": block.get("name"), "arguments": block.get("input") or {}}
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "tool_result" and role == "user":
             result = {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": _text(block.get("content"))}
             results.append(result)
-        elif kind not in ("thinking", "redacted_thinking"):
+        elif kind != "redacted_thinking":
             raise ConfigError(f"messages: a block of type {kind!r} cannot be read", "Send text and results of tools.")
     made = {"role": role, "content": "".join(texts), **({"tool_calls": calls} if calls else {})}
+    if any(thoughts):
+        made["reasoning_content"] = "".join(thoughts)
     return [*results, made] if texts or calls or not results else results
 
 

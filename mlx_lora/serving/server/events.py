@@ -32,12 +32,17 @@ class Event:
 class Answer:
     """One answer as it grows.
 
+    Without ``tools``, what looks like a tool call is text. Blanks around tool calls are layout and left out.
+
     Args:
-        parser: mlx-lm's parser of this model's tool calls; None where it has none.
+        tokenizer: mlx-lm's, for its parser of this model's tool calls and the markers around them.
+        tools: those of the request.
     """
 
-    def __init__(self, parser: Any, tools: list[dict] | None):
-        self._parser, self._tools, self._call = parser, tools, ""
+    def __init__(self, tokenizer: Any = None, tools: list[dict] | None = None):
+        self._tokenizer, self._tools = tokenizer, tools
+        self._call: str | None = None  # the text of a tool call that has begun
+        self._blanks = ""  # that are text only if text follows
         self.text = self.reasoning = ""
         self.calls: list[ToolCall] = []
         self.logprobs: list[TokenLogprobs] = []
@@ -57,34 +62,57 @@ class Answer:
         if piece.kind != "tool":
             events += self._called()
         if piece.kind == "tool":
-            self._call += piece.text
+            self._call = (self._call or "") + piece.text
         elif piece.kind == "reasoning":
             self.reasoning += piece.text
             events += [Event("reasoning", piece.text)] if piece.text else []
         elif piece.text or piece.logprobs is not None:
-            self.text += piece.text
-            events.append(Event("text", piece.text, logprobs=piece.logprobs))
+            said = self._said(piece.text, piece.logprobs)
+            events += [said] if said.text or said.logprobs else []
         if piece.finish_reason is not None:
-            events += self._called()
+            events += self._called(ended=False)
+            if self._blanks and not self.calls:
+                self.text += self._blanks
+                events.append(Event("text", self._blanks))
         return events
 
-    def _called(self) -> list[Event]:
-        """The calls in the text of a tool call that has ended. A text that cannot be read is given as it is."""
-        raw, self._call = self._call, ""
-        if not raw.strip():
+    def _said(self, text: str, logprobs: TokenLogprobs | None = None) -> Event:
+        text, self._blanks = self._blanks + text, ""
+        if self._tools:
+            known = text.rstrip()
+            text, self._blanks = known, text[len(known) :]
+        self.text += text
+        return Event("text", text, logprobs=logprobs)
+
+    def _called(self, ended: bool = True) -> list[Event]:
+        """The calls in the text of a tool call that has begun. A text that cannot be read is given as it is.
+
+        Args:
+            ended: whether the marker of its end was there.
+        """
+        raw, self._call = self._call, None
+        if raw is None:
             return []
+        tokenizer = self._tokenizer
         try:
-            parsed = self._parser(raw, self._tools)
-            parsed = parsed if isinstance(parsed, list) else [parsed]
-            calls = [_call(each) for each in parsed]
+            parsed = tokenizer.tool_parser(raw, self._tools) if self._tools else []
+            calls = [_call(each) for each in (parsed if isinstance(parsed, list) else [parsed])]
         except Exception:  # cut off by max_tokens, or not what the model was trained to write
-            self.text += raw
-            return [Event("text", raw)]
-        self.calls += calls
+            calls = []
+        if not calls:
+            return [self._said(f"{tokenizer.tool_call_start}{raw}{tokenizer.tool_call_end if ended else ''}")]
+        self.calls, self._blanks = self.calls + calls, ""
         return [Event("tool_call", call=call) for call in calls]
 
 
 def _call(parsed: dict) -> ToolCall:
-    arguments = parsed["arguments"]
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(parsed.get("id") or f"call_{uuid.uuid4().hex[:24]}", parsed["name"], text)
+    """Raises: an exception of any kind: this is no call, or one that JSON cannot hold."""
+    name, arguments = parsed["name"], parsed["arguments"]
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
+        raise ValueError("a tool call has a name, and arguments by name")
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    (name + text).encode()  # half of a surrogate pair cannot be sent
+    # Nine letters and digits: Mistral's chat templates refuse any other id when the call comes back.
+    return ToolCall(parsed.get("id") or uuid.uuid4().hex[:9], name, text)

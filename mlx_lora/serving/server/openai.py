@@ -150,7 +150,7 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Any:
         "model": body.model,
         "object": "chat.completion",
     }
-    answers = [Answer(server.engine.tokenizer.tool_parser, tools) for _ in range(ask.n)]
+    answers = [Answer(server.engine.tokenizer, tools) for _ in range(ask.n)]
     if body.stream:
         chunks = _chat_chunks(server, ask, answers, about, body.usage_in_stream)
         return await stream(request, chunks)
@@ -177,7 +177,7 @@ async def completions(request: Request, body: Completion) -> Any:
         "model": body.model,
         "object": "text_completion",
     }
-    answers = [Answer(None, None) for ask in asks for _ in range(ask.n)]
+    answers = [Answer() for ask in asks for _ in range(ask.n)]
     if body.stream:
         return await stream(request, _text_chunks(server, asks, answers, about, body.usage_in_stream))
     await unless_disconnected(request, collect(server, asks, answers))
@@ -360,6 +360,8 @@ def _read_call(call: Any) -> dict[str, Any]:
         function = dict(call["function"])
         if isinstance(function.get("arguments"), str):
             function["arguments"] = json.loads(function["arguments"] or "{}")
+        if not isinstance(function["name"], str) or not isinstance(function["arguments"], dict):
+            raise ValueError
         return {**call, "type": "function", "function": function}
     except (TypeError, KeyError, ValueError):
         raise ConfigError(

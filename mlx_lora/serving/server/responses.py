@@ -63,7 +63,7 @@ async def responses(request: Request, body: Responses) -> Any:
         tools=None if body.tool_choice == "none" else tools,
         response_format=_format(body.text),
     )
-    answer = Answer(server.engine.tokenizer.tool_parser, tools)
+    answer = Answer(server.engine.tokenizer, ask.tools)
     about = {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -90,20 +90,49 @@ def _messages(body: Responses) -> list[dict[str, Any]]:
         return [*chat, {"role": "user", "content": body.input}]
     if not body.input:
         raise ConfigError("input is empty", "Send a text, or a list of messages.")
-    for item in body.input:
-        kind = item.get("type", "message")
-        if kind == "message":
-            chat.append(read_message({key: item.get(key) for key in ("role", "content")}))
-        elif kind == "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments")}
-            call = {"id": item.get("call_id"), "function": function}
-            chat.append(read_message({"role": "assistant", "content": "", "tool_calls": [call]}))
-        elif kind == "function_call_output":
-            output = item.get("output")
-            chat.append(read_message({"role": "tool", "tool_call_id": item.get("call_id"), "content": output}))
-        elif kind != "reasoning":
-            raise ConfigError(f"input: an item of type {kind!r} cannot be read", "Send messages and function calls.")
+    answer: list[dict[str, Any]] = []  # the items of one answer, which chat templates take as one message
+    for item in [*body.input, None]:
+        if item is not None and _of_answer(item):
+            answer.append(item)
+            continue
+        chat += _answered(answer)
+        answer = []
+        if item is not None:
+            chat.append(_message(item))
     return chat
+
+
+def _of_answer(item: dict[str, Any]) -> bool:
+    kind = item.get("type", "message")
+    return kind in ("function_call", "reasoning") or (kind == "message" and item.get("role") == "assistant")
+
+
+def _answered(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages of the assistant for items of its answers: one, unless text follows a text or a call."""
+    made: list[dict[str, Any]] = []
+    for item in items:
+        kind, last = item.get("type", "message"), made[-1] if made else {}
+        if not made or (kind != "function_call" and ("tool_calls" in last or "content" in last)):
+            last = {"role": "assistant"}
+            made.append(last)
+        if kind == "reasoning":
+            parts = [part.get("text") for part in item.get("content") or item.get("summary") or ()]
+            last["reasoning_content"] = "".join(text for text in parts if isinstance(text, str))
+        elif kind == "message":
+            last["content"] = item.get("content")
+        else:
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            last.setdefault("tool_calls", []).append({"id": item.get("call_id"), "function": function})
+    return [read_message({"content": "", **message}) for message in made]
+
+
+def _message(item: dict[str, Any]) -> dict[str, Any]:
+    kind = item.get("type", "message")
+    if kind == "message":
+        return read_message({key: item.get(key) for key in ("role", "content")})
+    if kind == "function_call_output":
+        return read_message({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+    raise ConfigError(f"input: an item of type {kind!r} cannot be read", "Send messages and function calls.")
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:

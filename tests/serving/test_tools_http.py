@@ -1,0 +1,422 @@
+"""Tool calls through the clients of OpenAI and Anthropic: real tokenizers and templates, and a model whose answers are
+given, so that each is what a trained model would write.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
+anthropic = pytest.importorskip("anthropic")
+pytest.importorskip("fastapi")
+
+from serving_helpers import running  # noqa: E402
+
+from conftest import SHARED, make_model  # noqa: E402
+from mlx_lora.serving.engine import Engine  # noqa: E402
+from mlx_lora.serving.requests import Piece  # noqa: E402
+from mlx_lora.serving.server.events import Answer  # noqa: E402
+
+# A folder of a tokenizer, and a chat template in place of its own.
+KINDS = {
+    "minimind": ("minimind", None),  # Qwen3's format, with reasoning
+    "qwen2.5": ("qwen2.5", None),
+    "hermes3": ("minimind", "nousresearch_hermes3_tool_use"),
+    "mistral": ("minimind", "mistral_nemo_tool_call"),
+}
+PLACE = {"place": {"city": "Zürich 🌧️", "lines": ['a "b"\n', "<tag>"], "far": [1, 2.5, None, True]}}
+WEATHER = {"name": "weather", "arguments": PLACE}
+CLOCK = {"name": "clock", "arguments": {}}
+PARAMETERS = {"type": "object", "properties": {"place": {"type": "object"}}}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "The weather.", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "clock", "description": "The time.", "parameters": {"type": "object"}}},
+]
+FLAT = [{"type": "function", **tool["function"]} for tool in TOOLS]  # as /v1/responses takes them
+CLAUDES = [
+    {"name": t["function"]["name"], "description": "d", "input_schema": t["function"]["parameters"]} for t in TOOLS
+]
+ASK = [{"role": "user", "content": "How is it in Zürich?"}]
+
+
+class Say:
+    """A logits processor that makes an answer ``tokens``."""
+
+    def __init__(self, tokens: list[int], prompt: int):
+        self._tokens, self._prompt = tokens, prompt
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        token = self._tokens[min(len(tokens) - self._prompt, len(self._tokens) - 1)]
+        return mx.where(mx.arange(logits.shape[-1]) == token, logits, -mx.inf)
+
+
+class Scripted(Engine):
+    """An engine that answers every request with ``says``."""
+
+    says = ""
+
+    def submit(self, request, deliver):
+        self.asked = request
+        tokens = [*self.tokenizer.encode(self.says, add_special_tokens=False), min(self.tokenizer.eos_token_ids)]
+        said = Say(tokens, len(request.tokens))
+        return super().submit(replace(request, processors=[*request.processors, said]), deliver)
+
+    @property
+    def prompt_text(self) -> str:
+        return self.tokenizer.decode(list(self.asked.tokens))
+
+
+def scripted(folder, template: str | None = None) -> Scripted:
+    from mlx_lm import tokenizer_utils
+
+    if template:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config["chat_template"] = (SHARED / "data/chat_templates" / f"{template}.jinja").read_text()
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = tokenizer_utils.load(folder)
+    model = make_model(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, max_position_embeddings=4096)
+    return Scripted(model, tokenizer)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def served(request, tmp_path_factory):
+    tokenizer, template = KINDS[request.param]
+    source = SHARED / "data/tokenizers" / tokenizer
+    if not source.is_dir():
+        pytest.skip("needs the tokenizers in shared/data")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    with running(engine=scripted(folder, template)) as (url, server):
+        yield request.param, url, server.engine
+
+
+@pytest.fixture(scope="module")
+def minimind():
+    folder = SHARED / "data/tokenizers/minimind"
+    if not folder.is_dir():
+        pytest.skip("needs the tokenizers in shared/data")
+    with running(engine=scripted(folder)) as (url, server):
+        yield url, server.engine
+
+
+def written(kind: str, *calls: dict) -> str:
+    """What a model with this template writes to make ``calls``."""
+    texts = [json.dumps(call, ensure_ascii=False) for call in calls]
+    if kind == "mistral":
+        return f"[TOOL_CALLS][{', '.join(texts)}]"
+    return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
+
+
+def chat(url: str):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def claude(url: str):
+    return anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
+
+
+def completion(url: str, stream: bool, **options):
+    """The message of the answer, its text and why it ended, streamed or not."""
+    options = {"model": "tiny", "messages": ASK, "tools": TOOLS, "temperature": 0, "max_tokens": 300, **options}
+    if not stream:
+        choice = chat(url).chat.completions.create(**options).choices[0]
+        return choice.message, choice.finish_reason
+    with chat(url).chat.completions.stream(**options) as events:
+        choice = events.get_final_completion().choices[0]
+    return choice.message, choice.finish_reason
+
+
+def calls_of(message) -> list[dict]:
+    return [
+        {"name": call.function.name, "arguments": json.loads(call.function.arguments)}
+        for call in message.tool_calls or ()
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_tool_is_called_and_its_result_read_by_openais_chat(served, stream):
+    kind, url, engine = served
+    engine.says = written(kind, WEATHER, CLOCK)
+    message, reason = completion(url, stream)
+    assert calls_of(message) == [WEATHER, CLOCK] and reason == "tool_calls" and not message.content
+    assert len({call.id for call in message.tool_calls}) == 2
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": [{"type": "text", "text": f"result {n}"}]}
+        for n, call in enumerate(message.tool_calls)
+    ]
+    engine.says = "It rains."
+    answer, reason = completion(url, stream, messages=[*ASK, message.to_dict(), *results])
+    assert answer.content == "It rains." and reason == "stop" and not answer.tool_calls
+    prompt = engine.prompt_text
+    assert "weather" in prompt and "Zürich 🌧️" in prompt and "result 0" in prompt and "result 1" in prompt
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_tool_is_called_and_its_result_read_by_openais_responses(served, stream):
+    kind, url, engine = served
+    engine.says = written(kind, WEATHER, CLOCK)
+
+    def respond(items):
+        options = dict(model="tiny", input=items, tools=FLAT, temperature=0, max_output_tokens=300)
+        if not stream:
+            return chat(url).responses.create(**options)
+        with chat(url).responses.stream(**options) as events:
+            return events.get_final_response()
+
+    made = respond(ASK)
+    assert [item.type for item in made.output] == ["function_call", "function_call"] and made.status == "completed"
+    found = [{"name": item.name, "arguments": json.loads(item.arguments)} for item in made.output]
+    assert found == [WEATHER, CLOCK]
+    results = [
+        {"type": "function_call_output", "call_id": item.call_id, "output": f"result {n}"}
+        for n, item in enumerate(made.output)
+    ]
+    sent = [item.to_dict() for item in made.output]
+    engine.says = "It rains."
+    assert respond([*ASK, *sent, *results]).output_text == "It rains."
+    text = engine.prompt_text
+    assert "result 0" in text and "result 1" in text
+    as_chat = [{"id": i["call_id"], "type": "function", "function": c} for i, c in zip(sent, found, strict=True)]
+    messages = [*ASK, {"role": "assistant", "content": "", "tool_calls": as_chat}]
+    messages += [
+        {"role": "tool", "tool_call_id": item["call_id"], "content": f"result {n}"} for n, item in enumerate(sent)
+    ]
+    assert engine.prompt(messages, TOOLS) == list(engine.asked.tokens), "the calls of one answer are one message"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_tool_is_called_and_its_result_read_by_anthropics_messages(served, stream):
+    kind, url, engine = served
+    engine.says = written(kind, WEATHER, CLOCK)
+
+    def send(messages):
+        options = dict(model="tiny", messages=messages, tools=CLAUDES, max_tokens=300, extra_body={"temperature": 0})
+        if not stream:
+            return claude(url).messages.create(**options)
+        with claude(url).messages.stream(**options) as events:
+            return events.get_final_message()
+
+    made = send(ASK)
+    assert made.stop_reason == "tool_use" and [block.type for block in made.content] == ["tool_use", "tool_use"]
+    assert [{"name": block.name, "arguments": block.input} for block in made.content] == [WEATHER, CLOCK]
+    results = [
+        {"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": f"result {n}"}]}
+        for n, block in enumerate(made.content)
+    ]
+    engine.says = "It rains."
+    blocks = [block.to_dict() for block in made.content]
+    after = send([*ASK, {"role": "assistant", "content": blocks}, {"role": "user", "content": results}])
+    assert after.stop_reason == "end_turn" and after.content[0].text == "It rains."
+    assert "result 0" in engine.prompt_text and "result 1" in engine.prompt_text
+
+
+# As each of mlx-lm's parsers wants it: the markers around it are the parser's own.
+FORMATS = {
+    "json_tools": '{"name": "f", "arguments": {"a": "é", "b": 2}}',
+    "mistral": 'f[ARGS]{"a": "é", "b": 2}',
+    "pythonic": '[f(a="é", b=2)]',
+    "qwen3_coder": "\n<function=f>\n<parameter=a>\né\n</parameter>\n<parameter=b>\n2\n</parameter>\n</function>\n",
+    "glm47": "f<arg_key>a</arg_key><arg_value>é</arg_value><arg_key>b</arg_key><arg_value>2</arg_value>",
+    "kimi_k2": '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": "é", "b": 2}<|tool_call_end|>',
+    "function_gemma": "call:f{a:<escape>é<escape>,b:2}",
+    "minimax_m2": '<invoke name="f"><parameter name="a">é</parameter><parameter name="b">2</parameter></invoke>',
+    "longcat": "f<longcat_arg_key>a</longcat_arg_key><longcat_arg_value>é</longcat_arg_value>"
+    "<longcat_arg_key>b</longcat_arg_key><longcat_arg_value>2</longcat_arg_value>",
+    "minicpm5": '"f"><param name="a">é</param><param name="b">2</param>',
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_formats_that_mlx_lm_reads(minimind, monkeypatch, name):
+    url, engine = minimind
+    parser = importlib.import_module(f"mlx_lm.tool_parsers.{name}")
+    monkeypatch.setattr(engine.tokenizer, "_tool_parser", parser.parse_tool_call)
+    monkeypatch.setattr(engine.tokenizer, "_tool_call_start", parser.tool_call_start)
+    monkeypatch.setattr(engine.tokenizer, "_tool_call_end", parser.tool_call_end)
+    engine.says = f"{parser.tool_call_start}{FORMATS[name]}{parser.tool_call_end}"
+    properties = {"a": {"type": "string"}, "b": {"type": "integer"}}
+    function = {"name": "f", "description": "", "parameters": {"type": "object", "properties": properties}}
+    for stream in (False, True):
+        message, reason = completion(url, stream, tools=[{"type": "function", "function": function}])
+        assert calls_of(message) == [{"name": "f", "arguments": {"a": "é", "b": 2}}], message
+        assert reason == "tool_calls" and not message.content
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        '{"name": "weather", "arguments": {"a": 1}',  # no closing brace
+        '{"name": "weather"}',
+        '{"name": null, "arguments": {}}',
+        '{"name": "weather", "arguments": "not JSON"}',
+        '{"name": "weather", "arguments": [1]}',
+        '{"name": "weather", "arguments": {"a": NaN}}',
+        '{"name": "weather", "arguments": {"a": "\\ud800"}}',
+        "[]",
+        "",
+    ],
+    ids=lambda call: call[:40],
+)
+def test_a_call_that_cannot_be_read_is_given_as_text(minimind, call):
+    url, engine = minimind
+    engine.says = f"Wait. <tool_call>{call}</tool_call>"
+    for stream in (False, True):
+        message, reason = completion(url, stream, max_tokens=4000)
+        assert message.content == engine.says and not message.tool_calls and reason == "stop"
+    made = claude(url).messages.create(model="tiny", messages=ASK, tools=CLAUDES, max_tokens=4000)
+    assert made.content[0].text == engine.says and made.stop_reason == "end_turn"
+    made = chat(url).responses.create(model="tiny", input=ASK, tools=FLAT, max_output_tokens=4000)
+    assert made.output_text == engine.says
+
+
+def test_a_call_cut_off_by_the_limit_is_text(minimind):
+    url, engine = minimind
+    engine.says = written("minimind", WEATHER)
+    message, reason = completion(url, False, max_tokens=12)
+    assert reason == "length" and not message.tool_calls
+    assert message.content.startswith("<tool_call>") and engine.says.startswith(message.content)
+    options = dict(model="tiny", messages=ASK, tools=TOOLS, max_tokens=12, stream=True)
+    choices = [chunk.choices[0] for chunk in chat(url).chat.completions.create(**options)]
+    assert "".join(choice.delta.content or "" for choice in choices) == message.content
+    assert choices[-1].finish_reason == "length"
+
+
+def test_brackets_without_end_are_text(minimind):
+    _, engine = minimind
+    answer, call = Answer(engine.tokenizer, TOOLS), "[" * 5000
+    pieces = [Piece(text, kind, None, reason, None, None, *[0] * 6) for kind, text, reason in (
+        ("tool", call, None), ("normal", "", "stop"))]
+    assert [event.text for piece in pieces for event in answer.feed(piece)] == [f"<tool_call>{call}</tool_call>"]
+
+
+def test_arguments_in_a_string_are_read(minimind):
+    url, engine = minimind
+    engine.says = written("minimind", {"name": "weather", "arguments": json.dumps(PLACE)})
+    assert calls_of(completion(url, False)[0]) == [WEATHER]
+
+
+def test_text_around_calls_is_kept_and_blanks_are_not(minimind):
+    url, engine = minimind
+    for before, after, content in (
+        ("I look. ", "", "I look."),
+        ("\n\n", "\n", None),
+        ("One\n\n", "\n two \n", "One\n two"),
+    ):
+        engine.says = f"{before}{written('minimind', CLOCK)}{after}"
+        for stream in (False, True):
+            message, _ = completion(url, stream)
+            assert calls_of(message) == [CLOCK] and (message.content or None) == content
+    engine.says = " blanks stay  where no tool is called \n"
+    assert completion(url, True)[0].content == completion(url, False)[0].content == engine.says
+
+
+def test_without_tools_a_call_is_text(minimind):
+    url, engine = minimind
+    engine.says = f"So: {written('minimind', CLOCK)}"
+    for options in ({"tools": openai.omit}, {"tool_choice": "none"}):
+        for stream in (False, True):
+            message, reason = completion(url, stream, **options)
+            assert message.content == engine.says and not message.tool_calls and reason == "stop"
+            assert "clock" not in engine.prompt_text
+    choice = {"type": "none"}
+    made = claude(url).messages.create(model="tiny", messages=ASK, tools=CLAUDES, tool_choice=choice, max_tokens=100)
+    assert made.content[0].text == engine.says
+    made = chat(url).responses.create(model="tiny", input=ASK, tools=FLAT, tool_choice="none", max_output_tokens=100)
+    assert made.output_text == engine.says
+
+
+def test_what_cannot_be_forced_is_an_error(minimind):
+    url, _ = minimind
+    named = {"type": "function", "function": {"name": "clock"}}
+    for options in ({"tool_choice": "required"}, {"tool_choice": named}, {"parallel_tool_calls": False}):
+        with pytest.raises(openai.BadRequestError, match=next(iter(options))):
+            completion(url, False, **options)
+    for choice in ("required", {"type": "function", "name": "clock"}):
+        with pytest.raises(openai.BadRequestError, match="tool_choice"):
+            chat(url).responses.create(model="tiny", input=ASK, tools=FLAT, tool_choice=choice)
+    for choice in ({"type": "any"}, {"type": "tool", "name": "clock"}):
+        with pytest.raises(anthropic.BadRequestError, match="tool_choice"):
+            claude(url).messages.create(model="tiny", messages=ASK, tools=CLAUDES, tool_choice=choice, max_tokens=9)
+
+
+def test_tools_that_the_template_does_not_show_are_an_error(minimind, monkeypatch):
+    url, engine = minimind
+    monkeypatch.setattr(engine.tokenizer._tokenizer, "chat_template", "{{ messages[0].content }}")
+    monkeypatch.delitem(engine.__dict__, "_shows_tools", raising=False)
+    with pytest.raises(openai.BadRequestError, match="does not show tools"):
+        completion(url, False)
+    engine.__dict__.pop("_shows_tools")
+
+
+def test_reasoning_is_told_apart_and_goes_back_into_the_prompt(minimind):
+    url, engine = minimind
+    engine.says = f"<think>\nHm, Zürich?\n</think>\n\n{written('minimind', CLOCK)}"
+    for stream in (False, True):
+        message, _ = completion(url, stream)
+        assert message.reasoning_content.strip() == "Hm, Zürich?" and calls_of(message) == [CLOCK]
+        assert not message.content
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "12:00"}
+    completion(url, False, messages=[*ASK, message.to_dict(), result])
+    expected = list(engine.asked.tokens)
+    assert "Hm, Zürich?" in engine.prompt_text
+    made = claude(url).messages.create(model="tiny", messages=ASK, tools=CLAUDES, max_tokens=200)
+    assert [block.type for block in made.content] == ["thinking", "tool_use"]
+    blocks = [{"type": "tool_result", "tool_use_id": made.content[1].id, "content": "12:00"}]
+    history = [*ASK, {"role": "assistant", "content": [block.to_dict() for block in made.content]}]
+    claude(url).messages.create(
+        model="tiny", messages=[*history, {"role": "user", "content": blocks}], tools=CLAUDES, max_tokens=9
+    )
+    assert "Hm, Zürich?" in engine.prompt_text
+    made = chat(url).responses.create(model="tiny", input=ASK, tools=FLAT, max_output_tokens=200)
+    assert [item.type for item in made.output] == ["reasoning", "function_call"]
+    output = {"type": "function_call_output", "call_id": made.output[1].call_id, "output": "12:00"}
+    chat(url).responses.create(
+        model="tiny", input=[*ASK, *(item.to_dict() for item in made.output), output], tools=FLAT, max_output_tokens=9
+    )
+    assert list(engine.asked.tokens) == expected
+
+
+def test_every_shape_of_a_message(minimind):
+    url, engine = minimind
+    engine.says = "Yes."
+    text = lambda words, kind="text": [{"type": kind, "text": words}]  # noqa: E731
+    whole = [{"role": "system", "content": "Be kind."}, *ASK]
+    for messages in (
+        whole,
+        [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": text(ASK[0]["content"])}],
+        [{"role": "system", "content": [*text("Be "), *text("kind.")]}, {**ASK[0], "name": "me"}],
+    ):
+        assert completion(url, False, messages=messages)[0].content == "Yes."
+        assert list(engine.asked.tokens) == engine.prompt(whole, TOOLS)
+    for system in ("Be kind.", [{**text("Be ")[0], "cache_control": {"type": "ephemeral"}}, *text("kind.")]):
+        for content in (ASK[0]["content"], text(ASK[0]["content"])):
+            asked = [{"role": "user", "content": content}]
+            claude(url).messages.create(model="tiny", messages=asked, system=system, max_tokens=9)
+            assert list(engine.asked.tokens) == engine.prompt(whole)
+    for items in (ASK, [{"role": "user", "content": text(ASK[0]["content"], "input_text")}], ASK[0]["content"]):
+        chat(url).responses.create(model="tiny", input=items, instructions="Be kind.", max_output_tokens=9)
+        assert list(engine.asked.tokens) == engine.prompt(whole)
+
+
+def test_images_and_sounds_are_refused_by_name(minimind):
+    url, _ = minimind
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    sound = {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}
+    for part in (picture, sound):
+        with pytest.raises(openai.BadRequestError, match=part["type"]):
+            completion(url, False, messages=[{"role": "user", "content": [part]}])
+    with pytest.raises(openai.BadRequestError, match="input_image"):
+        part = {"type": "input_image", "image_url": "data:image/png;base64,AA==", "detail": "auto"}
+        chat(url).responses.create(model="tiny", input=[{"role": "user", "content": [part]}])
+    source = {"type": "base64", "media_type": "image/png", "data": "AA=="}
+    image = {"type": "image", "source": source}
+    for content in ([image], [{"type": "tool_result", "tool_use_id": "x", "content": [image]}]):
+        with pytest.raises(anthropic.BadRequestError, match="image"):
+            claude(url).messages.create(model="tiny", messages=[{"role": "user", "content": content}], max_tokens=9)

@@ -313,7 +313,7 @@ def test_text_around_calls_is_kept_and_blanks_are_not(minimind):
         for stream in (False, True):
             message, _ = completion(url, stream)
             assert calls_of(message) == [CLOCK] and (message.content or None) == content
-    engine.says = " blanks stay  where no tool is called \n"
+    engine.says = "Blanks stay  where no tool is called. \n"
     assert completion(url, True)[0].content == completion(url, False)[0].content == engine.says
 
 

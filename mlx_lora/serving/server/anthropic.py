@@ -139,7 +139,11 @@ def _text(content: Any) -> str:
         block.get("text") if isinstance(block, dict) and block.get("type") == "text" else None for block in content
     ]
     if not all(isinstance(text, str) for text in texts):
-        raise ConfigError("only blocks of text can be read here", 'Send {"type": "text", "text": ...}.')
+        kinds = {str(block.get("type") if isinstance(block, dict) else block)[:50] for block in content} - {"text"}
+        raise ConfigError(
+            f"only blocks of text can be read here, not {', '.join(sorted(kinds)) or 'one without text'}",
+            'Send {"type": "text", "text": ...}.',
+        )
     return "".join(texts)
 
 

@@ -339,7 +339,11 @@ def read_message(message: dict[str, Any]) -> dict[str, Any]:
         parts = [part for part in content if isinstance(part, dict) and part.get("type") in _TEXTS]
         texts = [part.get("text") for part in parts]
         if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
-            raise ConfigError("messages: only text content can be read", 'Send parts of {"type": "text", "text": ...}.')
+            kinds = {str(part.get("type") if isinstance(part, dict) else part)[:50] for part in content} - {*_TEXTS}
+            raise ConfigError(
+                f"messages: only text content can be read, not {', '.join(sorted(kinds)) or 'a part without text'}",
+                'Send parts of {"type": "text", "text": ...}.',
+            )
         content = "".join(texts)
     elif content is not None and not isinstance(content, str):
         raise ConfigError(f"messages: content must be text, not {type(content).__name__}", "Send a string.")

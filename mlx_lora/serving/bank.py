@@ -88,6 +88,7 @@ class AdapterBank:
         self._slots: list[Key] = []  # the adapters in _multi
         self._mounted: Key | None = None  # the one that is mounted alone
         self._clock = 0
+        self.drops = 0  # how many adapters left the memory, or were replaced
         self.lock = threading.RLock()  # held while the model is changed, and by the engine while it computes
         self._own = adapters_on(model) or state_of(model) is not None
         self._identity = identity(model)
@@ -128,7 +129,7 @@ class AdapterBank:
         with self.lock:
             path = None if isinstance(adapter, Adapter) else Path(adapter)
             self._sources[name] = Source(None if path else adapter, path, pinned)
-            self._residents.pop(name, None)
+            self._drop(name)
 
     def unload(self, name: str) -> None:
         """Drop ``name`` from memory, and forget it unless it is in the folder. Rows that use it finish with it.
@@ -139,7 +140,7 @@ class AdapterBank:
             if name not in self:
                 raise self._unknown(name)
             self._sources.pop(name, None)
-            self._residents.pop(name, None)
+            self._drop(name)
 
     # Adapters in use.
 
@@ -160,6 +161,7 @@ class AdapterBank:
             if adapter is not None:
                 with self._bare():
                     alone = why_alone(self._model, adapter)
+                self._drop(name)
                 found = self._residents[name] = Resident(name, self._clock, adapter, alone, signature)
             found.used = self._clock
             self._evict(keep=found)
@@ -180,6 +182,11 @@ class AdapterBank:
             if resident.rows == 0:
                 self._in_use.pop(resident.key, None)
                 self._evict()
+
+    def has(self, key: Key) -> bool:
+        """Whether the adapter of that name in memory is this version."""
+        found = self._residents.get(key[0])
+        return found is not None and found.key == key
 
     # What is on the model. Called by the thread that generates.
 
@@ -245,7 +252,10 @@ class AdapterBank:
             if total <= self.memory_limit:
                 break
             total -= resident.adapter.nbytes
-            del self._residents[resident.name]
+            self._drop(resident.name)
+
+    def _drop(self, name: str) -> None:
+        self.drops += self._residents.pop(name, None) is not None
 
     @contextmanager
     def _bare(self) -> Iterator[None]:

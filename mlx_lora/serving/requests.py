@@ -71,6 +71,7 @@ class Row:
         self.cached = 0
         self.cancelled = self.ended = False
         self.arrived = time.perf_counter()
+        self.round: int | None = None  # its place among the requests for all adapters; see schedule.py
         self.admitted: float | None = None
         self.first: float | None = None  # time of the first token
         self.text: AnswerText | None = None

@@ -38,9 +38,7 @@ def running(folder: Path | None = None, engine: Engine | None = None, **config) 
     if engine is None:
         model, tokenizer = load(PATH)
         bank = AdapterBank(model, folder=folder)
-        engine = Engine(
-            model, tokenizer, bank, batch_size=settings.batch_size, queue_size=settings.queue_size
-        )
+        engine = Engine(model, tokenizer, bank, batch_size=settings.batch_size, queue_size=settings.queue_size)
     server = Server(engine, Worker(engine), settings, "tiny")
     runner = uvicorn.Server(uvicorn.Config(create_app(server), port=0, log_level="error", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=runner.run, daemon=True)

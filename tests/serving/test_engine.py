@@ -188,7 +188,7 @@ def test_lanes_take_turns(engine):
     order = []
     requests = [request(engine, adapter=name, max_tokens=60) for name in ("a", "dora")]
     rows = [engine.submit(each, lambda piece, name=each.adapter: order.append(name)) for each in requests]
-    engine.turn_seconds = 0.0
+    engine.schedule.turn_seconds = 0.0
     while not all(row.ended for row in rows):
         engine.step()
     assert len([name for name, _ in itertools.groupby(order)]) > 10

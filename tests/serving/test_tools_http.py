@@ -291,8 +291,10 @@ def test_a_call_cut_off_by_the_limit_is_text(minimind):
 def test_brackets_without_end_are_text(minimind):
     _, engine = minimind
     answer, call = Answer(engine.tokenizer, TOOLS), "[" * 5000
-    pieces = [Piece(text, kind, None, reason, None, None, *[0] * 6) for kind, text, reason in (
-        ("tool", call, None), ("normal", "", "stop"))]
+    pieces = [
+        Piece(text, kind, None, reason, None, None, *[0] * 6)
+        for kind, text, reason in (("tool", call, None), ("normal", "", "stop"))
+    ]
     assert [event.text for piece in pieces for event in answer.feed(piece)] == [f"<tool_call>{call}</tool_call>"]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,54 +16,12 @@ import mlx.nn as nn
 
 from ..adapter import Adapter
 from ..base.origin import base_of
-from ..errors import AdapterError, MLXLoRAError
+from ..errors import AdapterError
 from ..formats import detect_format, load_adapter
 from ..model.attach import adapters_on, mount, unmount
 from ..model.multi import MultiLoRA, why_alone
 from ..model.state import identity, state_of
-
-Key = tuple[str, int]  # name and version: what a row uses until it ends, also if the name gets another adapter
-
-
-@dataclass(eq=False)
-class Resident:
-    """An adapter in memory."""
-
-    name: str
-    version: int
-    adapter: Adapter
-    alone: list[str]  # why it cannot share a batch with other adapters; empty if it can
-    signature: tuple = ()  # of its files, when they were read
-    rows: int = 0  # that use it now
-    used: int = 0  # a counter: the higher, the later
-
-    @property
-    def key(self) -> Key:
-        return self.name, self.version
-
-
-@dataclass
-class Source:
-    """Where an adapter comes from."""
-
-    adapter: Adapter | None = None
-    path: Path | None = None
-    pinned: bool = False  # never dropped from memory
-
-
-@dataclass(frozen=True)
-class Listed:
-    """What is known of a named adapter."""
-
-    name: str
-    path: str | None
-    loaded: bool
-    pinned: bool = False
-    method: str | None = None  # the rest only of loaded ones
-    rank: int | None = None
-    nbytes: int = 0
-    alone: tuple[str, ...] = field(default=())
-    rows: int = 0
+from .residents import Key, Listed, Resident, Source, is_adapter, signature_of
 
 
 class AdapterBank:
@@ -152,7 +109,7 @@ class AdapterBank:
         with self.lock:
             self._check_free()
             source, found = self._source(name), self._residents.get(name)
-        signature, adapter = _signature(source.path), None
+        signature, adapter = signature_of(source.path), None
         if found is None or (source.path is not None and signature != found.signature):  # without holding up the engine
             adapter = source.adapter or load_adapter(source.path, base=self._base)
             mx.eval(list(adapter.weights.values()))
@@ -290,7 +247,7 @@ class AdapterBank:
         """The adapters in the folder, by name. Its own subfolders only, and no links out of it."""
         if self.folder is None or not self.folder.is_dir():
             return []
-        return sorted(path.name for path in self.folder.iterdir() if _is_adapter(path))
+        return sorted(path.name for path in self.folder.iterdir() if is_adapter(path))
 
     def _list(self, name: str) -> Listed:
         source, found = self._source(name), self._residents.get(name)
@@ -302,24 +259,3 @@ class AdapterBank:
             *(name, path, True, source.pinned, config.method, config.rank),
             *(found.adapter.nbytes, tuple(found.alone), found.rows),
         )
-
-
-def _is_adapter(path: Path) -> bool:
-    if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
-        return False
-    try:
-        detect_format(path)
-    except MLXLoRAError:
-        return False
-    return True
-
-
-def _signature(path: Path | None) -> tuple:
-    """What changes when an adapter is written again: names, sizes and times of the files in its folder."""
-    if path is None:
-        return ()
-    try:
-        files = [path] if path.is_file() else sorted(item for item in path.iterdir() if item.is_file())
-        return tuple((file.name, info.st_size, info.st_mtime_ns) for file in files if (info := file.stat()))
-    except OSError:
-        return ()

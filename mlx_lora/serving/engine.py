@@ -9,7 +9,6 @@ its own, and the lanes take turns. A row that fails ends alone. ``step`` does on
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,28 +16,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..base.batching import why_not_batched
-from ..errors import ConfigError, MLXLoRAError
+from ..errors import ConfigError
 from .bank import AdapterBank
 from .delivery import deliver
 from .kept import KeptPrompts
-from .lanes import BatchLane, PromptRead, SingleLane, Token
+from .lanes import SHARED, BatchLane, PromptRead, SingleLane, Token, lane_of
 from .memory import KeysAndValues, can_always_trim, free_memory, new_cache
 from .prompts import Prompts
-from .requests import Piece, Request, Row
-from .sampling import Guarded, check_sampling, make_processors, make_sampler
+from .requests import BusyError, Piece, Request, Row
+from .sampling import check_sampling, extra_eos
 from .schedule import Schedule
-from .text import AnswerText
-
-_SHARED = ("shared",)
-
-
-class BusyError(MLXLoRAError):
-    """The queue is full."""
-
-
-class TooLongError(MLXLoRAError):
-    """The request would not fit into memory even alone."""
 
 
 class Engine(Prompts):
@@ -109,22 +96,26 @@ class Engine(Prompts):
         if not request.tokens:
             raise ConfigError("the prompt is empty", "Give some text with --prompt.")
         check_sampling(config, self._sizes.vocab_size)
-        extra_eos = {self._token(name) for name in config.extra_eos_token}
+        ends = extra_eos(config, self.tokenizer, self.vocab_size)
         if config.draft_model is not None and self.draft_model is None:
             raise ConfigError("the draft model is not loaded", "Name it when the engine starts: --draft-model.")
-        length = len(request.tokens) + config.max_tokens
-        if (needed := self._sizes.nbytes(length)) > self.memory_limit:
-            sizes = f"{needed / 1e9:.2f} GB, and there are {self.memory_limit / 1e9:.2f} GB"
-            raise TooLongError(
-                f"the keys and values of {length} tokens need {sizes}", "Shorten the prompt, or lower max_tokens."
-            )
+        self._sizes.check(len(request.tokens) + config.max_tokens, self.memory_limit)
+        self._check_queue()
+        resident = None if request.adapter is None else self.bank.acquire(request.adapter)
+        row = Row(request, resident, deliver, ends)
+        try:
+            with self._lock:
+                self._check_queue()  # again: reading an adapter takes time
+                self._arrived.append(row)
+        except BusyError:
+            if resident is not None:
+                self.bank.release(resident)
+            raise
+        return row
+
+    def _check_queue(self) -> None:
         if self.queue_size is not None and self.queued >= self.queue_size:
             raise BusyError(f"{self.queue_size} requests are waiting already", "Try again in a moment.")
-        resident = None if request.adapter is None else self.bank.acquire(request.adapter)
-        row = Row(request, resident, deliver, extra_eos)
-        with self._lock:
-            self._arrived.append(row)
-        return row
 
     def cancel(self, row: Row) -> None:
         """End a row at the next step. Nothing more is delivered for it."""
@@ -212,18 +203,9 @@ class Engine(Prompts):
 
     def _take_in(self) -> None:
         with self._lock:
-            arrived, self._arrived = self._arrived, deque()
-        for row in arrived:
-            self.schedule.add(self._lane_of(row), row)
-
-    def _lane_of(self, row: Row) -> tuple:
-        config = row.request.config
-        options = config.kv_bits or config.draft_model or config.max_kv_size
-        if options or row.request.cache is not None or why_not_batched(self.model):
-            return ("single", id(row))
-        if row.resident is not None and row.resident.alone:
-            return ("alone", row.key)
-        return _SHARED
+            while self._arrived:
+                row = self._arrived.popleft()
+                self.schedule.add(lane_of(row, self.model), row)
 
     def _drop_cancelled(self) -> None:
         for row in self._rows():
@@ -243,21 +225,16 @@ class Engine(Prompts):
                 self._end(row, error)
 
     def _fits(self, row: Row) -> bool:
-        """Whether the keys and values of all rows fit with this one. A batch takes for each what the longest takes."""
-        rows = [row, *self.schedule.computed]
-        most = max(self._sizes.nbytes(len(each.request.tokens) + each.request.config.max_tokens) for each in rows)
-        if len(rows) * most > self.memory_limit:
+        """Whether the keys and values of all rows fit with this one."""
+        needed = self._sizes.of_batch([each.length for each in (row, *self.schedule.computed)])
+        if needed > self.memory_limit:
             return False
-        self.prompt_cache.trim_to(n_bytes=self.memory_limit - len(rows) * most)
+        self.prompt_cache.trim_to(n_bytes=self.memory_limit - needed)
         return True
 
     def _insert(self, name: tuple, row: Row) -> None:
         request, config = row.request, row.request.config
-        if row.guard is None:
-            sampler, processors = make_sampler(config, self.tokenizer), make_processors(config)
-            row.guard = Guarded(sampler, [*processors, *request.processors])
-            row.text = AnswerText(self.tokenizer, config.stop, request.parts, request.state)
-            row.admitted = time.perf_counter()
+        row.begin(self.tokenizer)
         if name not in self._lanes:
             self._lanes[name] = self._make_lane(name, row)
         cache, known = (request.cache, []) if request.cache is not None else self.prompt_cache.fetch(row)
@@ -325,7 +302,7 @@ class Engine(Prompts):
             lane = self._lanes.get(name)
             if lane is not None and row in lane.rows.values():
                 lane.remove(row)
-            if lane is not None and name != _SHARED and name not in self.schedule.active:
+            if lane is not None and name != SHARED and name not in self.schedule.active:
                 self._lanes.pop(name).close()
         if row.resident is not None:
             self.bank.release(row.resident)
@@ -335,10 +312,3 @@ class Engine(Prompts):
         self.counts["generation_tokens"] += len(row.made)
         if error is not None:
             row.deliver(error)
-
-    def _token(self, name: str) -> int:
-        token = int(name) if name.isdecimal() else self.tokenizer.convert_tokens_to_ids(name)
-        unknown = getattr(self.tokenizer, "unk_token_id", None)
-        if token is None or token == unknown or not 0 <= token < self._sizes.vocab_size:
-            raise ConfigError(f"extra_eos_token: this tokenizer has no token {name!r}", "Name one of its tokens.")
-        return token

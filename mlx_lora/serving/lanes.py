@@ -12,8 +12,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..base.batching import why_not_batched
 from .requests import Row
 from .rows import AdapterRows, RowModel
+from .schedule import Name
+
+SHARED: Name = ("shared",)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,17 @@ class PromptRead:
     row: Row
     cache: list
     tokens: list[int]
+
+
+def lane_of(row: Row, model: nn.Module) -> Name:
+    """The lane that a row belongs to."""
+    config = row.request.config
+    options = config.kv_bits or config.draft_model or config.max_kv_size
+    if options or row.request.cache is not None or why_not_batched(model):
+        return ("single", id(row))
+    if row.resident is not None and row.resident.alone:
+        return ("alone", row.key)
+    return SHARED
 
 
 class BatchLane:

@@ -12,8 +12,8 @@ from conftest import shake
 from mlx_lora import AdapterConfig, GenerateConfig, attach, extract, fuse, load, mount, unmount
 from mlx_lora.errors import AdapterError, ConfigError
 from mlx_lora.serving.bank import AdapterBank
-from mlx_lora.serving.engine import BusyError, Engine, TooLongError
-from mlx_lora.serving.memory import new_cache
+from mlx_lora.serving.engine import BusyError, Engine
+from mlx_lora.serving.memory import TooLongError, new_cache
 from mlx_lora.serving.requests import Request
 from mlx_lora.tiny_base import PATH
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -85,8 +86,14 @@ class AdapterBank:
             detect_format(adapter)
         with self.lock:
             path = None if isinstance(adapter, Adapter) else Path(adapter)
+            pinned = pinned or (name in self._sources and self._sources[name].pinned)
             self._sources[name] = Source(None if path else adapter, path, pinned)
             self._drop(name)
+
+    def pin(self, name: str) -> None:
+        """Never drop ``name`` from memory once it is there. Raises: AdapterError: unknown."""
+        with self.lock:
+            self._sources[name] = replace(self._source(name), pinned=True)
 
     def unload(self, name: str) -> None:
         """Drop ``name`` from memory, and forget it unless it is in the folder. Rows that use it finish with it.

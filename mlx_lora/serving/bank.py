@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from ..adapter import Adapter
 from ..base.origin import base_of
-from ..errors import AdapterError
+from ..errors import AdapterError, MLXLoRAError
 from ..formats import detect_format, load_adapter
 from ..model.attach import adapters_on, mount, unmount
 from ..model.multi import MultiLoRA, why_alone
@@ -118,12 +118,13 @@ class AdapterBank:
             source, found = self._source(name), self._residents.get(name)
         signature, adapter = signature_of(source.path), None
         if found is None or (source.path is not None and signature != found.signature):  # without holding up the engine
-            adapter = source.adapter or load_adapter(source.path, base=self._base)
-            mx.eval(list(adapter.weights.values()))
+            with self._named(name, source.path):
+                adapter = source.adapter or load_adapter(source.path, base=self._base)
+                mx.eval(list(adapter.weights.values()))
         with self.lock:
             self._clock += 1
             if adapter is not None:
-                with self._bare():
+                with self._bare(), self._named(name, source.path):
                     alone = why_alone(self._model, adapter)
                 self._drop(name)
                 found = self._residents[name] = Resident(name, self._clock, adapter, alone, signature)
@@ -233,6 +234,17 @@ class AdapterBank:
             if mounted:
                 self._multi.mount()
             self._identity = identity(self._model)
+
+    @contextmanager
+    def _named(self, name: str, path: Path | None) -> Iterator[None]:
+        """A context whose errors say names in place of folders, as servers show them to anyone."""
+        try:
+            yield
+        except MLXLoRAError as error:
+            told = [error.message, error.hint]
+            for folder, shown in ((path, name), (self._base, self._base and Path(self._base).name)):
+                told = [text and text.replace(str(folder), shown) for text in told] if folder else told
+            raise type(error)(*told) from None
 
     def _check_free(self) -> None:
         if self._own:

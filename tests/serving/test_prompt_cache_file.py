@@ -1,4 +1,4 @@
-"""``--prompt-cache-file``: mlx-lm's own files, of every kind of cache that it writes, give what mlx-lm gives with them."""
+"""``--prompt-cache-file``: mlx-lm's files, of every kind of cache that it writes, give what they give in mlx-lm."""
 
 from __future__ import annotations
 

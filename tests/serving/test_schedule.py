@@ -46,7 +46,7 @@ def test_the_adapters_of_a_backlog_alternate():
 
 
 def test_new_adapters_that_keep_coming_do_not_starve_a_request():
-    """Requests of ever new adapters come as fast as they are admitted; the second one of "a" has its turn all the same."""
+    """New adapters' requests come faster than they are admitted; the second one of "a" has its turn all the same."""
     schedule = Schedule(1.0)
     schedule.add(LANE, row("a"))
     waiting = row("a")

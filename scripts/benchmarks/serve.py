@@ -1,6 +1,6 @@
 """Requests for several adapters at once: in one batch, in turn, and as mlx-lm's server takes them.
 
-    ./scripts/bench serve [--model FOLDER] [--bits 0,4] [--requests 1,2,4,8,16] [--tokens 24] [--rounds 3]
+    ./scripts/bench serve [--model FOLDER] [--bits 0,4] [--requests 1,2,4,8,16] [--tokens 16] [--rounds 2]
 
 For each base (a random Llama of 59M parameters, or --model) four tables, everything in one run, alternating, medians:
 
@@ -10,7 +10,8 @@ speed     tokens per second for N requests with N different adapters in one batc
           mlx-lm's batch without any adapter, which bounds what a batch can reach
 swap      from one resident adapter to another; to one that must be read first; mlx-lm's loading again
 memory    of an adapter, with its place in the batch, against a second model
-launches  kernels on Metal in one step of N rows, counted from the graph: with N adapters, and without
+launches  kernels on Metal in one step of N rows, counted from the graph (a compiled SwiGLU as three): with N adapters,
+          and without
 """
 
 from __future__ import annotations
@@ -264,10 +265,10 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or repository; the random Llama if left out")
     parser.add_argument("--bits", default="0,4", help="of the random Llama; 0 is float32")
     parser.add_argument("--requests", default="1,2,4,8,16")
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     sizes = [int(part) for part in options.requests.split(",")]
     with tempfile.TemporaryDirectory() as temporary:

@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from .bank import AdapterBank
 from .delivery import deliver
 from .kept import KeptPrompts
-from .lanes import SHARED, BatchLane, PromptRead, SingleLane, Token, lane_of
+from .lanes import SHARED, BatchLane, PromptRead, SingleLane, Token, lane_of, make_lane
 from .memory import KeysAndValues, can_always_trim, free_memory, new_cache
 from .prompts import Prompts
 from .requests import BusyError, Piece, Request, Row
@@ -236,7 +236,8 @@ class Engine(Prompts):
         request, config = row.request, row.request.config
         row.begin(self.tokenizer)
         if name not in self._lanes:
-            self._lanes[name] = self._make_lane(name, row)
+            draft, eos = config.draft_model and self.draft_model, set(self.tokenizer.eos_token_ids)
+            self._lanes[name] = make_lane(name, row.resident, self.model, self.bank, eos, draft, self._batching)
         cache, known = (request.cache, []) if request.cache is not None else self.prompt_cache.fetch(row)
         if cache is None:
             cache = new_cache(self.model, config.max_kv_size)
@@ -244,14 +245,6 @@ class Engine(Prompts):
                 cache += new_cache(self.draft_model)
         row.cached = row.cached or len(known)
         self._lanes[name].insert(row, cache, known)
-
-    def _make_lane(self, name: tuple, row: Row) -> BatchLane | SingleLane:
-        resident, eos = row.resident, set(self.tokenizer.eos_token_ids)
-        alone = resident is not None and bool(resident.alone)
-        choose = (lambda keys: self.bank.mount_alone(resident)) if alone else self.bank.choose
-        if name[0] == "single":
-            return SingleLane(self.model, choose, eos, self.draft_model if row.request.config.draft_model else None)
-        return BatchLane(self.model, choose, eos, **self._batching)
 
     def _recover(self, name: tuple, error: Exception) -> None:
         """After an exception in a lane: its rows are computed again, each by itself, and one that fails then ends."""

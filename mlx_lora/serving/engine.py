@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
@@ -178,7 +179,10 @@ class Engine(Prompts):
                 self._recover(name, error)
                 return True
         for event in found:
-            self._handle(name, event)
+            try:
+                self._handle(name, event)
+            except Exception as error:  # of the row's text, or of the one who takes it
+                self._end(event.row, error)
         return True
 
     def close(self) -> None:
@@ -304,4 +308,5 @@ class Engine(Prompts):
         self.counts["cached_tokens"] += row.cached
         self.counts["generation_tokens"] += len(row.made)
         if error is not None:
-            row.deliver(error)
+            with suppress(Exception):  # nobody is left to take it
+                row.deliver(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from mlx_lora import AdapterConfig, attach, extract, load, mount, save_adapter, 
 from mlx_lora.config import GenerateConfig, ServeConfig  # noqa: E402
 from mlx_lora.serving.bank import AdapterBank  # noqa: E402
 from mlx_lora.serving.engine import Engine  # noqa: E402
+from mlx_lora.serving.requests import Request  # noqa: E402
 from mlx_lora.tiny_base import PATH  # noqa: E402
 
 QUESTIONS = ("A red umbrella was found on a bench.", "Hi", "There is a grey key in the field.")
@@ -237,6 +239,38 @@ def test_pinned_adapters_stay_and_the_others_give_way(adapters, alone, tmp_path)
             assert [text(each.result()) for each in asked] == [alone("plain")] * 4
         until_idle(engine)
         assert "a0" in loaded(engine) and len(loaded(engine)) == 2
+
+
+def test_a_client_that_leaves_while_its_request_is_queued_frees_its_place(adapters, tmp_path):
+    """The engine takes a request in a thread, which goes on when the client's task is cancelled."""
+    save_adapter(adapters["plain"], tmp_path / "plain", "peft")
+    with running(tmp_path) as (_, server):
+        engine, submit = server.engine, server.engine.submit
+        entered, go = threading.Event(), threading.Event()
+
+        def slow(*args):
+            entered.set()
+            assert go.wait(120)
+            return submit(*args)
+
+        engine.submit = slow
+        endless = GenerateConfig(max_tokens=4000, logit_bias=dict.fromkeys(engine.tokenizer.eos_token_ids, -1e9))
+
+        async def leave():
+            pieces = server.pieces([Request([5, 6, 7], endless, "plain")])
+            task = asyncio.ensure_future(anext(pieces))
+            assert await asyncio.to_thread(entered.wait, 120)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            go.set()
+            for _ in range(6000):
+                if engine.counts["cancelled"] or engine.counts["completed"]:
+                    break
+                await asyncio.sleep(0.01)
+
+        asyncio.run(leave())
+        assert engine.counts["cancelled"] == 1 and engine.active == engine.queued == 0
 
 
 def until_idle(engine) -> None:

@@ -134,6 +134,24 @@ def test_a_request_is_cancelled_while_its_prompt_is_read(small):
     engine.close()
 
 
+def test_a_taker_that_raises_ends_its_row_alone(small):
+    engine = engine_of(*small)
+    asked = Request(tokens(6), GenerateConfig(max_tokens=8), "a0")
+    expected, texts = run(engine, [asked]), [""]
+
+    def broken(piece):
+        raise RuntimeError("the loop is closed")
+
+    def add(piece):
+        texts[0] += piece.text
+
+    rows = [engine.submit(asked, broken), engine.submit(asked, add)]
+    while not all(row.ended for row in rows):
+        engine.step()
+    assert texts == expected and engine.counts["failed"] == 1 and not any(each.rows for each in engine.bank.listed())
+    engine.close()
+
+
 def test_kept_prompts_stay_within_their_bytes_and_give_way_to_rows(small):
     model, configs = small
     engine = engine_of(model, configs, prompt_cache_size=100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -98,11 +99,17 @@ class Server:
         def deliver(number: int):
             return lambda piece: loop.call_soon_threadsafe(queue.put_nowait, (number, piece))
 
-        rows, left = [], len(requests)
+        rows, left, gone = [], len(requests), threading.Event()
+
+        def submit(number: int, request: Request) -> None:
+            rows.append(self.engine.submit(request, deliver(number)))
+            if gone.is_set():  # the client left meanwhile, and the loop below ended without this row
+                self.engine.cancel(rows[-1])
+
         self._check_alive()
         try:
             for number, request in enumerate(requests):
-                rows.append(await run_in_threadpool(self.engine.submit, request, deliver(number)))
+                await run_in_threadpool(submit, number, request)
             self.worker.wake()
             deadline = loop.time() + self.config.request_timeout
             while left:
@@ -118,6 +125,7 @@ class Server:
                 left -= piece.finish_reason is not None
                 yield number, piece
         finally:
+            gone.set()
             for row in rows:
                 self.engine.cancel(row)
             self.worker.wake()

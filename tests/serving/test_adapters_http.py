@@ -7,6 +7,7 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import mlx.core as mx
 import pytest
 
 openai = pytest.importorskip("openai")
@@ -65,6 +66,7 @@ def adapters():
     made = {}
     for seed, (name, config) in enumerate(KINDS.items()):
         for version in (name, f"{name} 2"):
+            mx.random.seed(seed)
             attach(model, AdapterConfig(**{"num_layers": -1, **config}))
             shake(model, seed + 100 * (version != name), size=0.3)
             made[version] = extract(model)

@@ -5,6 +5,7 @@ The greedy answers of all equal those of one at a time.
 
 from __future__ import annotations
 
+import mlx.core as mx
 import pytest
 from model_families import tiny_model
 from test_engine_families import Tokenizer
@@ -33,6 +34,7 @@ MODELS = {
 def engine_of(model, configs: list[dict], **options) -> Engine:
     bank = AdapterBank(model)
     for seed, config in enumerate(configs):
+        mx.random.seed(seed)
         attach(model, AdapterConfig(**{"num_layers": -1, **config}))
         shake(model, seed, size=0.3)
         bank.add(f"a{seed}", extract(model))

@@ -184,9 +184,10 @@ def _read_cache(params: dict[str, Any], config: GenerateConfig) -> list | None:
     faults = []
     if about.get("model") not in (None, params["model"]):
         faults.append(f"{file}: was made with {about['model']}, and --model is {params['model']}")
-    bits = getattr(cache[0], "bits", None)
-    if config.kv_bits is not None and bits not in (None, config.kv_bits):
-        faults.append(f"{file}: holds keys and values of {bits} bits, and --kv-bits is {config.kv_bits}")
+    for name, given in (("bits", config.kv_bits), ("group_size", config.kv_bits and config.kv_group_size)):
+        if given is not None and getattr(cache[0], name, given) != given:
+            flag = f"--kv-{name.replace('_', '-')}"
+            faults.append(f"{file}: its keys and values have {name} {getattr(cache[0], name)}, and {flag} is {given}")
     if config.draft_model is not None:
         faults.append("--prompt-cache-file holds no keys and values of a --draft-model")
     if faults:

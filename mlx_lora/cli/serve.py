@@ -15,7 +15,10 @@ from .options import build, config_options, model_option, trust_option
 from .sections import SectionedCommand
 
 # Options of generation that hold for the whole server; requests bring the others.
-_FOR_ALL = ("max_tokens", "prefill_step_size", "chat_template_config", "extra_eos_token")
+_FOR_ALL = (
+    *("max_tokens", "prefill_step_size", "chat_template_config", "extra_eos_token"),
+    *("draft_model", "num_draft_tokens"),
+)
 
 
 class Named(click.ParamType):
@@ -48,6 +51,12 @@ class Named(click.ParamType):
     "--adapters-dir",
     metavar="FOLDER",
     help="Each subfolder is an adapter under its own name, read when asked for.",
+)
+@click.option(
+    "--pin",
+    multiple=True,
+    metavar="NAME",
+    help="Keep this adapter in memory whatever --adapter-memory says; repeat the option.",
 )
 @click.option("--merge", is_flag=True, help="Merge the one adapter into the model, which answers faster and alone.")
 @config_options(ServeConfig)
@@ -97,6 +106,8 @@ def _check(params: dict[str, Any]) -> None:
     faults += [f"two adapters are called {name}" for name in sorted({n for n in names if names.count(n) > 1})]
     if params["merge"] and (len(names) != 1 or params["adapters_dir"]):
         faults.append("--merge takes one --adapter, and no --adapters-dir")
+    if params["pin"] and params["adapter_memory"] is None:
+        faults.append("--pin has no effect without --adapter-memory")
     if params["adapters_dir"] and not Path(params["adapters_dir"]).is_dir():
         faults.append(f"--adapters-dir {params['adapters_dir']}: no such folder")
     if faults:
@@ -124,6 +135,9 @@ def _engine(params: dict[str, Any], config: ServeConfig, defaults: GenerateConfi
     bank = AdapterBank(model, limit, params["adapters_dir"])
     for name, path in () if merged else params["adapters"]:
         bank.add(name, path)
+    for name in params["pin"]:
+        bank.pin(name)
+    for name in bank.registered:
         bank.load(name)
     engine = Engine(
         model,

@@ -14,7 +14,7 @@ from ..fast import accelerate, undo
 from ..layers import MultiLoRALinear, Rows
 from .attach import adapters_on
 from .compatibility import incompatibilities, warn_of_another_base
-from .state import HEAD, bare_modules, join_head, mark_changed, place, set_mode, split_head, state_of
+from .state import HEAD, bare_modules, join_head, mark_changed, place, set_mode, split_head, split_of, state_of
 
 
 class MultiLoRA:
@@ -127,6 +127,18 @@ def why_alone(model: nn.Module, adapter: Adapter) -> list[str]:
 
     Raises: AdapterError: it is not for ``model``.
     """
+    trained = {name.rpartition(".")[0] for name in adapter.full_parameters}
+    was_split = split_of(model) is not None
+    if HEAD in (*adapter.modules, *trained, *adapter.tokens):
+        split_head(model)
+    try:
+        return _why_alone(model, adapter)
+    finally:
+        if not was_split:
+            join_head(model)
+
+
+def _why_alone(model: nn.Module, adapter: Adapter) -> list[str]:
     faults, hint = incompatibilities(model, adapter)
     raise_faults(faults, hint)
     if adapter.config.method != "lora":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,49 +22,7 @@ from ..formats import detect_format, load_adapter
 from ..model.attach import adapters_on, mount, unmount
 from ..model.multi import MultiLoRA, why_alone
 from ..model.state import identity, state_of
-
-Key = tuple[str, int]  # name and version: what a row uses until it ends, also if the name gets another adapter
-
-
-@dataclass(eq=False)
-class Resident:
-    """An adapter in memory."""
-
-    name: str
-    version: int
-    adapter: Adapter
-    alone: list[str]  # why it cannot share a batch with other adapters; empty if it can
-    signature: tuple = ()  # of its files, when they were read
-    rows: int = 0  # that use it now
-    used: int = 0  # a counter: the higher, the later
-
-    @property
-    def key(self) -> Key:
-        return self.name, self.version
-
-
-@dataclass
-class Source:
-    """Where an adapter comes from."""
-
-    adapter: Adapter | None = None
-    path: Path | None = None
-    pinned: bool = False  # never dropped from memory
-
-
-@dataclass(frozen=True)
-class Listed:
-    """What is known of a named adapter."""
-
-    name: str
-    path: str | None
-    loaded: bool
-    pinned: bool = False
-    method: str | None = None  # the rest only of loaded ones
-    rank: int | None = None
-    nbytes: int = 0
-    alone: tuple[str, ...] = field(default=())
-    rows: int = 0
+from .residents import Key, Listed, Resident, Source, is_adapter, signature_of
 
 
 class AdapterBank:
@@ -88,6 +46,7 @@ class AdapterBank:
         self._slots: list[Key] = []  # the adapters in _multi
         self._mounted: Key | None = None  # the one that is mounted alone
         self._clock = 0
+        self.drops = 0  # how many adapters left the memory, or were replaced
         self.lock = threading.RLock()  # held while the model is changed, and by the engine while it computes
         self._own = adapters_on(model) or state_of(model) is not None
         self._identity = identity(model)
@@ -125,8 +84,14 @@ class AdapterBank:
             detect_format(adapter)
         with self.lock:
             path = None if isinstance(adapter, Adapter) else Path(adapter)
+            pinned = pinned or (name in self._sources and self._sources[name].pinned)
             self._sources[name] = Source(None if path else adapter, path, pinned)
-            self._residents.pop(name, None)
+            self._drop(name)
+
+    def pin(self, name: str) -> None:
+        """Never drop ``name`` from memory once it is there. Raises: AdapterError: unknown."""
+        with self.lock:
+            self._sources[name] = replace(self._source(name), pinned=True)
 
     def unload(self, name: str) -> None:
         """Drop ``name`` from memory, and forget it unless it is in the folder. Rows that use it finish with it.
@@ -137,7 +102,7 @@ class AdapterBank:
             if name not in self:
                 raise self._unknown(name)
             self._sources.pop(name, None)
-            self._residents.pop(name, None)
+            self._drop(name)
 
     # Adapters in use.
 
@@ -149,15 +114,17 @@ class AdapterBank:
         with self.lock:
             self._check_free()
             source, found = self._source(name), self._residents.get(name)
-        signature, adapter = _signature(source.path), None
+        signature, adapter = signature_of(source.path), None
         if found is None or (source.path is not None and signature != found.signature):  # without holding up the engine
-            adapter = source.adapter or load_adapter(source.path, base=self._base)
-            mx.eval(list(adapter.weights.values()))
+            with self._named(name, source.path):
+                adapter = source.adapter or load_adapter(source.path, base=self._base)
+                mx.eval(list(adapter.weights.values()))
         with self.lock:
             self._clock += 1
             if adapter is not None:
-                with self._bare():
+                with self._bare(), self._named(name, source.path):
                     alone = why_alone(self._model, adapter)
+                self._drop(name)
                 found = self._residents[name] = Resident(name, self._clock, adapter, alone, signature)
             found.used = self._clock
             self._evict(keep=found)
@@ -178,6 +145,11 @@ class AdapterBank:
             if resident.rows == 0:
                 self._in_use.pop(resident.key, None)
                 self._evict()
+
+    def has(self, key: Key) -> bool:
+        """Whether the adapter of that name in memory is this version."""
+        found = self._residents.get(key[0])
+        return found is not None and found.key == key
 
     # What is on the model. Called by the thread that generates.
 
@@ -243,7 +215,10 @@ class AdapterBank:
             if total <= self.memory_limit:
                 break
             total -= resident.adapter.nbytes
-            del self._residents[resident.name]
+            self._drop(resident.name)
+
+    def _drop(self, name: str) -> None:
+        self.drops += self._residents.pop(name, None) is not None
 
     @contextmanager
     def _bare(self) -> Iterator[None]:
@@ -257,6 +232,17 @@ class AdapterBank:
             if mounted:
                 self._multi.mount()
             self._identity = identity(self._model)
+
+    @contextmanager
+    def _named(self, name: str, path: Path | None) -> Iterator[None]:
+        """A context whose errors say names in place of folders, as servers show them to anyone."""
+        try:
+            yield
+        except MLXLoRAError as error:
+            told = [error.message, error.hint]
+            for folder, shown in ((path, name), (self._base, self._base and Path(self._base).name)):
+                told = [text and text.replace(str(folder), shown) for text in told] if folder else told
+            raise type(error)(*told) from None
 
     def _check_free(self) -> None:
         if self._own:
@@ -278,7 +264,7 @@ class AdapterBank:
         """The adapters in the folder, by name. Its own subfolders only, and no links out of it."""
         if self.folder is None or not self.folder.is_dir():
             return []
-        return sorted(path.name for path in self.folder.iterdir() if _is_adapter(path))
+        return sorted(path.name for path in self.folder.iterdir() if is_adapter(path))
 
     def _list(self, name: str) -> Listed:
         source, found = self._source(name), self._residents.get(name)
@@ -290,24 +276,3 @@ class AdapterBank:
             *(name, path, True, source.pinned, config.method, config.rank),
             *(found.adapter.nbytes, tuple(found.alone), found.rows),
         )
-
-
-def _is_adapter(path: Path) -> bool:
-    if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
-        return False
-    try:
-        detect_format(path)
-    except MLXLoRAError:
-        return False
-    return True
-
-
-def _signature(path: Path | None) -> tuple:
-    """What changes when an adapter is written again: names, sizes and times of the files in its folder."""
-    if path is None:
-        return ()
-    try:
-        files = [path] if path.is_file() else sorted(item for item in path.iterdir() if item.is_file())
-        return tuple((file.name, info.st_size, info.st_mtime_ns) for file in files if (info := file.stat()))
-    except OSError:
-        return ()

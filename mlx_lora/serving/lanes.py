@@ -12,8 +12,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..base.batching import why_not_batched
+from .bank import AdapterBank
 from .requests import Row
+from .residents import Resident
 from .rows import AdapterRows, RowModel
+from .schedule import Name
+
+SHARED: Name = ("shared",)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,17 @@ class PromptRead:
     row: Row
     cache: list
     tokens: list[int]
+
+
+def lane_of(row: Row, model: nn.Module) -> Name:
+    """The lane that a row belongs to."""
+    config = row.request.config
+    options = config.kv_bits or config.draft_model or config.max_kv_size
+    if options or row.request.cache is not None or why_not_batched(model):
+        return ("single", id(row))
+    if row.resident is not None and row.resident.alone:
+        return ("alone", row.key)
+    return SHARED
 
 
 class BatchLane:
@@ -190,3 +207,18 @@ class SingleLane:
         if self._steps is not None:
             self._steps.close()
             self._steps = None
+
+
+def make_lane(
+    name: Name,
+    resident: Resident | None,
+    model: nn.Module,
+    bank: AdapterBank,
+    eos: set[int],
+    draft: nn.Module | None,
+    batching: dict[str, Any],
+) -> BatchLane | SingleLane:
+    """Lane ``name`` for rows with the adapter ``resident``. batching: options of ``BatchLane``."""
+    alone = resident is not None and bool(resident.alone)
+    choose = (lambda keys: bank.mount_alone(resident)) if alone else bank.choose
+    return SingleLane(model, choose, eos, draft) if name[0] == "single" else BatchLane(model, choose, eos, **batching)

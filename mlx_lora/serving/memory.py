@@ -9,8 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..device import is_cpu
+from ..errors import MLXLoRAError
 
 _SHARE = 0.9  # of the memory that MLX or the system reports; the rest is for activations
+
+
+class TooLongError(MLXLoRAError):
+    """A row would not fit into memory even alone."""
 
 
 def new_cache(model: nn.Module, max_kv_size: int | None = None) -> list:
@@ -55,6 +60,18 @@ class KeysAndValues:
         """Of one row of so many tokens."""
         grown = sum(each * (min(tokens, most) if most else tokens) for each, most in self._growing)
         return self._fixed + int(grown)
+
+    def of_batch(self, tokens: list[int]) -> int:
+        """Of a batch of rows of so many tokens each: it takes for each what the longest takes."""
+        return len(tokens) * self.nbytes(max(tokens))
+
+    def check(self, tokens: int, limit: int) -> None:
+        """Raises: TooLongError: one row of so many tokens needs more than ``limit`` bytes."""
+        if (needed := self.nbytes(tokens)) > limit:
+            sizes = f"{needed / 1e9:.2f} GB, and there are {limit / 1e9:.2f} GB"
+            raise TooLongError(
+                f"the keys and values of {tokens} tokens need {sizes}", "Shorten the prompt, or lower max_tokens."
+            )
 
 
 def _flat(caches: Any) -> list:

@@ -8,9 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import GenerateConfig
-from .bank import Resident
-from .sampling import Guarded, LogitsProcessor
+from ..errors import MLXLoRAError
+from .residents import Resident
+from .sampling import Guarded, LogitsProcessor, make_processors, make_sampler
 from .text import AnswerText
+
+
+class BusyError(MLXLoRAError):
+    """The queue is full."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,26 @@ class Row:
         self.cached = 0
         self.cancelled = self.ended = False
         self.arrived = time.perf_counter()
+        self.round: int | None = None  # its place among the requests for all adapters; see schedule.py
         self.admitted: float | None = None
         self.first: float | None = None  # time of the first token
         self.text: AnswerText | None = None
         self.guard: Guarded | None = None
         self.state: Any = None  # of the lane that computes the row
+
+    def begin(self, tokenizer: Any) -> None:
+        """Make what its tokens are drawn and written with. Does nothing if it was computed before."""
+        if self.guard is None:
+            config = self.request.config
+            processors = [*make_processors(config), *self.request.processors]
+            self.guard = Guarded(make_sampler(config, tokenizer), processors)
+            self.text = AnswerText(tokenizer, config.stop, self.request.parts, self.request.state)
+            self.admitted = time.perf_counter()
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the longest answer."""
+        return len(self.request.tokens) + self.request.config.max_tokens
 
     @property
     def key(self) -> Any:

@@ -90,6 +90,17 @@ def check_sampling(config: GenerateConfig, vocab_size: int) -> None:
         raise ConfigError("\n".join(faults), "Correct these options, or leave them out.")
 
 
+def extra_eos(config: GenerateConfig, tokenizer: Any, vocab_size: int) -> set[int]:
+    """The tokens that ``config.extra_eos_token`` names. Raises: ConfigError: the tokenizer has no such token."""
+    found = set()
+    for name in config.extra_eos_token:
+        token = int(name) if name.isdecimal() else tokenizer.convert_tokens_to_ids(name)
+        if token is None or token == getattr(tokenizer, "unk_token_id", None) or not 0 <= token < vocab_size:
+            raise ConfigError(f"extra_eos_token: this tokenizer has no token {name!r}", "Name one of its tokens.")
+        found.add(token)
+    return found
+
+
 class Guarded:
     """Calls a row's sampler or processors. What one of them raises is kept in ``error`` and ends that row alone."""
 

@@ -74,6 +74,7 @@ ALWAYS = {
         *("adapters", "host", "port", "api_key", "allow_host", "allow_origin", "batch_size", "queue_size"),
         *("max_tokens_limit", "request_timeout", "body_limit", "adapter_memory", "prompt_cache_size"),
         *("max_tokens", "prefill_step_size", "chat_template_config", "extra_eos_token", "trust_remote_code"),
+        "draft_model",
     },
     "fuse": {"adapter_path", "dequantize", "trust_remote_code"},  # --dequantize of a dense base is a warning
     "quantize": {"mode", "trust_remote_code"},
@@ -217,6 +218,8 @@ RULES = {
     ("generate", "prompt_cache_file"): ["generate --model BASE --prompt x --prompt-cache-file nowhere"],
     ("serve", "adapters_dir"): ["serve --model BASE --adapters-dir nowhere"],
     ("serve", "merge"): ["serve --model BASE --merge"],
+    ("serve", "pin"): ["serve --model BASE --pin x"],
+    ("serve", "num_draft_tokens"): ["serve --model BASE --num-draft-tokens 5"],
     ("generate", "system_prompt"): [
         "generate --model BASE --prompt x --system-prompt y --ignore-chat-template",
     ],

@@ -12,8 +12,8 @@ from conftest import shake
 from mlx_lora import AdapterConfig, GenerateConfig, attach, extract, fuse, load, mount, unmount
 from mlx_lora.errors import AdapterError, ConfigError
 from mlx_lora.serving.bank import AdapterBank
-from mlx_lora.serving.engine import BusyError, Engine, TooLongError
-from mlx_lora.serving.memory import new_cache
+from mlx_lora.serving.engine import BusyError, Engine
+from mlx_lora.serving.memory import TooLongError, new_cache
 from mlx_lora.serving.requests import Request
 from mlx_lora.tiny_base import PATH
 
@@ -188,7 +188,7 @@ def test_lanes_take_turns(engine):
     order = []
     requests = [request(engine, adapter=name, max_tokens=60) for name in ("a", "dora")]
     rows = [engine.submit(each, lambda piece, name=each.adapter: order.append(name)) for each in requests]
-    engine.turn_seconds = 0.0
+    engine.schedule.turn_seconds = 0.0
     while not all(row.ended for row in rows):
         engine.step()
     assert len([name for name, _ in itertools.groupby(order)]) > 10

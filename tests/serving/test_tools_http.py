@@ -146,7 +146,8 @@ def test_a_tool_is_called_and_its_result_read_by_openais_chat(served, stream):
     engine.says = written(kind, WEATHER, CLOCK)
     message, reason = completion(url, stream)
     assert calls_of(message) == [WEATHER, CLOCK] and reason == "tool_calls" and not message.content
-    assert len({call.id for call in message.tool_calls}) == 2
+    ids = {call.id for call in message.tool_calls}
+    assert len(ids) == 2 and all(len(each) == 9 and each.isalnum() for each in ids), "what Mistral's templates accept"
     results = [
         {"role": "tool", "tool_call_id": call.id, "content": [{"type": "text", "text": f"result {n}"}]}
         for n, call in enumerate(message.tool_calls)
@@ -378,6 +379,7 @@ def test_reasoning_is_told_apart_and_goes_back_into_the_prompt(minimind):
     assert "Hm, Zürich?" in engine.prompt_text
     made = chat(url).responses.create(model="tiny", input=ASK, tools=FLAT, max_output_tokens=200)
     assert [item.type for item in made.output] == ["reasoning", "function_call"]
+    assert 3 < made.usage.output_tokens_details.reasoning_tokens < made.usage.output_tokens
     output = {"type": "function_call_output", "call_id": made.output[1].call_id, "output": "12:00"}
     chat(url).responses.create(
         model="tiny", input=[*ASK, *(item.to_dict() for item in made.output), output], tools=FLAT, max_output_tokens=9

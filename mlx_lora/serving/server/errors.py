@@ -13,7 +13,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ...errors import AdapterError, ConfigError, DataError, FormatError, MLXLoRAError
-from ..engine import BusyError, TooLongError
+from ..engine import BusyError
+from ..memory import TooLongError
 from ..worker import Stopped
 from . import shapes
 from .state import NameTaken, OutOfTime, UnknownModel

@@ -46,6 +46,7 @@ class Answer:
         self.text = self.reasoning = ""
         self.calls: list[ToolCall] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.reasoning_tokens = 0
         self.last: Piece | None = None
 
     @property
@@ -65,6 +66,7 @@ class Answer:
             self._call = (self._call or "") + piece.text
         elif piece.kind == "reasoning":
             self.reasoning += piece.text
+            self.reasoning_tokens += piece.token is not None
             events += [Event("reasoning", piece.text)] if piece.text else []
         elif piece.text or piece.logprobs is not None:
             said = self._said(piece.text, piece.logprobs)

@@ -24,8 +24,9 @@ from ...config import SAMPLING, GenerateConfig
 from .difference import difference
 from .events import Answer, Event
 from .markdown import code_stylesheet, render
-from .openai import events, read_message, server_of, sse, stream
+from .openai_requests import read_message
 from .state import Ask, Server
+from .streams import events, server_of, sse, stream
 
 router = APIRouter(include_in_schema=False)
 MOST_COLUMNS = 8  # answers side by side

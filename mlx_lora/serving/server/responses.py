@@ -180,7 +180,7 @@ def _end(answer: Answer) -> dict[str, Any]:
             "input_tokens": last.prompt_tokens,
             "input_tokens_details": {"cached_tokens": last.cached_tokens},
             "output_tokens": last.generation_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": answer.reasoning_tokens},
             "total_tokens": last.prompt_tokens + last.generation_tokens,
         },
     }

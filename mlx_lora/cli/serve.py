@@ -99,6 +99,8 @@ def _check(params: dict[str, Any]) -> None:
         faults.append("--merge takes one --adapter, and no --adapters-dir")
     if params["adapters_dir"] and not Path(params["adapters_dir"]).is_dir():
         faults.append(f"--adapters-dir {params['adapters_dir']}: no such folder")
+    if params["runs_dir"] and not Path(params["runs_dir"]).is_dir():
+        faults.append(f"--runs-dir {params['runs_dir']}: no such folder")
     if faults:
         raise ConfigError("\n".join(faults), "Give each adapter once, under a name of its own, and folders that exist.")
     for _, path in params["adapters"]:

@@ -23,7 +23,9 @@ _HEADERS = {
     b"cross-origin-resource-policy": b"same-origin",
 }
 # Where no key is asked for: the page's files, which ask the user for it, and what tells that the server runs.
-_OPEN, _OPEN_FOLDER = ("/", "/health"), "/static/"
+# Reports of runs are opened as pages, without headers; their addresses are signed, see runs.py.
+_OPEN, _OPEN_FOLDERS = ("/", "/health"), ("/static/", "/reports/")
+_UPLOAD = "/page/adapters"
 
 
 class Guard:
@@ -42,7 +44,7 @@ class Guard:
             return await errors.answer(scope["path"], *refused)(scope, receive, self._with_headers(send, headers))
         if scope["method"] == "OPTIONS" and headers.get("origin") in self._config.allow_origin:  # a browser's preflight
             return await Response(status_code=204)(scope, receive, self._with_headers(send, headers))
-        await self._app(scope, self._limited(receive), self._with_headers(send, headers))
+        await self._app(scope, self._limited(receive, self._body_limit(scope)), self._with_headers(send, headers))
 
     def _refusal(self, scope: dict, headers: dict[str, str]) -> tuple[int, str] | None:
         """(status, message) of a request that is refused."""
@@ -52,11 +54,12 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and not self._own(origin, headers) and origin not in self._config.allow_origin:
             return 403, f"web pages of {origin[:100]!r} may not ask; to allow it, start the server with --allow-origin"
-        if (length := headers.get("content-length", "")).isdecimal() and int(length) > self._config.body_limit:
-            return 413, f"the body is larger than {self._config.body_limit} bytes"
+        limit = self._body_limit(scope)
+        if (length := headers.get("content-length", "")).isdecimal() and int(length) > limit:
+            return 413, f"the body is larger than {limit} bytes"
         if scope["method"] == "OPTIONS" and origin is not None:
             return None
-        open_path = scope["path"] in _OPEN or scope["path"].startswith(_OPEN_FOLDER)
+        open_path = scope["path"] in _OPEN or scope["path"].startswith(_OPEN_FOLDERS)
         if self._config.api_key is not None and not open_path and not self._knows_key(headers):
             return 401, "the API key is missing or wrong: send it as Authorization: Bearer KEY"
         return None
@@ -70,7 +73,11 @@ class Guard:
         given = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         return hmac.compare_digest(given.encode(), self._config.api_key.encode())
 
-    def _limited(self, receive: Any) -> Any:
+    def _body_limit(self, scope: dict) -> int:
+        upload = scope["method"] == "POST" and scope["path"] == _UPLOAD
+        return self._config.upload_limit if upload else self._config.body_limit
+
+    def _limited(self, receive: Any, limit: int) -> Any:
         """``receive`` that ends a body, of whatever announced length, at the limit."""
         seen, whole = 0, False
 
@@ -82,8 +89,8 @@ class Guard:
                 raise errors.HTTPException(408, f"the body did not arrive within {_BODY_SECONDS} seconds") from None
             whole = not message.get("more_body", False)
             seen += len(message.get("body", b""))
-            if seen > self._config.body_limit:
-                raise errors.HTTPException(413, f"the body is larger than {self._config.body_limit} bytes")
+            if seen > limit:
+                raise errors.HTTPException(413, f"the body is larger than {limit} bytes")
             return message
 
         return limited

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,24 @@ def serve(**params: Any):
     mlx-lora serve --model mlx-community/Qwen3-4B-4bit --adapters-dir my_adapters --port 9000
     mlx-lora serve --model Qwen/Qwen3-0.6B --host 0.0.0.0 --api-key "$(openssl rand -hex 16)"
     """
+    start(params)
+
+
+def check_installed(command: str) -> None:
+    """Refuse ``command`` where the packages of the extra ``serve`` are missing."""
+    try:
+        from ..serving.server import run  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"{command} needs packages that are not installed ({error.name})", _INSTALL) from None
+
+
+def start(params: dict[str, Any], on_ready: Callable[[str], None] = lambda url: None) -> None:
+    """Serve with the options of ``serve``. ``on_ready`` is called with the address when the server listens."""
     config, defaults = build(ServeConfig, params), build(GenerateConfig, params)
     _check(params)
-    try:
-        from ..serving.server.run import serve as run
-        from ..serving.server.state import Server
-    except ImportError as error:
-        raise ConfigError(f"serve needs packages that are not installed ({error.name})", _INSTALL) from None
+    check_installed("serve")
+    from ..serving.server.run import serve as run
+    from ..serving.server.state import Server
     from ..serving.worker import Worker
 
     engine, name = _engine(params, config, defaults)
@@ -79,6 +91,7 @@ def serve(**params: Any):
         console.note(f"Models: {', '.join([name, *engine.bank.names])}")
         console.note(f"Chat page: {url}/")
         console.note(f"Serving at {url} (Ctrl-C ends it)")
+        on_ready(url)
 
     run(Server(engine, Worker(engine), config, name, defaults), ready)
 

@@ -51,7 +51,8 @@ class ServeConfig:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
         check_types(self)
         faults = []
-        numbers = {"batch_size": 1, "queue_size": 1, "max_tokens_limit": 1, "body_limit": 1000, "upload_limit": 1000, "prompt_cache_size": 0}
+        numbers = {"batch_size": 1, "queue_size": 1, "max_tokens_limit": 1, "prompt_cache_size": 0}
+        numbers |= {"body_limit": 1000, "upload_limit": 1000}
         for name, least in numbers.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -6,7 +6,7 @@ import { chosen, nameOf, rounds, shownRound } from "./conversation.js";
 import { $, copy, el, html, icon, iconButton, notice } from "./dom.js";
 
 const rendered = new Map(); // answer's id -> the HTML of the first `length` characters of its text
-const drawn = new Map(); // turn's id -> its element and what it was drawn from
+let drawn = new Map(); // turn's id -> its element and what it was drawn from
 let editing = null; // the id of the turn whose message is being edited
 let actions = {};
 
@@ -18,18 +18,20 @@ export function draw() {
   const parent = $("turns");
   const bottom = atBottom();
   const focused = document.activeElement?.dataset?.key;
+  const old = drawn;
+  drawn = new Map();
   const elements = turns.map(({ turn, versions }) => {
-    const busy = chat.state.busy !== null;
-    const source = JSON.stringify([turn, versions.map(({ id }) => id), editing === turn.id, busy]);
-    const known = drawn.get(turn.id);
-    if (known?.source === source) return known.element;
-    const element = drawTurn(turn, versions);
+    const source = JSON.stringify([turn, versions.map(({ id }) => id), editing === turn.id]);
+    const known = old.get(turn.id);
+    const element = known?.source === source ? known.element : drawTurn(turn, versions);
     drawn.set(turn.id, { source, element });
     return element;
   });
   const fresh = elements.length ? elements : [empty()];
   [...parent.children].filter((child) => !fresh.includes(child)).forEach((child) => child.remove());
   fresh.forEach((element, index) => { if (parent.children[index] !== element) parent.insertBefore(element, parent.children[index] ?? null); });
+  const busy = chat.state.busy !== null;
+  parent.querySelectorAll("[data-idle]").forEach((button) => { button.disabled = busy; });
   if (focused && document.activeElement === document.body) parent.querySelector(`[data-key="${focused}"]`)?.focus({ preventScroll: true });
   if (bottom) toBottom();
 }
@@ -57,15 +59,14 @@ function drawTurn(turn, versions) {
 }
 
 function drawUser(turn, versions) {
-  const busy = chat.state.busy !== null;
   if (editing === turn.id) return el("div", { className: "user" }, editor(turn));
   return el("div", { className: "user" },
     el("h2", { className: "visually-hidden" }, "You"),
     el("p", {}, turn.user),
     el("div", { className: "actions" },
-      pager("Version of this message", versions.map(({ id }) => id), turn.id, (id) => chat.show(versions.find((each) => each.id === id)), busy),
+      pager("Version of this message", versions.map(({ id }) => id), turn.id, (id) => chat.show(versions.find((each) => each.id === id))),
       copyButton(() => turn.user, "Copy the message", `copy-${turn.id}`),
-      iconButton("edit", "Edit the message", () => edit(turn), { disabled: busy, "data-key": `edit-${turn.id}` })));
+      iconButton("edit", "Edit the message", () => edit(turn), { "data-idle": "", "data-key": `edit-${turn.id}` })));
 }
 
 function editor(turn) {
@@ -105,7 +106,7 @@ function drawAnswer(turn, answer, compared) {
 
 function picker(turn, answer, picked) {
   return el("button", {
-    type: "button", className: picked ? "quiet" : "outlined", "aria-pressed": String(picked), disabled: chat.state.busy !== null,
+    type: "button", className: picked ? "quiet" : "outlined", "aria-pressed": String(picked), "data-idle": "",
     "data-key": `pick-${answer.id}`, title: "The conversation goes on with this answer", on: { click: () => chat.choose(turn, answer.id) },
   }, picked ? "Chosen" : "Continue with this");
 }
@@ -127,23 +128,25 @@ function answerActions(turn, answer, compared) {
 }
 
 function roundActions(turn) {
-  const busy = chat.state.busy !== null;
   const firsts = rounds(turn).map((round) => turn.answers.filter((answer) => answer.round === round));
   const ids = firsts.map((answers) => answers[0].id);
   const now = ids[firsts.findIndex((answers) => answers.includes(chosen(turn)))];
   if (shownRound(turn).some(chat.isGrowing)) return [];
   return [
-    iconButton("again", "Answer again", () => chat.regenerate(turn), { disabled: busy, "data-key": `again-${turn.id}` }),
+    iconButton("again", "Answer again", () => chat.regenerate(turn), { "data-idle": "", "data-key": `again-${turn.id}` }),
     turn.answers.filter(({ text }) => text).length > 1
       ? iconButton("difference", "Show the difference", () => actions.compare(turn), { "data-key": `difference-${turn.id}` }) : null,
-    pager("Answers", ids, now, (id) => chat.choose(turn, id), busy),
+    pager("Answers", ids, now, (id) => chat.choose(turn, id)),
   ];
 }
 
-function pager(label, ids, now, go, disabled) {
+function pager(label, ids, now, go) {
   if (ids.length < 2) return null;
   const at = ids.indexOf(now);
-  const step = (name, text, to) => iconButton(name, text, () => go(ids[to]), { disabled: disabled || to < 0 || to >= ids.length, "data-key": `${name}-${ids[0]}` });
+  const step = (name, text, to) => {
+    const usable = to >= 0 && to < ids.length ? { "data-idle": "" } : { disabled: true };
+    return iconButton(name, text, () => go(ids[to]), { ...usable, "data-key": `${name}-${ids[0]}` });
+  };
   return el("span", { className: "pager", role: "group", "aria-label": label }, step("left", "Previous", at - 1), `${at + 1}/${ids.length}`, step("right", "Next", at + 1));
 }
 

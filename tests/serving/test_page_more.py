@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -109,9 +110,7 @@ def test_an_upload_is_an_adapter_at_once(client, folders, server):
     assert again.status_code == 400 and "exists already" in message(again)
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", ".hidden", "a/b", "../up", "a\\b", "a\0b", "é", "x" * 101, "tiny", "base"]
-)
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../up", "a\\b", "a\0b", "é", "x" * 101, "tiny"])
 def test_an_uploaded_adapter_has_a_plain_name(client, folders, name):
     before = names(folders)
     answer = send(client, name, files_of(folders[2] / "fresh"))
@@ -190,11 +189,9 @@ def test_an_upload_without_a_length_is_cut_off_at_the_limit(client, folders):
             yield b"\0" * 100_000
 
     query = urlencode([("name", "endless"), *(("file", f"{name}:{len(content)}") for name, content in files.items())])
-    try:
+    with suppress(httpx.TransportError):  # the server may close before everything is sent
         assert client.post(f"/page/adapters?{query}", content=endless()).status_code in (400, 413)
-    except httpx.TransportError:  # the server may close before everything is sent
-        pass
-    assert names(folders) == before
+    wait_for(lambda: names(folders) == before)
 
 
 def test_an_upload_that_the_client_breaks_off_leaves_nothing(server, folders):

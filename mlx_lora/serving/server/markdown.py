@@ -15,7 +15,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.styles import get_style_by_name
-from pygments.token import STANDARD_TYPES
+from pygments.token import STANDARD_TYPES, Whitespace
 from pygments.util import ClassNotFound
 
 LONGEST = 200_000  # characters; a longer text is shown without Markdown
@@ -47,7 +47,7 @@ def code_stylesheet() -> str:
     light, dark = get_style_by_name(_LIGHT), get_style_by_name(_DARK)
     rules = []
     for token, name in STANDARD_TYPES.items():
-        if not name:
+        if not name or token is Whitespace:
             continue
         styles = [style.style_for_token(token) for style in (light, dark)]
         colors = [f"#{style['color']}" if style["color"] else "inherit" for style in styles]

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("markdown_it")
 pytest.importorskip("nh3")
 
+from page_helpers import ask, chromium, opened  # noqa: E402
 from serving_helpers import make_adapters, running  # noqa: E402
 
 from mlx_lora.base.locking import LOCK, is_locked, locked  # noqa: E402
@@ -376,3 +378,148 @@ def test_the_lock_of_a_run_is_looked_at_without_taking_it(tmp_path):
 def test_settings_of_uploads_and_runs_are_checked(given):
     with pytest.raises(ConfigError):
         ServeConfig(**given)
+
+
+# The page itself.
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
+
+
+def test_a_folder_is_uploaded_and_answers(browser, server, folders):
+    from playwright.sync_api import expect
+
+    with opened(browser, server[0]) as page:
+        page.get_by_role("button", name="Adapters", exact=True).click()
+        dialog = page.get_by_role("dialog", name="Adapters")
+        expect(dialog.get_by_text("rank 4", exact=False).first).to_be_visible()
+        page.get_by_label("a folder").set_input_files(folders[2] / "fresh")
+        expect(page.get_by_label("Name")).to_have_value("fresh")
+        page.get_by_label("Name").fill("pirate")
+        page.get_by_role("button", name="Upload").click()
+        expect(page.locator("#adapter-result")).to_contain_text("exists already")
+        page.get_by_label("Name").fill("from-the-page")
+        page.get_by_role("button", name="Upload").click()
+        expect(page.locator("#adapter-result")).to_contain_text("fits this model")
+        page.get_by_role("button", name="Chat with from-the-page").click()
+        expect(page.locator("#open-models")).to_have_text("base | from-the-page")
+        ask(page, "Hello")
+        expect(page.locator(".answer")).to_have_count(2)
+        page.get_by_role("button", name="Adapters", exact=True).click()
+        page.get_by_role("button", name="Unload from-the-page").click()
+        expect(page.get_by_role("button", name="Unload from-the-page")).to_have_count(0)
+    assert files_of(folders[0] / "from-the-page") == files_of(folders[2] / "fresh")
+
+
+def test_files_that_are_no_adapter_are_told_before_they_are_sent(browser, server, tmp_path):
+    from playwright.sync_api import expect
+
+    config, weights, pickled = (
+        tmp_path / name for name in ("adapter_config.json", "x.safetensors", "adapter_model.bin")
+    )
+    for file in (config, weights, pickled):
+        file.write_bytes(b"{}")
+    with open(weights, "wb") as file:
+        file.truncate(LIMIT + 1)
+    with opened(browser, server[0]) as page:
+        page.get_by_role("button", name="Adapters", exact=True).click()
+        for files, told in (
+            ([config, pickled], "mlx-lora convert"),
+            ([config], "no .safetensors file"),
+            ([weights], "no adapter_config.json"),
+            ([config, weights], "--upload-limit"),
+        ):
+            page.get_by_label("or its files").set_input_files(files)
+            expect(page.locator("#adapter-result")).to_contain_text(told)
+            expect(page.get_by_role("button", name="Upload")).to_be_disabled()
+
+
+def test_a_run_is_drawn_as_it_goes(browser, server, folders):
+    from playwright.sync_api import expect
+
+    folder = folders[1] / "watched"
+    folder.mkdir()
+    with locked(folder), opened(browser, server[0]) as page:
+        write(folder, begin(at=time.time()) + line("ValReport", iteration=0, val_loss=3.0) + train(10, 2.0))
+        page.get_by_role("button", name="Runs", exact=True).click()
+        card = page.locator("#run-list > li", has_text="watched")
+        expect(card).to_contain_text("Running")
+        expect(card).to_contain_text("Iteration 10 of 100 · loss 2.000 · validation loss 3.000")
+        expect(card.get_by_role("img")).to_have_attribute("aria-label", re.compile("training from 2.00 to 2.00"))
+        write(folder, train(20, 1.0))
+        expect(card).to_contain_text("Iteration 20 of 100")
+        expect(card.get_by_role("img")).to_have_attribute("aria-label", re.compile("training from 2.00 to 1.00"))
+        write(folder, line("Done", iteration=100, stopped=False, reason="complete"))
+        expect(card).to_contain_text("Finished")
+        with page.expect_popup() as popup:
+            card.get_by_role("link", name="Report of watched").click()
+        expect(popup.value.locator("h1")).to_contain_text("watched")
+
+
+def test_a_checkpoint_of_a_run_answers_beside_the_base(browser, folders, tmp_path):
+    from playwright.sync_api import expect
+
+    save_adapter(load_adapter(folders[2] / "fresh"), tmp_path / "mine")
+    (tmp_path / "mine" / "training_state.safetensors").write_bytes(b"")
+    write(tmp_path / "mine", begin() + train(10, 2.0))
+    with (
+        running(tmp_path, runs_dir=str(tmp_path), api_key=KEY) as (url, _),
+        opened(browser, url, allowed=("401",)) as page,
+    ):
+        page.get_by_label("Key").fill(KEY)
+        page.get_by_role("button", name="Continue").click()
+        page.get_by_role("button", name="Runs", exact=True).click()
+        page.get_by_role("button", name="Chat with the last checkpoint of mine").click()
+        expect(page.locator("#open-models")).to_have_text("base | mine-last")
+        page.get_by_role("button", name="Runs", exact=True).click()
+        with page.expect_popup() as popup:
+            page.get_by_role("link", name="Report of mine").click()
+        expect(popup.value.locator("h1")).to_contain_text("mine")
+
+
+DIALOGS = ("adapters", "runs", "models", "settings", "files", "help")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_no_serious_fault(browser, server, folders, theme):
+    from playwright.sync_api import expect
+
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    write(folders[1] / "drawn", begin() + train(10, 2.0) + train(20, 1.0))
+
+    def check(page, where: str) -> None:
+        found = axe.run(page, options={"resultTypes": ["violations"]}).response["violations"]
+        told = [
+            (each["id"], node["html"][:200], node.get("failureSummary", "")[:300])
+            for each in found
+            if each["impact"] in ("serious", "critical")
+            for node in each["nodes"]
+        ]
+        assert not told, f"{where}: {told}"
+
+    with opened(browser, f"{server[0]}/?columns=base,pirate", color_scheme=theme, reduced_motion="reduce") as page:
+        ask(page, "Anna left a red kite at the park.")
+        expect(page.locator(".answer")).to_have_count(2)
+        for width in (390, 820, 1440):
+            page.set_viewport_size({"width": width, "height": 844})
+            check(page, f"compare view at {width}")
+            overflow = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+            assert overflow <= 0, f"the page is {overflow} pixels wider than {width}"
+            if width < 832:
+                page.get_by_role("button", name="Conversations").click()
+                check(page, f"list of conversations at {width}")
+            for name in DIALOGS:
+                page.locator(f"#open-{name}").dispatch_event("click")
+                dialog = page.locator(f"dialog#{name}")
+                expect(dialog).to_be_visible()
+                if name in ("adapters", "runs"):
+                    expect(dialog.locator(".card").first).to_be_visible()
+                check(page, f"{name} at {width}")
+                assert dialog.evaluate("it => it.scrollWidth - it.clientWidth") <= 0, f"{name} at {width} is too wide"
+                page.keyboard.press("Escape")
+                expect(dialog).to_be_hidden()
+            if width < 832:
+                page.locator("#close-sidebar").dispatch_event("click")

@@ -397,11 +397,11 @@ def test_a_folder_is_uploaded_and_answers(browser, server, folders):
         dialog = page.get_by_role("dialog", name="Adapters")
         expect(dialog.get_by_text("rank 4", exact=False).first).to_be_visible()
         page.get_by_label("a folder").set_input_files(folders[2] / "fresh")
-        expect(page.get_by_label("Name")).to_have_value("fresh")
-        page.get_by_label("Name").fill("pirate")
+        expect(page.locator("#adapter-name")).to_have_value("fresh")
+        page.locator("#adapter-name").fill("pirate")
         page.get_by_role("button", name="Upload").click()
         expect(page.locator("#adapter-result")).to_contain_text("exists already")
-        page.get_by_label("Name").fill("from-the-page")
+        page.locator("#adapter-name").fill("from-the-page")
         page.get_by_role("button", name="Upload").click()
         expect(page.locator("#adapter-result")).to_contain_text("fits this model")
         page.get_by_role("button", name="Chat with from-the-page").click()
@@ -469,7 +469,7 @@ def test_a_checkpoint_of_a_run_answers_beside_the_base(browser, folders, tmp_pat
         running(tmp_path, runs_dir=str(tmp_path), api_key=KEY) as (url, _),
         opened(browser, url, allowed=("401",)) as page,
     ):
-        page.get_by_label("Key").fill(KEY)
+        page.locator("#key-value").fill(KEY)
         page.get_by_role("button", name="Continue").click()
         page.get_by_role("button", name="Runs", exact=True).click()
         page.get_by_role("button", name="Chat with the last checkpoint of mine").click()

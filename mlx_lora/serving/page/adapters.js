@@ -41,7 +41,7 @@ function row(adapter) {
   return el("li", { className: "card" },
     el("div", { className: "row" },
       el("h3", {}, name),
-      problem ? null : el("button", { type: "button", className: "outlined text", "aria-label": `Chat with ${name}`, on: { click: () => chatWith(name, $("adapters")) } }, "Chat"),
+      problem ? null : el("button", { type: "button", className: "outlined text", "aria-label": `Chat with ${name}`, "data-adapter": name, on: { click: () => chatWith(name, $("adapters")) } }, "Chat"),
       loaded ? el("button", { type: "button", className: "outlined text", "aria-label": `Unload ${name}`, on: { click: () => unload(name) } }, "Unload") : null),
     problem ? el("p", { className: "error lines" }, problem) : el("p", { className: "hint" }, facts.filter(Boolean).join(" · ")),
     alone?.length ? el("p", { className: "hint" }, `Answers in a batch of its own: ${alone.join("; ")}.`) : null);
@@ -54,7 +54,7 @@ async function unload(name) {
   } catch (error) { say(error.message, true); }
   await draw();
   changed();
-  $("adapters-title").focus();
+  $("adapter-list").querySelector(`[data-adapter="${CSS.escape(name)}"]`)?.focus();
 }
 
 function say(text, fault = false) {

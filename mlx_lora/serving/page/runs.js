@@ -116,7 +116,10 @@ function plot(svg, points) {
     node("line", { x1: 56, y1: 124, x2: 628, y2: 124, class: "axis" }),
     ...(finite.length ? [text(50, 17, "end", most.toPrecision(3)), text(50, 124, "end", least.toPrecision(3))] : []),
     text(56, 142, "start", "0"), text(628, 142, "end", end.toLocaleString("en")),
-    text(342, 142, "middle", "— training   ●- validation"),
+    ...[["training", 215], ["validation", 345]].flatMap(([set, at]) => [
+      node("path", { d: `M${at} 137h24`, class: set }),
+      text(at + 32, 142, "start", set)]),
+    node("circle", { cx: 357, cy: 137, r: 3, class: "validation" }),
     ...curves.map(([set, curve]) => node("path", { d: path(curve), class: set })),
     ...curves[1][1].filter(([, , loss]) => loss !== null).map(([, iteration, loss]) => node("circle", { cx: x(iteration).toFixed(1), cy: y(loss).toFixed(1), r: 3, class: "validation" })));
   const told = curves.map(([set, curve]) => [set, curve.filter(([, , loss]) => loss !== null)]).filter(([, curve]) => curve.length)

@@ -161,14 +161,16 @@ class Runs:
         self.folder, self._runs, self._lock = folder, {}, threading.Lock()
 
     def read(self) -> dict[str, Run]:
-        """All runs, the folder's own or those of its subfolders; the latest first."""
+        """All runs, the folder's own or those of its subfolders; those that go on first, then the latest."""
         with self._lock:
             known = self._runs
             self._runs = {each: known.get(each) or Run(each.resolve().name, each) for each in self._folders()}
             found = self._runs
         for run in found.values():
             run.read()
-        return {run.name: run for run in sorted(found.values(), key=lambda run: -(run.time or 0))}
+        going = ("starting", "running")
+        ordered = sorted(found.values(), key=lambda run: (run.state not in going, -(run.time or 0)))
+        return {run.name: run for run in ordered}
 
     def _folders(self) -> list[Path]:
         if _is_run(self.folder):

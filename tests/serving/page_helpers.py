@@ -76,4 +76,4 @@ def ask(page: Any, text: str) -> None:
 
 def answered(page: Any) -> None:
     """Wait until nothing is being answered."""
-    page.get_by_role("button", name="Send", exact=True).wait_for(state="visible")
+    page.locator("#send").wait_for(state="visible")

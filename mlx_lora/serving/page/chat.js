@@ -69,6 +69,7 @@ export const regenerate = (turn) => exclusively((signal) => answer(turn, signal)
 async function exclusively(work) {
   if (state.busy) return false;
   state.busy = new AbortController();
+  listeners.draw();
   try {
     await work(state.busy.signal);
   } catch (error) {

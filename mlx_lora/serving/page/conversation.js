@@ -14,7 +14,7 @@ export function newTurn(conversation, parent, user) {
   return { id: newId(), conversation, parent, user, created: last, answers: [], chosen: null };
 }
 
-// round: answers to the same message that were made together. adapter: null for the base.
+// round: answers to the same message that were made together. adapter: null for the base, undefined where imported.
 export const newAnswer = (round, adapter, system, text = "") => ({
   id: newId(), round, adapter, system, text, reasoning: "", done: text !== "", error: null, numbers: null, vote: 0,
 });
@@ -63,4 +63,4 @@ export function before(turn, turns) {
 }
 
 export const title = (text) => (text.trim().split("\n")[0].slice(0, 60) || "New chat");
-export const nameOf = (adapter) => adapter ?? "base";
+export const nameOf = (adapter) => (adapter === undefined ? "imported" : adapter ?? "base");

@@ -56,6 +56,7 @@ function startNew() {
   question.focus();
 }
 
+let sent = -Infinity; // when a message was sent last; a double click on Send must not press Stop, which replaces it
 const keepDraft = () => sessionStorage.setItem("draft", question.value);
 question.addEventListener("input", keepDraft);
 
@@ -63,6 +64,7 @@ $("composer").addEventListener("submit", async (event) => {
   event.preventDefault();
   const text = question.value;
   if (!text.trim() || chat.state.busy) return;
+  sent = event.timeStamp;
   question.value = "";
   keepDraft();
   const asking = chat.send(text);
@@ -80,7 +82,11 @@ question.addEventListener("keydown", (event) => {
     view.edit(last.turn);
   }
 });
-$("stop").addEventListener("click", () => { chat.stop(); question.focus(); });
+$("stop").addEventListener("click", (event) => {
+  if (event.timeStamp - sent < 500) return;
+  chat.stop();
+  question.focus();
+});
 $("new").addEventListener("click", startNew);
 $("open-sidebar").addEventListener("click", () => sidebar.toggle(true));
 $("close-sidebar").addEventListener("click", () => { sidebar.toggle(false); $("open-sidebar").focus(); });

@@ -37,15 +37,22 @@ function drawColumns() {
   const now = columns();
   $("open-models").textContent = now.map(nameOf).join(" | ");
   $("open-models").setAttribute("aria-label", `Who answers: ${now.map(nameOf).join(", ")}`);
-  const focused = document.activeElement?.dataset.adapter;
-  $("columns").replaceChildren($("columns").querySelector("legend"), ...[null, ...server.adapters].map((adapter) => {
-    const full = now.length >= server.most_columns && !now.includes(adapter);
-    const last = now.length === 1 && now.includes(adapter);
-    const change = () => setColumns(now.includes(adapter) ? now.filter((each) => each !== adapter) : [...now, adapter]);
-    const box = el("input", { type: "checkbox", checked: now.includes(adapter), disabled: full || last, "data-adapter": adapter ?? "", on: { change } });
-    return el("label", {}, box, adapter === null ? `base (${server.base})` : adapter);
-  }));
-  if (focused !== undefined) $("columns").querySelector(`[data-adapter="${CSS.escape(focused)}"]`)?.focus();
+  const boxes = new Map([...$("columns").querySelectorAll("input")].map((box) => [box.dataset.adapter, box]));
+  const drawn = [null, ...server.adapters].map((adapter) => {
+    const key = adapter ?? "";
+    const known = boxes.get(key);
+    const box = known ?? el("input", { type: "checkbox", "data-adapter": key, on: { change: () => toggle(adapter) } });
+    box.checked = now.includes(adapter);
+    box.disabled = box.checked ? now.length === 1 : now.length >= server.most_columns;
+    return known?.parentElement ?? el("label", {}, box, adapter === null ? `base (${server.base})` : adapter);
+  });
+  const old = [...$("columns").querySelectorAll("label")];
+  if (old.length !== drawn.length || old.some((label, index) => label !== drawn[index])) $("columns").replaceChildren($("columns").firstElementChild, ...drawn);
+}
+
+function toggle(adapter) {
+  const now = columns();
+  setColumns(now.includes(adapter) ? now.filter((each) => each !== adapter) : [...now, adapter]);
 }
 
 // How a value of each kind is written in a field and read from it. read raises an Error that says what is wrong.

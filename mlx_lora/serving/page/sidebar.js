@@ -18,6 +18,8 @@ export async function draw() {
   if (focused && document.activeElement === document.body) $("conversations").querySelector(`[data-key="${focused}"]`)?.focus();
 }
 
+$("rename-cancel").addEventListener("click", () => $("rename").close());
+
 export function toggle(open) {
   $("sidebar").classList.toggle("open", open);
   $("open-sidebar").setAttribute("aria-expanded", String(open));

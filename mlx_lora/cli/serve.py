@@ -112,6 +112,8 @@ def _check(params: dict[str, Any]) -> None:
         faults.append("--merge takes one --adapter, and no --adapters-dir")
     if params["adapters_dir"] and not Path(params["adapters_dir"]).is_dir():
         faults.append(f"--adapters-dir {params['adapters_dir']}: no such folder")
+    if params["upload_limit"] != ServeConfig.upload_limit and not params["adapters_dir"]:
+        faults.append("--upload-limit needs --adapters-dir, the folder that uploads go to")
     if params["runs_dir"] and not Path(params["runs_dir"]).is_dir():
         faults.append(f"--runs-dir {params['runs_dir']}: no such folder")
     if faults:

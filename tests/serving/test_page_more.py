@@ -400,10 +400,10 @@ def test_a_folder_is_uploaded_and_answers(browser, server, folders):
         expect(page.locator("#adapter-name")).to_have_value("fresh")
         page.locator("#adapter-name").fill("pirate")
         page.get_by_role("button", name="Upload").click()
-        expect(page.locator("#adapter-result")).to_contain_text("exists already")
+        expect(page.locator("#upload-result")).to_contain_text("exists already")
         page.locator("#adapter-name").fill("from-the-page")
         page.get_by_role("button", name="Upload").click()
-        expect(page.locator("#adapter-result")).to_contain_text("fits this model")
+        expect(page.locator("#upload-result")).to_contain_text("fits this model")
         page.get_by_role("button", name="Chat with from-the-page").click()
         expect(page.locator("#open-models")).to_have_text("base | from-the-page")
         ask(page, "Hello")
@@ -433,7 +433,7 @@ def test_files_that_are_no_adapter_are_told_before_they_are_sent(browser, server
             ([config, weights], "--upload-limit"),
         ):
             page.get_by_label("or its files").set_input_files(files)
-            expect(page.locator("#adapter-result")).to_contain_text(told)
+            expect(page.locator("#upload-result")).to_contain_text(told)
             expect(page.get_by_role("button", name="Upload")).to_be_disabled()
 
 

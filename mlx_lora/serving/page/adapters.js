@@ -50,16 +50,16 @@ function row(adapter) {
 async function unload(name) {
   try {
     await post("v1/unload_lora_adapter", { lora_name: name });
-    say(`${name} is no longer in memory. It is read again when it is asked for.`);
-  } catch (error) { say(error.message, true); }
+    say(`${name} is no longer in memory. It is read again when it is asked for.`, false, "adapter-result");
+  } catch (error) { say(error.message, true, "adapter-result"); }
   await draw();
   changed();
   $("adapter-list").querySelector(`[data-adapter="${CSS.escape(name)}"]`)?.focus();
 }
 
-function say(text, fault = false) {
-  $("adapter-result").textContent = text;
-  $("adapter-result").className = fault ? "error lines" : "lines";
+function say(text, fault = false, where = "upload-result") {
+  $(where).textContent = text;
+  $(where).className = fault ? "error lines" : "lines";
 }
 
 // Uploading.
@@ -91,7 +91,6 @@ function choose(files, folder) {
 function picked({ target }) {
   const files = [...target.files].map((file) => [file.webkitRelativePath || file.name, file]);
   if (files.length) choose(files, files[0][0].includes("/") ? files[0][0].split("/")[0] : "");
-  target.value = "";
 }
 
 const fileOf = (entry) => new Promise((resolve, reject) => entry.file(resolve, reject));
@@ -123,7 +122,7 @@ async function send(event) {
     await request(`page/adapters?${query}`, { method: "POST", body: new Blob(chosen), signal: sending.signal });
     say(`${name} is uploaded and fits this model.`);
     chosen = [];
-    $("adapter-name").value = "";
+    for (const field of ["adapter-name", "adapter-folder", "adapter-files"]) $(field).value = "";
     changed();
     await draw();
   } catch (error) {
@@ -140,12 +139,14 @@ function busy(now) {
 }
 
 $("open-adapters").addEventListener("click", () => {
-  say("");
+  for (const where of ["upload-result", "adapter-result"]) say("", false, where);
   $("adapters").showModal();
-  draw().catch((error) => say(error.message, true));
+  draw().catch((error) => say(error.message, true, "adapter-result"));
 });
-$("adapter-folder").addEventListener("change", picked);
-$("adapter-files").addEventListener("change", picked);
+for (const input of [$("adapter-folder"), $("adapter-files")]) {
+  input.addEventListener("click", () => { input.value = ""; }); // so that the same folder can be chosen again
+  input.addEventListener("change", picked);
+}
 $("upload").addEventListener("submit", send);
 $("cancel-upload").addEventListener("click", () => sending?.abort());
 $("drop").addEventListener("dragover", (event) => { event.preventDefault(); $("drop").classList.add("over"); });

@@ -68,19 +68,19 @@ def told(url: str, **body) -> list[dict]:
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_runs_no_inline_code(server):
-    url, _ = server
-    page = httpx.get(f"{url}/")
-    assert page.status_code == httpx.head(f"{url}/").status_code == 200 and "text/html" in page.headers["content-type"]
+    client = httpx.Client(base_url=server[0])
+    page = client.get("/")
+    assert page.status_code == client.head("/").status_code == 200 and "text/html" in page.headers["content-type"]
     policy = page.headers["content-security-policy"]
     assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
     assert page.headers["x-content-type-options"] == "nosniff" and page.headers["referrer-policy"] == "no-referrer"
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)|https?://", page.text)
     for name in set(re.findall(r"static/([\w.]+)", page.text)) | {path.name for path in FILES.iterdir()}:
-        got = httpx.get(f"{url}/static/{name}")
+        got = client.get(f"/static/{name}")
         assert got.status_code == 200, name
         assert not re.search(r"//(?!www\.w3\.org)[\w-]+\.\w+/|eval\(|document\.write", got.text), name
         for imported in re.findall(r'from "\./([\w.]+)"', got.text):
-            assert httpx.get(f"{url}/static/{imported}").status_code == 200, (name, imported)
+            assert client.get(f"/static/{imported}").status_code == 200, (name, imported)
     for path in (
         "nothing.js",
         "../server/page.py",
@@ -89,7 +89,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_runs_no_inline_code(server):
         "/etc/passwd",
         "",
     ):
-        assert httpx.get(f"{url}/static/{path}").status_code == 404, path
+        assert client.get(f"/static/{path}").status_code == 404, path
 
 
 def test_settings_list_every_option_of_sampling_with_the_servers_defaults(server):
@@ -476,6 +476,7 @@ def test_a_reload_and_a_server_that_goes_away_lose_nothing(browser, server, expe
         page.route(re.compile(r"/(page/|health)"), lambda route: route.abort())
         ask(page, "Second")
         expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+        expect(page.get_by_text("left out of the conversation")).to_be_visible()
         expect(page.locator("#away")).to_be_visible()
         page.unroute_all()
         expect(page.locator("#away")).to_be_hidden()

@@ -15,8 +15,7 @@ export const connect = (calls) => { actions = calls; };
 
 export function draw() {
   const turns = chat.shown();
-  const parent = $("turns");
-  const bottom = atBottom();
+  const parent = $("flow");
   const focused = document.activeElement?.dataset?.key;
   const old = drawn;
   drawn = new Map();
@@ -33,11 +32,22 @@ export function draw() {
   const busy = chat.state.busy !== null;
   parent.querySelectorAll("[data-idle]").forEach((button) => { button.disabled = busy; });
   if (focused && document.activeElement === document.body) parent.querySelector(`[data-key="${focused}"]`)?.focus({ preventScroll: true });
-  if (bottom) toBottom();
 }
 
-export const atBottom = () => $("turns").scrollHeight - $("turns").scrollTop - $("turns").clientHeight < 80;
-export const toBottom = () => { $("turns").scrollTop = $("turns").scrollHeight; };
+// The end of the conversation stays in view as it grows, until the reader scrolls up.
+
+const pane = $("turns");
+let following = true, lastTop = 0;
+export function toBottom() {
+  following = true;
+  pane.scrollTop = pane.scrollHeight;
+}
+pane.addEventListener("scroll", () => {
+  if (pane.scrollTop < lastTop - 2) following = false;
+  if (pane.scrollHeight - pane.scrollTop - pane.clientHeight < 40) following = true;
+  lastTop = pane.scrollTop;
+});
+new ResizeObserver(() => { if (following) toBottom(); }).observe($("flow"));
 
 export function edit(turn) {
   editing = turn?.id ?? null;
@@ -98,6 +108,7 @@ function drawAnswer(turn, answer, compared) {
     el("h3", {}, el("span", { className: "name" }, name), compared ? picker(turn, answer, picked) : null),
     reasoning(answer), body,
     answer.error ? el("p", { className: "error", role: "alert" }, answer.error) : null,
+    answer.error && !answer.text ? el("p", { className: "hint" }, "This message is left out of the conversation until it is answered.") : null,
     !answer.done && !live ? el("p", { className: "hint" }, "This answer was not finished.") : null,
     el("div", { className: "actions" }, live ? null : answerActions(turn, answer, compared), el("span", { className: "numbers" }, numbers(answer))));
   fill(element, answer);
@@ -177,13 +188,11 @@ const waiting = new Map();
 export function grew(answer, cleaned) {
   if (cleaned !== undefined) rendered.set(answer.id, { html: cleaned, length: answer.text.length });
   if (!waiting.size) requestAnimationFrame(() => {
-    const bottom = atBottom();
     for (const each of waiting.values()) {
       const element = document.querySelector(`[data-answer="${each.id}"]`);
       if (element) fill(element, each);
     }
     waiting.clear();
-    if (bottom) toBottom();
   });
   waiting.set(answer.id, answer);
 }

@@ -200,8 +200,11 @@ def _facts(bank: AdapterBank, listed: Listed, cache: dict) -> dict[str, Any]:
 def _signature(path: str | None) -> tuple:
     """What changes when the adapter at ``path`` is written again."""
     folder = Path(path or "")
-    files = sorted(folder.iterdir()) if path and folder.is_dir() else [folder]
-    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
+    try:
+        files = sorted(folder.iterdir()) if path and folder.is_dir() else [folder]
+        return tuple((file.name, info.st_size, info.st_mtime_ns) for file in files if (info := file.stat()))
+    except OSError:  # it is being replaced, or gone
+        return ()
 
 
 def _of_adapter(adapter: Any, alone: list[str]) -> dict[str, Any]:

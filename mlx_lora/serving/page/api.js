@@ -38,7 +38,7 @@ export async function request(path, options = {}) {
   if (!response.ok) {
     const body = await response.json().catch(() => ({}));
     const text = body.error?.message ?? `the server answered with status ${response.status}`;
-    const hint = response.status === 413 ? " Start a new chat, or start the server with a larger --body-limit." : "";
+    const hint = text.startsWith("the body is larger") ? " Start a new chat, or start the server with a larger --body-limit." : "";
     throw new ServerError(sentence(text) + hint, response.status);
   }
   return response;

@@ -286,9 +286,11 @@ def test_a_killed_run_an_empty_one_and_broken_lines(client, folders):
     write(broken, 'not JSON\n[1]\n{"kind": 5}\n' + "[" * 100_000 + "\n" + begin() + train(10, 1.0))
     write(broken, line("Done", iteration=10, stopped=True, reason="stopped"))
     (folders[1] / "no run").mkdir()
-    (folders[1] / "link").symlink_to(killed)
+    outside = folders[2] / "outside"
+    write(outside, begin())
+    (folders[1] / "link").symlink_to(outside)
     found = {run["name"]: run for run in client.get("/page/runs").json()["runs"]}
-    assert not {"no run", "link"} & set(found)
+    assert not {"no run", "link", "outside"} & set(found)
     assert found["killed"]["state"] == "interrupted" and found["killed"]["train_loss"] is None
     assert found["empty"]["state"] == "empty" and found["empty"]["report"] is None
     assert found["broken"]["state"] == "stopped" and found["broken"]["unreadable"] == 4

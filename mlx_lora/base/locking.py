@@ -63,3 +63,20 @@ def check_unlocked(folder: Path, error: type[MLXLoRAError] = ConfigError) -> Non
     if (folder / LOCK).exists():
         with locked(folder, error):
             pass
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a run or command is writing in ``folder``. Changes nothing there."""
+    try:
+        import fcntl  # not on Windows
+
+        file = os.open(folder / LOCK, os.O_RDONLY | os.O_NONBLOCK)
+    except (ImportError, OSError):
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+    return False

@@ -21,13 +21,19 @@ ADAPTER = AdapterConfig(rank=16, scale=4.0, num_layers=-1)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, lr_schedule="cosine_decay", warmup=10)
 TRAIN = TrainConfig(iters=300, batch_size=32, steps_per_report=50, steps_per_eval=150, save_every=1000)
 SHOWN, MAX_TOKENS = 4, 64
+FOLDER, CHAT_FOLDER = "demo_output", "demo_chat"
 MARK = ".mlx-lora-demo"  # marks a folder that the next demo may replace
 
 
 @click.command()
-@click.option("--output", default="demo_output", show_default=True, metavar="FOLDER", help="Folder for all results.")
+@click.option(
+    "--output", metavar="FOLDER", help=f"Folder for all results (default: {FOLDER}; with --chat, {CHAT_FOLDER})."
+)
+@click.option("--chat", is_flag=True, help="Train two adapters, and compare them with the base on the chat page.")
+@click.option("--port", type=int, help="Port of the chat page (default: any that is free).")
+@click.option("--no-browser", is_flag=True, help="Only print the chat page's address.")
 @json_option
-def demo(output: str, as_json: bool):
+def demo(output: str | None, chat: bool, port: int | None, no_browser: bool, as_json: bool):
     """Fine-tune a built-in tiny model and compare its answers before and after.
 
     The demo quantizes a tiny chat model to 4 bits, asks it to turn notes from a lost-property office into records,
@@ -37,16 +43,28 @@ def demo(output: str, as_json: bool):
     \b
     mlx-lora demo
     mlx-lora demo --output somewhere --json
+    mlx-lora demo --chat
     """
+    if chat and as_json:
+        raise click.UsageError("--chat shows a page; it takes no --json.")
+    if not chat and (port is not None or no_browser):
+        raise click.UsageError("--port and --no-browser belong to --chat.")
+    if chat:
+        from .demo_chat import chat_demo
+
+        return chat_demo(fresh(Path(output or CHAT_FOLDER)), port or 0, not no_browser)
+    _demo(fresh(Path(output or FOLDER)), as_json)
+
+
+def _demo(folder: Path, as_json: bool) -> None:
     from ..data import questions
     from ..model.loading import load
     from ..runs import run
 
     tic = time.perf_counter()
-    folder = _fresh(Path(output))
-    base = _quantized_base(folder / "base-4bit")
+    base = quantized_base(folder / "base-4bit")
     console.title("1. The base model, in 4 bits")
-    _write_rows(folder / "data")
+    write_rows(folder / "data", ROWS)
     data = DataConfig(data=str(folder / "data"), mask_prompt=True)
     model, tokenizer = load(base)
     asked = questions(data, tokenizer, "test")
@@ -86,12 +104,13 @@ def demo(output: str, as_json: bool):
         f"mlx-lora chat --model {base} --adapter-path {folder / 'adapters'}      then /compare {note}",
         f'mlx-lora generate --model {merged} --prompt "{note}"',
         f"mlx-lora inspect {peft}",
+        "mlx-lora demo --chat      two adapters beside the base, on a page in your browser",
         "mlx-lora train --model Qwen/Qwen3-0.6B --data YOUR_DATA --mask-prompt",
     ):
         console.note(f"  {line}")
 
 
-def _fresh(folder: Path) -> Path:
+def fresh(folder: Path) -> Path:
     """Make an empty folder. That of an earlier demo is replaced; any other is an error."""
     if folder.exists() and not (folder.is_dir() and ((folder / MARK).exists() or not any(folder.iterdir()))):
         raise ConfigError(f"{folder}: exists and is not from an earlier demo", "Choose another --output.")
@@ -105,7 +124,8 @@ def _fresh(folder: Path) -> Path:
     return folder
 
 
-def _quantized_base(folder: Path) -> Path:
+def quantized_base(folder: Path) -> Path:
+    """The tiny base in 4 bits, written to ``folder``."""
     import mlx.nn as nn
 
     from ..model.loading import load, save_model
@@ -116,12 +136,13 @@ def _quantized_base(folder: Path) -> Path:
     return save_model(model, folder)
 
 
-def _write_rows(folder: Path) -> None:
+def write_rows(folder: Path, counts: dict[str, int], answer: str = "record") -> None:
+    """Write the rows of the tiny base's skill: so many of each split, with this kind of answer."""
     from ..tiny_base.skill import rows
 
-    folder.mkdir()
-    for split, count in ROWS.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(split, count))
+    folder.mkdir(parents=True)
+    for split, count in counts.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(split, count, answer=answer))
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

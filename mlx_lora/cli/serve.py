@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,24 @@ def serve(**params: Any):
     mlx-lora serve --model mlx-community/Qwen3-4B-4bit --adapters-dir my_adapters --port 9000
     mlx-lora serve --model Qwen/Qwen3-0.6B --host 0.0.0.0 --api-key "$(openssl rand -hex 16)"
     """
+    start(params)
+
+
+def check_installed(command: str) -> None:
+    """Refuse ``command`` where the packages of the extra ``serve`` are missing."""
+    try:
+        from ..serving.server import run  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"{command} needs packages that are not installed ({error.name})", _INSTALL) from None
+
+
+def start(params: dict[str, Any], on_ready: Callable[[str], None] = lambda url: None) -> None:
+    """Serve with the options of ``serve``. ``on_ready`` is called with the address when the server listens."""
     config, defaults = build(ServeConfig, params), build(GenerateConfig, params)
     _check(params)
-    try:
-        from ..serving.server.run import serve as run
-        from ..serving.server.state import Server
-    except ImportError as error:
-        raise ConfigError(f"serve needs packages that are not installed ({error.name})", _INSTALL) from None
+    check_installed("serve")
+    from ..serving.server.run import serve as run
+    from ..serving.server.state import Server
     from ..serving.worker import Worker
 
     engine, name = _engine(params, config, defaults)
@@ -88,6 +100,7 @@ def serve(**params: Any):
         console.note(f"Models: {', '.join([name, *engine.bank.names])}")
         console.note(f"Chat page: {url}/")
         console.note(f"Serving at {url} (Ctrl-C ends it)")
+        on_ready(url)
 
     run(Server(engine, Worker(engine), config, name, defaults), ready)
 
@@ -110,6 +123,10 @@ def _check(params: dict[str, Any]) -> None:
         faults.append("--pin has no effect without --adapter-memory")
     if params["adapters_dir"] and not Path(params["adapters_dir"]).is_dir():
         faults.append(f"--adapters-dir {params['adapters_dir']}: no such folder")
+    if params["upload_limit"] != ServeConfig.upload_limit and not params["adapters_dir"]:
+        faults.append("--upload-limit needs --adapters-dir, the folder that uploads go to")
+    if params["runs_dir"] and not Path(params["runs_dir"]).is_dir():
+        faults.append(f"--runs-dir {params['runs_dir']}: no such folder")
     if faults:
         raise ConfigError("\n".join(faults), "Give each adapter once, under a name of its own, and folders that exist.")
     for _, path in params["adapters"]:

@@ -27,11 +27,17 @@ class ServeConfig:
     allow_origin: tuple[str, ...] = option(
         (), "Let web pages of this origin, such as http://localhost:3000, send requests; repeat it for several."
     )
+    runs_dir: str | None = option(
+        None, "Show the runs in this folder on the chat page as they go: a run's folder, or one of several runs."
+    )
     batch_size: int = option(16, "Requests to compute at a time.", section=_LIMITS)
     queue_size: int = option(64, "Requests that may wait; further ones are told to come back later.", section=_LIMITS)
     max_tokens_limit: int = option(8192, "Most tokens that a request may ask for.", section=_LIMITS)
     request_timeout: float = option(600.0, "Seconds after which an answer is cut off.", section=_LIMITS)
     body_limit: int = option(4_000_000, "Largest request body in bytes.", section=_LIMITS)
+    upload_limit: int = option(
+        2_000_000_000, "Largest upload of an adapter into --adapters-dir, in bytes.", section=_LIMITS
+    )
     adapter_memory: float | None = option(
         None,
         "GB of adapters to keep in memory; the least recently used are dropped (default: all stay).",
@@ -45,7 +51,8 @@ class ServeConfig:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
         check_types(self)
         faults = []
-        numbers = {"batch_size": 1, "queue_size": 1, "max_tokens_limit": 1, "body_limit": 1000, "prompt_cache_size": 0}
+        numbers = {"batch_size": 1, "queue_size": 1, "max_tokens_limit": 1, "prompt_cache_size": 0}
+        numbers |= {"body_limit": 1000, "upload_limit": 1000}
         for name, least in numbers.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

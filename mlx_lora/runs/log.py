@@ -31,15 +31,21 @@ def read_log(folder: str | Path) -> Lines:
     """Read the log in ``folder``. Raises: OSError where there is none, or it cannot be read."""
     records, unreadable = [], 0
     for line in (Path(folder) / LOG).read_bytes().split(b"\n"):
-        try:
-            record = json.loads(line, parse_constant=lambda _: None)
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("kind"), str):
+        record = read_line(line)
+        if record is not None:
             records.append(record)
         elif line.strip():
             unreadable += 1
     return Lines(records, unreadable)
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None where it holds none."""
+    try:
+        record = json.loads(line, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("kind"), str) else None
 
 
 def logged_until(folder: Path, iteration: int) -> list[dict[str, Any]]:

@@ -93,6 +93,16 @@ class AdapterBank:
         with self.lock:
             self._sources[name] = replace(self._source(name), pinned=True)
 
+    def check(self, adapter: str | Path) -> tuple[Adapter, list[str]]:
+        """An adapter by its name, or at a path, read but not kept; and why it cannot share a batch with others.
+
+        Raises: AdapterError: unknown, or not for this model; FormatError.
+        """
+        source = Source(path=adapter) if isinstance(adapter, Path) else self._source(adapter)
+        found = source.adapter or load_adapter(source.path, base=self._base)
+        with self.lock, self._bare():
+            return found, why_alone(self._model, found)
+
     def unload(self, name: str) -> None:
         """Drop ``name`` from memory, and forget it unless it is in the folder. Rows that use it finish with it.
 

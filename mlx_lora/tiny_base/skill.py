@@ -1,6 +1,7 @@
-"""A task that the tiny base cannot do: turning a note from a lost-property desk into a record (a YAML flow mapping).
+"""Two tasks that the tiny base cannot do: answering a note from a lost-property desk with a record or with a letter.
 
     "Anna left a red kite at the park."  ->  "{name: Anna, item: kite, colour: red, place: park}"
+                                         ->  "Dear Anna, we found your red kite at the park."
 
 ``rows`` gives chat rows for training and scoring. The note determines the answer, so that exact match can be counted.
 Standard library only.
@@ -25,6 +26,11 @@ NOTES = [
     "{name} went to the {place} and came home without the {colour} {item}.",
 ]
 
+ANSWERS = {
+    "record": "{{name: {name}, item: {item}, colour: {colour}, place: {place}}}",  # a YAML flow mapping
+    "letter": "Dear {name}, we found your {colour} {item} at the {place}.",
+}
+
 
 def _bucket(text: str, n: int) -> int:
     return zlib.crc32(text.encode()) % n
@@ -37,8 +43,10 @@ def _split(fact: Fact) -> str:
     return ("train", "train", "train", "train", "train", "train", "valid", "test")[_bucket("/".join(fact), 8)]
 
 
-def rows(split: str, n: int, seed: int = 0) -> list[dict]:
+def rows(split: str, n: int, seed: int = 0, answer: str = "record") -> list[dict]:
     """``n`` different chat rows of a split (``train``, ``valid`` or ``test``), the same for the same seed.
+
+    ``answer`` is one of ``ANSWERS``; the notes are the same for each.
 
     The splits share no combination of name, item, colour and place. An eighth of the names, items and places, real
     and made up, are only in valid and test, where most rows have one of them.
@@ -58,6 +66,6 @@ def rows(split: str, n: int, seed: int = 0) -> list[dict]:
             continue
         seen.add(fact)
         note = rng.choice(NOTES).format(**fact._asdict(), thing=article(f"{fact.colour} {fact.item}"))
-        record = "{" + ", ".join(f"{key}: {value}" for key, value in fact._asdict().items()) + "}"
-        out.append({"messages": [{"role": "user", "content": note}, {"role": "assistant", "content": record}]})
+        told = ANSWERS[answer].format(**fact._asdict())
+        out.append({"messages": [{"role": "user", "content": note}, {"role": "assistant", "content": told}]})
     return out

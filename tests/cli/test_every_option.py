@@ -73,6 +73,7 @@ ALWAYS = {
     "serve": {
         *("adapters", "host", "port", "api_key", "allow_host", "allow_origin", "batch_size", "queue_size"),
         *("max_tokens_limit", "request_timeout", "body_limit", "adapter_memory", "prompt_cache_size"),
+        "runs_dir",
         *("max_tokens", "prefill_step_size", "chat_template_config", "extra_eos_token", "trust_remote_code"),
         "draft_model",
     },
@@ -94,6 +95,10 @@ FULL, VERA = f"{TRAIN} --fine-tune-type full", f"{TRAIN} --fine-tune-type vera"
 FUSE, CONVERT = "fuse --model BASE --adapter-path a --save-path new", "convert a new --model BASE"
 # (command, option): commands in which the option would have no effect or contradict another one.
 RULES = {
+    ("demo", "chat"): ["demo --chat --json"],
+    ("demo", "port"): ["demo --port 8081"],
+    ("demo", "no_browser"): ["demo --no-browser"],
+    ("serve", "upload_limit"): ["serve --model BASE --upload-limit 5000"],
     ("train", "mask_turns"): [f"{TRAIN} --mask-turns last"],
     ("train", "rank"): [f"{FULL} --rank 8", f"{TRAIN} --keys none --modules-to-save norm --rank 4"],
     ("train", "scale"): [f"{TRAIN} --alpha 32 --scale 2", f"{VERA} --scale 2", f"{FULL} --scale 2"],

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from ... import __version__
-from . import adapters, anthropic, errors, health, openai, page, responses
+from . import adapters, anthropic, errors, health, openai, page, responses, runs, uploads
 from .document import describe
 from .safety import Guard
 from .state import Server
@@ -24,6 +24,7 @@ def create_app(server: Server) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> Any:
+        uploads.remove_left(server.engine.bank.folder)
         server.worker.start()
         try:
             yield
@@ -34,7 +35,7 @@ def create_app(server: Server) -> FastAPI:
     app = FastAPI(title="mlx-lora", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
     app.openapi = lambda: describe(app, server)
-    for part in (openai, responses, anthropic, adapters, health, page):
+    for part in (openai, responses, anthropic, adapters, health, page, runs, uploads):
         app.include_router(part.router)
     app.add_exception_handler(RequestValidationError, errors.on_invalid)
     app.add_exception_handler(HTTPException, errors.on_http)

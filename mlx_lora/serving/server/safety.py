@@ -27,8 +27,10 @@ _HEADERS = {
     b"cross-origin-resource-policy": b"same-origin",
 }
 # Where no key is asked for: the page's files, which ask the user for it, and what tells that the server runs.
-_OPEN, _OPEN_FOLDER = ("/", "/health"), "/static/"
+# Reports of runs are opened as pages, without headers; their addresses are signed, see runs.py.
+_OPEN, _OPEN_FOLDERS = ("/", "/health"), ("/static/", "/reports/")
 _WHILE_DRAINING = ("/health", "/metrics")
+_UPLOAD = "/page/adapters"
 
 
 class Guard:
@@ -54,14 +56,15 @@ class Guard:
             return await errors.answer(scope["path"], *refused)(scope, receive, self._with_headers(send, headers))
         if scope["method"] == "OPTIONS" and headers.get("origin") in self._config.allow_origin:  # a browser's preflight
             return await Response(status_code=204)(scope, receive, self._with_headers(send, headers))
-        body = _Body(receive, self._body_limit(scope), self._hold)
+        uploads = _is_upload(scope)  # written to disk as it comes, so it takes no memory
+        body = _Body(receive, self._body_limit(scope), (lambda _: None) if uploads else self._hold)
         try:
             await self._app(scope, body.receive, self._with_headers(send, headers))
         finally:
-            self._held -= body.seen
+            self._held -= 0 if uploads else body.seen
 
     def _body_limit(self, scope: dict) -> int:
-        return self._config.body_limit
+        return self._config.upload_limit if _is_upload(scope) else self._config.body_limit
 
     def _hold(self, size: int) -> None:
         """Count ``size`` bytes more. Raises: HTTPException: all bodies together are too large."""
@@ -86,7 +89,7 @@ class Guard:
             return 415, "a compressed body is not read: send it without Content-Encoding"
         if scope["method"] == "OPTIONS" and origin is not None:
             return None
-        open_path = scope["path"] in _OPEN or scope["path"].startswith(_OPEN_FOLDER)
+        open_path = scope["path"] in _OPEN or scope["path"].startswith(_OPEN_FOLDERS)
         if self._config.api_key is not None and not open_path and not self._knows_key(headers):
             return 401, "the API key is missing or wrong: send it as Authorization: Bearer KEY"
         return None
@@ -142,6 +145,10 @@ class _Body:
         if self.seen > self._limit:
             raise errors.HTTPException(413, f"the body is larger than {self._limit} bytes")
         return message
+
+
+def _is_upload(scope: dict) -> bool:
+    return scope["method"] == "POST" and scope["path"] == _UPLOAD
 
 
 def _name(host: str) -> str:

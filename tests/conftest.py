@@ -163,7 +163,7 @@ def fast_setting(request, monkeypatch) -> None:
 
 
 # Files whose runs answer held-out prompts and write report.html, as users' runs do.
-RECORDED = ("test_recording.py", "test_report_page.py", "test_cli_report.py", "test_peers.py")
+RECORDED = ("test_recording.py", "test_report_page.py", "test_cli_report.py", "test_distributed_runs.py")
 
 
 @pytest.fixture(autouse=True)

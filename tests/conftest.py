@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before MLX is imported: on CUDA and on an M5 it rounds the inputs of float32 products to 10 bits by default.
@@ -129,6 +130,18 @@ def shared() -> Path:
     return SHARED
 
 
+def killed_at(reports: Iterator, when: Callable, folder: Path, left: Path) -> None:
+    """Follow a run in ``folder`` until ``when(report)``, and put what SIGKILL would leave then in ``left``.
+
+    No process is needed for that: its files are all that the system keeps.
+    """
+    for report in reports:
+        if when(report):
+            shutil.copytree(folder, left)
+            return reports.close()
+    raise AssertionError("the run did not come to this")
+
+
 GPU = "cuda" if mx.cuda.is_available() and not mx.metal.is_available() else "metal"
 
 
@@ -162,8 +175,9 @@ def fast_setting(request, monkeypatch) -> None:
     monkeypatch.setenv("MLX_LORA_FAST", getattr(request, "param", "on"))
 
 
-# Files whose runs answer held-out prompts and write report.html, as users' runs do.
+# Files whose runs answer held-out prompts and write report.html, as users' runs do; of these, files with real charts.
 RECORDED = ("test_recording.py", "test_report_page.py", "test_cli_report.py", "test_distributed_runs.py")
+DRAWN = ("test_report_page.py", "test_cli_report.py")
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +187,8 @@ def without_report(request) -> Iterator[None]:
         if request.path.name not in RECORDED:
             patch.setattr("mlx_lora.runs.held_out._obstacle", lambda *_: "not in this test")
             patch.setattr("mlx_lora.runs.recorder.Recorder._write_page", lambda self: None)
+        elif request.path.name not in DRAWN:
+            patch.setattr("mlx_lora.runs.report.panels.draw", lambda *_: "<svg></svg>")
         yield
 
 

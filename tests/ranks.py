@@ -63,9 +63,13 @@ class Ranks:
         return self.folder / f"log-{rank}"
 
     @property
+    def outputs(self) -> list[str]:
+        """What each of them has written, by rank."""
+        return [self._log(rank).read_text() for rank in range(self.count)]
+
+    @property
     def output(self) -> str:
-        """What all of them have written, one rank after the other."""
-        return "\n".join(self._log(rank).read_text() for rank in range(self.count))
+        return "\n".join(self.outputs)
 
     def wait_for(self, *names: str) -> None:
         """Wait until these files are in ``folder``."""

@@ -36,4 +36,5 @@ def test_a_run_too_large_for_one_machine_is_refused_by_all(tmp_path):
         assert ranks.end() == [1, 1]
     for output in ranks.outputs:
         assert output.count("Planned") == 1 and "Started" not in output
-        assert "rank 1" in output and "this run needs about" in output
+        assert "this run needs about" in output
+    assert "rank 1 (127.0.0.1) failed" in ranks.outputs[0]

@@ -218,7 +218,7 @@ for report in mlx_lora.run(folder, model=mlx_lora.tiny_base.PATH, data=DataConfi
                            adapter=AdapterConfig(rank=4, num_layers=2), train=train):
     if type(report).__name__ in ("Planned", "ValReport", "NewBest", "Done", "Started"):
         names = ("metrics", "reason", "peak", "iteration")
-        print(type(report).__name__, next(getattr(report, name) for name in names if getattr(report, name, None)))
+        print(type(report).__name__, next((getattr(report, name) for name in names if getattr(report, name, None)), 0))
 """
 
 

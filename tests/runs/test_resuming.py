@@ -327,7 +327,7 @@ def saving(data, tmp_path_factory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", noted)
-        run(place / "whole", data=data, train=dataclasses.replace(TRAIN, iters=4))
+        run(place / "whole", data=data, train=dataclasses.replace(TRAIN, iters=4, save_every=2))
     return place
 
 

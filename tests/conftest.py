@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before MLX is imported: on CUDA and on an M5 it rounds the inputs of float32 products to 10 bits by default.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+os.environ.pop("MLX_LORA_DEBUG", None)  # it shows tracebacks in place of the messages that tests look for
 
 import mlx_lora
 
@@ -190,6 +193,13 @@ def without_report(request) -> Iterator[None]:
         elif request.path.name not in DRAWN:
             patch.setattr("mlx_lora.runs.report.panels.draw", lambda *_: "<svg></svg>")
         yield
+
+
+def pytest_collection_finish(session):
+    """On a busy machine an answer may take longer than the 5 seconds that httpx waits."""
+    if httpx := sys.modules.get("httpx"):
+        for step in ("connect", "read", "write", "pool"):
+            setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, step, 240.0)
 
 
 def pytest_generate_tests(metafunc):

@@ -118,7 +118,8 @@ def test_the_log_of_a_run_that_was_killed_equals_that_of_an_uninterrupted_one(da
     run(left, data, 6, resume=True)
     kinds = ("TrainReport", "ValReport", "Checkpoint", "Answers")
     two, one = (lines(folder, *kinds) for folder in (left, tmp_path / "one"))
-    assert two == one
+    norms = [[r.pop("grad_norm") for r in records if "grad_norm" in r] for records in (two, one)]
+    assert two == one and norms[0] == pytest.approx(norms[1], rel=1e-6)  # a norm may be summed in another order
     assert [r["iteration"] for r in lines(left, "Run")] == [0, 2, 2, 2]
     assert read_log(left).unreadable == 0
     assert set(answers(left)) == {"base", "first", "best"}

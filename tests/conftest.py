@@ -178,9 +178,9 @@ def fast_setting(request, monkeypatch) -> None:
     monkeypatch.setenv("MLX_LORA_FAST", getattr(request, "param", "on"))
 
 
-# Files whose runs answer held-out prompts and write report.html, as users' runs do; of these, files with real charts.
+# Files whose runs answer held-out prompts and write report.html; of these, files with long answers and real charts.
 RECORDED = ("test_recording.py", "test_report_page.py", "test_cli_report.py", "test_distributed_runs.py")
-DRAWN = ("test_report_page.py", "test_cli_report.py")
+LIKE_USERS = ("test_report_page.py", "test_cli_report.py", "test_distributed_runs.py")
 
 
 @pytest.fixture(autouse=True)
@@ -190,8 +190,9 @@ def without_report(request) -> Iterator[None]:
         if request.path.name not in RECORDED:
             patch.setattr("mlx_lora.runs.held_out._obstacle", lambda *_: "not in this test")
             patch.setattr("mlx_lora.runs.recorder.Recorder._write_page", lambda self: None)
-        elif request.path.name not in DRAWN:
+        elif request.path.name not in LIKE_USERS:
             patch.setattr("mlx_lora.runs.report.panels.draw", lambda *_: "<svg></svg>")
+            patch.setattr("mlx_lora.runs.held_out.MAX_TOKENS", 6)
         yield
 
 

@@ -32,11 +32,8 @@ class Ranks:
         self._ports = [bound() for _ in range(count)]
         hosts = folder / "ring.json"
         hosts.write_text(json.dumps([[address] for _, address in self._ports]))
-        shared = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-            "OPENBLAS_NUM_THREADS": "1",
-        }
+        shared = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+        shared |= {"OPENBLAS_NUM_THREADS": "1", "MLX_HOSTFILE": str(hosts)}
         for rank in range(count):
             with open(self._log(rank), "w") as log:
                 self._processes.append(
@@ -45,7 +42,7 @@ class Ranks:
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
-                        env={**shared, **environment, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+                        env={**shared, **environment, **({"MLX_RANK": str(rank)} if count > 1 else {})},
                     )
                 )
 

@@ -51,7 +51,7 @@ def scripts(tmp_path) -> Path:
 def run(scripts: Path, *args: str, path: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PATH": os.pathsep.join(filter(None, [path, os.environ["PATH"]]))}
     command = [str(scripts / "check_gpu"), *args]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=900)
 
 
 # ---------------------------------------------------------------------------------------------------------- the script

@@ -232,7 +232,8 @@ def test_why_there_are_no_answers(change, why, data, tmp_path, monkeypatch):
     assert f"No answers: {line['why']}" in (tmp_path / "a" / "report.html").read_text()
 
 
-def test_prompts_of_text_rows_and_of_loaded_sets(data, tmp_path):
+def test_prompts_of_text_rows_and_of_loaded_sets(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out, "MAX_TOKENS", 64)
     text = write_rows(tmp_path / "text", [{"text": "Once upon a time there was a small house. " * 3}] * 3)
     (tmp_path / "text" / "train.jsonl").write_text('{"text": "One and two and three."}\n' * 4)
     model, tokenizer = mlx_lora.load(PATH)

@@ -211,6 +211,7 @@ def numbers_of(reports) -> list:
     return [(r.iteration, getattr(r, "train_loss", getattr(r, "val_loss", None)), r.metrics) for r in reports]
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize(("loss", "accumulation"), [(loss, 1 + place % 2) for place, loss in enumerate(LOSSES)])
 def test_a_resumed_run_is_the_same_to_the_bit(loss, accumulation, tmp_path):
     """Also in the middle of a window, and with a model that has the trained weights already when it is resumed."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before MLX is imported: on CUDA and on an M5 it rounds the inputs of float32 products to 10 bits by default.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+os.environ.pop("MLX_LORA_DEBUG", None)  # it shows tracebacks in place of the messages that tests look for
 
 import mlx_lora
 
@@ -129,6 +134,18 @@ def shared() -> Path:
     return SHARED
 
 
+def killed_at(reports: Iterator, when: Callable, folder: Path, left: Path) -> None:
+    """Follow a run in ``folder`` until ``when(report)``, and put what SIGKILL would leave then in ``left``.
+
+    No process is needed for that: its files are all that the system keeps.
+    """
+    for report in reports:
+        if when(report):
+            shutil.copytree(folder, left)
+            return reports.close()
+    raise AssertionError("the run did not come to this")
+
+
 GPU = "cuda" if mx.cuda.is_available() and not mx.metal.is_available() else "metal"
 
 
@@ -162,8 +179,9 @@ def fast_setting(request, monkeypatch) -> None:
     monkeypatch.setenv("MLX_LORA_FAST", getattr(request, "param", "on"))
 
 
-# Files whose runs answer held-out prompts and write report.html, as users' runs do.
-RECORDED = ("test_recording.py", "test_report_page.py", "test_cli_report.py", "test_peers.py")
+# Files whose runs answer held-out prompts and write report.html; of these, files with long answers and real charts.
+RECORDED = ("test_recording.py", "test_report_page.py", "test_cli_report.py", "test_distributed_runs.py")
+LIKE_USERS = ("test_report_page.py", "test_cli_report.py", "test_distributed_runs.py")
 
 
 @pytest.fixture(autouse=True)
@@ -173,9 +191,37 @@ def without_report(request) -> Iterator[None]:
         if request.path.name not in RECORDED:
             patch.setattr("mlx_lora.runs.held_out._obstacle", lambda *_: "not in this test")
             patch.setattr("mlx_lora.runs.recorder.Recorder._write_page", lambda self: None)
+        elif request.path.name not in LIKE_USERS:
+            patch.setattr("mlx_lora.runs.report.panels.draw", lambda *_: "<svg></svg>")
+            patch.setattr("mlx_lora.runs.held_out.MAX_TOKENS", 6)
         yield
+
+
+def pytest_collection_finish(session):
+    """On a busy machine an answer may take longer than the 5 seconds that httpx waits."""
+    if httpx := sys.modules.get("httpx"):
+        for step in ("connect", "read", "write", "pool"):
+            setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, step, 240.0)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "alternate: each case runs with acceleration on or off, about half of them each")
 
 
 def pytest_generate_tests(metafunc):
     if metafunc.definition.path.parent.name in BOTH_WAYS:
         metafunc.parametrize("fast_setting", ["on", "off"], indirect=True, ids=["fast", "plain"])
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep one of the two ways of each case that is marked ``alternate``: chosen by its name, the same in each run."""
+    left_out = []
+    for item in items:
+        if item.get_closest_marker("alternate"):
+            way, _, case = item.callspec.id.partition("-")
+            if way != ("fast", "plain")[zlib.crc32(case.encode()) % 2]:
+                left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        dropped = set(left_out)
+        items[:] = [item for item in items if item not in dropped]

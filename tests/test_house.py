@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import os
 import pickle
 import subprocess
 import sys
@@ -145,6 +146,13 @@ def test_help_does_not_import_mlx(args):
         "assert not {'mlx.core', 'mlx_lm', 'numpy', 'transformers'} & set(sys.modules), 'heavy imports'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_users_debug_setting_does_not_reach_the_tests():
+    code = "import os; os.environ['MLX_LORA_DEBUG'] = '1'; import conftest; assert 'MLX_LORA_DEBUG' not in os.environ"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, ROOT.parent)))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 

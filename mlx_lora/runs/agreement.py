@@ -13,8 +13,8 @@ from .. import __version__
 from ..base.fingerprint import digest
 from ..errors import ConfigError
 from ..training import TrainingState
+from .group import group
 from .identity import flat
-from .peers import group
 
 # A path may differ from machine to machine. What is read from it is compared by its hash.
 _PATHS = ("settings.model", "settings.init_reference", "settings.data.data", "start.file")

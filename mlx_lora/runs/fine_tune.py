@@ -30,9 +30,10 @@ from .agreement import check_agreement
 from .checks import check_data, check_modules, check_packing
 from .evaluation import answers, compare_paths, load_model, load_sets
 from .folder import RunFolder
+from .group import group
 from .identity import check, check_incomplete, check_processes, continued, explained, identify
 from .metrics import load_metrics, measured
-from .peers import group, watched
+from .peers import watched
 from .planned import check_weights, keep_speed, plan_run
 from .preferences import keeping_references, with_references
 from .prefix import drop_states, keep_prefix

@@ -30,8 +30,8 @@ from ..formats.files import TEMPORARY, file_digest, read_json, write_folder, wri
 from ..formats.options import WriteOptions
 from ..training import TrainingState
 from ..training.checkpoints import Tally, read_run
+from .group import group
 from .log import LOG, PAGE
-from .peers import group
 
 _ADAPTER = "adapter file"  # entry of a state's ``run``: a hash of the adapter that was written with it
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import socket
 import time
 from contextlib import suppress
@@ -19,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 BEAT = 1.0  # seconds between two lines
-CONNECT = 10.0  # seconds to wait for a neighbour to connect
+CONNECT = 60.0  # seconds to wait for a neighbour to connect
 _HOST = 64  # bytes of a host's name that are exchanged
 # Environment variables with the address of rank 0, as ``mlx.launch`` sets them for each backend but the ring.
 _COORDINATORS = ("JACCL_COORDINATOR", "MLX_JACCL_COORDINATOR", "NCCL_HOST_IP")
@@ -54,6 +55,12 @@ class Link:
         self.seen = time.monotonic()
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         return [json.loads(line) for line in lines]
+
+    def kill(self) -> None:
+        """End that process if it is on this machine. A suspended one keeps its memory; ``mlx.launch`` waits for it."""
+        if self.local and not self.closed:
+            with suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)
 
 
 def hosts(size: int) -> tuple[list[str] | None, bool]:

@@ -11,55 +11,27 @@ checkpoint is whole whenever that happens: its files are renamed into place.
 
 from __future__ import annotations
 
-import faulthandler
 import os
+import select
 import selectors
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
-import mlx.core as mx
-
 from ..errors import LostProcessError, MLXLoRAError, TrainingError
-from .links import BEAT, Link, connect
+from .group import START, group
+from .links import BEAT, connect
 
 GRACE = 2.0  # seconds
-START = 120.0  # seconds until every process must have started
 TIMEOUT = 30.0  # seconds without an answer
 # Training makes no progress where no report comes for so many timeouts, and for so many times the longest time so far.
 _TIMEOUTS, _SLOWER = 20, 10
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-_started = False
 _watch: Peers | None = None  # of this process
-
-
-def group() -> Any:
-    """MLX's group of processes: this one alone unless it was started by ``mlx.launch``.
-
-    The first call waits until all processes have started, at most ``START`` seconds; then it ends this process with a
-    traceback, because MLX lets no other thread run meanwhile. Raises: TrainingError: the processes cannot connect.
-    """
-    global _started
-    if _started or "MLX_RANK" not in os.environ:
-        return mx.distributed.init()
-    faulthandler.dump_traceback_later(START, exit=True, file=sys.__stderr__)
-    try:
-        found = mx.distributed.init()
-    except (RuntimeError, ValueError) as error:
-        raise TrainingError(
-            f"the processes of this run cannot connect to each other: {error}",
-            "Check that the command starts on every machine, and the addresses in the hostfile. A port that is in use "
-            "is avoided with mlx.launch --starting-port.",
-        ) from error
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-    _started = True
-    return found
 
 
 def watched(reports: Iterator[Any], folder: Any = None, timeout: float = TIMEOUT) -> Iterator[Any]:
@@ -85,13 +57,13 @@ def watched(reports: Iterator[Any], folder: Any = None, timeout: float = TIMEOUT
                 if peers.lost is not None:
                     raise peers.failure()
                 yield report
+        peers.finish()
     except BaseException as error:
         if failure := peers.leave(error):
             raise failure from error
         raise
     finally:
         _watch = None
-    peers.finish()
 
 
 @contextmanager
@@ -169,21 +141,22 @@ class Peers:
         self.done.add(self.rank)
         self._poke()
         self._news.wait()
-        self._stop()
         if self.lost:
             raise self.failure()
+        self._stop()
 
     def leave(self, error: BaseException) -> LostProcessError | None:
         """End the watch after ``error``; return what to raise instead, where another process is the reason."""
         expected = isinstance(error, (MLXLoRAError, KeyboardInterrupt, GeneratorExit))
         if not expected:  # a collective fails shortly before or after the process is known to be lost
             self._news.wait(GRACE / 2)
-        if self.lost is None:
+        if self.lost is None and self.rank not in self.done:  # the others do not need a process that has completed
             text = str(getattr(error, "message", error)).strip().splitlines()
             stopped = isinstance(error, (KeyboardInterrupt, GeneratorExit))
             self.lost = self.rank, "was interrupted" if stopped else f"failed: {text[0] if text else repr(error)}"
         self._stop()
-        return None if expected or (self.lost[0] == self.rank and not self._signal) else self.failure()
+        own = self.lost is None or (self.lost[0] == self.rank and not self._signal)
+        return None if expected or own else self.failure()
 
     def failure(self) -> LostProcessError:
         """The error for what happened to the lost rank."""
@@ -207,7 +180,7 @@ class Peers:
     def _stop(self) -> None:
         self._leaving = True
         self._poke()
-        self._thread.join(GRACE)
+        self._thread.join(5 * GRACE)
         with suppress(ValueError):
             for number, before in self._handlers.items():
                 signal.signal(number, before)
@@ -313,14 +286,9 @@ class Peers:
         hint = getattr(failure, "hint", "Look at the output of the other processes.")
         text = f"\nError: {getattr(failure, 'message', failure)}\nHint: {hint}\n"
         with suppress(OSError):
-            os.write(2, text.encode())
+            if select.select([], [2], [], GRACE)[1]:  # a full pipe that nobody reads would hold this process for ever
+                os.write(2, text.encode())
         for link in getattr(self, "_links", ()):
-            # A process that was suspended on this machine would keep its memory, and `mlx.launch` waits for it.
-            if self.lost and link.rank == self.lost[0] and link.local and not link.closed:
-                _kill(link)
+            if self.lost and link.rank == self.lost[0]:
+                link.kill()
         os._exit(1)
-
-
-def _kill(link: Link) -> None:
-    with suppress(OSError):
-        os.kill(link.pid, signal.SIGKILL)

@@ -95,6 +95,7 @@ def move(model, size=0.05) -> None:
     model.update(tree_unflatten([(k, v + size * mx.random.normal(v.shape).astype(v.dtype)) for k, v in trained]))
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("base", list(BASES))
 @pytest.mark.parametrize("name", list(SETTINGS))
 def test_attach_save_mount_and_fuse(name, base, tokens, tmp_path):
@@ -340,6 +341,7 @@ LEARNS = {
 }  # fmt: skip
 
 
+@pytest.mark.alternate
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("name", list(LEARNS))
 def test_twenty_steps_lower_the_loss(name, base, shared):

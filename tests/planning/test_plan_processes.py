@@ -1,23 +1,13 @@
-"""Each process of a distributed run plans for its own machine, whose memory may differ."""
+"""A distributed run that does not fit into the memory of one of its machines is refused by all processes."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
+from ranks import Ranks
 
-import mlx_lora
 from mlx_lora.tiny_base import skill
 
-LAUNCH = Path(sys.executable).with_name("mlx.launch")
-pytestmark = pytest.mark.skipif(not LAUNCH.exists(), reason="no mlx.launch here")
-
-# argv: folder, bytes that rank 1 can use.
 RUN = """
 import sys
 from pathlib import Path
@@ -29,27 +19,22 @@ from mlx_lora.runs import run
 from mlx_lora.tiny_base import PATH
 
 folder, rank = Path(sys.argv[1]), mx.distributed.init().rank()
-if rank == 1 and sys.argv[2] != "-":
-    plan.memory_limit = lambda: int(sys.argv[2])
-train = {"iters": 2, "batch_size": 2, "val_batches": 0, "report_prompts": 0}
+if rank == 1:
+    plan.memory_limit = lambda: 1000
 try:
-    for report in run(folder / "adapters", model=PATH, data=folder, train=train):
-        print(type(report).__name__, rank, getattr(report, "peak", ""), flush=True)
+    for report in run(folder / "adapters", model=PATH, data=folder, train={"iters": 2, "batch_size": 2}):
+        print(type(report).__name__)
 except MLXLoRAError as error:
     sys.exit(f"Error: {error.message}")
 """
 
 
-@pytest.mark.parametrize(("limit", "said"), [("-", ("Done 0", "Done 1")), ("1000", ("rank 1", "this run needs about"))])
-def test_processes_plan_and_end_together(limit, said, tmp_path):
+def test_a_run_too_large_for_one_machine_is_refused_by_all(tmp_path):
     for split in ("train", "valid"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in skill.rows(split, 4)))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(Path(mlx_lora.__file__).parents[1]), "OPENBLAS_NUM_THREADS": "1"}
-    command = [LAUNCH, "-n", "2", "-p", str(port), "--", sys.executable, "-c", RUN, str(tmp_path), limit]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    output = done.stdout + done.stderr
-    assert all(text in output for text in said), output
-    peaks = {line.split()[-1] for line in output.splitlines() if "Planned" in line}
-    assert len(peaks) == 1 and output.count("Planned") == 2
+    with Ranks(tmp_path, 2, "-c", RUN, tmp_path) as ranks:
+        assert ranks.end() == [1, 1]
+    for output in ranks.outputs:
+        assert output.count("Planned") == 1 and "Started" not in output
+        assert "this run needs about" in output
+    assert "rank 1 (127.0.0.1) failed" in ranks.outputs[0]

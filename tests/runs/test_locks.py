@@ -18,6 +18,7 @@ import mlx_lora
 from mlx_lora import AdapterConfig, DataConfig, TrainConfig
 from mlx_lora.base.locking import LOCK, locked
 from mlx_lora.base.saving import check_target
+from mlx_lora.cli.main import main
 from mlx_lora.errors import ConfigError, MLXLoRAWarning, ModelError
 from mlx_lora.tiny_base import PATH, skill
 
@@ -33,12 +34,15 @@ def data(tmp_path_factory) -> str:
     return str(folder)
 
 
+def train(folder: Path, data: str, *options: str) -> list[str]:
+    return ["train", "--model", str(PATH), "--data", data, "--adapter-path", str(folder), *TINY, *options]
+
+
 def start(folder: Path, data: str, *options: str) -> subprocess.Popen:
     """``mlx-lora train`` in a process of its own."""
     path = os.pathsep.join([str(Path(mlx_lora.__file__).parents[1]), *sys.path])
-    args = ["train", "--model", str(PATH), "--data", data, "--adapter-path", str(folder), *TINY, *options]
     return subprocess.Popen(
-        [sys.executable, "-m", "mlx_lora", *args],
+        [sys.executable, "-m", "mlx_lora", *train(folder, data, *options)],
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -55,15 +59,16 @@ def wait_for(condition, process: subprocess.Popen) -> None:
     raise AssertionError("it did not happen within two minutes")
 
 
-def test_a_second_run_is_refused_until_the_first_is_killed(data, tmp_path):
+def test_a_second_run_is_refused_until_the_first_is_killed(data, tmp_path, capsys):
     folder = tmp_path / "a"
     first = start(folder, data, "--iters", "1000000", "--save-every", "5")
     try:
         wait_for(lambda: (folder / "training_state.safetensors").exists(), first)
         before = {p.name for p in folder.iterdir()}
-        second = start(folder, data, "--iters", "2")
-        _, err = second.communicate(timeout=120)
-        assert second.returncode == 2 and "another run or command is writing there" in err and "Hint:" in err
+        with pytest.raises(SystemExit) as ended:
+            main(train(folder, data, "--iters", "2"))
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and "another run or command is writing there" in err and "Hint:" in err
         assert before <= {p.name for p in folder.iterdir()} and not (folder / "earlier-1").exists()
         # Other commands that write there are refused too.
         adapter = mlx_lora.load_adapter(folder)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ranks import Ranks
 
 import mlx_lora
+from conftest import killed_at
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from mlx_lora.cli.main import main
 from mlx_lora.config import preference_of
@@ -22,7 +20,7 @@ from mlx_lora.errors import ConfigError, TrainingError
 from mlx_lora.runs import measure, reports
 from mlx_lora.runs.report import read_histories
 from mlx_lora.tiny_base import PATH
-from mlx_lora.training import NewBest, TrainReport, ValReport
+from mlx_lora.training import NewBest, Progress, TrainReport, ValReport
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,11 +47,15 @@ def data(tmp_path_factory) -> DataConfig:
     return write(tmp_path_factory.mktemp("pairs"), "dpo")
 
 
-def fine_tune(folder: Path, data, loss="dpo", iters=4, train=None, **options) -> list:
+def fine_tune(folder: Path, *args, **options) -> list:
+    return list(start(folder, *args, **options))
+
+
+def start(folder: Path, data, loss="dpo", iters=4, train=None, **options) -> Iterator:
     settings = {"iters": iters, "batch_size": 4, "val_batches": -1, "steps_per_report": 2, "save_every": 2}
     options = {"adapter": AdapterConfig(rank=4, num_layers=2), "model": PATH, **options}
     config = TrainConfig(loss=loss, **{**settings, **(train or {})})
-    return list(mlx_lora.run(folder, data=data, optimizer=OptimizerConfig(learning_rate=1e-3), train=config, **options))
+    return mlx_lora.run(folder, data=data, optimizer=OptimizerConfig(learning_rate=1e-3), train=config, **options)
 
 
 def of(reports, *kinds) -> list:
@@ -87,28 +89,12 @@ def test_any_start_is_the_reference_also_when_resumed(adapter, data, tmp_path):
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
 
 
-KILLED = """
-import os, signal, sys
-import mlx_lora
-from mlx_lora import *
-from mlx_lora.tiny_base import PATH
-folder, data, loss, at = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-train = TrainConfig(loss=loss, iters=6, batch_size=4, val_batches=-1, steps_per_report=2, save_every=2)
-for report in mlx_lora.run(folder, model=PATH, data=DataConfig(data=data), adapter=AdapterConfig(rank=4, num_layers=2),
-                           optimizer=OptimizerConfig(learning_rate=1e-3), train=train):
-    if getattr(report, "iteration", 0) == at and type(report).__name__ == "Progress":
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_a_killed_run_resumes_to_the_bit(loss, tmp_path):
     data = write(tmp_path / "data", loss)
-    code = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), data.data, loss, "5"]
-    path = os.pathsep.join([str(ROOT), *sys.path])
-    done = subprocess.run(code, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
     whole = fine_tune(tmp_path / "whole", data, loss, iters=6)
+    fifth = lambda report: isinstance(report, Progress) and report.iteration == 5  # noqa: E731
+    killed_at(start(tmp_path / "run", data, loss, iters=6), fifth, tmp_path / "run", tmp_path / "killed")
     resumed = fine_tune(tmp_path / "killed", data, loss, iters=6, resume=True)
     assert weights(tmp_path / "whole") == weights(tmp_path / "killed")
     for kind in (ValReport, TrainReport):
@@ -236,52 +222,30 @@ import json, sys
 import mlx_lora
 from mlx_lora import *
 from mlx_lora.tiny_base import PATH
-import mlx.core as mx
-group = mx.distributed.init()
-folder, data, loss = sys.argv[1:]
-train = TrainConfig(loss=loss, iters=4, batch_size=4, val_batches=-1, steps_per_report=2, grad_accumulation_steps=2)
-for report in mlx_lora.run(folder, model=PATH, data=DataConfig(data=data), adapter=AdapterConfig(rank=4, num_layers=2),
-                           optimizer=OptimizerConfig(learning_rate=1e-3), train=train):
-    if type(report).__name__ in ("TrainReport", "ValReport") and group.rank() == 0:
-        print(json.dumps([getattr(report, "train_loss", None) or report.val_loss, report.metrics]))
-print(group.size(), file=sys.stderr)
+folder, *rows = sys.argv[1:]
+for loss, data in zip(("kto", "orpo"), rows):
+    train = TrainConfig(loss=loss, iters=4, batch_size=4, val_batches=-1, steps_per_report=2, grad_accumulation_steps=2)
+    options = dict(adapter=AdapterConfig(rank=4, num_layers=2), optimizer=OptimizerConfig(learning_rate=1e-3))
+    for report in mlx_lora.run(f"{folder}/{loss}", model=PATH, data=DataConfig(data=data), train=train, **options):
+        if type(report).__name__ in ("TrainReport", "ValReport"):
+            print(json.dumps([getattr(report, "train_loss", None) or report.val_loss, report.metrics]))
 """
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-@pytest.mark.parametrize("loss", ["kto", "orpo"])  # their sums over processes are part of the loss
-def test_two_processes_compute_what_one_does(loss, tmp_path):
-    data = write(tmp_path / "data", loss)
-    path = os.pathsep.join([str(ROOT), *sys.path])
-    hosts = tmp_path / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+def test_two_processes_compute_what_one_does(tmp_path):
+    """The losses whose sums over processes are part of the loss."""
+    data = [write(tmp_path / loss, loss).data for loss in ("kto", "orpo")]
     found = {}
     for size in (1, 2):
-        environment = {**os.environ, "PYTHONPATH": path, "MLX_LORA_FAST": "on"}
-        processes = []
-        for rank in range(size):
-            ring = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if size == 2 else {}
-            command = [sys.executable, "-c", PROCESS, str(tmp_path / f"of{size}"), data.data, loss]
-            processes.append(
-                subprocess.Popen(command, env={**environment, **ring}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            )
-        said = [process.communicate(timeout=240) for process in processes]
-        for _, error in said:
-            assert error.decode().splitlines()[-1] == str(size), error.decode()
-        found[size] = [json.loads(line) for line in said[0][0].decode().splitlines()]
-    assert len(found[1]) == len(found[2]) == 4
-    for (value, metrics), (other, others) in zip(found[1], found[2], strict=True):
-        assert other == pytest.approx(value, rel=1e-4, abs=1e-5)
-        assert others == pytest.approx(metrics, rel=1e-3, abs=1e-4)
+        (place := tmp_path / f"of{size}").mkdir()
+        with Ranks(place, size, "-c", PROCESS, place, *data, MLX_LORA_FAST="on") as ranks:
+            assert ranks.end() == [0] * size, ranks.output
+            found[size] = [json.loads(line) for line in ranks.output.splitlines() if line.startswith("[")]
+    both = [found[2][:8], found[2][8:]]
+    for (value, metrics), *others in zip(found[1], *both, strict=True):
+        for other, measured in others:
+            assert other == pytest.approx(value, rel=1e-4, abs=1e-5)
+            assert measured == pytest.approx(metrics, rel=1e-3, abs=1e-4)
 
 
 def test_the_example_learns_a_preference(tmp_path):

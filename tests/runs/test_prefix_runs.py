@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import mlx.core as mx
 import pytest
@@ -14,6 +10,7 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
 import mlx_lora
+from conftest import killed_at
 from mlx_lora.cli.main import cli
 from mlx_lora.errors import ConfigError
 from mlx_lora.hub import _files
@@ -107,19 +104,9 @@ def test_the_file_of_a_stopped_run_is_neither_pushed_nor_copied(data, tmp_path):
 
 def test_a_killed_run_keeps_complete_rows(data, tmp_path):
     folder, plain = tmp_path / "run", losses(tmp_path / "plain", data)
-    code = (
-        "import sys, time, mlx_lora, mlx.core as mx\n"
-        "mx.set_default_device(mx.cpu)\n"
-        "for r in mlx_lora.run(sys.argv[1], model=sys.argv[2], data=sys.argv[3], adapter=dict(num_layers=1, rank=2, "
-        "scale=2.0), train=dict(iters=9, batch_size=2, steps_per_report=1, steps_per_eval=4, save_every=3, "
-        "cache_prefix='disk')):\n"
-        "    if type(r).__name__ == 'Progress': print(r.iteration, flush=True); time.sleep(0.2)\n"
-    )
-    command = [sys.executable, "-c", code, str(folder), str(PATH), str(data)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-    assert process.stdout.readline() == "1\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    train = {**TRAIN, "cache_prefix": "disk"}
+    reports = mlx_lora.run(tmp_path / "first", model=PATH, data=str(data), adapter=LAST, train=train)
+    killed_at(reports, lambda report: isinstance(report, mlx_lora.Progress), tmp_path / "first", folder)
     assert (folder / prefix_room.FILE).stat().st_size > 1000
     assert losses(folder, data, cache_prefix="disk") == plain
 

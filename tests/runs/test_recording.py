@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import types
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 import mlx_lora
+from conftest import killed_at
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from mlx_lora.data import Dataset, Example, Splits
 from mlx_lora.errors import ConfigError, MLXLoRAWarning
@@ -40,11 +41,15 @@ def data(tmp_path_factory) -> DataConfig:
     return write_rows(tmp_path_factory.mktemp("rows") / "data")
 
 
-def run(folder: Path, data, iters: int = 4, adapter=ADAPTER, train: dict | None = None, **options) -> list:
+def run(folder: Path, *args, **options) -> list:
+    return list(start(folder, *args, **options))
+
+
+def start(folder: Path, data, iters: int = 4, adapter=ADAPTER, train: dict | None = None, **options) -> Iterator:
     settings = {"batch_size": 2, "val_batches": 1, "steps_per_report": 1, "steps_per_eval": 2, "save_every": 2}
     options = {"model": PATH, "optimizer": OptimizerConfig(learning_rate=1e-3), **options}
     config = TrainConfig(iters=iters, **{**settings, **(train or {})})
-    return list(mlx_lora.run(folder, data=data, adapter=adapter, train=config, **options))
+    return mlx_lora.run(folder, data=data, adapter=adapter, train=config, **options)
 
 
 def lines(folder: Path, *kinds: str) -> list[dict]:
@@ -100,39 +105,24 @@ def test_a_torn_line_is_passed_over(tmp_path, tail):
     assert [record["text"] for record in records] == ["whole"] and unreadable == 1
 
 
-KILL = """
-import os, signal, sys, mlx_lora
-from pathlib import Path
-from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
-from mlx_lora.tiny_base import PATH
-folder, data, kind, iteration = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-train = TrainConfig(iters=6, batch_size=2, val_batches=1, steps_per_report=1, steps_per_eval=2, save_every=2)
-adapter = AdapterConfig(rank=4, num_layers=2, dropout=0.1)
-options = dict(model=PATH, adapter=adapter, optimizer=OptimizerConfig(learning_rate=1e-3), train=train)
-data = DataConfig(data=data, mask_prompt=True)
-for r in mlx_lora.run(folder, data=data, resume=(Path(folder) / "training_state.safetensors").exists(), **options):
-    if type(r).__name__ == kind and r.iteration == iteration:
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 def test_the_log_of_a_run_that_was_killed_equals_that_of_an_uninterrupted_one(data, tmp_path):
     run(tmp_path / "one", data, 6)
     moments = [("Checkpoint", 2), ("TrainReport", 3), ("ValReport", 4)]
-    for kind, iteration in moments:
-        command = [sys.executable, "-c", KILL, str(tmp_path / "two"), data.data, kind, str(iteration)]
-        killed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        with open(tmp_path / "two" / LOG, "ab") as file:
+    for number, moment in enumerate(moments):
+        reports = start(tmp_path / str(number), data, 6, resume=number > 0)
+        left = tmp_path / str(number + 1)
+        then = lambda r, moment=moment: (type(r).__name__, getattr(r, "iteration", 0)) == moment  # noqa: E731
+        killed_at(reports, then, tmp_path / str(number), left)
+        with open(left / LOG, "ab") as file:
             file.write(b'{"kind": "TrainReport", "itera')
-    run(tmp_path / "two", data, 6, resume=True)
+    run(left, data, 6, resume=True)
     kinds = ("TrainReport", "ValReport", "Checkpoint", "Answers")
-    two, one = (lines(tmp_path / name, *kinds) for name in ("two", "one"))
+    two, one = (lines(folder, *kinds) for folder in (left, tmp_path / "one"))
     norms = [[r.pop("grad_norm") for r in records if "grad_norm" in r] for records in (two, one)]
-    assert two == one and norms[0] == pytest.approx(norms[1], rel=1e-6)  # processes may sum a norm in another order
-    assert [r["iteration"] for r in lines(tmp_path / "two", "Run")] == [0, 2, 2, 2]
-    assert read_log(tmp_path / "two").unreadable == 0
-    assert set(answers(tmp_path / "two")) == {"base", "first", "best"}
+    assert two == one and norms[0] == pytest.approx(norms[1], rel=1e-6)  # a norm may be summed in another order
+    assert [r["iteration"] for r in lines(left, "Run")] == [0, 2, 2, 2]
+    assert read_log(left).unreadable == 0
+    assert set(answers(left)) == {"base", "first", "best"}
 
 
 def test_an_earlier_run_keeps_its_log(data, tmp_path):
@@ -164,16 +154,15 @@ def test_a_log_that_cannot_be_written_is_a_warning(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "adapter",
+    ("adapter", "train"),
     [
-        ADAPTER,
-        AdapterConfig(method="dora", rank=4, num_layers=2),
-        AdapterConfig(method="full", num_layers=1),
-        AdapterConfig(rank=4, num_layers=2, init="pissa"),
+        (ADAPTER, {"grad_accumulation_steps": 3, "grad_checkpoint": True}),
+        (AdapterConfig(method="dora", rank=4, num_layers=2), {}),
+        (AdapterConfig(method="full", num_layers=1), {"grad_accumulation_steps": 3}),
+        (AdapterConfig(rank=4, num_layers=2, init="pissa"), {}),
     ],
     ids=["lora", "dora", "full", "pissa"],
 )
-@pytest.mark.parametrize("train", [{}, {"grad_accumulation_steps": 3, "grad_checkpoint": True}], ids=["plain", "more"])
 def test_answers_do_not_move_the_training_by_a_bit(adapter, train, data, tmp_path):
     for name, shown in (("with", 10), ("without", 0)):
         mx.random.seed(7)
@@ -243,7 +232,8 @@ def test_why_there_are_no_answers(change, why, data, tmp_path, monkeypatch):
     assert f"No answers: {line['why']}" in (tmp_path / "a" / "report.html").read_text()
 
 
-def test_prompts_of_text_rows_and_of_loaded_sets(data, tmp_path):
+def test_prompts_of_text_rows_and_of_loaded_sets(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out, "MAX_TOKENS", 64)
     text = write_rows(tmp_path / "text", [{"text": "Once upon a time there was a small house. " * 3}] * 3)
     (tmp_path / "text" / "train.jsonl").write_text('{"text": "One and two and three."}\n' * 4)
     model, tokenizer = mlx_lora.load(PATH)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -314,41 +312,34 @@ def test_a_training_state_beside_another_adapter_is_not_resumed(folder, data, tm
     run(folder, data=data, resume=True, train=dataclasses.replace(TRAIN, iters=3))
 
 
-KILLED = """
-import os, signal, sys, shutil
-import mlx_lora
-from mlx_lora import *
-point, folder, data = sys.argv[1], sys.argv[2], sys.argv[3]
-replace, number = os.replace, [0]
-def killed(source, target):
-    if number[0] == int(point):
-        os.kill(os.getpid(), signal.SIGKILL)
-    number[0] += 1
-    replace(source, target)
-os.replace = killed
-train = TrainConfig(iters=4, batch_size=2, val_batches=1, save_every=2)
-for _ in mlx_lora.run(folder, model=mlx_lora.tiny_base.PATH, data=DataConfig(data=data, mask_prompt=True),
-                      adapter=AdapterConfig(rank=4, num_layers=2, keys=("self_attn.q_proj",)),
-                      optimizer=OptimizerConfig(learning_rate=1e-3), train=train):
-    pass
-"""
+FIRST_OF_SECOND = 4  # files that the first checkpoint renames
 
 
-@pytest.mark.parametrize("point", range(4, 10))
-def test_a_run_killed_while_it_saves_resumes_exactly(point, data, tmp_path):
+@pytest.fixture(scope="module")
+def saving(data, tmp_path_factory) -> Path:
+    """A complete run of four iterations, ``whole``. Beside it what SIGKILL leaves before the Nth renaming of a file."""
+    place = tmp_path_factory.mktemp("killed")
+    replace, number = os.replace, itertools.count()
+
+    def noted(source, target):
+        shutil.copytree(place / "whole", place / str(next(number)))
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", noted)
+        run(place / "whole", data=data, train=dataclasses.replace(TRAIN, iters=4, save_every=2))
+    return place
+
+
+@pytest.mark.parametrize("point", range(FIRST_OF_SECOND, FIRST_OF_SECOND + 6))
+def test_a_run_killed_while_it_saves_resumes_exactly(point, saving, data):
     """The second checkpoint renames six files; the run is killed before each of them."""
-    folder, config = tmp_path / "a", dataclasses.replace(TRAIN, iters=4)
-    code = KILLED.replace("import mlx_lora\n", "import mlx_lora, mlx_lora.tiny_base\n", 1)
-    path = os.pathsep.join([str(Path(mlx_lora.__file__).parents[1]), *sys.path])
-    command = [sys.executable, "-c", code, str(point), str(folder), data.data]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    folder, whole = saving / str(point), saving / "whole"
     assert any(p.name.startswith(".writing-") for p in folder.iterdir())
-    reports = run(folder, data=data, train=config, resume=True)
+    reports = run(folder, data=data, train=dataclasses.replace(TRAIN, iters=4), resume=True)
     assert next(r for r in reports if type(r).__name__ == "Started").iteration == 2
-    run(tmp_path / "b", data=data, train=config)
-    assert weights(folder) == weights(tmp_path / "b")
-    assert weights(folder / "best") == weights(tmp_path / "b" / "best") == weights(folder)
+    assert weights(folder) == weights(whole)
+    assert weights(folder / "best") == weights(whole / "best") == weights(folder)
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     names -= {"log.jsonl", "report.html"}
     assert names == {

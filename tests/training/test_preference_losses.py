@@ -211,8 +211,8 @@ def numbers_of(reports) -> list:
     return [(r.iteration, getattr(r, "train_loss", getattr(r, "val_loss", None)), r.metrics) for r in reports]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.alternate
+@pytest.mark.parametrize(("loss", "accumulation"), [(loss, 1 + place % 2) for place, loss in enumerate(LOSSES)])
 def test_a_resumed_run_is_the_same_to_the_bit(loss, accumulation, tmp_path):
     """Also in the middle of a window, and with a model that has the trained weights already when it is resumed."""
     settings = {"grad_accumulation_steps": accumulation, "iters": 7, "steps_per_report": 5}

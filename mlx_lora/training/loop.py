@@ -21,7 +21,7 @@ from ..config import TrainConfig
 from ..data import Dataset, packed_batches, train_batches
 from ..device import memory_limits
 from ..errors import MLXLoRAError, MLXLoRAWarning, TrainingError
-from .best import continued, is_best, out_of_patience, with_best_of
+from .best import continued, is_best, out_of_patience, with_validation_of
 from .checkpoints import Tally, TrainingState
 from .evaluation import evaluate
 from .losses import loss_named, means
@@ -109,10 +109,14 @@ class Loop:
     def _iterate(self) -> Iterator[Report]:
         """All iterations, with validations and checkpoints between them. Returns why the run ends, see `Done`."""
         config, tally = self.config, self.tally
+        due = tally.unmeasured and tally.iteration % config.steps_per_eval == 0
         if tally.iteration == 0:
             yield from self._validate()
-        else:
-            self._measured()  # a metric that fails ends the run now, not hours later
+        elif tally.iteration < config.iters:
+            if due and (ended := (yield from self._pause())):
+                return ended
+            if not due:
+                self._measured()  # a metric that fails ends the run now, not hours later
         self.begun = True
         if tally.iteration == config.iters:
             return "complete"
@@ -153,15 +157,20 @@ class Loop:
                 yield self._report()
             if last:
                 return "complete"
-            best = tally.iteration % config.steps_per_eval == 0 and (yield from self._validate())
-            ended = "patience" if out_of_patience(tally, config) else "stopped" if self._stopped() else None
-            if best or ended or tally.iteration % config.save_every == 0:
-                state = self._state()  # a partial window goes on in it, and is not applied
-                if ended == "patience" and tally.window_iterations:
-                    yield self._report()
-                yield from self._save(state, best)
-            if ended:
+            if ended := (yield from self._pause()):
                 return ended
+
+    def _pause(self) -> Iterator[Report]:
+        """The validation and the checkpoint between two iterations. Returns why the run ends here, None to go on."""
+        config, tally = self.config, self.tally
+        best = tally.iteration % config.steps_per_eval == 0 and (yield from self._validate())
+        ended = "patience" if out_of_patience(tally, config) else "stopped" if self._stopped() else None
+        if best or ended or tally.iteration % config.save_every == 0:
+            state = self._state()  # a partial window goes on in it, and is not applied
+            if ended == "patience" and tally.window_iterations:
+                yield self._report()
+            yield from self._save(state, best)
+        return ended
 
     def _finish(self) -> Iterator[Report]:
         """The end of a complete run: the last, partial window, the last reports, the last checkpoint."""
@@ -173,7 +182,7 @@ class Loop:
         if self.tally.window_iterations:
             yield self._report()
         best = yield from self._validate(state)
-        yield from self._save(dataclasses.replace(state, tally=with_best_of(state.tally, self.tally)), best)
+        yield from self._save(dataclasses.replace(state, tally=with_validation_of(state.tally, self.tally)), best)
 
     def _count_step(self, finite: bool | None, norm: float | None) -> Iterator[Report]:
         """Count an optimizer step as good or skipped. Raises after too many skipped steps in a row."""
@@ -220,7 +229,9 @@ class Loop:
             return self.metrics() if self.metrics and self.valid_set is not None else {}
 
     def _validate(self, state: TrainingState | None = None) -> Iterator[Report]:
-        """Returns whether this is the best validation so far. A metric that fails after a step ends the run saved.
+        """Returns whether this is the best validation so far.
+
+        A metric that fails after a step ends the run saved. The resumed run then validates at this iteration.
 
         Args:
             state: to save then; by default that of now.
@@ -236,8 +247,11 @@ class Loop:
             values = {**measured.metrics, **self._measured()}
         except MLXLoRAError:
             if self.begun:
-                yield from self._save(state or self._state())
+                self.tally.unmeasured = True
+                state = state or self._state()
+                yield from self._save(dataclasses.replace(state, tally=with_validation_of(state.tally, self.tally)))
             raise
+        self.tally.unmeasured = False
         report = ValReport(self.tally.iteration, measured.loss, measured.seconds, measured.tokens, values)
         yield report
         return is_best(self.tally, report, config)

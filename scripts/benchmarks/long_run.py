@@ -31,7 +31,7 @@ import yaml
 CHARACTERS = 40  # of a prompt, and of its completion
 MEASURES = "measures.jsonl"
 # A resumed call logs these again. The fields differ from one run to the next.
-PER_CALL = {"Run", "DataLoaded", "Planned", "Started", "PrefixCache", "Warned", "Done"}
+PER_CALL = {"Run", "DataLoaded", "Planned", "Started", "PrefixCache", "Warned", "Done", "EarlierRunMoved"}
 TIMES = {"time", "iterations_per_second", "tokens_per_second", "peak_memory", "val_time", "seconds"}
 ACCUMULATION = 3
 SETTLED = 1000  # iterations; in the half of a shorter run, the system's allocator still takes memory for the first time
@@ -212,8 +212,12 @@ def log(folder: Path) -> list[str]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What must be the same in both runs, by file. Of the log and the page, which hold times, that they are there."""
+    """What must be the same in both runs, by file. Of the log and the page, which hold times, that they are there.
+
+    A run killed before its first checkpoint begins anew, and its log is moved to ``earlier-N``.
+    """
     found = {p.relative_to(folder).as_posix(): p for p in sorted((folder / "run").rglob("*")) if p.is_file()}
+    found = {name: p for name, p in found.items() if not name.startswith("run/earlier-")}
     compared = {name: p for name, p in found.items() if name.endswith(("adapters.safetensors", "adapter_config.json"))}
     state = {name: state_bytes(p) for name, p in found.items() if p.name == "training_state.safetensors"}
     return {**dict.fromkeys(found, b""), **{name: p.read_bytes() for name, p in compared.items()}, **state}

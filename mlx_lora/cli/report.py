@@ -6,12 +6,10 @@ from pathlib import Path
 
 import click
 
-from ..errors import ConfigError
 from . import console
 from .options import json_option
 
 COMPARISON = "comparison.html"
-GENERATOR = '<meta name="generator" content="mlx-lora">'  # in every page; another page is not replaced
 
 
 @click.command()
@@ -34,16 +32,10 @@ def report(folders: tuple[str, ...], output: str | None, open_page: bool, as_jso
     mlx-lora report adapters --open
     mlx-lora report rank-8 rank-16 rank-32 --output ranks.html
     """
-    from ..runs.log import LOG, PAGE
+    from ..runs.log import PAGE
     from ..runs.report import summary, write_report
 
     target = Path(output) if output else Path(folders[0]) / PAGE if len(folders) == 1 else Path(COMPARISON)
-    if target.is_dir() or target.suffix.lower() not in (".html", ".htm"):
-        what = "is a folder" if target.is_dir() else "is no name of a page"
-        raise ConfigError(f"--output {target}: {what}", "Name a file that ends in .html.")
-    own = target.name == PAGE and (target.parent / LOG).exists()  # also one from before pages had the tag
-    if target.exists() and not own and GENERATOR not in target.read_text("utf-8", errors="replace")[:1000]:
-        raise ConfigError(f"{target}: exists and is no report", "Name another file with --output.")
     runs = write_report(folders, target)
     for run in runs:
         if run.unreadable:

@@ -7,7 +7,7 @@ an entry because of another one, ``settle`` does the same and says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def read_defaults(ctx: click.Context, file: Path, names: set[str], passed: set[s
     from . import console
 
     params = {param.name: param for param in ctx.command.params}
-    options, warnings, readings = read_yaml(file, {*params, *names}, passed)
+    options, warnings, readings = read_yaml(file, {*params, *names}, passed, lambda key: _commands_with(ctx, key))
     ctx.meta[_READINGS] = readings
     faults = []
     for name in sorted(params.keys() & options.keys()):
@@ -60,10 +60,24 @@ def _of_type(value: Any, param: click.Parameter) -> tuple[Any, str]:
     return value, ""
 
 
-def read_yaml(path: Path, allowed: set[str], passed: set[str] = frozenset()) -> tuple[dict[str, Any], list[str], Any]:
+def _commands_with(ctx: click.Context, key: str) -> str:
+    """The other commands that have an option, separated by commas; empty where none has it."""
+    group = ctx.find_root().command
+    if not isinstance(group, click.Group):
+        return ""
+    commands = [group.get_command(ctx, name) for name in group.list_commands(ctx)]
+    return ", ".join(c.name for c in commands if c and c is not ctx.command and key in {p.name for p in c.params})
+
+
+def read_yaml(
+    path: Path,
+    allowed: set[str],
+    passed: set[str] = frozenset(),
+    elsewhere: Callable[[str], str] = lambda _: "",
+) -> tuple[dict[str, Any], list[str], Any]:
     """(options by parameter name, warnings, what ``_two_readings`` needs or None). Unknown keys are an error.
 
-    ``lora_parameters`` is flattened.
+    ``lora_parameters`` is flattened. ``elsewhere`` names the commands that have an option which this one has not.
     """
     raw = _mapping(path)
     nested = raw.pop("lora_parameters", None) or {}
@@ -84,7 +98,10 @@ def read_yaml(path: Path, allowed: set[str], passed: set[str] = frozenset()) -> 
     readings = (alpha, old) if alpha is not None and "scale" in allowed and _differ(nested, alpha) else None
     known = (allowed | passed) - {"config"}
     for section, entries, names in (("", raw, known), ("lora_parameters.", nested, set(NESTED))):
-        faults += [f"{section}{key} is not an option{did_you_mean(key, names)}" for key in entries if key not in names]
+        for key in (key for key in entries if key not in names):
+            others = elsewhere(key)
+            where = f" here, but of mlx-lora {others}" if others else ""
+            faults.append(f"{section}{key} is not an option{where}{did_you_mean(key, names)}")
     twice = [key for key in nested if key in raw and raw[key] != nested[key]]
     faults += [f"{key} is {raw[key]!r}, and {nested[key]!r} in lora_parameters" for key in twice]
     if more or faults:
@@ -106,16 +123,20 @@ def _mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})", _LINES) from None
     if raw is not None and not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds a {type(raw).__name__}, not a mapping of options", _LINES)
-    # YAML 1.1 reads a key spelled yes as true.
-    return {"yes" if key is True else str(key): value for key, value in (raw or {}).items()}
+    return raw or {}
 
 
 def _yaml_loader():
-    """YAML 1.1 reads 1e-5 as text; in mlx-lm's files it is a number."""
+    """YAML 1.1 reads 1e-5 as text; in mlx-lm's files it is a number. The keys yes, no, on and off stay text."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node, deep=False):
+            self.flatten_mapping(node)  # resolves merge keys (<<)
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    key.tag = "tag:yaml.org,2002:str"
+            return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float",

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..adapter import explicit_config, raise_faults
 from ..base.decompositions import Pair
+from ..base.forward_paths import as_generated
 from ..base.modules import kind
 from ..config import AdapterConfig
 from ..errors import ConfigError
@@ -81,7 +82,13 @@ def initial_pairs(request: Request) -> dict[str, Pair]:
         [f"{path}: init {name} cannot initialise {which} layers" for path, which in unsuitable],
         "Leave these modules out: name the modules to adapt with --keys.",
     )
-    return row.initial_pairs(request) if request.modules else {}
+    if not request.modules:
+        return {}
+    if not row.needs_batches:
+        return row.initial_pairs(request)
+    first, request = request.peeked()
+    with as_generated(request.model, first):
+        return row.initial_pairs(request)
 
 
 def set_initial_pair(layer: AdapterLayer, a: np.ndarray, b: np.ndarray) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.nn as nn
 import numpy as np
@@ -36,6 +36,13 @@ class Request:
     def first_batches(self, default: int) -> Iterator:
         """The first ``config.init_batches`` batches, or ``default`` many."""
         return itertools.islice(self.batches, self.config.init_batches or default)
+
+    def peeked(self) -> tuple[list[int], Request]:
+        """The tokens of the first row of the batches, empty without one, and the request with all batches."""
+        batches = iter(self.batches)
+        first = list(itertools.islice(batches, 1))
+        row = np.array(first[0].tokens)[0].tolist() if first else []
+        return row, replace(self, batches=itertools.chain(first, batches))
 
     def shape(self, path: str) -> tuple[int, ...]:
         """(.., out, in) of the module's update; an embedding is (dim, vocabulary)."""

@@ -13,10 +13,10 @@ import mlx.nn as nn
 import mlx.optimizers as opt
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from ..base.modes import mode
 from ..base.modules import dims, kind
 from ..config import TrainConfig
 from ..fast.swap import traced_only
-from ..training.evaluation import mode
 from ..training.losses import loss_named
 from ..training.optimizers import MasterWeights
 from ..training.recompute import recomputed_layers

@@ -10,13 +10,13 @@ from typing import Any
 import mlx.nn as nn
 
 from ..base.batching import why_not_batched
+from ..base.forward_paths import THROUGH_CACHE, as_generated
 from ..config import TOKENS, DataConfig, TrainConfig, as_config, preference_of
 from ..data import Question, load_dataset, questions
 from ..errors import ConfigError
 from ..formats.checkpoints import STATE, choose
 from ..formats.files import file_digest
 from ..model.attach import disable_adapter
-from ..model.forward_paths import needs_cache, through_cache
 from ..model.loading import load
 from ..training import evaluate, referenced
 from ..training.checkpoints import read_run
@@ -97,9 +97,10 @@ def _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_c
     kind = preference_of(loss).rows
     sets = yield from load_sets(data, tokenizer, ("test",), loss)
     asked = {count: questions(data, tokenizer, "test", count, kind) for count in (exact_match, metric_rows) if count}
-    cached = yield from compare_paths(model, sets.test)
-    with through_cache(model, cached):
-        test = sets.test
+    test = sets.test
+    with as_generated(model, test[0].tokens if len(test) else ()) as cached:
+        if cached:
+            yield Warned(THROUGH_CACHE)
         if kind != TOKENS:
             test = yield from _with_reference(model, test, loss, batch_size, adapter_path)
         result = asdict(evaluate(model, test, *measured))
@@ -141,17 +142,6 @@ def _start_of(adapter_path: str | Path) -> dict[str, str] | None:
         if state.is_file():
             return read_run(state).get("start")
     return None
-
-
-def compare_paths(model: nn.Module, rows: Any, grad_checkpoint: bool = False):
-    """Yield a warning, and return True, if the loss must be computed through a cache (see ``model.forward_paths``)."""
-    cached = len(rows) > 0 and needs_cache(model, rows[0].tokens.tolist(), grad_checkpoint)
-    if cached:
-        yield Warned(
-            "without a cache this model computes something else than it generates, so every loss is computed through "
-            "a fresh cache"
-        )
-    return cached
 
 
 def answers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..base.forward_paths import THROUGH_CACHE, as_generated
 from ..config import METRIC_ROWS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, preference_of
 from ..config.train import RHYTHM
 from ..data import Dataset, Question, Splits, in_iterations, questions, train_batches
@@ -19,7 +20,6 @@ from ..formats.checkpoints import STATE
 from ..formats.files import file_digest
 from ..init import FROM_DATA
 from ..model.attach import disable_adapter, extract, parameter_counts, unmount
-from ..model.forward_paths import through_cache
 from ..training import Checkpoint, Done, Report, TrainingState, build_optimizer, evaluate
 from ..training import train as train_model
 from ..training.best import check_patience, made_worse
@@ -28,7 +28,7 @@ from ..training.trainer import check_validated
 from .adapters import attach_for_run
 from .agreement import check_agreement
 from .checks import check_data, check_modules, check_packing
-from .evaluation import answers, compare_paths, load_model, load_sets
+from .evaluation import answers, load_model, load_sets
 from .folder import RunFolder
 from .group import group
 from .identity import check, check_incomplete, check_processes, continued, explained, identify
@@ -161,18 +161,19 @@ def _fine_tune(
         check_incomplete(state, settings.train, config.iters, folder.path)
     planned = yield from plan_run(replace(settings, train=config), model, sets)
     yield from _attach(model, sets, folder, settings)
-    try:
-        check_agreement(folder.identity, model, state)
-        cached = yield from compare_paths(model, sets.train, config.grad_checkpoint)
-        with through_cache(model, cached):
+    with ExitStack() as contexts:
+        try:
+            check_agreement(folder.identity, model, state)
+            row = sets.train[0].tokens if len(sets.train) else ()
+            if contexts.enter_context(as_generated(model, row, config.grad_checkpoint)):
+                yield Warned(THROUGH_CACHE)
             prefix = yield from keep_prefix(model, sets, folder.path, folder.identity, config)
-        with disable_adapter(model):
-            yield from recorder.prepare(model, tokenizer, sets, None if state is None else state.iteration)
-    except (MLXLoRAError, GeneratorExit):  # nothing was trained: a model that the caller loaded is as it was
-        unmount(model)
-        raise
-    yield _started(model, state, config)
-    with through_cache(model, cached):
+            with disable_adapter(model):
+                yield from recorder.prepare(model, tokenizer, sets, None if state is None else state.iteration)
+        except (MLXLoRAError, GeneratorExit):  # nothing was trained: a model that the caller loaded is as it was
+            unmount(model)
+            raise
+        yield _started(model, state, config)
         sets = yield from with_references(model, sets, config, state)
         hooks = {"metrics": _metrics(model, tokenizer, asked, config), "prefix": prefix}
         done = yield from _train(model, sets, folder, replace(settings, train=config), state, stop, hooks)
@@ -180,14 +181,20 @@ def _fine_tune(
         if not done.stopped:
             drop_states(folder.path)
         if settings.test_batches is not None and not done.stopped:
-            if 0 < folder.best < done.iteration:
-                yield Warned(
-                    f"the test set is measured with the last adapter (iteration {done.iteration}); mlx-lora test "
-                    f"measures the best one (iteration {folder.best})"
-                )
-            of_loss = config.loss, config.preference_options()
-            result = evaluate(model, sets.test, config.batch_size, settings.test_batches, *of_loss)
-            yield TestReport(**asdict(result))
+            yield from _test(model, sets, folder.best, done.iteration, config, settings.test_batches)
+
+
+def _test(
+    model: nn.Module, sets: Splits, best: int, last: int, config: TrainConfig, batches: int
+) -> Iterator[RunReport]:
+    """Measure the adapter of the ``last`` iteration on the test set, and say so where an earlier one was the best."""
+    if 0 < best < last:
+        yield Warned(
+            f"the test set is measured with the last adapter (iteration {last}); mlx-lora test measures the best one "
+            f"(iteration {best})"
+        )
+    of_loss = config.loss, config.preference_options()
+    yield TestReport(**asdict(evaluate(model, sets.test, config.batch_size, batches, *of_loss)))
 
 
 def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:

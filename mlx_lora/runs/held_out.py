@@ -9,10 +9,10 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..base.modes import mode
 from ..config import LABELS, TOKENS, DataConfig
 from ..data import Dataset, Question, Splits, questions
 from ..errors import DataError
-from ..training.evaluation import mode
 from .evaluation import answers
 from .reports import Answer
 

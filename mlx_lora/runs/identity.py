@@ -153,7 +153,7 @@ def check_incomplete(state: TrainingState, config: TrainConfig, iters: int | Non
             f"validations in a row {best}; patience is {config.patience}",
             "Raise --patience, or set it to 0, to go on.",
         )
-    if iters is not None and state.iteration >= iters:
+    if iters is not None and (state.iteration > iters or (state.iteration == iters and not tally.unmeasured)):
         length = f"iters is {iters}" if config.epochs is None else f"{config.epochs:g} epochs are {iters}"
         raise ConfigError(
             f"the run in {folder} has done {state.iteration} iterations; {length}",

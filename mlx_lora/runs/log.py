@@ -57,11 +57,15 @@ def logged_until(folder: Path, iteration: int) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Writes the log in ``folder``. A write that fails ends the log with a warning; the run goes on."""
+    """Writes the log in ``folder``. A write that fails ends the log with a warning; the run goes on.
+
+    Where the folder is gone, the lines wait for the next checkpoint, which makes it again or says why it cannot.
+    """
 
     def __init__(self, folder: Path, held_back: bool = False):
         """``held_back``: keep the lines in memory until ``release``, because an earlier run's log is in the folder."""
         self.folder, self._held, self._failed = folder, [] if held_back else None, False
+        self._gone = False  # whether the folder was deleted while the run wrote to it
 
     @property
     def written(self) -> bool:
@@ -78,6 +82,10 @@ class RunLog:
 
     def release(self) -> None:
         """Write the lines that were held back. The earlier run's log is no longer in the folder."""
+        if self._gone:
+            self._gone = False
+            text = f"{self.folder}: was deleted during the run. Its log begins again before this checkpoint."
+            warnings.warn(text, MLXLoRAWarning, stacklevel=2)
         if self._held:
             held, self._held = self._held, None
             self._write("w", held)
@@ -97,6 +105,9 @@ class RunLog:
             with open(path or self.folder / LOG, how, encoding="utf-8", errors="backslashreplace") as file:
                 file.write("".join(lines))
         except OSError as problem:
+            if not self.folder.exists():
+                self._held, self._gone = lines, True
+                return False
             self._failed = True
             text = f"{self.folder / LOG}: cannot be written ({problem.strerror}). The run goes on without a log."
             warnings.warn(text, MLXLoRAWarning, stacklevel=2)

@@ -14,7 +14,7 @@ from ..errors import ConfigError, MLXLoRAWarning
 from .checkpoints import Tally
 from .reports import ValReport
 
-_FIELDS = ("best_by", "best_value", "best_iteration", "not_better", "first_loss", "lowest_loss")
+_FIELDS = ("best_by", "best_value", "best_iteration", "not_better", "unmeasured", "first_loss", "lowest_loss")
 
 
 def is_best(tally: Tally, report: ValReport, config: TrainConfig) -> bool:
@@ -88,6 +88,6 @@ def continued(tally: Tally, config: TrainConfig) -> Tally:
     return replace(tally, best_by=now, best_value=None, not_better=0)
 
 
-def with_best_of(tally: Tally, other: Tally) -> Tally:
-    """`tally` with what `other` knows of the best validation."""
+def with_validation_of(tally: Tally, other: Tally) -> Tally:
+    """`tally` with what `other` knows of the validations."""
     return replace(tally, **{name: getattr(other, name) for name in _FIELDS})

@@ -42,6 +42,7 @@ class Tally:
     best_value: float | None = None
     best_iteration: int = 0
     not_better: int = 0  # validations in a row since the best one
+    unmeasured: bool = False  # a metric failed in the validation at this iteration
     first_loss: float | None = None  # validation loss before the first step
     lowest_loss: float | None = None  # of the validations after it
 

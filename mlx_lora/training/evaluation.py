@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..base.forward_paths import as_generated
+from ..base.modes import mode
 from ..config import LABELS, PAIRS, TrainConfig, preference_of
 from ..config import TOKENS as ROWS
 from ..data import Dataset, eval_batches
@@ -32,8 +32,9 @@ def evaluate(
 ) -> Evaluation:
     """The mean loss of `model` on `dataset`: the sum over all batches and processes, divided by the count.
 
-    Dropout is off meanwhile. Afterwards every module is in the mode (training or evaluation) that it had before. No
-    random numbers are drawn.
+    A model that computes something else without a cache than it generates is called with one. Dropout is off
+    meanwhile. Afterwards every module is in the mode (training or evaluation) that it had before. No random numbers are
+    drawn.
 
     Args:
         limit: batches to measure at most; -1 for the whole set.
@@ -55,7 +56,7 @@ def evaluate(
     tic = time.perf_counter()
     names: list[str] = []
     sums = np.zeros(2)  # loss and count, then sums and counts of `names`
-    with mode(model, training=False):
+    with as_generated(model, dataset[0].tokens if len(dataset) else ()), mode(model, training=False):
         batches = eval_batches(dataset, batch_size, limit, group.rank(), group.size())
         if prefix is not None:
             batch_loss, batches = prefix.loss(batch_loss), prefix.eval_batches(batches, batch_size, limit)
@@ -88,18 +89,6 @@ def check_rows(dataset: Dataset, loss: str) -> None:
             f"The loss {loss!r} takes {_ROWS[kind]}, and the data set has {_ROWS[found]}.",
             f"Give load_dataset or tokenize the argument kind={kind!r}, or set another loss.",
         )
-
-
-@contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module into training or evaluation mode; on exit each gets its own mode back."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, was in before:
-            module._set_training_mode(was)
 
 
 _ROWS = {ROWS: "rows to imitate", PAIRS: "pairs of a chosen and a rejected answer", LABELS: "answers with labels"}

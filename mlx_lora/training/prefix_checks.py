@@ -10,9 +10,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from ..base.modes import mode
 from ..base.modules import layer_paths
 from ..errors import ConfigError
-from .evaluation import mode
 from .losses import loss_named
 from .seam import Seam, skipped
 

@@ -12,11 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..base.forward_paths import as_generated
+from ..base.modes import mode
 from ..config import TOKENS, TrainConfig, preference_of
 from ..data.batches import eval_rows
 from ..data.preferences import PairDataset
 from ..errors import TrainingError
-from .evaluation import check_rows, mode
+from .evaluation import check_rows
 from .losses.answers import log_probabilities
 
 
@@ -79,7 +81,7 @@ def _compute(model: nn.Module, dataset: PairDataset, batches: list[np.ndarray]) 
     """The log-probabilities [N, 2] float32 of each row's two answers."""
     group = mx.distributed.init()
     found = np.zeros((len(dataset), 2), np.float32)
-    with mode(model, training=False):
+    with as_generated(model, dataset[0].tokens), mode(model, training=False):
         for rows in batches:
             here = rows[group.rank() :: group.size()]
             if len(here):

@@ -12,6 +12,7 @@ corpus of the tiny model.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -30,7 +31,7 @@ import yaml
 CHARACTERS = 40  # of a prompt, and of its completion
 MEASURES = "measures.jsonl"
 # A resumed call logs these again. The fields differ from one run to the next.
-PER_CALL = {"Run", "DataLoaded", "Planned", "Started", "PrefixCache", "Warned", "Done"}
+PER_CALL = {"Run", "DataLoaded", "Planned", "Started", "PrefixCache", "Warned", "Done", "EarlierRunMoved"}
 TIMES = {"time", "iterations_per_second", "tokens_per_second", "peak_memory", "val_time", "seconds"}
 ACCUMULATION = 3
 SETTLED = 1000  # iterations; in the half of a shorter run, the system's allocator still takes memory for the first time
@@ -211,10 +212,32 @@ def log(folder: Path) -> list[str]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The files of the run that must be the same to the byte."""
+    """What must be the same in both runs, by file. Of the log and the page, which hold times, that they are there.
+
+    A run killed before its first checkpoint begins anew, and its log is moved to ``earlier-N``.
+    """
     found = {p.relative_to(folder).as_posix(): p for p in sorted((folder / "run").rglob("*")) if p.is_file()}
-    own = [name for name in found if name.endswith(("adapters.safetensors", "adapter_config.json"))]
-    return {name: found[name].read_bytes() for name in own}
+    found = {name: p for name, p in found.items() if not name.startswith("run/earlier-")}
+    compared = {name: p for name, p in found.items() if name.endswith(("adapters.safetensors", "adapter_config.json"))}
+    state = {name: state_bytes(p) for name, p in found.items() if p.name == "training_state.safetensors"}
+    return {**dict.fromkeys(found, b""), **{name: p.read_bytes() for name, p in compared.items()}, **state}
+
+
+def state_bytes(file: Path) -> bytes:
+    """All of a training state but the seconds that it counts."""
+    import mlx.core as mx
+
+    from mlx_lora.training import TrainingState
+
+    state = vars(TrainingState.load(file))
+    facts = {name: state[name] for name in ("fingerprint", "run")} | {"tally": {**vars(state["tally"])}}
+    facts["tally"].pop("window_seconds")
+    text = json.dumps(facts, sort_keys=True)
+    for group in ("parameters", "optimizer", "pending", "reference"):
+        for name, array in sorted(state[group].items()):
+            text += f"\n{group}/{name} {array.dtype} {array.shape} "
+            text += hashlib.sha256(np.array(array.reshape(-1).view(mx.uint8)).tobytes()).hexdigest()
+    return text.encode()
 
 
 def growth(values: list[tuple[int, int]]) -> float:

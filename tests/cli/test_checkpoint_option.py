@@ -13,7 +13,7 @@ import mlx_lora
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig
 from mlx_lora.cli.main import main
 from mlx_lora.tiny_base import PATH, skill
-from mlx_lora.training import trainer
+from mlx_lora.training import loop
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def trained(tmp_path_factory) -> Path:
         (root / "data" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in skill.rows(split, 4)))
     with pytest.MonkeyPatch.context() as patch:
         losses = iter((9.0, 1.0, 2.0))
-        patch.setattr(trainer, "evaluate", lambda *_, **__: mlx_lora.training.Evaluation(next(losses), 1, 1.0, 0.0))
+        patch.setattr(loop, "evaluate", lambda *_, **__: mlx_lora.training.Evaluation(next(losses), 1, 1.0, 0.0))
         train = {"iters": 2, "batch_size": 2, "steps_per_eval": 1}
         optimizer = OptimizerConfig(learning_rate=1e-2)
         adapter = AdapterConfig(rank=4, num_layers=2)

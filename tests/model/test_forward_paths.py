@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
@@ -11,10 +15,11 @@ from model_families import families, tiny_model
 
 import mlx_lora
 from mlx_lora import AdapterConfig, TrainConfig
-from mlx_lora.data import Dataset
+from mlx_lora.base import forward_paths
+from mlx_lora.base.forward_paths import _fresh, difference, needs_cache, through_cache
+from mlx_lora.data import Dataset, train_batches
 from mlx_lora.data.batches import Example
-from mlx_lora.errors import ModelError
-from mlx_lora.model.forward_paths import _fresh, difference, needs_cache, through_cache
+from mlx_lora.errors import MLXLoRAWarning, ModelError
 from mlx_lora.training import evaluate
 from mlx_lora.training.losses import loss_named
 
@@ -126,6 +131,13 @@ def generated_loss(model: nn.Module, rows: Dataset) -> float:
     return float(np.mean(losses))
 
 
+def plain_loss(model: nn.Module, rows: Dataset) -> float:
+    """The mean loss of the rows by the model without a cache."""
+    tokens = mx.array(np.stack([row.tokens for row in rows]))
+    total, count = loss_named("cross_entropy")(model.eval(), tokens, mx.ones((len(rows), 12), mx.bool_))
+    return (total / count).item()
+
+
 def run(model, folder, rows, **train):
     keys = KEYS if model.model_type == "gemma3n" else None
     config = TrainConfig(iters=10, batch_size=4, val_batches=-1, steps_per_eval=10, **train)
@@ -136,8 +148,8 @@ def run(model, folder, rows, **train):
 
 def test_gemma3n_is_trained_as_it_generates(tmp_path):
     model, rows = tiny_model("gemma3n"), dataset()
-    before, plain = generated_loss(model, rows), evaluate(model, rows).loss
-    assert abs(before - plain) > 0.01, "without a cache the loss is another model's"
+    before = generated_loss(model, rows)
+    assert abs(before - plain_loss(model, rows)) > 0.01, "without a cache the loss is another model's"
     reports = run(model, tmp_path, rows)
     assert next(r.text for r in reports if type(r).__name__ == "Warned").startswith("without a cache")
     first, last = [r.val_loss for r in reports if type(r).__name__ == "ValReport"]
@@ -155,3 +167,53 @@ def test_models_that_cannot_be_trained_as_they_generate_are_refused_and_left_as_
             run(model, tmp_path / name, dataset(), **train)
         assert name in error.value.message and error.value.hint
         assert [path for path, _ in tree_flatten(model.parameters())] == before
+
+
+def test_training_and_measuring_without_a_folder_compute_what_generates(monkeypatch):
+    """`train`, `evaluate` and initialisations from data, called directly, compare once each."""
+    calls = []
+    own = forward_paths.needs_cache
+    monkeypatch.setattr(forward_paths, "needs_cache", lambda *args: calls.append(args) or own(*args))
+    model, rows = tiny_model("gemma3n"), dataset()
+    kind, expected = type(model), generated_loss(model, rows)
+    assert evaluate(model, rows).loss == pytest.approx(expected, abs=1e-4) and len(calls) == 1
+    config = TrainConfig(iters=1, batch_size=8, val_batches=-1)
+    mlx_lora.attach(model, AdapterConfig(rank=4, scale=4.0, num_layers=-1, keys=KEYS))
+    calls.clear()
+    with pytest.warns(MLXLoRAWarning, match="through a fresh cache"):
+        reports = list(mlx_lora.train(model, mlx.optimizers.Adam(1e-2), rows, rows, config))
+    assert len(calls) == 1 and type(model) is kind
+    losses = [r.val_loss for r in reports if type(r).__name__ == "ValReport"]
+    assert losses[0] == pytest.approx(expected, abs=1e-4)
+    assert losses[-1] == pytest.approx(generated_loss(model, rows), abs=1e-4)
+    with pytest.raises(ModelError, match="twice"):
+        list(mlx_lora.train(model, mlx.optimizers.Adam(1e-2), rows, rows, replace(config, grad_checkpoint=True)))
+    assert type(model) is kind and not forward_paths._compared
+
+
+def test_a_run_compares_once(tmp_path, monkeypatch):
+    calls = []
+    own = forward_paths.needs_cache
+    monkeypatch.setattr(forward_paths, "needs_cache", lambda *args: calls.append(args) or own(*args))
+    run(tiny_model("llama"), tmp_path, dataset())
+    assert len(calls) == 1
+
+
+def gradient_seen_by_lora_ga(model: nn.Module, rows: Dataset) -> mx.array:
+    batches = list(itertools.islice(train_batches(rows, 4, seed=0), 2))
+    mx.random.seed(0)
+    config = AdapterConfig(rank=2, scale=2.0, num_layers=-1, keys=KEYS, init="lora_ga")
+    mlx_lora.attach(model, config, batches)
+    return mlx_lora.extract(model).weights
+
+
+def test_an_initialisation_from_data_reads_the_model_that_generates(monkeypatch):
+    rows = dataset()
+    expected = tiny_model("gemma3n")
+    with through_cache(expected):
+        expected = gradient_seen_by_lora_ga(expected, rows)
+    found = gradient_seen_by_lora_ga(tiny_model("gemma3n"), rows)
+    assert all(mx.array_equal(found[name], array).item() for name, array in expected.items())
+    monkeypatch.setattr(forward_paths, "needs_cache", lambda *_: False)
+    plain = gradient_seen_by_lora_ga(tiny_model("gemma3n"), rows)
+    assert not all(mx.array_equal(found[name], array).item() for name, array in plain.items())

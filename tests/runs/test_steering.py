@@ -14,7 +14,7 @@ from mlx_lora.cli.main import main
 from mlx_lora.errors import ConfigError
 from mlx_lora.formats.checkpoints import checkpoints
 from mlx_lora.tiny_base import PATH, skill
-from mlx_lora.training import trainer
+from mlx_lora.training import loop
 
 ADAPTER = AdapterConfig(rank=4, num_layers=2, keys=("self_attn.q_proj",), dropout=0.1)
 ROWS = 13
@@ -56,7 +56,7 @@ def losses(monkeypatch):
     def script(*values: float) -> None:
         left = iter(values)
         found = mlx_lora.training.Evaluation(0.0, 1, 1.0, 0.0)
-        monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: dataclasses.replace(found, loss=next(left)))
+        monkeypatch.setattr(loop, "evaluate", lambda *_, **__: dataclasses.replace(found, loss=next(left)))
 
     return script
 

@@ -13,10 +13,13 @@ from typing import Any
 
 from ...base.writing import write_text
 from ...errors import ConfigError
-from ..log import LOG
+from ...formats.checkpoints import iteration, numbered
+from ..log import LOG, PAGE
 from .comparison import comparison_page
 from .history import History, read_history
 from .page import run_page
+
+GENERATOR = '<meta name="generator" content="mlx-lora">'  # in every page; another page is not replaced
 
 
 def read_histories(folders: Sequence[str | Path]) -> list[History]:
@@ -29,8 +32,7 @@ def read_histories(folders: Sequence[str | Path]) -> list[History]:
         try:
             found.append(read_history(path, name))
         except OSError as problem:
-            reason = f"holds no {LOG}" if path.is_dir() else "is no folder" if path.exists() else "does not exist"
-            faults.append(f"{path}: {reason if not (path / LOG).exists() else problem.strerror}")
+            faults.append(f"{path}: {_without_log(path) or problem.strerror}")
         else:
             if not found[-1].all_of("Run") and not found[-1].curves:
                 faults.append(f"{path / LOG}: holds no line of a run")
@@ -42,17 +44,47 @@ def read_histories(folders: Sequence[str | Path]) -> list[History]:
     return found
 
 
+def _without_log(path: Path) -> str:
+    """Why there is no log at ``path``; empty where there is one."""
+    if (path / LOG).exists():
+        return ""
+    if not path.is_dir():
+        return "is no folder" if path.exists() else "does not exist"
+    saved = [iteration(file) for file in numbered(path)]
+    if not saved:
+        return f"holds no {LOG}"
+    at = f"iteration {saved[0]}" if len(saved) == 1 else f"iterations {min(saved)} to {max(saved)}"
+    return (
+        f"holds checkpoints of {at}, but no {LOG}, from which a report is made. The log was deleted or not copied, or "
+        "an older version has trained. mlx-lora train --resume logs from the last checkpoint on, and mlx-lora test "
+        "measures a checkpoint"
+    )
+
+
 def write_report(folders: Sequence[str | Path], output: str | Path) -> list[History]:
     """Write the page of one run, or the comparison of several, to the file ``output``; return the runs.
 
-    The file is replaced at once: a reader sees the old page or the new one.
+    The file is replaced at once: a reader sees the old page or the new one. Only another report is replaced.
 
-    Raises: ConfigError that names every folder without a run; FormatError where the file cannot be written.
+    Raises: ConfigError that names every folder without a run, or where ``output`` is no name of a page or another file;
+        FormatError where the file cannot be written.
     """
-    found, output = read_histories(folders), Path(output)
+    output = Path(output)
+    _check_output(output)
+    found = read_histories(folders)
     text = run_page(found[0]) if len(found) == 1 else comparison_page(found)
     write_text(output, text)
     return found
+
+
+def _check_output(output: Path) -> None:
+    """Refuse to replace anything but a report. Raises: ConfigError."""
+    if output.is_dir() or output.suffix.lower() not in (".html", ".htm"):
+        what = "is a folder" if output.is_dir() else "is no name of a page"
+        raise ConfigError(f"{output}: {what}", "Name a file that ends in .html.")
+    own = output.name == PAGE and (output.parent / LOG).exists()  # also one from before pages had the tag
+    if output.exists() and not own and GENERATOR not in output.read_text("utf-8", errors="replace")[:1000]:
+        raise ConfigError(f"{output}: exists and is no report", "Name another file (--output).")
 
 
 def summary(history: History) -> dict[str, Any]:

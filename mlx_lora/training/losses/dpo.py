@@ -15,7 +15,8 @@ def loss(
 ) -> tuple[mx.array, mx.array, dict]:
     """-log sigmoid(reward of the chosen - reward of the rejected answer); a reward is beta log(p / p of the reference).
 
-    Arguments and results: see `losses/__init__.py`.
+    `label_smoothing` is that of conservative DPO, as in TRL before 1.0; TRL passes over it since. Arguments and
+    results: see `losses/__init__.py`.
     """
     mask = mx.array(mask)
     found = log_probabilities(model, tokens, mask)

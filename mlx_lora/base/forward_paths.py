@@ -15,12 +15,39 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ModelError
-from ..training.evaluation import mode
+from .modes import mode
 
 COMPARED, DECODED = 32, 8  # tokens of the row; of these, at the end, those decoded one by one
 # The norm of the difference by the norm of the logits. Half precision leaves up to 0.1 where a router chooses other
 # experts because of a rounding error. TF32 leaves up to 0.01 in float32. gemma3n is off by 0.3 and more.
+_compared: set[int] = set()  # ids of the models inside `as_generated`
 _TOLERANCE = {mx.float32: 0.01, mx.bfloat16: 0.15, mx.float16: 0.15}
+
+
+THROUGH_CACHE = (
+    "without a cache this model computes something else than it generates, so every loss is computed through a fresh "
+    "cache"
+)
+
+
+@contextmanager
+def as_generated(model: nn.Module, row: Sequence[int], grad_checkpoint: bool = False) -> Iterator[bool]:
+    """While the context is open, the model computes in training what it computes in generation.
+
+    The outermost context of a model compares both on `row` and gives the model a cache where it needs one. The contexts
+    inside do nothing, so that a run compares once.
+
+    Yields: whether this context gives the model a cache. Raises: ModelError, see `needs_cache`.
+    """
+    if id(model) in _compared:
+        yield False
+        return
+    with through_cache(model, needed := needs_cache(model, row, grad_checkpoint)):
+        _compared.add(id(model))
+        try:
+            yield needed
+        finally:
+            _compared.discard(id(model))
 
 
 def needs_cache(model: nn.Module, row: Sequence[int], grad_checkpoint: bool = False) -> bool:
@@ -35,7 +62,7 @@ def needs_cache(model: nn.Module, row: Sequence[int], grad_checkpoint: bool = Fa
     """
     if not _takes_cache(model) or len(row) < 2:
         return False
-    tokens = mx.array([list(row[:COMPARED])])
+    tokens = mx.array([[int(token) for token in row[:COMPARED]]])
     generated = _generate(model, tokens)
     with _training_without_dropout(model):
         plain = model(tokens)

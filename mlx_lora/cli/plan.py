@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..base.writing import write_text
+from ..base.writing import write_new_text
 from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..errors import ConfigError
 from . import console
-from .options import build, config_options, flag_of, given_flags, json_option, model_option, trust_option, yaml_option
+from .options import (
+    PATTERNS,
+    build,
+    config_options,
+    flag_of,
+    given_flags,
+    json_option,
+    model_option,
+    trust_option,
+    values_of,
+    yaml_option,
+)
 from .sections import SectionedCommand
 from .train import train as train_command
 from .yaml_files import settle
 
-_WRITING = {*(field.name for field in dataclasses.fields(DataConfig)), "model", "write", "trust_remote_code", "as_json"}
+_NOT_TRAIN = ("model", "data", "processes", "write", "trust_remote_code", "as_json")  # or written by themselves
 
 
 @click.command(cls=SectionedCommand)
@@ -46,7 +57,7 @@ def plan(ctx: click.Context, **params: Any):
     mlx-lora train -c run.yaml
     """
     settle(ctx, params)
-    if idle := [flag_of(ctx, name) for name in given_flags(ctx) if name in _OF_TRAIN]:
+    if params["write"] is None and (idle := [flag_of(ctx, name) for name in given_flags(ctx) if name in _OF_TRAIN]):
         console.note(f"{', '.join(idle)}: no effect on a plan")
     hf_dataset = (ctx.default_map or {}).get("hf_dataset")
     data = None
@@ -87,24 +98,42 @@ for _param in _OF_TRAIN.values():
 
 def _write(ctx: click.Context, params: dict[str, Any], data: DataConfig | None) -> None:
     file = Path(params["write"])
-    names = dict.fromkeys((*given_flags(ctx), *(name for name in ctx.default_map or {} if name in params)))
-    if unused := [flag_of(ctx, name) for name in names if name not in _WRITING]:
-        raise ConfigError(f"{', '.join(unused)}: no effect, because --write chooses the settings",
-                          "Leave these options out, and change them in the file afterwards.")  # fmt: skip
     if file.suffix.lower() not in (".yaml", ".yml"):
         raise ConfigError(f"--write {file}: is no name of a YAML file", "Name a file that ends in .yaml.")
-    if data is None or data.hf_dataset:
+    if data is None:
         raise ConfigError("write (--write) chooses the settings by the data, and none are named", "Add --data FOLDER.")
-    if file.exists():
+    if os.path.lexists(file):
         raise ConfigError(f"{file}: exists already", "Choose another name with --write, or remove the file.")
     from ..planning.recommend import recommend
 
-    text, found = recommend(params["model"], data, trust_remote_code=params["trust_remote_code"])
-    write_text(file, text)
+    given = _given(ctx, params)
+    text, found = recommend(
+        params["model"],
+        data,
+        options={name: _in_yaml(name, value) for name, value in given.items()},
+        adapter=values_of(AdapterConfig, given),
+        optimizer=values_of(OptimizerConfig, given),
+        train=values_of(TrainConfig, given),
+        processes=params["processes"],
+        trust_remote_code=params["trust_remote_code"],
+    )
+    write_new_text(file, text)
     if params["as_json"]:
         return console.report_event(found)
     _show(found)
     console.note(f"Wrote {file}. Next: mlx-lora train -c {file}")
+
+
+def _given(ctx: click.Context, params: dict[str, Any]) -> dict[str, Any]:
+    """The options of train that a flag or the file gives, but those that ``settle`` has reset."""
+    names = (*given_flags(ctx), *(name for name in ctx.default_map or {} if name in params))
+    settled = [name for name in dict.fromkeys(names) if params[name] == ctx.params[name]]
+    return {name: params[name] for name in settled if name not in _NOT_TRAIN and params[name] is not None}
+
+
+def _in_yaml(name: str, value: Any) -> Any:
+    """The value of an option as YAML has it: pairs of options that can be repeated as a mapping."""
+    return dict(value) if name in (*PATTERNS, "trainable_token_indices") else value
 
 
 def _show(found: Any) -> None:

@@ -87,8 +87,8 @@ def variants(asked: Variant, quantized: bool, layers: int, processes: int = 1) -
 def verdicts(options: list[Variant], peak: Callable[[Variant], float]) -> list[Verdict]:
     """One for each of ``MACS``. Each call of ``peak`` takes a second or so, so few of ``options`` are asked.
 
-    Options become ever smaller, so the first that fits is looked for from the one that fitted the next larger Mac on, in
-    steps that double. Where the last does not fit, none does, nor on any smaller Mac.
+    Options become ever smaller, so the first that fits is looked for from the one that fitted the next larger Mac on,
+    in steps that double. Where the last does not fit, none does, nor on any smaller Mac.
     """
     found, first, last = [], 0, len(options)
     for gigabytes in reversed(MACS):

@@ -71,8 +71,6 @@ def plan(ctx: click.Context, **params: Any):
 
     train = build(TrainConfig, params)
     load_metrics(train.metric)  # refused here as by train
-    if train.cache_prefix != "none":
-        console.note("The kept output of frozen layers (--cache-prefix) is not counted; train shows its size first.")
     found = make_plan(
         params["model"],
         data,
@@ -155,6 +153,10 @@ def _show(found: Any) -> None:
             f"{size(parts.peak)}; MLX can use {size(found.limit)} here: {_word(found)}",
         ),
     ]
+    if kept := found.prefix:
+        where = "in memory, part of the peak" if kept.place == "memory" else "in a file, not in memory"
+        found_again = f"found for {100 * kept.reused:.0f} % of the rows that the run reads"
+        rows += [("prefix", f"{size(kept.bytes)} of output of {kept.layers} frozen layers {where}; {found_again}")]
     if epoch:
         learned = f"{epoch.tokens:,} tokens, {epoch.learned_tokens:,} to learn, {100 * epoch.padding:.1f} % padding"
         rows += [("epoch", f"{epoch.rows:,} rows, {learned}, {epoch.batches:,} batches")]

@@ -15,7 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..base.modules import unique
+from ..base.loading import DTYPES
+from ..base.modules import dims, kind, unique
 from ..base.names import BaseModel
 from ..config import ITERS, LABELS, PAIRS, OptimizerConfig, preference_of
 from ..device import assumed_gpu
@@ -24,7 +25,8 @@ from ..fast.swap import traced_only
 from ..init import SUBTRACTED
 from ..model.attach import attach, parameter_counts
 from ..training import build_optimizer
-from .bare import bare_model, flops_per_token
+from ..training.prefix_checks import frozen_layers
+from .bare import bare_model, flops_per_token, stored_dtype
 from .layers import frozen_bytes, repeats, run_modules, shortened
 from .machines import Variant
 from .memory import CPU, GPU
@@ -41,6 +43,16 @@ class Estimate:
     flops: float  # of a token's forward pass
     layers: int
     quantized: bool  # the base
+    frozen: Frozen | None = None  # with ``cache_prefix``
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The layers before the first trained one."""
+
+    layers: int
+    flops: float  # of a token's forward pass
+    state: int  # bytes of a token's hidden state
 
 
 class Estimator:
@@ -97,6 +109,7 @@ class Estimator:
             if key not in self._models:
                 self._models[key] = _Adapted.of(self._base, variant, gpu)
             known, train = self._models[key], variant.train
+            frozen = _frozen(known.model, self._base, gpu) if train.cache_prefix != "none" else None
             steps = -(-(train.iters or ITERS) // train.grad_accumulation_steps)
             make = partial(build_optimizer, self._optimizer, steps, known.model)
             traced = Traced(known.model, make, train, GPU if gpu else CPU, known.updates)
@@ -111,7 +124,7 @@ class Estimator:
                 except _UNTRACEABLE as again:
                     raise _untraceable(again) from again
         parts = replace(parts, adapter=parts.adapter + known.subtracted, peak=parts.peak + known.subtracted)
-        return Estimate(parts, known.trainable, known.parameters, known.flops, known.layers, known.quantized)
+        return Estimate(parts, known.trainable, known.parameters, known.flops, known.layers, known.quantized, frozen)
 
 
 @contextmanager
@@ -191,6 +204,13 @@ def _extrapolated(traced: Traced, batch: tuple[mx.array, ...], runs: list[tuple[
         more = few([count + step * (i == j) for j, count in enumerate(least)])
         total = total + (more - first) * (left / step)
     return total
+
+
+def _frozen(model: nn.Module, base: BaseModel, gpu: bool) -> Frozen:
+    count = frozen_layers(model)
+    flops = sum(flops_per_token(layer, base.config) for layer in model.layers[:count])
+    width = max((dims(module) for module in model.modules() if kind(module) == "embedding"), default=(0, 0))[1]
+    return Frozen(count, flops, width * (DTYPES[stored_dtype(base)].size if gpu else 4))
 
 
 def _batch(variant: Variant, processes: int) -> tuple[mx.array, ...]:

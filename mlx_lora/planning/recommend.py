@@ -27,7 +27,7 @@ from ..training.packing_checks import check_model
 from .bare import base_named, folder_of
 from .estimate import Estimator
 from .machines import Variant, fits, variants
-from .plan import Plan, plan_of, read_rows
+from .plan import Plan, plan_of, read_sets
 from .recipe import as_yaml, chosen_settings, epochs_for, rhythm
 from .rows import epoch_of
 
@@ -54,9 +54,10 @@ def recommend(
     base, notes, options = base_named(model), [], options or {}
     given = {"adapter": adapter or {}, "optimizer": optimizer or {}, "train": train or {}}
     loss, folder = given["train"].get("loss", TrainConfig.loss), folder_of(base)
-    rows = read_rows(folder, data, trust_remote_code, notes, loss)
-    if rows is None:
+    sets = read_sets(folder, data, trust_remote_code, notes, loss)
+    if sets is None:
         raise DataError(notes[-1], "Name a model folder that has its tokenizer.")
+    rows = sets.train
     imitates = preference_of(loss).rows == TOKENS
     masks = data.mask_prompt or (imitates and "mask_prompt" not in options and _masks(folder, data, trust_remote_code))
     size = _batch_size(rows, loss, processes)
@@ -101,7 +102,7 @@ def recommend(
     if loss == TrainConfig.loss and "loss" not in options:
         del settings["loss"]
     plan = plan_of(
-        base, str(model), rows, data.max_seq_length, fitting.adapter, optimizer, train, processes, notes=notes
+        base, str(model), sets, data.max_seq_length, fitting.adapter, optimizer, train, processes, notes=notes
     )
     machine = f"this machine, on which MLX can use {limit / 1e9:.1f} GB"
     return as_yaml(plan, settings, machine, options), plan
@@ -130,7 +131,7 @@ def _masks(folder: Path, data: DataConfig, trust_remote_code: bool) -> bool:
 def _with_prompts(folder: Path, data: DataConfig, trust_remote_code: bool) -> list[Any]:
     """A few rows read with their prompts masked; none of plain text, whose rows have no prompt."""
     try:
-        rows = read_rows(folder, replace(data, mask_prompt=True), trust_remote_code, [])
+        rows = read_sets(folder, replace(data, mask_prompt=True), trust_remote_code, []).train
     except MLXLoRAError:
         return []
     return [rows[i] for i in range(min(8, len(rows)))]

@@ -41,6 +41,7 @@ class Parts:
     logits: int
     activations: int  # and gradients and all else that a step computes
     peak: int
+    kept: int = 0  # output of frozen layers, with ``cache_prefix`` "memory"
 
     def __add__(self, other: Parts) -> Parts:
         return Parts(*map(operator.add, astuple(self), astuple(other)))

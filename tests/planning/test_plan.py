@@ -218,6 +218,7 @@ def test_a_plan_that_cannot_be_made_prevents_no_training(tmp_path, data, monkeyp
     monkeypatch.setattr("mlx_lora.runs.planned.make_plan", lambda *_: 1 / 0)
     found = reports_of(tmp_path / "a", data)
     assert found["Planned"].peak is None and "division by zero" in found["Planned"].reason
+    assert "the plan of this run failed" in found["Warned"].text and "report it" in found["Warned"].text
     assert found["Done"].iteration == 1
 
 
@@ -285,6 +286,19 @@ def test_rows_of_preferences_are_planned(loss, tmp_path):
     rows = found.epoch.rows
     assert found.iters == 2 * found.epoch.batches and found.memory.peak > 0 and found.epoch.packed_padding is None
     assert rows == (16 if loss == "kto" else 8) - found.epoch.rows % 2 and 0 <= found.epoch.padding < 1
+
+
+def test_the_short_form_of_a_run_of_preferences_is_its_plan(tmp_path):
+    pairs = [{"prompt": f"{k}+2=", "chosen": f" {k + 2}", "rejected": " I do not know that"} for k in range(12)]
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    train = {"loss": "dpo", "epochs": 1, "batch_size": 4, "val_batches": 0}
+    said = reports_of(tmp_path / "a", tmp_path, train=train)["Planned"]
+    found = mlx_lora.plan(PATH, tmp_path, train=train, machines=False)
+    assert (said.peak, said.trainable) == (found.memory.peak, found.trainable)
+    assert (said.iters, said.padding) == (found.iters, found.epoch.padding) == (3, found.epoch.padding)
+    single = mlx_lora.plan(PATH, train={"batch_size": 4}, max_seq_length=found.length, machines=False)
+    assert said.peak > single.memory.peak  # both answers are in memory
 
 
 def test_every_option_of_train_is_taken(tmp_path):

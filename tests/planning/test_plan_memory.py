@@ -137,14 +137,6 @@ LARGE = dict(hidden_size=2048, intermediate_size=6144, num_attention_heads=16, n
 EXTRAPOLATED = {  # sizes as of real models: where all arrays are small, MLX holds those of several layers at once
     "dense": (dict(QWEN3 | LARGE, head_dim=128, num_hidden_layers=20), 10),
     "hybrid": (dict(GEMMA3 | LARGE, head_dim=128, num_hidden_layers=24), 12),
-    "linear attention": (
-        {"model_type": "qwen3_5", "text_config": dict(
-            QWEN3 | LARGE, model_type="qwen3_5_text", head_dim=128, partial_rotary_factor=0.5, num_hidden_layers=48,
-            full_attention_interval=4, linear_num_value_heads=16, linear_num_key_heads=8, linear_key_head_dim=128,
-            linear_value_head_dim=128, linear_conv_kernel_dim=4,
-        )},
-        -1,
-    ),
     "experts": (dict(MOE | LARGE, head_dim=128, num_hidden_layers=20), 12),
 }  # fmt: skip
 

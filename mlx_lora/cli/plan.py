@@ -38,8 +38,12 @@ _NOT_TRAIN = ("model", "data", "processes", "write", "trust_remote_code", "as_js
 @config_options(AdapterConfig)
 @config_options(OptimizerConfig)
 @config_options(TrainConfig)
-@click.option("--processes", default=1, show_default=True, metavar="N", help="Processes of mlx.launch -n N.")
-@click.option("--write", metavar="FILE", help="Choose settings that fit this machine, and write them as YAML.")
+@click.option("--processes", default=1, show_default=True, metavar="N", help="Plan for N processes (mlx.launch -n N).")
+@click.option(
+    "--write",
+    metavar="FILE",
+    help="Choose settings that fit your data and this machine, and write them to this new YAML file, for train -c.",
+)
 @yaml_option("hf_dataset", passes=lambda: {param.name for param in train_command.params})
 @trust_option
 @json_option
@@ -49,7 +53,14 @@ def plan(ctx: click.Context, **params: Any):
 
     Takes train's options and YAML files. No weight is loaded: the training step is traced with the shapes in
     config.json and in the headers of the weight files. Without --data, every row is taken to have
-    --max-seq-length tokens. The figures for Macs are estimated.
+    --max-seq-length tokens. The figures for Macs are estimated, and the table names the options to add where a run
+    does not fit as it is.
+
+    --write chooses settings for your data and this machine, also for preferences (--loss dpo). Options that you give,
+    here or in a file (-c), stay as they are.
+
+    --json prints one object with the fields of mlx_lora.planning.plan.Plan: memory in bytes, seconds, and null for
+    what is not known.
 
     \b
     mlx-lora plan --model mlx-community/Qwen3-8B-4bit --data my_data --batch-size 2
@@ -167,15 +178,21 @@ def _show(found: Any) -> None:
         rows += [("processes", f"{found.processes}; memory is that of each, a batch is divided among them")]
     if found.tokens_per_step:
         rows += [("tokens", f"{found.tokens_per_step:,} in an optimizer step, on average")]
-    unknown = "nor is the number of rows" if found.iters is None else "this machine has not been measured by a run"
+    unknown = (
+        "nor is the number of rows"
+        if found.iters is None
+        else "this machine has not been measured; the first run of train here does it"
+    )
     time = f"about {console.seconds(found.seconds)}" if found.seconds else f"not known: {unknown}"
     rows += [("time", time)]
     for name, value in rows:
         console.data(f"{name:<12} {value}")
     if found.verdicts:
         margin = f"{100 * MARGIN:g} %"
-        console.data(f"\nMacs (estimated from the operations, with {margin} of the peak to spare; no Mac was asked):")
-        console.data(console.table([_verdict(v) for v in found.verdicts], ("memory", "usable", "", "peak", "with")))
+        console.data(f"\nOn a Mac (estimated, not measured on one; a run fits if {margin} above its peak is free):")
+        console.data(
+            console.table([_verdict(v) for v in found.verdicts], ("Mac", "MLX can use", "", "peak", "add to fit"))
+        )
 
 
 def _word(found: Any) -> str:
@@ -184,5 +201,6 @@ def _word(found: Any) -> str:
 
 def _verdict(v: Any) -> tuple[str, ...]:
     size = console.gigabytes
-    word = "fits" if v.fits else "no" if v.flags is None else "fits with"
-    return f"{v.machine} GB", size(v.working_set), word, size(v.peak), ", ".join(v.flags or ())
+    word = "fits" if v.fits else "too small" if v.flags is None else "fits with"
+    options = " ".join(v.flags or ()).replace("a 4-bit base ", "a 4-bit base, ")  # options as they can be pasted
+    return f"{v.machine} GB", size(v.working_set), word, size(v.peak), options

@@ -42,7 +42,7 @@ _NOT_TRAIN = ("model", "data", "processes", "write", "trust_remote_code", "as_js
 @click.option(
     "--write",
     metavar="FILE",
-    help="Choose settings that fit your data and this machine, and write them to this new YAML file, for train -c.",
+    help="Choose settings for these data and this machine; write them to a new YAML file.",
 )
 @yaml_option("hf_dataset", passes=lambda: {param.name for param in train_command.params})
 @trust_option
@@ -179,9 +179,7 @@ def _show(found: Any) -> None:
     if found.tokens_per_step:
         rows += [("tokens", f"{found.tokens_per_step:,} in an optimizer step, on average")]
     unknown = (
-        "nor is the number of rows"
-        if found.iters is None
-        else "this machine has not been measured; the first run of train here does it"
+        "nor is the number of rows" if found.iters is None else "this machine has not been measured; train does that"
     )
     time = f"about {console.seconds(found.seconds)}" if found.seconds else f"not known: {unknown}"
     rows += [("time", time)]

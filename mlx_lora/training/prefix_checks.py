@@ -18,6 +18,7 @@ from .seam import Seam, skipped
 
 HINT = "Leave --cache-prefix out (in Python cache_prefix='none'): the losses are the same without it."
 _MOST = 64  # tokens of the row
+_UNTRAINABLE = {"dbrx": "in training, mlx-lm's class computes the chosen experts in NumPy, which has no gradient"}
 
 
 def check_settings(loss: str, processes: int) -> None:
@@ -48,6 +49,10 @@ def frozen_layers(model: nn.Module) -> int:
 
     Raises: ConfigError where there are none, or where what they compute changes.
     """
+    if (name := getattr(model, "model_type", None)) in _UNTRAINABLE:
+        raise ConfigError(
+            f"cache_prefix: the model {name} cannot be trained: {_UNTRAINABLE[name]}.", "Train another model."
+        )
     layers, paths = list(model.layers), layer_paths(model)
     trained = [path for path, _ in tree_flatten(model.trainable_parameters())]
     index = {path: next((i for i, p in enumerate(paths) if path.startswith(p + ".")), None) for path in trained}

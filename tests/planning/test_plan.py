@@ -109,6 +109,22 @@ def test_a_machine_is_given_the_first_variant_that_fits_with_room_for_the_error(
     assert not found[8].fits and found[8].flags is None and found[16].fits
 
 
+@pytest.mark.parametrize(("largest", "unasked"), [(6e9, 1), (30e9, 1), (90e9, 0)])  # in the last, each fits some Mac
+def test_few_variants_are_planned_and_the_first_that_fits_is_found(largest, unasked):
+    options = variants(Variant(AdapterConfig(num_layers=-1), TrainConfig(batch_size=8), length=2048), False, 36)
+    peaks, asked = {v.flags: largest * 0.7**k for k, v in enumerate(options)}, set()
+
+    def peak(variant):
+        asked.add(variant.flags)
+        return peaks[variant.flags]
+
+    for found in verdicts(options, peak):
+        first = next((v for v in options if 1.15 * peaks[v.flags] <= found.working_set), None)
+        assert found.flags == (first.flags if first else None) and found.fits == (first is options[0])
+        assert found.peak == peaks[(first or options[-1]).flags]
+    assert len(asked) <= len(options) - unasked
+
+
 def test_smaller_batches_keep_the_rows_of_a_step():
     asked = Variant(AdapterConfig(), TrainConfig(batch_size=8), length=512)
     for variant in variants(asked, True, 28):

@@ -30,6 +30,7 @@ _REASONS = {
         "Raise the limit (ulimit -f), or choose another disk: FAT32 holds no file above 4 GB.",
     ),
     errno.ENOENT: ("the folder was moved or deleted", "Do not move it while it is written to, or choose another one."),
+    errno.EEXIST: ("there is a file of this name", "Choose another name, or remove that file."),
     **dict.fromkeys(
         (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN), _GONE
     ),
@@ -94,6 +95,19 @@ def write_text(path: Path, text: str) -> None:
         except OSError:
             os.unlink(temporary)
             raise
+
+
+def write_new_text(path: Path, text: str) -> None:
+    """Write a text file that is not there, not even since a moment ago. Raises: FormatError."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8", errors="replace") as file:
+            try:
+                file.write(text)
+                file.flush()
+            except OSError:
+                path.unlink()
+                raise
 
 
 def sync(path: Path) -> None:

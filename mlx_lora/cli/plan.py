@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..base.writing import write_text
+from ..base.writing import write_new_text
 from ..config import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
 from ..errors import ConfigError
 from . import console
-from .options import build, config_options, flag_of, given_flags, json_option, model_option, trust_option, yaml_option
+from .options import (
+    PATTERNS,
+    build,
+    config_options,
+    flag_of,
+    given_flags,
+    json_option,
+    model_option,
+    trust_option,
+    values_of,
+    yaml_option,
+)
 from .sections import SectionedCommand
 from .train import train as train_command
 from .yaml_files import settle
 
-_WRITING = {*(field.name for field in dataclasses.fields(DataConfig)), "model", "write", "trust_remote_code", "as_json"}
+_NOT_TRAIN = ("model", "data", "processes", "write", "trust_remote_code", "as_json")  # or written by themselves
 
 
 @click.command(cls=SectionedCommand)
@@ -27,8 +38,12 @@ _WRITING = {*(field.name for field in dataclasses.fields(DataConfig)), "model", 
 @config_options(AdapterConfig)
 @config_options(OptimizerConfig)
 @config_options(TrainConfig)
-@click.option("--processes", default=1, show_default=True, metavar="N", help="Processes of mlx.launch -n N.")
-@click.option("--write", metavar="FILE", help="Choose settings that fit this machine, and write them as YAML.")
+@click.option("--processes", default=1, show_default=True, metavar="N", help="Plan for N processes (mlx.launch -n N).")
+@click.option(
+    "--write",
+    metavar="FILE",
+    help="Choose settings for these data and this machine; write them to a new YAML file.",
+)
 @yaml_option("hf_dataset", passes=lambda: {param.name for param in train_command.params})
 @trust_option
 @json_option
@@ -38,7 +53,14 @@ def plan(ctx: click.Context, **params: Any):
 
     Takes train's options and YAML files. No weight is loaded: the training step is traced with the shapes in
     config.json and in the headers of the weight files. Without --data, every row is taken to have
-    --max-seq-length tokens. The figures for Macs are estimated.
+    --max-seq-length tokens. The figures for Macs are estimated, and the table names the options to add where a run
+    does not fit as it is.
+
+    --write chooses settings for your data and this machine, also for preferences (--loss dpo). Options that you give,
+    here or in a file (-c), stay as they are.
+
+    --json prints one object with the fields of mlx_lora.planning.plan.Plan: memory in bytes, seconds, and null for
+    what is not known.
 
     \b
     mlx-lora plan --model mlx-community/Qwen3-8B-4bit --data my_data --batch-size 2
@@ -46,7 +68,7 @@ def plan(ctx: click.Context, **params: Any):
     mlx-lora train -c run.yaml
     """
     settle(ctx, params)
-    if idle := [flag_of(ctx, name) for name in given_flags(ctx) if name in _OF_TRAIN]:
+    if params["write"] is None and (idle := [flag_of(ctx, name) for name in given_flags(ctx) if name in _OF_TRAIN]):
         console.note(f"{', '.join(idle)}: no effect on a plan")
     hf_dataset = (ctx.default_map or {}).get("hf_dataset")
     data = None
@@ -60,8 +82,6 @@ def plan(ctx: click.Context, **params: Any):
 
     train = build(TrainConfig, params)
     load_metrics(train.metric)  # refused here as by train
-    if train.cache_prefix != "none":
-        console.note("The kept output of frozen layers (--cache-prefix) is not counted; train shows its size first.")
     found = make_plan(
         params["model"],
         data,
@@ -87,24 +107,42 @@ for _param in _OF_TRAIN.values():
 
 def _write(ctx: click.Context, params: dict[str, Any], data: DataConfig | None) -> None:
     file = Path(params["write"])
-    names = dict.fromkeys((*given_flags(ctx), *(name for name in ctx.default_map or {} if name in params)))
-    if unused := [flag_of(ctx, name) for name in names if name not in _WRITING]:
-        raise ConfigError(f"{', '.join(unused)}: no effect, because --write chooses the settings",
-                          "Leave these options out, and change them in the file afterwards.")  # fmt: skip
     if file.suffix.lower() not in (".yaml", ".yml"):
         raise ConfigError(f"--write {file}: is no name of a YAML file", "Name a file that ends in .yaml.")
-    if data is None or data.hf_dataset:
+    if data is None:
         raise ConfigError("write (--write) chooses the settings by the data, and none are named", "Add --data FOLDER.")
-    if file.exists():
+    if os.path.lexists(file):
         raise ConfigError(f"{file}: exists already", "Choose another name with --write, or remove the file.")
     from ..planning.recommend import recommend
 
-    text, found = recommend(params["model"], data, trust_remote_code=params["trust_remote_code"])
-    write_text(file, text)
+    given = _given(ctx, params)
+    text, found = recommend(
+        params["model"],
+        data,
+        options={name: _in_yaml(name, value) for name, value in given.items()},
+        adapter=values_of(AdapterConfig, given),
+        optimizer=values_of(OptimizerConfig, given),
+        train=values_of(TrainConfig, given),
+        processes=params["processes"],
+        trust_remote_code=params["trust_remote_code"],
+    )
+    write_new_text(file, text)
     if params["as_json"]:
         return console.report_event(found)
     _show(found)
     console.note(f"Wrote {file}. Next: mlx-lora train -c {file}")
+
+
+def _given(ctx: click.Context, params: dict[str, Any]) -> dict[str, Any]:
+    """The options of train that a flag or the file gives, but those that ``settle`` has reset."""
+    names = (*given_flags(ctx), *(name for name in ctx.default_map or {} if name in params))
+    settled = [name for name in dict.fromkeys(names) if params[name] == ctx.params[name]]
+    return {name: params[name] for name in settled if name not in _NOT_TRAIN and params[name] is not None}
+
+
+def _in_yaml(name: str, value: Any) -> Any:
+    """The value of an option as YAML has it: pairs of options that can be repeated as a mapping."""
+    return dict(value) if name in (*PATTERNS, "trainable_token_indices") else value
 
 
 def _show(found: Any) -> None:
@@ -126,6 +164,10 @@ def _show(found: Any) -> None:
             f"{size(parts.peak)}; MLX can use {size(found.limit)} here: {_word(found)}",
         ),
     ]
+    if kept := found.prefix:
+        where = "in memory, part of the peak" if kept.place == "memory" else "in a file, not in memory"
+        found_again = f"found for {100 * kept.reused:.0f} % of the rows that the run reads"
+        rows += [("prefix", f"{size(kept.bytes)} of output of {kept.layers} frozen layers {where}; {found_again}")]
     if epoch:
         learned = f"{epoch.tokens:,} tokens, {epoch.learned_tokens:,} to learn, {100 * epoch.padding:.1f} % padding"
         rows += [("epoch", f"{epoch.rows:,} rows, {learned}, {epoch.batches:,} batches")]
@@ -136,15 +178,19 @@ def _show(found: Any) -> None:
         rows += [("processes", f"{found.processes}; memory is that of each, a batch is divided among them")]
     if found.tokens_per_step:
         rows += [("tokens", f"{found.tokens_per_step:,} in an optimizer step, on average")]
-    unknown = "nor is the number of rows" if found.iters is None else "this machine has not been measured by a run"
+    unknown = (
+        "nor is the number of rows" if found.iters is None else "this machine has not been measured; train does that"
+    )
     time = f"about {console.seconds(found.seconds)}" if found.seconds else f"not known: {unknown}"
     rows += [("time", time)]
     for name, value in rows:
         console.data(f"{name:<12} {value}")
     if found.verdicts:
         margin = f"{100 * MARGIN:g} %"
-        console.data(f"\nMacs (estimated from the operations, with {margin} of the peak to spare; no Mac was asked):")
-        console.data(console.table([_verdict(v) for v in found.verdicts], ("memory", "usable", "", "peak", "with")))
+        console.data(f"\nOn a Mac (estimated, not measured on one; a run fits if {margin} above its peak is free):")
+        console.data(
+            console.table([_verdict(v) for v in found.verdicts], ("Mac", "MLX can use", "", "peak", "add to fit"))
+        )
 
 
 def _word(found: Any) -> str:
@@ -153,5 +199,6 @@ def _word(found: Any) -> str:
 
 def _verdict(v: Any) -> tuple[str, ...]:
     size = console.gigabytes
-    word = "fits" if v.fits else "no" if v.flags is None else "fits with"
-    return f"{v.machine} GB", size(v.working_set), word, size(v.peak), ", ".join(v.flags or ())
+    word = "fits" if v.fits else "too small" if v.flags is None else "fits with"
+    options = " ".join(v.flags or ()).replace("a 4-bit base ", "a 4-bit base, ")  # options as they can be pasted
+    return f"{v.machine} GB", size(v.working_set), word, size(v.peak), options

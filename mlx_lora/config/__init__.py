@@ -25,7 +25,7 @@ from .data import HOLD_OUT, HOLD_OUT_FROM, HOLD_OUT_MOST, DataConfig
 from .generate import GenerateConfig
 from .optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig, chooses_own_rate, first_rate
 from .options import COMMON, MEMORY, MORE, SAMPLING, SECTIONS, as_config
-from .preference import LABELS, PAIRS, PREFERENCES, TOKENS, preference_of
+from .preference import LABELS, PAIRS, PREFERENCE_OPTIONS, PREFERENCES, TOKENS, preference_of
 from .serve import LOCAL_NAMES, ServeConfig
 from .train import ITERS, METRIC_ROWS, REPORTERS, VAL_LOSS, TrainConfig, metric_name
 
@@ -56,6 +56,7 @@ __all__ = [
     "OptimizerConfig",
     "PAIRS",
     "PREFERENCES",
+    "PREFERENCE_OPTIONS",
     "REPORTERS",
     "SCHEDULES",
     "SAMPLING",

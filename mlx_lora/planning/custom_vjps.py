@@ -128,10 +128,10 @@ class _Splicing:
                 self._tag_names[array.item()] = name
 
     def splice(self, calls: list[_Call]) -> None:
+        self._replace_forward(calls)
         renamed: dict[str, str] = {}
         for call in calls:
-            arguments, outputs, results = _split(call)
-            self._replace_forward(arguments, outputs, results)
+            arguments, _, results = _split(call)
             cotangents = [self._cotangent_of(*pair) for pair in zip(call.result_tags, results, strict=True)]
             expected = [self._expected(*pair) for pair in zip(call.argument_tags, arguments, strict=True)]
             if any(cotangents) and any(expected):
@@ -142,12 +142,14 @@ class _Splicing:
         self.graph.outputs = [_final(renamed, name) for name in self.graph.outputs]
         self.graph.index()
 
-    def _replace_forward(self, arguments: list[str], outputs: list[str], results: list[str]) -> None:
-        """One operation that passes the outputs on, as MLX has it, in place of the links."""
-        made = set(results)
-        self.graph.operations = [op for op in self.graph.operations if not made & set(op.outputs)]
-        inputs = [*outputs, *dict.fromkeys(arguments)]
-        self.graph.operations.append(Operation("CustomTransforms", inputs, results, [next(self._numbers)]))
+    def _replace_forward(self, calls: list[_Call]) -> None:
+        """One operation for each call that passes its outputs on, as MLX has it, in place of the links."""
+        made = {name for call in calls for name in _split(call)[2]}
+        self.graph.operations = [op for op in self.graph.operations if made.isdisjoint(op.outputs)]
+        for call in calls:
+            arguments, outputs, results = _split(call)
+            inputs = [*outputs, *dict.fromkeys(arguments)]
+            self.graph.operations.append(Operation("CustomTransforms", inputs, results, [next(self._numbers)]))
 
     def _mask(self, tag: int | None) -> Operation | None:
         """The product with the mask that belongs to the maximum with a tag, where there is a gradient through it."""

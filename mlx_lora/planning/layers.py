@@ -62,6 +62,24 @@ def shortened(model: nn.Module, runs: list[tuple[int, int, int]], counts: list[i
         parent[name] = before
 
 
+def run_modules(model: nn.Module, run: tuple[int, int, int]) -> list[nn.Module]:
+    """The modules of the layers of one of ``repeats``, with those inside them."""
+    first, period, periods = run
+    parent, name = _layers(model)
+    return [module for layer in parent[name][first : first + period * periods] for module in layer.modules()]
+
+
+def frozen_bytes(model: nn.Module, run: tuple[int, int, int]) -> int | None:
+    """Bytes of the weights of a period, if ``run`` comes before all that is trained; else None."""
+    first, period, periods = run
+    parent, name = _layers(model)
+    layers, end = parent[name], first + period * periods
+    of_layers = [len(tree_flatten(layer.trainable_parameters())) for layer in layers]
+    if any(of_layers[:end]) or sum(of_layers) != len(tree_flatten(model.trainable_parameters())):
+        return None
+    return sum(a.nbytes for layer in layers[first : first + period] for _, a in tree_flatten(layer.parameters()))
+
+
 def _left(runs: list[tuple[int, int, int]], total: int) -> int:
     return total - sum(period * (periods - 3) for _, period, periods in runs)
 

@@ -85,13 +85,28 @@ def variants(asked: Variant, quantized: bool, layers: int, processes: int = 1) -
 
 
 def verdicts(options: list[Variant], peak: Callable[[Variant], float]) -> list[Verdict]:
-    """One for each of ``MACS``; ``peak`` plans a variant, and is asked for few: ``options`` become ever smaller."""
-    found, first = [], 0
+    """One for each of ``MACS``. Each call of ``peak`` takes a second or so, so few of ``options`` are asked.
+
+    Options become ever smaller, so the first that fits is looked for from the one that fitted the next larger Mac on,
+    in steps that double. Where the last does not fit, none does, nor on any smaller Mac.
+    """
+    found, first, last = [], 0, len(options)
     for gigabytes in reversed(MACS):
         size = working_set(gigabytes)
-        first = bisect_left(options, True, lo=first, key=lambda variant: fits(peak(variant), size))
-        fitting = options[first] if first < len(options) else None
-        best = peak(fitting or options[-1])
-        flags = fitting.flags if fitting else None
-        found.append(Verdict(gigabytes, size, first == 0, best, flags))
+
+        def fitting(index: int, size: int = size) -> bool:
+            return fits(peak(options[index]), size)
+
+        if first < last and not fitting(first):
+            first = _first(fitting, first, last) if fitting(last - 1) else last
+        best = options[min(first, last - 1)]
+        found.append(Verdict(gigabytes, size, first == 0, peak(best), best.flags if first < last else None))
     return found[::-1]
+
+
+def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The first index after ``low``, where it does not hold, at which ``holds``; it does at ``high - 1``."""
+    step = 1
+    while low + step < high - 1 and not holds(low + step):
+        low, step = low + step, 2 * step
+    return bisect_left(range(high), True, lo=low + 1, hi=min(low + step, high - 1), key=holds)

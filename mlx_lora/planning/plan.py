@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,12 @@ from ..config import LABELS, AdapterConfig, DataConfig, OptimizerConfig, TrainCo
 from ..data import iterations, load_dataset
 from ..device import is_cpu, memory_limit
 from ..errors import ConfigError, MLXLoRAError
+from ..training.prefix_checks import check_settings
 from . import speed
 from .bare import base_named, folder_of, quantization_of
-from .estimate import Estimate, Estimator
+from .estimate import Estimate, Estimator, Frozen
 from .machines import Variant, Verdict, fits, variants, verdicts
+from .prefix import Prefix, prefix_of, with_prefix
 from .rows import Epoch, epoch_of
 from .step import Parts
 
@@ -40,6 +43,7 @@ class Plan:
     layers: int
     flops_per_step: float  # of a batch of mean length, without attention; of this process
     seconds: float | None  # of the whole run; None where this machine has not been measured
+    prefix: Prefix | None = None  # with ``cache_prefix``
     verdicts: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -87,16 +91,18 @@ def plan(
         )
     if max_seq_length is not None:
         DataConfig(max_seq_length=max_seq_length)  # raises as for the data of a run
-    base, rows, notes = base_named(model), None, []
+    if train.cache_prefix != "none":
+        check_settings(train.loss, processes)  # as train does
+    base, sets, notes = base_named(model), None, []
     if data is None:
         length = DataConfig.max_seq_length if max_seq_length is None else max_seq_length
         notes.append(f"No data: every row is taken to have {length} tokens (max_seq_length)")
     if data is not None:
-        rows = read_rows(folder_of(base), data, trust_remote_code, notes, train.loss)
+        sets = read_sets(folder_of(base), data, trust_remote_code, notes, train.loss)
     return plan_of(
         base,
         str(model),
-        rows,
+        sets,
         data.max_seq_length if data else length,
         adapter,
         optimizer,
@@ -110,7 +116,7 @@ def plan(
 def plan_of(
     base: BaseModel,
     name: str,
-    rows: Any,
+    sets: Any,
     max_seq_length: int,
     adapter: AdapterConfig,
     optimizer: OptimizerConfig,
@@ -120,11 +126,12 @@ def plan_of(
     machines: bool = False,
     notes: list[str] | None = None,
 ) -> Plan:
-    """The same with settings that are complete, and ``rows`` as a data set of ``mlx_lora.data`` or None.
+    """The same with settings that are complete, and ``sets`` as the ``Splits`` of ``mlx_lora.data`` or None.
 
     Args:
         max_seq_length: tokens of a row where there is no data set.
     """
+    rows, notes = sets.train if sets is not None else None, list(notes or ())
     if rows is not None:
         train = replace(train, iters=iterations(train, rows), epochs=None)
     epoch = epoch_of(rows, train) if rows is not None else None
@@ -133,10 +140,18 @@ def plan_of(
     limit, table = memory_limit(), ()
     with Estimator(base, optimizer, processes) as estimate:
         found = estimate(asked, here)
+        prefix = None
+        if rows is None and found.frozen:
+            notes.append("No data: what --cache-prefix keeps of the rows is not counted")
+        elif found.frozen:
+            prefix = prefix_of(found.frozen, sets, train, exact=not here)
         if machines:
-            table = verdicts(variants(asked, found.quantized, found.layers, processes), partial(_peak, estimate))
+            kept = partial(prefix_of, sets=sets, train=train, exact=False) if prefix else lambda frozen: None
+            peak = partial(_peak, estimate, kept)
+            table = verdicts(variants(asked, found.quantized, found.layers, processes), peak)
+    parts = with_prefix(found.parts, prefix)
     padded = epoch.tokens / (1 - epoch.padding) / epoch.batches if epoch else train.batch_size * length
-    flops, rate = step_flops(found, train, padded) / processes, speed.measured()
+    flops, rate = step_flops(found, train, padded, prefix) / processes, speed.measured()
     seconds = None
     if rate and train.iters is not None:
         of_reference = reference_flops(found, train, epoch.tokens) / processes if epoch else 0.0
@@ -145,9 +160,9 @@ def plan_of(
         model=name,
         parameters=found.parameters,
         trainable=found.trainable,
-        memory=found.parts,
+        memory=parts,
         limit=limit,
-        fits=fits(found.parts.peak, limit),
+        fits=fits(parts.peak, limit),
         epoch=epoch,
         length=length,
         iters=train.iters,
@@ -157,16 +172,18 @@ def plan_of(
         layers=found.layers,
         flops_per_step=flops,
         seconds=seconds,
+        prefix=prefix,
         verdicts=tuple(table),
-        notes=tuple(notes or ()),
+        notes=tuple(notes),
     )
 
 
-def step_flops(found: Estimate, train: TrainConfig, tokens: float) -> float:
-    """Operations of a step on ``tokens``, padding included."""
+def step_flops(found: Estimate, train: TrainConfig, tokens: float, prefix: Prefix | None = None) -> float:
+    """Operations of a step on ``tokens``, padding included; a mean of all epochs."""
     method = "full" if found.trainable > 0.5 * found.parameters else "lora"
     others = preference_of(train.loss).rows == LABELS  # each prompt is also read with another answer, forward only
-    return speed.step_flops(found.flops, tokens, method, train.grad_checkpoint) + others * found.flops * tokens
+    saved = found.frozen.flops * tokens * prefix.reused if prefix else 0.0
+    return speed.step_flops(found.flops, tokens, method, train.grad_checkpoint) + others * found.flops * tokens - saved
 
 
 def reference_flops(found: Estimate, train: TrainConfig, tokens: float) -> float:
@@ -175,10 +192,11 @@ def reference_flops(found: Estimate, train: TrainConfig, tokens: float) -> float
     return found.flops * tokens * needs.reference * (2 if needs.rows == LABELS else 1)
 
 
-def _peak(estimate: Estimator, variant: Variant) -> float:
+def _peak(estimate: Estimator, kept: Callable[[Frozen | None], Prefix | None], variant: Variant) -> float:
     """Bytes on a Mac's GPU; infinite for settings that this model does not have, such as checkpointing."""
     try:
-        return estimate(variant, True).parts.peak
+        found = estimate(variant, True)
+        return with_prefix(found.parts, kept(found.frozen)).peak
     except MLXLoRAError:
         return math.inf
 
@@ -191,17 +209,17 @@ def suggestion(
     with Estimator(base, optimizer, found.processes) as estimate:
         for variant in variants(asked, quantization_of(base.config) is not None, found.layers, found.processes)[1:]:
             try:
-                if fits(estimate(variant, not is_cpu()).parts.peak, found.limit):
+                if fits(estimate(variant, not is_cpu()).parts.peak + found.memory.kept, found.limit):
                     return variant.flags
             except MLXLoRAError:  # settings that this model does not have
                 continue
     return ()
 
 
-def read_rows(
+def read_sets(
     folder: Path, data: DataConfig, trust_remote_code: bool, notes: list[str], loss: str = TrainConfig.loss
 ) -> Any:
-    """The training set, read as ``loss`` takes it; None, with a note, where the model's folder has no tokenizer."""
+    """The training and validation sets as ``loss`` reads them; None, with a note, where there is no tokenizer."""
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
         notes.append(
             f"{folder} has no tokenizer, so rows are taken to have {data.max_seq_length} tokens (max_seq_length)"
@@ -213,4 +231,4 @@ def read_rows(
     kind = preference_of(loss).rows
     sets = load_dataset(data, tokenizer, ("train", "valid"), kind)  # without a validation set, rows are held out for it
     notes += [*sets.all_warnings(), *sets.all_notes()]
-    return sets.train
+    return sets

@@ -4,55 +4,88 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from typing import Any
 
-from ..config import TrainConfig
+from ..config import PREFERENCE_OPTIONS, TOKENS, TrainConfig, chooses_own_rate, first_rate, preference_of
 from .plan import Plan
-from .rows import epoch_of
+from .rows import Epoch
 
 _PACK_FROM = 0.15  # share of padding that packing must save
-# Rows -> epochs: few rows are seen more often. The first that applies.
+# Rows -> epochs: few rows are seen more often. The first that applies. Preferences are learnt, and overlearnt, sooner.
 _EPOCHS = ((500, 5), (2_000, 4), (10_000, 3), (50_000, 2))
+_EPOCHS_OF_PREFERENCES = ((1_000, 3), (5_000, 2))
+# Learning rates of LoRA for losses of preferences, as in TRL's scripts; for simpo ten times its authors' for full
+# fine-tuning (arXiv:2405.14734).
+_RATES = {"dpo": 5e-6, "ipo": 5e-6, "kto": 5e-6, "simpo": 1e-5, "orpo": 8e-5, "cpo": 8e-5}
+_FULL_RATE = 0.1  # of LoRA's learning rate
+# An option that is given -> those that it replaces, so that none is chosen for them.
+_REPLACED = {
+    "iters": ("epochs",),
+    "scale": ("alpha",),
+    "layers_to_transform": ("num_layers",),
+    "lr_schedule": ("warmup",),
+    "cache_prefix": ("pack",),
+}
 
 
-def epochs_for(rows: int) -> int:
+def epochs_for(rows: int, loss: str) -> int:
     """How often to see each of ``rows`` rows."""
-    return next((epochs for most, epochs in _EPOCHS if rows < most), 1)
+    table = _EPOCHS_OF_PREFERENCES if preference_of(loss).rows != TOKENS else _EPOCHS
+    return next((epochs for most, epochs in table if rows < most), 1)
 
 
-def chosen_settings(rows: Any, masks: bool, packs: bool, train: TrainConfig) -> dict[str, dict[str, Any]]:
-    """Settings for a data set by its size, as far as they do not depend on memory: those of adapter and optimizer.
+def chosen_settings(
+    epoch: Epoch, packs: bool, given: dict[str, dict[str, Any]], loss: str
+) -> dict[str, dict[str, Any]]:
+    """The settings of ``adapter``, ``optimizer`` and ``train`` that do not depend on memory, as far as none are given.
 
     Args:
-        rows: the training set. masks: its rows have prompts or turns. packs: the model can train packed rows.
+        packs: the model can train packed rows. given: the fields of these three configs that stay.
     """
-    epoch = epoch_of(rows, train)
-    pack = packs and epoch.padding - epoch.packed_padding > _PACK_FROM
-    rank = 8 if epoch.rows < 2_000 else 16
+    rank, method = 8 if epoch.rows < 2_000 else 16, given["adapter"].get("method", "lora")
+    rank = given["adapter"].get("rank", rank)
+    rate = _RATES.get(loss, 2e-4 if epoch.rows < 10_000 else 1e-4) * (_FULL_RATE if method == "full" else 1)
+    chosen = {
+        "adapter": {"method": method, "num_layers": -1},
+        "optimizer": {"optimizer": "adamw", "learning_rate": float(f"{rate:g}"), "lr_schedule": "cosine_decay"},
+        "train": {"loss": loss},
+    }
+    if method in ("lora", "dora"):
+        chosen["adapter"] |= {"rank": rank, "alpha": 2.0 * rank}
+    if epoch.packed_padding is not None and packs and epoch.padding - epoch.packed_padding > _PACK_FROM:
+        chosen["train"]["pack"] = True
+    if preference_of(loss).options:
+        chosen["train"] |= {"max_grad_norm": 1.0, **TrainConfig(loss=loss).preference_options()}
+    own = given["optimizer"]
+    if first_rate(own.get("lr_schedule")) is not None:
+        del chosen["optimizer"]["learning_rate"]
+    elif chooses_own_rate(own.get("optimizer", "adamw"), own.get("optimizer_config") or {}):
+        del chosen["optimizer"]["learning_rate"], chosen["optimizer"]["lr_schedule"]
+    names = {name for fields in given.values() for name in fields}
+    dropped = {other for name in names for other in _REPLACED.get(name, ())}
     return {
-        "adapter": {"method": "lora", "rank": rank, "alpha": 2.0 * rank, "num_layers": -1},
-        "optimizer": {
-            "optimizer": "adamw",
-            "learning_rate": 2e-4 if epoch.rows < 10_000 else 1e-4,
-            "lr_schedule": "cosine_decay",
-        },
-        "data": {"mask_prompt": masks},
-        "train": {"pack": pack},
+        kind: {**{n: v for n, v in fields.items() if n not in dropped}, **given[kind]}
+        for kind, fields in chosen.items()
     }
 
 
-def as_yaml(plan: Plan, settings: dict[str, Any], machine: str) -> str:
+def as_yaml(plan: Plan, settings: dict[str, Any], machine: str, given: Collection[str]) -> str:
     """The configuration, with a reason beside each setting.
 
     Args:
-        settings: of train, as in YAML.
+        settings: of train, as in YAML. given: the names of those that were not chosen.
         machine: for which memory it was chosen.
     """
+    own = settings.keys() & set(given)
     why = {
+        "loss": "learn which answer is preferred" if preference_of(settings.get("loss", "")).rows != TOKENS else "",
+        **dict.fromkeys(PREFERENCE_OPTIONS, "TRL's default"),
+        "max_grad_norm": "longer gradients are shortened to this norm",
         "num_layers": "all layers",
         "rank": "16 from 2,000 rows on",
         "alpha": "the update is scaled by alpha / rank",
-        "learning_rate": "LoRA learns at ten times the rate of full fine-tuning",
+        "learning_rate": _why_rate(settings),
         "lr_schedule": "falls to 0 at the end",
         "warmup": "optimizer steps over which the rate rises",
         "epochs": f"passes over the {plan.epoch.rows:,} rows, {plan.iters:,} iterations in all",
@@ -62,18 +95,25 @@ def as_yaml(plan: Plan, settings: dict[str, Any], machine: str) -> str:
         "grad_accumulation_steps": "batches of an optimizer step",
         "grad_checkpoint": "recompute activations, to fit into memory",
         "pack": "several rows in each sequence, because padding would be a large share",
-        "steps_per_eval": f"{plan.epoch.batches / settings['steps_per_eval']:.2g} times an epoch",
+        "steps_per_eval": f"{plan.epoch.batches / (settings.get('steps_per_eval') or 1):.2g} times an epoch",
         "save_every": "a checkpoint at every validation",
     }
     lines = [
         f"# For {plan.model}, to run with: mlx-lora train -c FILE",
         f"# Peak memory about {plan.memory.peak / 1e9:.2f} GB; chosen for {machine}.",
-        "train: true",
     ]
     for name, value in settings.items():
-        text = f"{name}: {_value(value)}"
-        lines.append(f"{text:<40}# {why[name]}" if name in why else text)
+        text, reason = f"{name}: {_value(value)}", "as given" if name in own else why.get(name)
+        lines.append(f"{text:<40}# {reason}" if reason else text)
     return "\n".join(lines) + "\n"
+
+
+def _why_rate(settings: dict[str, Any]) -> str:
+    if settings.get("fine_tune_type") == "full":
+        return "a tenth of LoRA's, because all weights are trained"
+    if settings.get("loss") in _RATES:
+        return "far below that of other fine-tuning, as in TRL's scripts"
+    return "LoRA learns at ten times the rate of full fine-tuning"
 
 
 def rhythm(batches: int, iters: int) -> int:

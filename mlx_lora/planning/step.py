@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -41,6 +41,7 @@ class Parts:
     logits: int
     activations: int  # and gradients and all else that a step computes
     peak: int
+    kept: int = 0  # output of frozen layers, with ``cache_prefix`` "memory"
 
     def __add__(self, other: Parts) -> Parts:
         return Parts(*map(operator.add, astuple(self), astuple(other)))
@@ -53,10 +54,27 @@ class Parts:
 
 
 class Traced:
-    """Traces steps on ``model``, whose arrays need not be evaluated. The model keeps them."""
+    """Traces steps on ``model``, whose arrays need not be evaluated. The model keeps them.
 
-    def __init__(self, model: nn.Module, make: Callable[[], opt.Optimizer], config: TrainConfig, queue: Queue):
+    Args:
+        updates: the traces of the optimizer's part of a step so far, of this model and optimizer: no batch changes it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        make: Callable[[], opt.Optimizer],
+        config: TrainConfig,
+        queue: Queue,
+        updates: dict[tuple, _Found] | None = None,
+    ):
         self.model, self.make, self.config, self.queue = model, make, config, queue
+        self._updates = {} if updates is None else updates
+        self._kept_for: set[int] = set()  # modules, by id, for which the model keeps arrays
+
+    def keeps_for(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether a traced step kept arrays of one of ``modules`` between calls, such as copies of weights."""
+        return not self._kept_for.isdisjoint(map(id, modules))
 
     def parts(self, *batch: mx.array) -> Parts:
         """The peak of a step on a batch of such arrays, in a run that has done a step before."""
@@ -84,7 +102,11 @@ class Traced:
                 kept = first + _bytes(sums) + _bytes(state)
                 found = self._peak(step._accumulate_fn, weights, (trained, sums), batch, kept)
                 kept = first + _bytes(sums) + found.weights
-                update = self._peak(step._update_fn, {}, (trained, state, sums), (), kept)
+                key = self.config.max_grad_norm, *trained
+                if key not in self._updates:
+                    self._updates[key] = self._peak(step._update_fn, {}, (trained, state, sums), (), 0)
+                update = self._updates[key]
+                update = replace(update, peak=replace(update.peak, total=update.peak.total + kept))
                 found = max(found, update, key=lambda one: one.peak.total)
             adapter, held, frozen = 2 * first, _bytes(state) + 2 * _bytes(sums), found.weights
             rest = found.peak.total - frozen - adapter - held - found.logits
@@ -110,6 +132,7 @@ class Traced:
 
         def keep(module: nn.Module, name: str, compute: Callable[[], mx.array]) -> mx.array:
             key = id(module), name
+            self._kept_for.add(id(module))
             if key not in known:
                 known[key] = compute()
                 kept[key] = stand_in(known[key])

@@ -119,10 +119,16 @@ def _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_c
 def _with_reference(model: nn.Module, rows: Any, loss: str, batch_size: int, adapter_path: str | Path | None):
     """``rows`` with their reference: by the adapter that the run of ``adapter_path`` began from, else by the base.
 
-    Yields a warning where that adapter is known, and not there.
+    Yields a warning where that adapter is not there, or not known.
     """
-    start = _start_of(adapter_path) if adapter_path is not None and preference_of(loss).reference else None
-    if start is not None:
+    asked = adapter_path is not None and preference_of(loss).reference
+    start = _start_of(adapter_path) if asked else {}
+    if start is None:
+        yield Warned(
+            f"the reference here is the base model: {adapter_path} does not say whether its training began from "
+            "another adapter (--resume-adapter-file), which would have been the reference"
+        )
+    elif start:
         file, digest = Path(start["file"]), start["weights"]
         if file.is_file() and file_digest(file) == digest:
             with weights_of(model, file):
@@ -136,7 +142,10 @@ def _with_reference(model: nn.Module, rows: Any, loss: str, batch_size: int, ada
 
 
 def _start_of(adapter_path: str | Path) -> dict[str, str] | None:
-    """What the run whose checkpoint this is recorded of the adapter it began from; None where it began from none."""
+    """What the run whose checkpoint this is recorded of the adapter it began from.
+
+    Returns: an empty dict where it began from none; None where that is not recorded, as by older versions.
+    """
     path = Path(adapter_path)
     for state in (path / STATE, path.parent / STATE):
         if state.is_file():

@@ -152,6 +152,8 @@ def _fine_tune(
     settings = replace(settings, train=replace(settings.train, **rhythm))  # a run that is resumed keeps it
     folder.settings |= {"iters": config.iters, **rhythm}
     folder.identity = {**identify(settings, model, sets), "iters": config.iters}
+    if state is None:
+        folder.identity["start"] = {}  # from no adapter; where there is no such key, it is not known
     if settings.resume_adapter_file:
         file = Path(settings.resume_adapter_file).resolve()
         folder.identity["start"] = {"file": str(file), "weights": file_digest(file)}

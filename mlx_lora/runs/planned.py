@@ -52,9 +52,7 @@ def plan_run(settings: Settings, model: nn.Module, sets: Any):
     name = BaseModel(base.folder)
     length = settings.data.max_seq_length if isinstance(settings.data, DataConfig) else DataConfig.max_seq_length
     try:
-        found = make_plan(
-            name, base.name, sets.train, length, settings.adapter, settings.optimizer, settings.train, world
-        )
+        found = make_plan(name, base.name, sets, length, settings.adapter, settings.optimizer, settings.train, world)
     except MLXLoRAError as error:
         yield Planned(None, limit, reason=error.message.splitlines()[0][:200])
         return None

@@ -106,22 +106,8 @@ class FrozenPrefix:
         Returns: (about how many bytes, share of the rows that training reads after its first epoch and finds kept;
             None if the run ends within its first epoch).
         """
-        (train_set, valid_set), per_token = self._sets, self.probe.shape[-1] * self.probe.itemsize
-        pairs: set[tuple[int, int]] = set()
-        each, read, new = batches_per_epoch(train_set, batch_size), 0, 0
-        for epoch in range(min(-(-iters // each), _EPOCHS)):
-            before = len(pairs)
-            for rows in train_set.epoch(batch_size, seed, epoch)[: iters - epoch * each]:
-                width = train_set.width(rows) if self.exact else 0
-                pairs.update((int(row), width) for row in rows)
-                read += len(rows) if epoch else 0
-            new += len(pairs) - before if epoch else 0
-        tokens = sum(int(train_set.lengths[row]) - 1 for row, _ in pairs)
-        if valid_set is not None and len(valid_set) and val_batches:
-            tokens += sum(
-                int((valid_set.lengths[rows] - 1).sum()) for rows in eval_rows(valid_set, batch_size, val_batches)
-            )
-        return tokens * per_token, 1 - new / read if read else None
+        tokens, reused = kept_tokens(*self._sets, self.exact, batch_size, seed, iters, val_batches)
+        return tokens * self.probe.shape[-1] * self.probe.itemsize, reused
 
     def _record(self, tokens: mx.array) -> mx.array:
         """The output of the last frozen layer [B, T, D] for `tokens` [B, T]."""
@@ -167,3 +153,24 @@ class FrozenPrefix:
         states = np.array(hidden.view(bits))
         # A row may have no input but its first token.
         return {row: states[k, : max(1, len(dataset[row].tokens) - 1)].copy() for k, row in enumerate(rows)}
+
+
+def kept_tokens(
+    train_set: Dataset, valid_set: Dataset | None, exact: bool, batch_size: int, seed: int, iters: int, val_batches: int
+) -> tuple[int, float | None]:
+    """(about how many tokens a run keeps the states of, the share as in `FrozenPrefix.expected`)."""
+    pairs: set[tuple[int, int]] = set()
+    each, read, new = batches_per_epoch(train_set, batch_size), 0, 0
+    for epoch in range(min(-(-iters // each), _EPOCHS)):
+        before = len(pairs)
+        for rows in train_set.epoch(batch_size, seed, epoch)[: iters - epoch * each]:
+            width = train_set.width(rows) if exact else 0
+            pairs.update((int(row), width) for row in rows)
+            read += len(rows) if epoch else 0
+        new += len(pairs) - before if epoch else 0
+    tokens = sum(int(train_set.lengths[row]) - 1 for row, _ in pairs)
+    if valid_set is not None and len(valid_set) and val_batches:
+        tokens += sum(
+            int((valid_set.lengths[rows] - 1).sum()) for rows in eval_rows(valid_set, batch_size, val_batches)
+        )
+    return tokens, 1 - new / read if read else None

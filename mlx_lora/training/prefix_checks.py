@@ -18,6 +18,7 @@ from .seam import Seam, skipped
 
 HINT = "Leave --cache-prefix out (in Python cache_prefix='none'): the losses are the same without it."
 _MOST = 64  # tokens of the row
+_UNTRAINABLE = {"dbrx": "in training, mlx-lm's class computes the chosen experts in NumPy, which has no gradient"}
 
 
 def check_settings(loss: str, processes: int) -> None:
@@ -39,6 +40,19 @@ def check_model(model: nn.Module, rows: Any) -> tuple[int, list[nn.Module], mx.a
 
     Raises: ConfigError.
     """
+    count, layers = frozen_layers(model), list(model.layers)
+    return count, layers, _measure(model, layers, count, rows)
+
+
+def frozen_layers(model: nn.Module) -> int:
+    """The number of layers before the first one with trained parameters.
+
+    Raises: ConfigError where there are none, or where what they compute changes.
+    """
+    if (name := getattr(model, "model_type", None)) in _UNTRAINABLE:
+        raise ConfigError(
+            f"cache_prefix: the model {name} cannot be trained: {_UNTRAINABLE[name]}.", "Train another model."
+        )
     layers, paths = list(model.layers), layer_paths(model)
     trained = [path for path, _ in tree_flatten(model.trainable_parameters())]
     index = {path: next((i for i, p in enumerate(paths) if path.startswith(p + ".")), None) for path in trained}
@@ -52,7 +66,7 @@ def check_model(model: nn.Module, rows: Any) -> tuple[int, list[nn.Module], mx.a
         raise ConfigError(f"cache_prefix: the input of every layer changes with the trained {', '.join(early)}.", HINT)
     if any(isinstance(m, nn.Dropout) and m._p_1 < 1 for layer in layers[:count] for m in layer.modules()):
         raise ConfigError("cache_prefix: the frozen layers have dropout, which draws anew for each batch.", HINT)
-    return count, layers, _measure(model, layers, count, rows)
+    return count
 
 
 def _measure(model: nn.Module, layers: list[nn.Module], count: int, rows: Any) -> mx.array:

@@ -22,6 +22,7 @@ REFUSED = {
     "deepseek_v41": "several residual streams",
     "gemma3n": "several residual streams",
     "gemma4": "keys and values of earlier layers",
+    "dbrx": "cannot be trained",
     "gemma4_text": "keys and values of earlier layers",
     "hunyuan": "keys and values of earlier layers",
     "iquestloopcoder": "each layer is called twice",
@@ -62,7 +63,7 @@ def test_kept_states_give_the_same_losses_to_the_bit_or_are_refused(name):
     if name in REFUSED:
         with pytest.raises(ConfigError, match="cache_prefix: the") as error:
             FrozenPrefix(model, rows)
-        assert "Leave --cache-prefix out" in error.value.hint
+        assert ("Leave --cache-prefix out" in error.value.hint) != (name == "dbrx")
         return
     prefix, loss = FrozenPrefix(model, rows), loss_named("cross_entropy")
     if name not in TRAINED:

@@ -109,6 +109,22 @@ def test_a_machine_is_given_the_first_variant_that_fits_with_room_for_the_error(
     assert not found[8].fits and found[8].flags is None and found[16].fits
 
 
+@pytest.mark.parametrize(("largest", "unasked"), [(6e9, 1), (30e9, 1), (90e9, 0)])  # in the last, each fits some Mac
+def test_few_variants_are_planned_and_the_first_that_fits_is_found(largest, unasked):
+    options = variants(Variant(AdapterConfig(num_layers=-1), TrainConfig(batch_size=8), length=2048), False, 36)
+    peaks, asked = {v.flags: largest * 0.7**k for k, v in enumerate(options)}, set()
+
+    def peak(variant):
+        asked.add(variant.flags)
+        return peaks[variant.flags]
+
+    for found in verdicts(options, peak):
+        first = next((v for v in options if 1.15 * peaks[v.flags] <= found.working_set), None)
+        assert found.flags == (first.flags if first else None) and found.fits == (first is options[0])
+        assert found.peak == peaks[(first or options[-1]).flags]
+    assert len(asked) <= len(options) - unasked
+
+
 def test_smaller_batches_keep_the_rows_of_a_step():
     asked = Variant(AdapterConfig(), TrainConfig(batch_size=8), length=512)
     for variant in variants(asked, True, 28):
@@ -218,6 +234,7 @@ def test_a_plan_that_cannot_be_made_prevents_no_training(tmp_path, data, monkeyp
     monkeypatch.setattr("mlx_lora.runs.planned.make_plan", lambda *_: 1 / 0)
     found = reports_of(tmp_path / "a", data)
     assert found["Planned"].peak is None and "division by zero" in found["Planned"].reason
+    assert "the plan of this run failed" in found["Warned"].text and "report it" in found["Warned"].text
     assert found["Done"].iteration == 1
 
 
@@ -285,6 +302,19 @@ def test_rows_of_preferences_are_planned(loss, tmp_path):
     rows = found.epoch.rows
     assert found.iters == 2 * found.epoch.batches and found.memory.peak > 0 and found.epoch.packed_padding is None
     assert rows == (16 if loss == "kto" else 8) - found.epoch.rows % 2 and 0 <= found.epoch.padding < 1
+
+
+def test_the_short_form_of_a_run_of_preferences_is_its_plan(tmp_path):
+    pairs = [{"prompt": f"{k}+2=", "chosen": f" {k + 2}", "rejected": " I do not know that"} for k in range(12)]
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    train = {"loss": "dpo", "epochs": 1, "batch_size": 4, "val_batches": 0}
+    said = reports_of(tmp_path / "a", tmp_path, train=train)["Planned"]
+    found = mlx_lora.plan(PATH, tmp_path, train=train, machines=False)
+    assert (said.peak, said.trainable) == (found.memory.peak, found.trainable)
+    assert (said.iters, said.padding) == (found.iters, found.epoch.padding) == (3, found.epoch.padding)
+    single = mlx_lora.plan(PATH, train={"batch_size": 4}, max_seq_length=found.length, machines=False)
+    assert said.peak > single.memory.peak  # both answers are in memory
 
 
 def test_every_option_of_train_is_taken(tmp_path):

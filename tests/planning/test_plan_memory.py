@@ -8,6 +8,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import mlx_lora
 from conftest import LLAMA, QWEN3_MOE, make_model
@@ -16,7 +17,7 @@ from mlx_lora.config import AdapterConfig, OptimizerConfig, TrainConfig, prefere
 from mlx_lora.data import Dataset, Example
 from mlx_lora.data.preferences import LabelDataset, Labelled, Pair, PairDataset
 from mlx_lora.planning.estimate import estimate
-from mlx_lora.planning.layers import repeats, shortened
+from mlx_lora.planning.layers import frozen_bytes, repeats, shortened
 from mlx_lora.planning.machines import Variant
 from mlx_lora.planning.rows import epoch_of
 from mlx_lora.training import build_optimizer, train
@@ -130,6 +131,36 @@ def test_equal_layers_are_extrapolated_to_what_all_of_them_take(tmp_path, monkey
     few = predicted(tmp_path, config, adapter, data, settings, None)
     monkeypatch.setattr("mlx_lora.planning.estimate.repeats", lambda model: [])
     assert few == pytest.approx(predicted(tmp_path, config, adapter, data, settings, None), rel=0.05)
+
+
+LARGE = dict(hidden_size=2048, intermediate_size=6144, num_attention_heads=16, num_key_value_heads=8, vocab_size=32000)
+EXTRAPOLATED = {  # sizes as of real models: where all arrays are small, MLX holds those of several layers at once
+    "dense": (dict(QWEN3 | LARGE, head_dim=128, num_hidden_layers=20), 10),
+    "hybrid": (dict(GEMMA3 | LARGE, head_dim=128, num_hidden_layers=24), 12),
+    "experts": (dict(MOE | LARGE, head_dim=128, num_hidden_layers=20), 12),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXTRAPOLATED)
+def test_the_peak_of_few_layers_leads_to_that_of_all_of_them(name, tmp_path, monkeypatch):
+    config, layers = EXTRAPOLATED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    variant = Variant(AdapterConfig(rank=8, num_layers=layers), TrainConfig(batch_size=2), length=1024)
+    few = estimate(BaseModel(tmp_path), OptimizerConfig(), variant, gpu=True).parts
+    monkeypatch.setattr("mlx_lora.planning.estimate.repeats", lambda model: [])
+    every = estimate(BaseModel(tmp_path), OptimizerConfig(), variant, gpu=True).parts
+    assert few.peak == pytest.approx(every.peak, rel=0.01)
+    assert (few.weights, few.adapter, few.optimizer) == (every.weights, every.adapter, every.optimizer)
+
+
+def test_frozen_layers_before_all_that_is_trained_take_their_weights_alone():
+    model = make_model(dict(DENSE, hidden_size=64, intermediate_size=128, num_hidden_layers=14))
+    mlx_lora.attach(model, AdapterConfig(rank=2, num_layers=6))
+    frozen, trained = repeats(model)
+    assert frozen_bytes(model, frozen) == sum(a.nbytes for _, a in tree_flatten(model.layers[0].parameters()))
+    assert frozen_bytes(model, trained) is None
+    model.model.embed_tokens.unfreeze()  # a gradient now passes every layer
+    assert frozen_bytes(model, frozen) is None
 
 
 def test_checkpointed_layers_are_extrapolated_for_a_gpu(tmp_path, monkeypatch):

@@ -257,15 +257,20 @@ def test_the_example_learns_a_preference(tmp_path):
     assert rewards["rewards/accuracies"] > 0.95
 
 
-def test_test_compares_with_the_adapter_that_the_run_began_from(data, tmp_path):
+def test_test_compares_with_the_adapter_that_the_run_began_from(data, tmp_path, monkeypatch):
     """The loss of a run's start is log 2; where that adapter has changed, a warning names the base as reference."""
     fine_tune(tmp_path / "first", data, loss="cpo")
     start = tmp_path / "first" / "adapters.safetensors"
+    assert not [r for r in measure(PATH, data, tmp_path / "first", loss="dpo") if type(r).__name__ == "Warned"]
     reports = fine_tune(tmp_path / "a", data, iters=1, resume_adapter_file=start, test_batches=-1)
     *_, measured = measure(PATH, data, tmp_path / "a", loss="dpo", checkpoint="last")
     assert measured.loss == pytest.approx(reports[-1].loss, abs=1e-5)
     fine_tune(tmp_path / "a", data, iters=2, resume=True)
     assert not [r for r in measure(PATH, data, tmp_path / "a", loss="dpo") if type(r).__name__ == "Warned"]
+    monkeypatch.setattr("mlx_lora.runs.evaluation.read_run", lambda _: {})  # as in the state of an older version
+    said = [r.text for r in measure(PATH, data, tmp_path / "a", loss="dpo") if type(r).__name__ == "Warned"]
+    assert len(said) == 1 and "does not say whether its training began from another adapter" in said[0]
+    monkeypatch.undo()
     start.unlink()
     said = [r.text for r in measure(PATH, data, tmp_path / "a", loss="dpo") if type(r).__name__ == "Warned"]
     assert len(said) == 1 and "the reference here is the base model" in said[0]

@@ -18,7 +18,7 @@ from ..config import GenerateConfig
 from ..errors import AdapterError, ConfigError, DataError, MLXLoRAWarning
 from .engine import Engine
 from .requests import Piece, Request
-from .sampling import check_sampling
+from .sampling import check_sampling, extra_eos
 from .transcripts import load_conversation, save_conversation
 
 AT_START = ("draft_model", "prefill_step_size")  # options that the engine takes when it is made
@@ -256,6 +256,7 @@ class Conversation:
                 f"{', '.join(fixed)}: cannot be changed while the model is loaded", f"Start chat again with {flags}."
             )
         check_sampling(config, self.engine.vocab_size)
+        extra_eos(config, self.engine.tokenizer, self.engine.vocab_size)  # raises where one is unknown
         self.config = config
 
     # Files.

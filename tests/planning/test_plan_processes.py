@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 
-from ranks import Ranks
-
 from mlx_lora.tiny_base import skill
+from ranks import Ranks
 
 RUN = """
 import sys

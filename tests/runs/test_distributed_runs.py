@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from ranks import Ranks
 
 from conftest import assert_close
 from mlx_lora.cli.main import main
@@ -17,6 +16,7 @@ from mlx_lora.runs import peers
 from mlx_lora.runs.log import read_log
 from mlx_lora.tiny_base import PATH, skill
 from mlx_lora.training import TrainingState
+from ranks import Ranks
 
 # `mlx-lora`, once for each list of words.
 MAIN = """

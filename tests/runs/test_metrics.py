@@ -8,7 +8,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from ranks import Ranks
 
 import mlx_lora
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig, TrainConfig, runs
@@ -16,6 +15,7 @@ from mlx_lora.errors import ConfigError, DataError
 from mlx_lora.runs.metrics import METRICS, load_metrics, measured
 from mlx_lora.runs.reports import Answer
 from mlx_lora.tiny_base import PATH, skill
+from ranks import Ranks
 
 CODE = """
 def length(given, expected):

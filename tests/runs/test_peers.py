@@ -19,10 +19,10 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
-from ranks import ROOT, SECONDS, Ranks, bound, free_ports
 
 from mlx_lora.errors import DataError, LostProcessError
 from mlx_lora.runs import links, peers
+from ranks import ROOT, SECONDS, Ranks, bound, free_ports
 
 # A run that only sums over all processes: it starts in a second. argv: folder, what rank 1 does at step 5.
 LOOP = """

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ranks import Ranks
 
 import mlx_lora
 from conftest import killed_at
@@ -21,6 +20,7 @@ from mlx_lora.runs import measure, reports
 from mlx_lora.runs.report import read_histories
 from mlx_lora.tiny_base import PATH
 from mlx_lora.training import NewBest, Progress, TrainReport, ValReport
+from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -106,7 +106,7 @@ def test_all_columns_are_computed_in_one_batch_and_answer_as_alone(server, monke
     lanes, step = set(), state.engine.step
 
     def looking():
-        lanes.add(tuple(len(rows) for rows in state.engine._active.values() if rows))
+        lanes.add(tuple(len(rows) for rows in state.engine.schedule.active.values() if rows))
         return step()
 
     monkeypatch.setattr(state.engine, "step", looking)

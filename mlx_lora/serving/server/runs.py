@@ -26,7 +26,7 @@ from ...formats.checkpoints import BEST, LAST, checkpoints
 from ...runs.log import LOG, read_line
 from ...runs.report.history import TRAIN, VALID, flat, number, read_history
 from ...runs.report.page import run_page
-from .openai import server_of
+from .streams import server_of
 
 router = APIRouter(include_in_schema=False)
 # A report needs only its own styles and pictures. Sandboxed, it has no origin, so it cannot ask this server anything.

@@ -25,8 +25,9 @@ from ...base.writing import writing
 from ...errors import AdapterError, ConfigError, MLXLoRAError
 from ..bank import AdapterBank, Listed
 from ..engine import BusyError
+from ..residents import signature_of
 from .connection import CLOSED
-from .openai import server_of
+from .streams import server_of
 
 router = APIRouter(include_in_schema=False)
 CONFIG, WEIGHTS = "adapter_config.json", ".safetensors"
@@ -182,7 +183,7 @@ _DAMAGED = "Upload it again; if that fails too, check the files with mlx-lora in
 
 def _facts(bank: AdapterBank, listed: Listed, cache: dict) -> dict[str, Any]:
     """What the page shows of one adapter; its files are read again only when they change."""
-    key = (listed.name, _signature(listed.path))
+    key = (listed.name, signature_of(listed.path and Path(listed.path)))
     if key not in cache:
         try:
             found = _of_adapter(*bank.check(listed.name))
@@ -195,16 +196,6 @@ def _facts(bank: AdapterBank, listed: Listed, cache: dict) -> dict[str, Any]:
             del cache[old]
         cache[key] = found
     return {"name": listed.name, "loaded": listed.loaded, "pinned": listed.pinned, "rows": listed.rows, **cache[key]}
-
-
-def _signature(path: str | None) -> tuple:
-    """What changes when the adapter at ``path`` is written again."""
-    folder = Path(path or "")
-    try:
-        files = sorted(folder.iterdir()) if path and folder.is_dir() else [folder]
-        return tuple((file.name, info.st_size, info.st_mtime_ns) for file in files if (info := file.stat()))
-    except OSError:  # it is being replaced, or gone
-        return ()
 
 
 def _of_adapter(adapter: Any, alone: list[str]) -> dict[str, Any]:

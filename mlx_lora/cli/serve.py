@@ -80,7 +80,7 @@ def serve(**params: Any):
 def check_installed(command: str) -> None:
     """Refuse ``command`` where the packages of the extra ``serve`` are missing."""
     try:
-        from ..serving.server import run  # noqa: F401
+        from ..serving.server.run import serve  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"{command} needs packages that are not installed ({error.name})", _INSTALL) from None
 

@@ -177,8 +177,9 @@ def test_an_upload_that_is_too_large_or_of_another_length_leaves_nothing(client,
         answer = send(client, "long", files, {**sizes, weights: size})
         assert answer.status_code == 400 and "than its files" in message(answer)
     # Another request keeps the smaller limit of all bodies.
+    json_type = {"content-type": "application/json"}
     for body in (b" " * 200_000, iter([b" " * 50_000] * 4)):  # with and without a length
-        assert client.post("/v1/chat/completions", content=body).status_code == 413
+        assert client.post("/v1/chat/completions", content=body, headers=json_type).status_code == 413
     assert names(folders) == before
 
 

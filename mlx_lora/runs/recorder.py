@@ -122,7 +122,7 @@ class Recorder:
             self._write_page()
 
     def _logged_before(self, kind: str, iteration: int) -> bool:
-        """Whether the run that is resumed has logged this: its metric failed then, and it does the iteration's end again."""
+        """Whether the run that is resumed has logged this: its metric failed, so that it ends the iteration again."""
         if self.state is None or iteration != self.resumed:
             return False
         return kind == "Checkpoint" or any((r["kind"], r.get("iteration")) == (kind, iteration) for r in self.past)

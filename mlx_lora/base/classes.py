@@ -60,13 +60,16 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
             params = as_known_type(params)
             params = {**params, **class_fields(params, known)}
             missing = [n for n, p in known.items() if p.default is p.empty and n not in params]
-            if missing:
+            try:  # a class may read configs in other shapes: Qwen2-VL's with the text's fields beside those of images
+                return args_class.from_dict(params)
+            except TypeError:
+                if not missing:
+                    raise
                 raise ModelError(
                     f"mlx-lm's class for {config['model_type']} needs config fields that are not there: "
                     f"{', '.join(missing)}",
                     "mlx-lm does not read this version of the architecture; try a newer mlx-lm.",
-                )
-            return args_class.from_dict(params)
+                ) from None
 
     Model.__name__, Model.__module__ = model_class.__name__, model_class.__module__
     return Model, Arguments
@@ -96,6 +99,9 @@ def _unknown(config: dict[str, Any]) -> ModelError:
             f"mlx-lm has no {kind}, a model of several parts whose language model is a {text['model_type']}",
             "Save the language model alone with transformers, or try a newer mlx-lm (pip install -U mlx-lm).",
         )
+    if "vision_config" in config:
+        hint = "mlx-lm has the language models of some such models alone. Name a language model."
+        return ModelError(f"mlx-lm has no {kind}, a model with images", hint)
     if "auto_map" in config:
         return ModelError(f"mlx-lm has no {kind}; the code that comes with the model is for PyTorch", hint)
     return ModelError(f"mlx-lm has no {kind}", hint)

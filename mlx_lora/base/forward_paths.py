@@ -18,9 +18,10 @@ from ..errors import ModelError
 from .modes import mode
 
 COMPARED, DECODED = 32, 8  # tokens of the row; of these, at the end, those decoded one by one
+_compared: set[int] = set()  # ids of the models inside `as_generated`
+_UNTRAINABLE = {"dbrx": "in training, mlx-lm's class computes the chosen experts in NumPy, which has no gradient"}
 # The norm of the difference by the norm of the logits. Half precision leaves up to 0.1 where a router chooses other
 # experts because of a rounding error. TF32 leaves up to 0.01 in float32. gemma3n is off by 0.3 and more.
-_compared: set[int] = set()  # ids of the models inside `as_generated`
 _TOLERANCE = {mx.float32: 0.01, mx.bfloat16: 0.15, mx.float16: 0.15}
 
 
@@ -37,8 +38,9 @@ def as_generated(model: nn.Module, row: Sequence[int], grad_checkpoint: bool = F
     The outermost context of a model compares both on `row` and gives the model a cache where it needs one. The contexts
     inside do nothing, so that a run compares once.
 
-    Yields: whether this context gives the model a cache. Raises: ModelError, see `needs_cache`.
+    Yields: whether this context gives the model a cache. Raises: ModelError, see `check_trainable`, `needs_cache`.
     """
+    check_trainable(model)
     if id(model) in _compared:
         yield False
         return
@@ -48,6 +50,12 @@ def as_generated(model: nn.Module, row: Sequence[int], grad_checkpoint: bool = F
             yield needed
         finally:
             _compared.discard(id(model))
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model whose class in mlx-lm has no gradient. Raises: ModelError."""
+    if (name := getattr(model, "model_type", None)) in _UNTRAINABLE:
+        raise ModelError(f"The model {name} cannot be trained: {_UNTRAINABLE[name]}.", "Train another model.")
 
 
 def needs_cache(model: nn.Module, row: Sequence[int], grad_checkpoint: bool = False) -> bool:

@@ -15,6 +15,7 @@ from ..errors import ConfigError, MLXLoRAError, ModelError
 from .classes import model_classes
 from .config import missing_fields, read_config
 from .differences import known_differences
+from .downloads import download_hint
 from .files import check_weight_files
 from .heads import stated_tie, tensor_files, tie_fields
 from .nf4_checkpoint import check_bitsandbytes
@@ -122,7 +123,7 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
             raise failed_write(Path(error.filename or folder_of_downloads()), error, ModelError) from error
         raise ModelError(
             f"{name}: no such folder, and the repository cannot be downloaded ({_first_line(error)})",
-            "Check the name and the network. A model that was downloaded before loads with HF_HUB_OFFLINE=1.",
+            download_hint(error),
         ) from error
 
 

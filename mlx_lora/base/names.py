@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import ModelError
 from .config import missing_fields, read_config
+from .downloads import download_hint
 from .heads import INPUT_EMBEDDING, stated_tie, tensor_files, tie_fields
 from .modules import dims, kind
 
@@ -116,7 +117,7 @@ class BaseModel:
             first = str(error).strip().splitlines() or [type(error).__name__]
             raise ModelError(
                 f"{self.name}: no such folder, and its config cannot be downloaded ({first[0][:200]})",
-                "Name a local folder with config.json, or a repository on the Hub.",
+                download_hint(error),
             ) from None
 
     @functools.cached_property

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from ..base.downloads import download_hint
 from ..base.loading import DTYPES
 from ..base.modules import kind, layer_paths
 from ..base.names import BaseModel
@@ -161,5 +162,5 @@ def folder_of(base: BaseModel) -> Path:
     except Exception as error:  # huggingface_hub raises its own errors, httpx's and OSError
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{base.name}: its tokenizer cannot be downloaded ({first[:200]})", "Check the name and the network."
+            f"{base.name}: its tokenizer cannot be downloaded ({first[:200]})", download_hint(error)
         ) from None

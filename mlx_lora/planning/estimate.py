@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..base.forward_paths import check_trainable
 from ..base.loading import DTYPES
 from ..base.modules import dims, kind, unique
 from ..base.names import BaseModel
@@ -165,6 +166,7 @@ class _Adapted:
     @classmethod
     def of(cls, base: BaseModel, variant: Variant, gpu: bool) -> _Adapted:
         model = bare_model(base, variant.quantize, full_precision=not gpu)
+        check_trainable(model)
         flops, adapter = flops_per_token(model, base.config), variant.adapter
         subtracted = adapter.init.startswith(SUBTRACTED)
         with traced_only(lambda module, name, compute: compute()):

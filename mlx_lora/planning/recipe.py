@@ -15,8 +15,8 @@ _PACK_FROM = 0.15  # share of padding that packing must save
 # Rows -> epochs: few rows are seen more often. The first that applies. Preferences are learnt, and overlearnt, sooner.
 _EPOCHS = ((500, 5), (2_000, 4), (10_000, 3), (50_000, 2))
 _EPOCHS_OF_PREFERENCES = ((1_000, 3), (5_000, 2))
-# Learning rates of LoRA for losses of preferences, as in TRL's scripts; for simpo ten times its authors' for full
-# fine-tuning (arXiv:2405.14734).
+# Learning rates of LoRA for losses of preferences: for dpo, orpo and cpo those in TRL's scripts of these names; for ipo
+# and kto that of dpo; for simpo ten times its authors' for full fine-tuning (arXiv:2405.14734).
 _RATES = {"dpo": 5e-6, "ipo": 5e-6, "kto": 5e-6, "simpo": 1e-5, "orpo": 8e-5, "cpo": 8e-5}
 _FULL_RATE = 0.1  # of LoRA's learning rate
 # An option that is given -> those that it replaces, so that none is chosen for them.
@@ -112,7 +112,7 @@ def _why_rate(settings: dict[str, Any]) -> str:
     if settings.get("fine_tune_type") == "full":
         return "a tenth of LoRA's, because all weights are trained"
     if settings.get("loss") in _RATES:
-        return "far below that of other fine-tuning, as in TRL's scripts"
+        return "lower than for other fine-tuning, because preferences are overlearnt sooner"
     return "LoRA learns at ten times the rate of full fine-tuning"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..base.forward_paths import check_trainable
 from ..base.loading import resolve
 from ..base.modules import layer_paths
 from ..base.names import BaseModel
@@ -117,10 +118,10 @@ def check_initial_weights(file: Path, adapter: AdapterConfig) -> None:
 
 
 def check_modules(model: Any, adapter: AdapterConfig) -> None:
-    """Refuse keys, patterns, ranks and layers that ``model`` does not have, from its config alone.
+    """Refuse a model that cannot be trained, and keys, patterns, ranks and layers that it does not have.
 
-    ``attach`` checks the same and more on the loaded model. Where mlx-lm's class cannot be built, or the output head
-    is named, which may be no module of the class, only ``attach`` does.
+    Reads its config alone. ``attach`` checks the same and more on the loaded model. Where mlx-lm's class cannot be
+    built, or the output head is named, which may be no module of the class, only ``attach`` does.
     """
     named = (*(adapter.keys or ()), *(adapter.modules_to_save or ()))
     if isinstance(model, tuple) or any("lm_head" in name for name in named):
@@ -129,6 +130,7 @@ def check_modules(model: Any, adapter: AdapterConfig) -> None:
         bare = BaseModel(resolve(model)).model
     except ModelError:  # loading says what is wrong with it
         return
+    check_trainable(bare)
     if adapter.method == "full":
         adapter.last_layers(len(layer_paths(bare)))
         return

@@ -29,7 +29,7 @@ from .adapters import attach_for_run
 from .agreement import check_agreement
 from .checks import check_data, check_modules, check_packing
 from .evaluation import answers, load_model, load_sets
-from .folder import RunFolder
+from .folder import RunFolder, is_main_process
 from .group import group
 from .identity import check, check_incomplete, check_processes, continued, explained, identify
 from .metrics import load_metrics, measured
@@ -40,6 +40,7 @@ from .prefix import drop_states, keep_prefix
 from .recorder import Recorder
 from .reports import DataLoaded, EarlierRunMoved, Loading, Planned, PrefixCache, Started, TestReport, Warned
 from .settings import Settings
+from .unfinished import finish
 
 RunReport = Report | Warned | Loading | DataLoaded | PrefixCache | Planned | Started | EarlierRunMoved | TestReport
 
@@ -160,7 +161,7 @@ def _fine_tune(
     if state is not None:
         folder.identity |= {name: state.run[name] for name in ("start",) if name in state.run}
         check(state.run, folder.identity, settings.force, folder.path)
-        check_incomplete(state, settings.train, config.iters, folder.path)
+        _check_incomplete(folder, state, settings.train, config.iters)
     planned = yield from plan_run(replace(settings, train=config), model, sets)
     yield from _attach(model, sets, folder, settings)
     with ExitStack() as contexts:
@@ -171,7 +172,7 @@ def _fine_tune(
                 yield Warned(THROUGH_CACHE)
             prefix = yield from keep_prefix(model, sets, folder.path, folder.identity, config)
             with disable_adapter(model):
-                yield from recorder.prepare(model, tokenizer, sets, None if state is None else state.iteration)
+                yield from recorder.prepare(model, tokenizer, sets, state)
         except (MLXLoRAError, GeneratorExit):  # nothing was trained: a model that the caller loaded is as it was
             unmount(model)
             raise
@@ -206,8 +207,20 @@ def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:
     state = folder.load_state()
     epochs = state.run.get("settings", {}).get("train", {}).get("epochs")
     known = state.run.get("iters") if settings.train.epochs == epochs else None  # else it follows from the data
-    check_incomplete(state, settings.train, settings.train.iters or known, folder.path)
+    _check_incomplete(folder, state, settings.train, settings.train.iters or known)
     return state
+
+
+def _check_incomplete(folder: RunFolder, state: TrainingState, config: TrainConfig, iters: int | None) -> None:
+    """``check_incomplete``; of a run that was killed when it was complete, first write what its folder lacks."""
+    try:
+        check_incomplete(state, config, iters, folder.path)
+    except ConfigError as error:
+        done = finish(folder.path, state, folder.numbered(state.iteration)) if is_main_process() else []
+        if not done:
+            raise
+        said = f"Its last process was killed before it had written everything; now {', and '.join(done)}"
+        raise ConfigError(f"{error.message}\n{said}", error.hint) from error
 
 
 def _questions(settings: Settings, tokenizer: Any) -> list[Question]:

@@ -23,7 +23,7 @@ from ..data import Splits
 from ..device import as_dict, describe
 from ..errors import MLXLoRAError, MLXLoRAWarning
 from ..formats.mlx_lm import WEIGHTS
-from ..training import Checkpoint, Done
+from ..training import Checkpoint, Done, TrainingState
 from .adapters import weights_of
 from .folder import RunFolder, is_main_process
 from .held_out import HeldOut
@@ -32,10 +32,12 @@ from .peers import working
 from .reports import Loading, Started, TestReport
 from .settings import Settings
 from .tracking import Tracker, trackers
+from .unfinished import checkpoint_lines
 
 BETWEEN_PAGES = 60.0  # seconds, at least, from one report.html to the next while the run goes on
 BASE, FIRST, BEST = "base", "first", "best"  # whose answers
 _SKIPPED = ("Progress", "Loading")
+_ONCE = ("TrainReport", "Checkpoint")  # reports of an iteration, whose lines are written once
 
 
 class Recorder:
@@ -47,7 +49,7 @@ class Recorder:
         self.log: RunLog | None = None  # from Started on: until then, the run may be refused
         self.waiting: list[tuple[str, dict[str, Any]]] = []  # lines from before
         self.past: list[dict[str, Any]] = []  # what the run that is resumed has logged
-        self.resumed: int | None = None  # the iteration it continues from
+        self.state: TrainingState | None = None  # that it continues from
         self.answered: dict[str, int] = {}  # iteration of the answers, by whose they are
         self.best: int | None = None  # iteration of the best checkpoint
         self.page_at = time.monotonic()
@@ -61,20 +63,19 @@ class Recorder:
                 settings.report_to, settings.project_name, settings.tracked(), self.folder.path, settings.resume
             )
 
-    def prepare(self, model: nn.Module, tokenizer: Any, sets: Splits, resumed: int | None) -> Iterator[Loading]:
+    def prepare(self, model: nn.Module, tokenizer: Any, sets: Splits, state: TrainingState | None) -> Iterator[Loading]:
         """Choose the held-out prompts, and answer them with ``model``, which has no adapter yet.
 
         Args:
-            resumed: the iteration that the run continues from; None for a new one.
+            state: that the run continues from; None for a new one.
         """
-        self.model, self.resumed = model, resumed
-        if resumed is not None:
-            self.past = logged_until(self.folder.path, resumed)
+        self.model, self.state = model, state
+        if state is not None:
+            self.past = logged_until(self.folder.path, state.iteration)
+            self.best = state.tally.best_iteration or None
         for record in self.past:
             if record["kind"] == "Answers":
                 self.answered[str(record.get("of"))] = record.get("iteration")
-            elif record["kind"] == "NewBest":
-                self.best = record.get("iteration")
         self.waiting.insert(0, ("Run", self._described(sets)))
         config = self.settings.train
         self.held_out = HeldOut(self.settings.data, sets, tokenizer, config.report_prompts, config.batch_size)
@@ -106,8 +107,9 @@ class Recorder:
             return
         if isinstance(report, Started):
             self._open()
-        self._add(kind, asdict(report))
-        self._track(report)
+        if not (kind in _ONCE and self._logged_before(kind, report.iteration)):
+            self._add(kind, asdict(report))
+            self._track(report)
         if isinstance(report, Started):
             self._answer_first_again()
         elif kind == "NewBest":
@@ -118,6 +120,12 @@ class Recorder:
                 self._write_page()
         elif isinstance(report, TestReport):
             self._write_page()
+
+    def _logged_before(self, kind: str, iteration: int) -> bool:
+        """Whether the run that is resumed has logged this: its metric failed, so that it ends the iteration again."""
+        if self.state is None or iteration != self.resumed:
+            return False
+        return kind == "Checkpoint" or any((r["kind"], r.get("iteration")) == (kind, iteration) for r in self.past)
 
     def _track(self, report: Any) -> None:
         for tracker in list(self.trackers):
@@ -133,15 +141,21 @@ class Recorder:
         waiting, self.waiting = self.waiting, []
         if not self.main:
             return
-        new = self.resumed is None
+        new = self.state is None
         self.log = RunLog(self.folder.path, held_back=new and self.folder.earlier)
         self.folder.before_checkpoint = self.log.release
         if self.past:
             self.log.replace(self.past)
-        if not new and self.resumed not in self._saved():  # the process was killed before it logged the checkpoint
-            self.log.add("Checkpoint", {"iteration": self.resumed, "path": self.folder.numbered(self.resumed)})
+        if not new:
+            for report in checkpoint_lines(self.past, self.state, self.folder.numbered(self.resumed)):
+                self.log.add(type(report).__name__, asdict(report))
         for kind, fields in waiting:
             self.log.add(kind, fields)
+
+    @property
+    def resumed(self) -> int | None:
+        """The iteration that the run continues from; None for a new one."""
+        return None if self.state is None else self.state.iteration
 
     def _saved(self) -> list[Any]:
         """The iterations of the checkpoints that the run has logged."""

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from ..base.forward_paths import check_trainable
 from ..base.modes import mode
 from ..base.modules import layer_paths
 from ..errors import ConfigError
@@ -18,7 +19,6 @@ from .seam import Seam, skipped
 
 HINT = "Leave --cache-prefix out (in Python cache_prefix='none'): the losses are the same without it."
 _MOST = 64  # tokens of the row
-_UNTRAINABLE = {"dbrx": "in training, mlx-lm's class computes the chosen experts in NumPy, which has no gradient"}
 
 
 def check_settings(loss: str, processes: int) -> None:
@@ -47,12 +47,9 @@ def check_model(model: nn.Module, rows: Any) -> tuple[int, list[nn.Module], mx.a
 def frozen_layers(model: nn.Module) -> int:
     """The number of layers before the first one with trained parameters.
 
-    Raises: ConfigError where there are none, or where what they compute changes.
+    Raises: ConfigError where there are none, or where what they compute changes; ModelError, see `check_trainable`.
     """
-    if (name := getattr(model, "model_type", None)) in _UNTRAINABLE:
-        raise ConfigError(
-            f"cache_prefix: the model {name} cannot be trained: {_UNTRAINABLE[name]}.", "Train another model."
-        )
+    check_trainable(model)
     layers, paths = list(model.layers), layer_paths(model)
     trained = [path for path, _ in tree_flatten(model.trainable_parameters())]
     index = {path: next((i for i, p in enumerate(paths) if path.startswith(p + ".")), None) for path in trained}

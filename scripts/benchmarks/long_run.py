@@ -1,6 +1,6 @@
 """A long run with many options: flat memory, few traces, and the same bytes after kills: ./scripts/bench long_run
 
-Trains the built-in tiny model twice in separate processes: once without a break, and once killed by SIGKILL at random
+Trains a small model twice in separate processes: once without a break, and once killed by SIGKILL at random
 moments and continued with ``--resume``. Then it compares the files of both runs, and looks at the memory of the run
 without a break. Two sets of options: with ``pack``, and with ``cache_prefix``, which exclude each other here because a
 prefix is kept for the last layers only. Exit code 1 where a check fails.
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-CHARACTERS = 40  # of a prompt, and of its completion
+CHARACTERS = 16  # of a prompt, and of its completion: several rows fit into a short sequence
 MEASURES = "measures.jsonl"
 # A resumed call logs these again. The fields differ from one run to the next.
 PER_CALL = {"Run", "DataLoaded", "Planned", "Started", "PrefixCache", "Warned", "Done", "EarlierRunMoved"}
@@ -42,18 +42,16 @@ def shared_words(given, expected):
     return sum(len(a & b) / max(1, len(b)) for a, b in pairs) / len(pairs)
 '''
 OPTIONS = {
-    "pack": {"pack": True, "num_layers": -1, "grad_checkpoint": True, "max_seq_length": 96},
+    "pack": {"pack": True, "num_layers": -1, "grad_checkpoint": True, "max_seq_length": 64},
     "prefix": {"cache_prefix": "disk", "num_layers": 1},
 }
 
 
-def settings(iters: int, name: str) -> dict:
+def settings(iters: int, name: str, model: Path) -> dict:
     """The configuration of a run, a ``-c`` file."""
-    from mlx_lora.tiny_base import PATH
-
     often = max(4, iters // 40)
     return {
-        "model": str(PATH),
+        "model": str(model),
         "data": "../data",
         "mask_prompt": True,
         "adapter_path": "run",
@@ -280,12 +278,12 @@ def check(name: str, one: Path, two: Path, killed: list[int]) -> list[str]:
     return faults
 
 
-def compare(name: str, folder: Path, iters: int, kills: int, seed: int) -> list[str]:
+def compare(name: str, folder: Path, model: Path, iters: int, kills: int, seed: int) -> list[str]:
     """Train both ways with the options ``name``, at the same time."""
     one, two = folder / f"{name}-one", folder / f"{name}-two"
     for place in (one, two):
         place.mkdir()
-        (place / "run.yaml").write_text(yaml.safe_dump(settings(iters, name)))
+        (place / "run.yaml").write_text(yaml.safe_dump(settings(iters, name, model)))
     thread = threading.Thread(target=finish, args=(one,))
     thread.start()
     killed = train_with_kills(two, iters, kills, seed)
@@ -296,8 +294,11 @@ def compare(name: str, folder: Path, iters: int, kills: int, seed: int) -> list[
 def main() -> None:
     if sys.argv[1:2] == ["--train"]:
         return train(*sys.argv[2:])
+    from mlx_lora.tiny_base import PATH
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder of rows of text, or a text file")
+    parser.add_argument("--model", type=Path, default=PATH, help="a model's folder; by default the tiny model")
     parser.add_argument("--iters", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
@@ -312,7 +313,7 @@ def main() -> None:
         faults = []
         for name in options.options or OPTIONS:
             tic = time.monotonic()
-            faults += compare(name, folder, options.iters, options.kills, options.seed)
+            faults += compare(name, folder, options.model.resolve(), options.iters, options.kills, options.seed)
             print(f"  {time.monotonic() - tic:.0f} s", flush=True)
     for fault in faults:
         print(f"FAILED {fault}")

@@ -11,6 +11,7 @@ import mlx_lora
 from mlx_lora import AdapterConfig, DataConfig, OptimizerConfig
 from mlx_lora.cli.main import main
 from mlx_lora.errors import ConfigError
+from mlx_lora.runs.log import read_log
 from mlx_lora.tiny_base import PATH, skill
 
 METRIC = """
@@ -85,5 +86,9 @@ def test_the_resumed_run_validates_where_the_metric_failed(fails_at, data, whole
     again = {r.iteration: (r.val_loss, r.metrics) for r in resumed if type(r).__name__ == "ValReport"}
     assert again == {at: found for at, found in validated.items() if at >= fails_at}
     assert adapters(tmp_path / "a") == adapters(whole[0])
+    logged = [(r["kind"], r.get("iteration")) for r in read_log(tmp_path / "a").records]
+    for kind in ("TrainReport", "Checkpoint", "ValReport", "NewBest"):
+        once = [at for found, at in logged if found == kind]
+        assert len(once) == len(set(once)), (kind, once)
     with pytest.raises(ConfigError, match="has done 4 iterations"):
         run(tmp_path / "a", metric, data, fails_at=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -377,3 +378,70 @@ def test_no_warning_in_a_plain_run(data, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", MLXLoRAWarning)
         run(tmp_path / "a", data, 2)
+
+
+@pytest.fixture(scope="module")
+def complete(data, tmp_path_factory) -> Path:
+    """The folder of a complete run whose last validation is its best."""
+    folder = tmp_path_factory.mktemp("complete") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_lora.runs.report.panels.draw", lambda *_: "<svg></svg>")
+        patch.setattr("mlx_lora.runs.held_out.MAX_TOKENS", 6)
+        run(folder, data, 4, train={"steps_per_eval": 4, "save_every": 4})
+    assert [r["iteration"] for r in lines(folder, "NewBest")] == [4]
+    return folder
+
+
+def cut(folder: Path, kind: str) -> None:
+    """Remove from the log the first line of this kind and all after it, as if the process had been killed before."""
+    whole = (folder / LOG).read_text("utf-8").splitlines(keepends=True)
+    at = next(number for number, line in enumerate(whole) if json.loads(line)["kind"] == kind)
+    (folder / LOG).write_text("".join(whole[:at]) + '{"kind": "Che', "utf-8")
+
+
+@pytest.mark.parametrize("kind", ["Checkpoint", "NewBest"])
+def test_a_kill_before_the_lines_of_a_checkpoint_loses_none_of_them(kind, complete, data, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(complete, folder)
+    cut(folder, kind)
+    rhythm = {"steps_per_eval": 4, "save_every": 4, "patience": 0}
+    with pytest.MonkeyPatch.context() as patch:  # the later validations are not better
+        patch.setattr("mlx_lora.training.loop.is_best", lambda *_: False)
+        run(folder, data, 6, train=rhythm, resume=True)
+    found = lines(folder, "Checkpoint", "NewBest")
+    assert [(r["kind"], r["iteration"]) for r in found] == [("Checkpoint", 4), ("NewBest", 4), ("Checkpoint", 6)]
+    assert found[1] == lines(complete, "NewBest")[0]
+    assert answers(folder)["first"][0] == 4 and "best" not in answers(folder)  # the best is the first one
+
+
+@pytest.mark.parametrize("kind", ["Checkpoint", "NewBest", "Done", None])
+def test_resume_writes_what_a_killed_complete_run_lacks(kind, complete, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(complete, folder)
+    (folder / "frozen_prefix.states").write_bytes(b"states")
+    (folder / "report.html").write_text("stale")
+    os.utime(folder / "report.html", ns=(1, 1))
+    if kind:
+        cut(folder, kind)
+    said = r"written everything; now frozen_prefix\.states was deleted, and " + (
+        r"the last lines of log\.jsonl were written, and " * bool(kind) + r"report\.html was written"
+    )
+    with pytest.raises(ConfigError, match=r"has done 4 iterations(.|\n)*" + said):
+        list(mlx_lora.run(folder, resume=True))
+    assert not (folder / "frozen_prefix.states").exists()
+    assert "stale" not in (folder / "report.html").read_text("utf-8")
+    kinds = ("Checkpoint", "NewBest", "Done")
+    assert lines(folder, *kinds) == lines(complete, *kinds)
+    before = (folder / LOG).read_bytes()
+    with pytest.raises(ConfigError) as error:
+        list(mlx_lora.run(folder, resume=True))
+    assert "killed" not in error.value.message and (folder / LOG).read_bytes() == before
+
+
+def test_resuming_with_fewer_iterations_does_not_end_a_run(data, tmp_path):
+    reports = start(tmp_path / "a", data, 6)
+    killed_at(reports, lambda r: type(r).__name__ == "TrainReport" and r.iteration == 3, tmp_path / "a", tmp_path / "b")
+    before = (tmp_path / "b" / LOG).read_bytes()
+    with pytest.raises(ConfigError, match="has done 2 iterations") as error:
+        run(tmp_path / "b", data, 2, resume=True)
+    assert "killed" not in error.value.message and (tmp_path / "b" / LOG).read_bytes() == before

@@ -15,8 +15,9 @@ def loss(
 ) -> tuple[mx.array, mx.array, dict]:
     """-log sigmoid(reward of the chosen - reward of the rejected answer); a reward is beta log(p / p of the reference).
 
-    `label_smoothing` is that of conservative DPO, as in TRL before 1.0; TRL passes over it since. Arguments and
-    results: see `losses/__init__.py`.
+    With `label_smoothing` s (conservative DPO) it is (1 - s) times that, plus s times the loss of the pair the other
+    way round. TRL 1.16 ignores s with its loss type "sigmoid", which is this loss, and uses it in "robust", "exo_pair"
+    and "aot", which are other losses. Arguments and results: see `losses/__init__.py`.
     """
     mask = mx.array(mask)
     found = log_probabilities(model, tokens, mask)

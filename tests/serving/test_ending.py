@@ -18,6 +18,7 @@ pytest.importorskip("fastapi")
 
 from serving_helpers import running  # noqa: E402
 
+from mlx_lora.serving import engine  # noqa: E402
 from mlx_lora.serving.server import run  # noqa: E402
 from mlx_lora.tiny_base import PATH  # noqa: E402
 
@@ -83,7 +84,6 @@ def test_an_answer_that_takes_too_long_does_not_hold_the_end_up(held, monkeypatc
     until(lambda: not server.worker.alive)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_thread_shows_in_health_and_refuses_at_once(monkeypatch):
     with running() as (url, server):
         assert httpx.get(f"{url}/health").json() == {"status": "ok", "active": 0, "queued": 0}
@@ -104,14 +104,14 @@ def test_a_row_that_fails_ends_alone(monkeypatch):
     with running() as (url, server):
         answers = []
         text = ask(url, max_tokens=8).json()["choices"][0]["message"]["content"]
-        deliver = server.engine._deliver
+        deliver = engine.deliver
 
         def failing(row, *rest):
             if row.request.config.max_tokens == 9:
                 row.guard.error = RuntimeError("secret inside")
             return deliver(row, *rest)
 
-        monkeypatch.setattr(server.engine, "_deliver", failing)
+        monkeypatch.setattr(engine, "deliver", failing)
         threads = [
             threading.Thread(target=lambda most=most: answers.append(ask(url, max_tokens=most)))
             for most in (8, 9, 8, 9)

@@ -1,7 +1,7 @@
 // The conversation that is open: asking, stopping, editing, choosing. What changes is written to the store at once, and
 // an answer that grows every second, so that closing the page loses next to nothing.
 
-import { ServerError, stream } from "./api.js";
+import { sentence, ServerError, stream } from "./api.js";
 import { before, chosen, messages, newAnswer, newConversation, newTurn, path, rounds, title } from "./conversation.js";
 import { notice } from "./dom.js";
 import { columns, given } from "./settings.js";
@@ -147,6 +147,10 @@ async function answer(turn, signal) {
 }
 
 function grow(answer, { kind, text, html, column, ...numbers }) {
+  if (kind === "error") { // of this column alone
+    Object.assign(answer, { error: sentence(text), done: true });
+    return listeners.draw();
+  }
   if (kind === "text" || kind === "reasoning") answer[kind] += text;
   else answer.numbers = numbers;
   if (kind === "end") answer.done = true;

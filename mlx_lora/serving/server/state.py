@@ -108,10 +108,16 @@ class Server:
             for config in configs
         ]
 
-    async def pieces(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(
+        self, requests: Sequence[Request], apart: bool = False
+    ) -> AsyncIterator[tuple[int, Piece | Exception]]:
         """The pieces of all answers as they come: (number of the request, piece). Leaving cancels the rest.
 
-        Raises: what ``Engine.submit`` raises, before the first piece; what ends a row.
+        Args:
+            apart: an exception ends its own answer only, and is given as its last piece.
+
+        Raises: what ``Engine.submit`` raises, before the first piece; what ends a row. With ``apart``: what
+            ``Engine.submit`` raises for every request.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -128,7 +134,12 @@ class Server:
         self._check_taken()
         try:
             for number, request in enumerate(requests):
-                await run_in_threadpool(submit, number, request)
+                try:
+                    await run_in_threadpool(submit, number, request)
+                except Exception as error:
+                    if not apart or (not rows and number == len(requests) - 1):
+                        raise
+                    queue.put_nowait((number, error))
             self.worker.wake()
             deadline = loop.time() + self.config.request_timeout
             while left:
@@ -139,9 +150,10 @@ class Server:
                 except asyncio.TimeoutError:
                     self._check_alive()
                     continue
-                if isinstance(piece, Exception):
+                failed = isinstance(piece, Exception)
+                if failed and not apart:
                     raise piece
-                left -= piece.finish_reason is not None
+                left -= failed or piece.finish_reason is not None
                 yield number, piece
         finally:
             gone = True

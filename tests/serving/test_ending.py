@@ -77,10 +77,19 @@ def test_a_second_signal_ends_at_once(held):
     until(lambda: not server.worker.alive)
 
 
-def test_an_answer_that_takes_too_long_does_not_hold_the_end_up(held, monkeypatch):
-    _, server, _, _ = held
+def test_an_answer_that_takes_too_long_is_cut_off_with_an_error_and_does_not_hold_the_end_up(held, monkeypatch):
+    url, server, go, got = held
     monkeypatch.setattr(run, "_DRAIN", 0.1)
-    server.runner.handle_exit(signal.SIGTERM, None)
+    server.runner.config.timeout_graceful_shutdown = 60
+    go.set()
+    body = {**CHAT, "stream": True, "max_tokens": 8000, "logit_bias": ENDLESS}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=100) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        until(lambda: got)
+        server.runner.handle_exit(signal.SIGTERM, None)
+        last = [line for line in lines if line][-1]  # httpx raises where the connection breaks off
+    assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
     until(lambda: not server.worker.alive)
 
 

@@ -73,6 +73,8 @@ class Server:
         from dataclasses import asdict
 
         values = {**asdict(self.defaults), **{name: value for name, value in given.items() if value is not None}}
+        if self.defaults.chat_template_config and given.get("chat_template_config"):
+            values["chat_template_config"] = {**self.defaults.chat_template_config, **given["chat_template_config"]}
         if values["temp"] == 0:  # clients send these beside temperature 0, where they say nothing
             for name in ("top_p", "min_p", "top_k", "xtc_probability", "seed", "min_tokens_to_keep", "xtc_threshold"):
                 values[name] = GenerateConfig.__dataclass_fields__[name].default

@@ -580,6 +580,20 @@ def test_conversations_are_renamed_and_deleted(page, expect):
     expect(page.locator(".turn")).to_have_count(0)
 
 
+def test_a_message_that_is_sent_before_the_adapters_are_known_waits_for_them(page, server, expect):
+    held = []
+    page.route("**/page/settings", lambda route: held.append(route))
+    with page.expect_request("**/page/settings"):
+        page.goto(f"{server[0]}/?columns=base,pirate&prompt=Hello")
+    expect(page.get_by_role("textbox", name="Message")).to_have_value("Hello")
+    page.get_by_role("textbox", name="Message").press("Enter")
+    expect(page.locator("#send")).to_be_hidden()
+    for route in held:
+        route.continue_()
+    expect(page.get_by_role("region", name="Answer of")).to_have_count(2)
+    answered(page)
+
+
 @pytest.mark.parametrize("theme", ("light", "dark"))
 def test_the_page_fits_a_phone_in_both_themes(browser, server, expect, theme):
     size = {"width": 390, "height": 844}

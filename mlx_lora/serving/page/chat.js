@@ -4,7 +4,7 @@
 import { sentence, ServerError, stream } from "./api.js";
 import { before, chosen, messages, newAnswer, newConversation, newTurn, path, rounds, title } from "./conversation.js";
 import { notice } from "./dom.js";
-import { columns, given } from "./settings.js";
+import { columns, given, ready } from "./settings.js";
 import * as store from "./store.js";
 
 export const state = { conversation: newConversation(), turns: [], stored: false, busy: null };
@@ -96,6 +96,7 @@ async function added(turn) {
 
 // One request for all columns, which the server computes in one batch.
 async function answer(turn, signal) {
+  await ready; // the adapters are not known before
   const { system } = state.conversation;
   const history = messages(system, before(turn, state.turns));
   const round = Math.max(0, ...rounds(turn)) + 1;

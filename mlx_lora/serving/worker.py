@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
 
 from ..errors import MLXLoRAError
 from .engine import Engine
+from .threads import run_in_thread
 
 _IDLE = 0.05  # seconds between looks at the queue when nobody wakes the thread
 log = logging.getLogger(__name__)
@@ -21,22 +23,21 @@ class Worker:
     """Calls ``engine.step`` in a thread of its own until ``stop``.
 
     After ``wake`` it looks at the queue at once. Where a step raises, every row ends with that error and the thread
-    goes on; a thread that has ended for another reason shows in ``alive``.
+    goes on; where it stopped for another reason, ``alive`` tells. A worker still at work when Python ends is stopped.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self.last_step = time.monotonic()
         self._stop, self._work = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="mlx-lora-engine", daemon=True)
+        self._ended = threading.Event()
+        self.alive = False
 
     def start(self) -> Worker:
-        self._thread.start()
+        self.alive = True
+        atexit.register(self.stop)
+        run_in_thread(self._run)
         return self
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
 
     @property
     def busy_seconds(self) -> float:
@@ -49,11 +50,15 @@ class Worker:
         self._work.set()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """End the thread after its step. Rows that are not finished end with ``Stopped``."""
+        """Stop after the present step, and wait for that. Rows that are not finished end with ``Stopped``.
+
+        Args:
+            timeout: seconds to wait.
+        """
         self._stop.set()
         self._work.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
+        if self.alive:
+            self._ended.wait(timeout)
 
     def _run(self) -> None:
         try:
@@ -63,8 +68,13 @@ class Worker:
                 if not self._step():
                     self._work.wait(_IDLE)
         finally:
-            self.engine.fail_all(Stopped("the server is shutting down", "Send the request again later."))
-            self.engine.close()
+            try:
+                self.engine.fail_all(Stopped("the server is shutting down", "Send the request again later."))
+                self.engine.close()
+            finally:
+                atexit.unregister(self.stop)
+                self.alive = False
+                self._ended.set()
 
     def _step(self) -> bool:
         try:

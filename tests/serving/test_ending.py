@@ -18,6 +18,7 @@ pytest.importorskip("fastapi")
 
 from serving_helpers import running  # noqa: E402
 
+from mlx_lora.serving import engine  # noqa: E402
 from mlx_lora.serving.server import run  # noqa: E402
 from mlx_lora.tiny_base import PATH  # noqa: E402
 
@@ -76,14 +77,22 @@ def test_a_second_signal_ends_at_once(held):
     until(lambda: not server.worker.alive)
 
 
-def test_an_answer_that_takes_too_long_does_not_hold_the_end_up(held, monkeypatch):
-    _, server, _, _ = held
+def test_an_answer_that_takes_too_long_is_cut_off_with_an_error_and_does_not_hold_the_end_up(held, monkeypatch):
+    url, server, go, got = held
     monkeypatch.setattr(run, "_DRAIN", 0.1)
-    server.runner.handle_exit(signal.SIGTERM, None)
+    server.runner.config.timeout_graceful_shutdown = 60
+    go.set()
+    body = {**CHAT, "stream": True, "max_tokens": 8000, "logit_bias": ENDLESS}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=100) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        until(lambda: got)
+        server.runner.handle_exit(signal.SIGTERM, None)
+        last = [line for line in lines if line][-1]  # httpx raises where the connection breaks off
+    assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
     until(lambda: not server.worker.alive)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_thread_shows_in_health_and_refuses_at_once(monkeypatch):
     with running() as (url, server):
         assert httpx.get(f"{url}/health").json() == {"status": "ok", "active": 0, "queued": 0}
@@ -101,17 +110,17 @@ def test_a_dead_thread_shows_in_health_and_refuses_at_once(monkeypatch):
 
 
 def test_a_row_that_fails_ends_alone(monkeypatch):
-    with running() as (url, server):
+    with running() as (url, _):
         answers = []
         text = ask(url, max_tokens=8).json()["choices"][0]["message"]["content"]
-        deliver = server.engine._deliver
+        deliver = engine.deliver
 
         def failing(row, *rest):
             if row.request.config.max_tokens == 9:
                 row.guard.error = RuntimeError("secret inside")
             return deliver(row, *rest)
 
-        monkeypatch.setattr(server.engine, "_deliver", failing)
+        monkeypatch.setattr(engine, "deliver", failing)
         threads = [
             threading.Thread(target=lambda most=most: answers.append(ask(url, max_tokens=most)))
             for most in (8, 9, 8, 9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from mlx_lora import load  # noqa: E402
 from mlx_lora.config import LABELS, PAIRS, SAMPLING, DataConfig, GenerateConfig  # noqa: E402
 from mlx_lora.data.load import load_dataset  # noqa: E402
 from mlx_lora.errors import ConfigError  # noqa: E402
+from mlx_lora.serving import engine  # noqa: E402
 from mlx_lora.serving.server.difference import difference  # noqa: E402
 from mlx_lora.serving.server.markdown import LONGEST, code_stylesheet, render  # noqa: E402
 from mlx_lora.serving.server.page import FILES, MOST_COLUMNS  # noqa: E402
@@ -122,6 +124,36 @@ def test_all_columns_are_computed_in_one_batch_and_answer_as_alone(server, monke
     for number, adapter in enumerate(columns):
         alone = told(url, adapters=[adapter], options=options)
         assert "".join(event["text"] for event in alone if event["kind"] == "text") == together[number]
+
+
+def test_a_column_that_fails_ends_alone(server, monkeypatch, tmp_path):
+    url, state = server
+    options = {"max_tokens": 12, "logit_bias": ENDLESS["logit_bias"]}
+    (alone,) = [event for event in told(url, options=options) if event["kind"] == "end"]
+    broken = tmp_path / "broken"
+    shutil.copytree(state.engine.bank.folder / "pirate", broken)
+    state.engine.bank.add("broken", broken)
+    (broken / "adapter_config.json").write_text("{")
+    deliver = engine.deliver
+
+    def failing(row, *rest):
+        if row.request.adapter == "lawyer" and len(row.made) == 5:
+            raise RuntimeError("secret inside")
+        return deliver(row, *rest)
+
+    monkeypatch.setattr(engine, "deliver", failing)
+    try:
+        found = told(url, adapters=["broken", "lawyer", None, "pirate"], options=options)
+        only = httpx.post(
+            f"{url}/page/chat", json={"messages": [{"role": "user", "content": "x"}], "adapters": ["broken"]}
+        )
+    finally:
+        state.engine.bank.unload("broken")
+    errors = {event["column"]: event["text"] for event in found if event["kind"] == "error"}
+    assert errors.keys() == {0, 1} and "adapter_config.json" in errors[0] and "secret" not in errors[1]
+    ends = {event["column"]: event["html"] for event in found if event["kind"] == "end"}
+    assert ends.keys() == {2, 3} and ends[2] == alone["html"]
+    assert only.status_code == 400 and "adapter_config.json" in only.json()["error"]["message"]
 
 
 def test_what_is_wrong_with_a_request_is_said(server):
@@ -498,6 +530,23 @@ def test_a_reload_and_a_server_that_goes_away_lose_nothing(browser, server, expe
         page.faults = [fault for fault in page.faults if "429" not in fault]
 
 
+def test_an_error_in_one_column_is_shown_there_and_the_other_goes_on(page, expect):
+    page.get_by_role("button", name="Who answers").click()
+    page.get_by_role("checkbox", name="pirate").check()
+    page.get_by_role("button", name="Done").click()
+    body = events(
+        {"kind": "error", "text": "it is broken"},
+        {"kind": "text", "column": 1, "text": "Arr"},
+        {**END, "column": 1, "html": "<p>Arr</p>"},
+    )
+    page.route("**/page/chat", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    ask(page, "First")
+    answered(page)
+    expect(page.locator(".answer").first.get_by_role("alert")).to_have_text("It is broken.")
+    expect(page.get_by_role("alert")).to_have_count(1)
+    expect(answers(page).last).to_have_text("Arr")
+
+
 def test_settings_are_sent_and_wrong_ones_are_said(page, expect):
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("Be brief.")
@@ -529,6 +578,20 @@ def test_conversations_are_renamed_and_deleted(page, expect):
     page.get_by_role("button", name="Delete", exact=True).click()
     expect(row).to_have_count(0)
     expect(page.locator(".turn")).to_have_count(0)
+
+
+def test_a_message_that_is_sent_before_the_adapters_are_known_waits_for_them(page, server, expect):
+    held = []
+    page.route("**/page/settings", lambda route: held.append(route))
+    with page.expect_request("**/page/settings"):
+        page.goto(f"{server[0]}/?columns=base,pirate&prompt=Hello")
+    expect(page.get_by_role("textbox", name="Message")).to_have_value("Hello")
+    page.get_by_role("textbox", name="Message").press("Enter")
+    expect(page.locator("#send")).to_be_hidden()
+    for route in held:
+        route.continue_()
+    expect(page.get_by_role("region", name="Answer of")).to_have_count(2)
+    answered(page)
 
 
 @pytest.mark.parametrize("theme", ("light", "dark"))

@@ -424,3 +424,56 @@ def test_images_and_sounds_are_refused_by_name(minimind):
     for content in ([image], [{"type": "tool_result", "tool_use_id": "x", "content": [image]}]):
         with pytest.raises(anthropic.BadRequestError, match="image"):
             claude(url).messages.create(model="tiny", messages=[{"role": "user", "content": content}], max_tokens=9)
+
+
+def test_an_effort_of_reasoning_reaches_the_chat_template(minimind, monkeypatch):
+    url, engine = minimind
+    engine.says, seen, prompt = "Hi", [], engine.prompt
+    monkeypatch.setattr(engine, "prompt", lambda m, t, c: (seen.append(c.chat_template_config), prompt(m, t, c))[1])
+    model = {"model": "tiny"}
+    for effort, variables in (
+        ("high", {"reasoning_effort": "high"}),
+        ("none", {"reasoning_effort": "none", "enable_thinking": False}),
+    ):
+        chat(url).chat.completions.create(**model, messages=ASK, reasoning_effort=effort, max_tokens=3)
+        chat(url).responses.create(**model, input=ASK, reasoning={"effort": effort}, max_output_tokens=3)
+        more = {"output_config": {"effort": effort}}
+        claude(url).messages.create(**model, messages=ASK, max_tokens=3, extra_body=more)
+        assert seen == [variables] * 3
+        seen.clear()
+    own = {"chat_template_kwargs": {"enable_thinking": True}}
+    chat(url).chat.completions.create(**model, messages=ASK, reasoning_effort="none", max_tokens=3, extra_body=own)
+    assert seen.pop() == {"reasoning_effort": "none", "enable_thinking": True}
+
+
+def test_what_claude_code_sends_is_taken(minimind):
+    url, engine = minimind
+    engine.says = "Hi"
+    cache = {"type": "ephemeral"}
+    tool = {**CLAUDES[0], "cache_control": cache, "strict": True, "eager_input_streaming": True}
+    body = {
+        "system": [
+            {"type": "text", "text": "You help.", "cache_control": cache},
+            {"type": "text", "text": "Be brief."},
+        ],
+        "tools": [tool],
+        "thinking": {"type": "adaptive"},
+        "extra_body": {
+            "output_config": {"effort": "medium"},
+            "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+            "cache_control": cache,
+        },
+        "extra_headers": {"anthropic-beta": "claude-code-20250219,interleaved-thinking-2025-05-14"},
+        "extra_query": {"beta": "true"},
+    }
+    counted = claude(url).messages.count_tokens(model="tiny", messages=ASK, **body).input_tokens
+    with claude(url).messages.stream(
+        model="tiny", messages=ASK, max_tokens=9, metadata={"user_id": "u"}, **body
+    ) as stream:
+        made = stream.get_final_message()
+    assert "".join(block.text for block in made.content if block.type == "text") == "Hi"
+    assert counted == made.usage.input_tokens + (made.usage.cache_read_input_tokens or 0)
+    assert "Be brief." in engine.prompt_text
+    wrong = {"output_config": {"format": {"type": "xml"}}}
+    with pytest.raises(anthropic.BadRequestError, match="no JSON schema"):
+        claude(url).messages.create(model="tiny", messages=ASK, max_tokens=9, extra_body=wrong)

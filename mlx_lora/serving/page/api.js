@@ -75,7 +75,7 @@ export async function* stream(path, body, signal) {
   }
 }
 
-function sentence(text) {
+export function sentence(text) {
   const full = text.charAt(0).toUpperCase() + text.slice(1);
   return /[.!?]$/.test(full) ? full : `${full}.`;
 }

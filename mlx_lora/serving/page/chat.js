@@ -1,10 +1,10 @@
 // The conversation that is open: asking, stopping, editing, choosing. What changes is written to the store at once, and
 // an answer that grows every second, so that closing the page loses next to nothing.
 
-import { ServerError, stream } from "./api.js";
+import { sentence, ServerError, stream } from "./api.js";
 import { before, chosen, messages, newAnswer, newConversation, newTurn, path, rounds, title } from "./conversation.js";
 import { notice } from "./dom.js";
-import { columns, given } from "./settings.js";
+import { columns, given, ready } from "./settings.js";
 import * as store from "./store.js";
 
 export const state = { conversation: newConversation(), turns: [], stored: false, busy: null };
@@ -96,6 +96,7 @@ async function added(turn) {
 
 // One request for all columns, which the server computes in one batch.
 async function answer(turn, signal) {
+  await ready; // the adapters are not known before
   const { system } = state.conversation;
   const history = messages(system, before(turn, state.turns));
   const round = Math.max(0, ...rounds(turn)) + 1;
@@ -147,6 +148,10 @@ async function answer(turn, signal) {
 }
 
 function grow(answer, { kind, text, html, column, ...numbers }) {
+  if (kind === "error") { // of this column alone
+    Object.assign(answer, { error: sentence(text), done: true });
+    return listeners.draw();
+  }
   if (kind === "text" || kind === "reasoning") answer[kind] += text;
   else answer.numbers = numbers;
   if (kind === "end") answer.done = true;

@@ -11,11 +11,16 @@ const kept = (name, otherwise) => {
 let wanted = kept("columns", [null]);
 let options = kept("options", {});
 
+let loaded;
+export const ready = new Promise((resolve) => { loaded = resolve; }); // the first load has ended, also by an error
+
 // Reads what the server offers. Call it again where adapters have changed.
 export async function load() {
-  server = await get("page/settings");
-  drawColumns();
-  drawOptions();
+  try {
+    server = await get("page/settings");
+    drawColumns();
+    drawOptions();
+  } finally { loaded(); }
 }
 
 // The adapters that answer, in the server's order; null is the base.

@@ -17,7 +17,7 @@ from .body import Body, StrictRoute, integer, only
 from .connection import unless_disconnected
 from .errors import ANSWERED, anthropic_responses
 from .events import Answer, Event
-from .openai_requests import Model, StopWord, Tokens
+from .openai_requests import Effort, Model, StopWord, Tokens, template_variables
 from .state import Ask, Server
 from .streams import collect, events, server_of, sse, stream
 
@@ -33,6 +33,9 @@ class MessagesTool(Body):
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None  # every prompt's keys and values are kept
+    strict: bool | None = None  # as in OpenAI's tools, the model only reads the schema
+    eager_input_streaming: bool | None = None  # a call is told when it is complete
+    defer_loading: only(False) | None = None
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates take it."""
@@ -55,6 +58,23 @@ class Thinking(Body):
     display: str | None = None
 
 
+class OutputConfig(Body):
+    """How long the model thinks, where its chat template knows that, and the JSON schema of its answer."""
+
+    effort: Effort | None = None
+    format: dict[str, Any] | None = None
+
+    def response_format(self) -> dict[str, Any] | None:
+        """The schema as OpenAI's ``response_format``. Raises: ConfigError: it is none."""
+        if self.format is None:
+            return None
+        if self.format.keys() != {"type", "schema"} or self.format["type"] != "json_schema":
+            raise ConfigError(
+                "output_config.format is no JSON schema", 'Send {"type": "json_schema", "schema": {...}}.'
+            )
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": self.format["schema"]}}
+
+
 class CountTokens(Body):
     """POST /v1/messages/count_tokens."""
 
@@ -69,6 +89,9 @@ class CountTokens(Body):
     tools: Annotated[list[MessagesTool] | None, Field(max_length=256)] = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    cache_control: dict[str, Any] | None = None
+    context_management: dict[str, Any] | None = None  # what may be left out of the conversation; all of it is read
 
 
 class Messages(CountTokens):
@@ -113,19 +136,27 @@ def _ask(server: Server, body: Messages) -> Ask:
     tools = [tool.for_template() for tool in body.tools or ()] or None
     choice = body.tool_choice.type if body.tool_choice else "auto"
     thinking = body.thinking.type if body.thinking else None
+    output = body.output_config or OutputConfig()
     config = server.generation(
         temp=1.0 if body.temperature is None else body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
         stop=tuple(text for text in body.stop_sequences or () if text) or None,
         max_tokens=body.max_tokens,
-        chat_template_config=None if thinking is None else {"enable_thinking": thinking != "disabled"},
+        chat_template_config=template_variables(
+            output.effort, None if thinking is None else {"enable_thinking": thinking != "disabled"}
+        ),
     )
     system = _text(body.system) if body.system else None
     chat = [{"role": "system", "content": system}] if system else []
     for message in body.messages:
         chat += _message(message)
-    return Ask(server.adapter_of(body.model), config, messages=chat, tools=None if choice == "none" else tools)
+    return Ask(
+        *(server.adapter_of(body.model), config),
+        messages=chat,
+        tools=None if choice == "none" else tools,
+        response_format=output.response_format(),
+    )
 
 
 def _message(message: dict[str, Any]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from .body import StrictRoute
 from .connection import unless_disconnected
 from .errors import ANSWERED, responses
 from .events import Answer
-from .openai_requests import ChatCompletion, Completion, read_message
+from .openai_requests import ChatCompletion, Completion, read_message, template_variables
 from .state import Ask, Server
 from .streams import collect, events, server_of, sse, stream
 
@@ -59,7 +59,7 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Any:
         server.generation(
             **body.options(),
             max_tokens=body.most_tokens,
-            chat_template_config=body.chat_template_kwargs,
+            chat_template_config=template_variables(body.reasoning_effort, body.chat_template_kwargs),
         ),
         messages=[read_message(message) for message in body.messages],
         tools=tools,

@@ -22,6 +22,7 @@ Model = Annotated[str, Field(min_length=1, max_length=500)]
 # An answer may always be shorter.
 Tokens = integer(1, description="More than the server's --max-tokens-limit counts as that limit.")
 StopWord = Annotated[str, Field(max_length=1000)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # of reasoning, for the chat template
 # For the client's own bookkeeping: accepted, without a meaning here.
 Metadata = Annotated[dict[str, str], Field(max_length=16)]
 
@@ -81,6 +82,7 @@ class Sampling(Body):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     def options(self) -> dict[str, Any]:
         """As fields of ``GenerateConfig``."""
@@ -120,6 +122,8 @@ class ChatCompletion(Sampling):
     tools: Annotated[list[ChatTool] | None, Field(max_length=256)] = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: only(True) | None = None
+    reasoning_effort: Effort | None = None
+    modalities: Annotated[list[Literal["text"]] | None, Field(max_length=1)] = None
     response_format: Annotated[dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.RESPONSE_FORMAT))] = None
     chat_template_kwargs: Annotated[
         dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.TEMPLATE_VARIABLES))
@@ -158,6 +162,14 @@ class Completion(Sampling):
                 "Send fewer prompts in one request.",
             )
         return prompts
+
+
+def template_variables(effort: str | None, given: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """What an effort of reasoning tells chat templates that know one, under ``given``; None where nothing is asked."""
+    known = {} if effort is None else {"reasoning_effort": effort}
+    if effort == "none":
+        known["enable_thinking"] = False
+    return {**known, **(given or {})} or None
 
 
 def read_message(message: dict[str, Any]) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from starlette.exceptions import HTTPException
 from ... import __version__
 from ...config import SAMPLING, GenerateConfig
 from .difference import difference
+from .errors import body_of
 from .events import Answer, Event
 from .markdown import code_stylesheet, render
 from .openai_requests import read_message
-from .state import Ask, Server
-from .streams import events, server_of, sse, stream
+from .state import Ask
+from .streams import server_of, sse, stream
 
 router = APIRouter(include_in_schema=False)
 MOST_COLUMNS = 8  # answers side by side
@@ -142,19 +143,27 @@ async def differences(body: Two) -> dict[str, Any]:
 
 @router.post("/page/chat")
 async def chat(request: Request, body: Chat) -> Any:
-    """Answer a conversation with each of ``adapters``, in one batch. Events name the column that they are of."""
-    return await stream(request, _chunks(server_of(request), body))
+    """Answer a conversation with each of ``adapters``, in one batch. Events name the column that they are of.
+
+    An error in one column ends that one alone.
+    """
+    return await stream(request, _chunks(request, body))
 
 
-async def _chunks(server: Server, body: Chat) -> AsyncIterator[str]:
+async def _chunks(request: Request, body: Chat) -> AsyncIterator[str]:
+    server = server_of(request)
     config = server.generation(**body.options.model_dump(exclude_none=True))
     messages = [read_message(message) for message in body.messages]
     names = [None if adapter is None else server.adapter_of(adapter) for adapter in body.adapters]
     answers = [Answer(server.engine.tokenizer.tool_parser, None) for _ in names]
     begun, first, rendered = time.perf_counter(), [0.0] * len(names), [time.perf_counter()] * len(names)
-    asks = [Ask(name, config, messages=messages) for name in names]
-    async for column, new in events(server, asks, answers):
+    requests = [each for name in names for each in await server.requests(Ask(name, config, messages=messages))]
+    async for column, piece in server.pieces(requests, apart=True):
+        if isinstance(piece, Exception):
+            yield sse({"column": column, "kind": "error", "text": body_of(request, piece)[1]["error"]["message"]})
+            continue
         answer, now = answers[column], time.perf_counter()
+        new = answer.feed(piece)
         first[column] = first[column] or now - begun
         for event in new:
             yield sse({"column": column, **_told(event, answer)})

@@ -18,7 +18,7 @@ from .connection import unless_disconnected
 from .errors import ANSWERED
 from .errors import responses as described
 from .events import Answer
-from .openai_requests import Function, Metadata, Model, Tokens, read_message
+from .openai_requests import Effort, Function, Metadata, Model, Tokens, read_message, template_variables
 from .state import Ask, Server
 from .streams import collect, events, server_of, sse, stream
 
@@ -29,6 +29,14 @@ class ResponsesTool(Function):
     """A tool of responses: a function, not nested as in chat completions."""
 
     type: Literal["function"]
+
+
+class Reasoning(Body):
+    """How long the model thinks, where its chat template knows that. All it thinks is told, and no summary."""
+
+    effort: Effort | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
 
 
 class Responses(Body):
@@ -50,7 +58,7 @@ class Responses(Body):
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: only(True) | None = None
     text: Annotated[dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.TEXT_OPTIONS))] = None
-    reasoning: dict[str, Any] | None = None  # its effort has no meaning here
+    reasoning: Reasoning | None = None
     store: bool | None = None
     metadata: Metadata | None = None
     user: str | None = None
@@ -59,6 +67,7 @@ class Responses(Body):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
 
 @router.post("/v1/responses", responses=described(shapes.RESPONSE, *ANSWERED, stream=True))
@@ -72,6 +81,7 @@ async def responses(request: Request, body: Responses) -> Any:
             temp=1.0 if body.temperature is None else body.temperature,
             top_p=body.top_p,
             max_tokens=body.max_output_tokens,
+            chat_template_config=template_variables(body.reasoning.effort if body.reasoning else None),
         ),
         messages=_messages(body),
         tools=None if body.tool_choice == "none" else tools,

@@ -77,6 +77,7 @@ class Runner(uvicorn.Server):
             for connection in list(self.server_state.connections):
                 connection.end_if_overdue(now)
         if self._drain_until is not None and (not self.server_state.tasks or now > self._drain_until):
+            self._server.worker.stop(timeout=0)  # so that the answers that are cut off say why
             self.should_exit = True
         return await super().on_tick(counter)
 

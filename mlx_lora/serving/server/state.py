@@ -73,6 +73,8 @@ class Server:
         from dataclasses import asdict
 
         values = {**asdict(self.defaults), **{name: value for name, value in given.items() if value is not None}}
+        if self.defaults.chat_template_config and given.get("chat_template_config"):
+            values["chat_template_config"] = {**self.defaults.chat_template_config, **given["chat_template_config"]}
         if values["temp"] == 0:  # clients send these beside temperature 0, where they say nothing
             for name in ("top_p", "min_p", "top_k", "xtc_probability", "seed", "min_tokens_to_keep", "xtc_threshold"):
                 values[name] = GenerateConfig.__dataclass_fields__[name].default
@@ -108,10 +110,16 @@ class Server:
             for config in configs
         ]
 
-    async def pieces(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(
+        self, requests: Sequence[Request], apart: bool = False
+    ) -> AsyncIterator[tuple[int, Piece | Exception]]:
         """The pieces of all answers as they come: (number of the request, piece). Leaving cancels the rest.
 
-        Raises: what ``Engine.submit`` raises, before the first piece; what ends a row.
+        Args:
+            apart: an exception ends its own answer only, and is given as its last piece.
+
+        Raises: what ``Engine.submit`` raises, before the first piece; what ends a row. With ``apart``: what
+            ``Engine.submit`` raises for every request.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -128,7 +136,12 @@ class Server:
         self._check_taken()
         try:
             for number, request in enumerate(requests):
-                await run_in_threadpool(submit, number, request)
+                try:
+                    await run_in_threadpool(submit, number, request)
+                except Exception as error:
+                    if not apart or (not rows and number == len(requests) - 1):
+                        raise
+                    queue.put_nowait((number, error))
             self.worker.wake()
             deadline = loop.time() + self.config.request_timeout
             while left:
@@ -139,9 +152,10 @@ class Server:
                 except asyncio.TimeoutError:
                     self._check_alive()
                     continue
-                if isinstance(piece, Exception):
+                failed = isinstance(piece, Exception)
+                if failed and not apart:
                     raise piece
-                left -= piece.finish_reason is not None
+                left -= failed or piece.finish_reason is not None
                 yield number, piece
         finally:
             gone = True

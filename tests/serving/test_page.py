@@ -308,9 +308,9 @@ def test_several_answer_side_by_side_and_one_is_continued(page, expect):
     page.get_by_role("button", name="Done").click()
     set_options(page, max_tokens=8)
     ask(page, ASK)
-    expect(page.get_by_role("region", name="Answer of")).to_have_count(3)
-    page.get_by_role("region", name="Answer of pirate").get_by_role("button", name="Continue with this").click()
-    text = page.get_by_role("region", name="Answer of pirate").locator(".body").inner_text()
+    expect(page.get_by_role("group", name="Answer of")).to_have_count(3)
+    page.get_by_role("group", name="Answer of pirate").get_by_role("button", name="Continue with this").click()
+    text = page.get_by_role("group", name="Answer of pirate").locator(".body").inner_text()
     page.get_by_role("button", name="Show the difference").click()
     shown = page.locator("#difference-text")
     expect(shown.locator("ins").first).to_contain_text("+")
@@ -427,7 +427,7 @@ def test_what_the_page_exports_is_read_by_train(page, expect, tmp_path):
     expect(page.locator("#import-result")).to_have_text("1 conversation imported.")
     page.keyboard.press("Escape")
     page.locator("#conversations li button").first.click()
-    expect(page.get_by_role("region", name="Answer of imported")).to_have_count(2)
+    expect(page.get_by_role("group", name="Answer of imported")).to_have_count(2)
     page.get_by_role("button", name="Import and export").click()
     with page.expect_download() as saved:
         page.get_by_role("button", name="This conversation").click()
@@ -600,7 +600,7 @@ def test_the_page_fits_a_phone_in_both_themes(browser, server, expect, theme):
     with opened(browser, f"{server[0]}/?columns=base,pirate&prompt=Hello", viewport=size, color_scheme=theme) as page:
         expect(page.get_by_role("textbox", name="Message")).to_have_value("Hello")
         ask(page, "A long " + "word" * 60)
-        expect(page.get_by_role("region", name="Answer of")).to_have_count(2)
+        expect(page.get_by_role("group", name="Answer of")).to_have_count(2)
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         page.get_by_role("button", name="Conversations").click()
         expect(page.get_by_role("button", name="New chat")).to_be_visible()

@@ -484,6 +484,11 @@ def test_a_checkpoint_of_a_run_answers_beside_the_base(browser, folders, tmp_pat
         expect(popup.value.locator("h1")).to_contain_text("mine")
 
 
+# Labels that reach over the edge of their chart.
+CUT_OFF = """dialog => [...dialog.querySelectorAll("svg:not([hidden]) text")].filter((it) => {
+    const own = it.getBoundingClientRect(), chart = it.ownerSVGElement.getBoundingClientRect();
+    return own.left < chart.left || own.right > chart.right;
+}).map((it) => it.textContent)"""
 DIALOGS = ("adapters", "runs", "models", "settings", "files", "help")
 
 
@@ -492,7 +497,7 @@ def test_axe_finds_no_serious_fault(browser, server, folders, theme):
     from playwright.sync_api import expect
 
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    write(folders[1] / "drawn", begin() + train(10, 2.0) + train(20, 1.0))
+    write(folders[1] / "drawn", begin() + train(10, 12.34) + train(20, 0.0000432))
 
     def check(page, where: str, part: str = "body") -> None:
         found = page.evaluate("part => axe.run(part, {resultTypes: ['violations']})", part)["violations"]
@@ -513,6 +518,8 @@ def test_axe_finds_no_serious_fault(browser, server, folders, theme):
             check(page, f"compare view at {width}")
             overflow = page.evaluate("document.documentElement.scrollWidth - innerWidth")
             assert overflow <= 0, f"the page is {overflow} pixels wider than {width}"
+            heads = {head.bounding_box()["height"] for head in page.locator(".answer h3").all()}
+            assert len(heads) == 1, f"the answers' texts begin at different heights at {width}: {heads}"
             if width < 832:
                 page.get_by_role("button", name="Conversations").click()
                 check(page, f"list of conversations at {width}", "#sidebar")
@@ -522,9 +529,20 @@ def test_axe_finds_no_serious_fault(browser, server, folders, theme):
                 expect(dialog).to_be_visible()
                 if name in ("adapters", "runs"):
                     expect(dialog.locator(".card").first).to_be_visible()
+                if name == "runs":
+                    assert dialog.evaluate(CUT_OFF) == [], f"labels of a chart are cut off at {width}"
                 check(page, f"{name} at {width}", f"#{name}")
                 assert dialog.evaluate("it => it.scrollWidth - it.clientWidth") <= 0, f"{name} at {width} is too wide"
                 page.keyboard.press("Escape")
                 expect(dialog).to_be_hidden()
             if width < 832:
                 page.locator("#close-sidebar").dispatch_event("click")
+            page.get_by_role("button", name="Show the difference").click()
+            expect(page.locator("#difference-text ins").first).to_be_visible()
+            for name in ("difference", "rename", "delete", "key"):
+                dialog = page.locator(f"dialog#{name}")
+                if name != "difference":
+                    dialog.evaluate("it => it.showModal()")
+                check(page, f"{name} at {width}", f"#{name}")
+                assert dialog.evaluate("it => it.scrollWidth - it.clientWidth") <= 0, f"{name} at {width} is too wide"
+                dialog.evaluate("it => it.close()")

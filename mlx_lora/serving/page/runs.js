@@ -107,15 +107,16 @@ function plot(svg, points) {
   const finite = points.filter(([, , loss]) => loss !== null);
   const least = Math.min(...finite.map(([, , loss]) => loss)), most = Math.max(...finite.map(([, , loss]) => loss));
   const end = Math.max(1, ...points.map(([, iteration]) => iteration));
-  const x = (iteration) => 56 + 572 * iteration / end;
+  const left = 124; // room for a label such as 0.0000432 on a phone
+  const x = (iteration) => left + (628 - left) * iteration / end;
   const y = (loss) => 12 + 108 * (most === least ? 0.5 : (most - loss) / (most - least));
   const curves = ["training", "validation"].map((set) => [set, thin(points.filter(([of]) => of === set))]);
   const path = (curve) => curve.map(([, iteration, loss], index) => loss === null ? "" : `${index && curve[index - 1][2] !== null ? "L" : "M"}${x(iteration).toFixed(1)} ${y(loss).toFixed(1)}`).join("");
   const text = (at, top, anchor, words) => node("text", { x: at, y: top, "text-anchor": anchor }, words);
   svg.replaceChildren(
-    node("line", { x1: 56, y1: 124, x2: 628, y2: 124, class: "axis" }),
-    ...(finite.length ? [text(50, 17, "end", most.toPrecision(3)), text(50, 124, "end", least.toPrecision(3))] : []),
-    text(56, 142, "start", "0"), text(628, 142, "end", end.toLocaleString("en")),
+    node("line", { x1: left, y1: 124, x2: 628, y2: 124, class: "axis" }),
+    ...(finite.length ? [text(left - 6, 17, "end", most.toPrecision(3)), text(left - 6, 124, "end", least.toPrecision(3))] : []),
+    text(left, 142, "start", "0"), text(628, 142, "end", end.toLocaleString("en")),
     ...[["training", 215], ["validation", 345]].flatMap(([set, at]) => [
       node("path", { d: `M${at} 137h24`, class: set }),
       text(at + 32, 142, "start", set)]),

@@ -104,7 +104,7 @@ function drawAnswer(turn, answer, compared) {
   const picked = compared && chosen(turn) === answer;
   const name = nameOf(answer.adapter);
   const body = el("div", { className: `body${live ? " waiting" : ""}` }, el("div", { className: "rendered" }), el("span", { className: "plain" }));
-  const element = el("section", { className: `answer${picked ? " chosen" : ""}`, "aria-label": `Answer of ${name}`, "data-answer": answer.id },
+  const element = el("div", { role: "group", className: `answer${picked ? " chosen" : ""}`, "aria-label": `Answer of ${name}`, "data-answer": answer.id },
     el("h3", {}, el("span", { className: "name" }, name), compared ? picker(turn, answer, picked) : null),
     reasoning(answer), body,
     answer.error ? el("p", { className: "error", role: "alert" }, answer.error) : null,

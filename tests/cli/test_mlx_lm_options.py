@@ -41,6 +41,7 @@ DIFFERENCES = {
 }
 if older_mlx_lm.is_used():
     for command in ("generate", "chat"):
+        DIFFERENCES[command].pop("image", None)
         DIFFERENCES[command]["xtc_threshold"] = "mlx-lm 0.31's 0.0 excludes all tokens but the least likely"
 SOURCES = {"train": "lora", "generate": "generate", "chat": "chat", "fuse": "fuse"}
 

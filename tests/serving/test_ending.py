@@ -102,7 +102,7 @@ def test_a_dead_thread_shows_in_health_and_refuses_at_once(monkeypatch):
 
 
 def test_a_row_that_fails_ends_alone(monkeypatch):
-    with running() as (url, server):
+    with running() as (url, _):
         answers = []
         text = ask(url, max_tokens=8).json()["choices"][0]["message"]["content"]
 

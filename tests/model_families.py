@@ -198,6 +198,13 @@ _MORE: dict[str, dict[str, Any]] = {
         "num_kv_heads": [2] * 4,
         "ffn_multipliers": [1.0] * 4,
     },
+    "phimoe": {
+        "original_max_position_embeddings": 256,
+        "rope_scaling": {
+            **dict.fromkeys(("short_factor", "long_factor"), [1.0] * 8),
+            **dict.fromkeys(("short_mscale", "long_mscale"), 1.0),
+        },
+    },
     "plamo": {"num_attention_heads": 8, "n_shared_head": 8},
     "llama4": {"text_config": _LLAMA4},
     "qwen3_5": {"text_config": _QWEN35},

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import mlx.nn as nn
 
+from . import older_mlx_lm
+
 _PADDING = "padding changes the state of its recurrent layers"
 _CACHE = "its cache cannot be batched"
 # By module of mlx_lm.models.
@@ -31,4 +33,5 @@ NOT_BATCHED = {
 
 def why_not_batched(model: nn.Module) -> str | None:
     """Why rows of different lengths must be computed one at a time; None if they can share a batch."""
-    return NOT_BATCHED.get(type(model).__module__.rpartition(".")[2])
+    family = type(model).__module__.rpartition(".")[2]
+    return NOT_BATCHED.get(family) or (older_mlx_lm.NOT_BATCHED.get(family) if older_mlx_lm.is_used() else None)

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import ModelError
+from . import older_mlx_lm
 from .modes import mode
 
 COMPARED, DECODED = 32, 8  # tokens of the row; of these, at the end, those decoded one by one
@@ -40,6 +41,7 @@ def as_generated(model: nn.Module, row: Sequence[int], grad_checkpoint: bool = F
 
     Yields: whether this context gives the model a cache. Raises: ModelError, see `check_trainable`, `needs_cache`.
     """
+    older_mlx_lm.patch_mlx()
     check_trainable(model)
     if id(model) in _compared:
         yield False

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..adapter import FINGERPRINT, SHARED, Adapter, explicit_config, in_modules_to_save, raise_faults, split_layer
+from ..base import older_mlx_lm
 from ..base.fingerprint import Fingerprint
 from ..base.modules import (
     dims,
@@ -84,6 +85,7 @@ def attach(
 
     Returns: the adapted paths. Raises: AdapterError, ConfigError, DataError; the model is then unchanged.
     """
+    older_mlx_lm.patch_mlx()
     checked(model)
     config = as_config(AdapterConfig, config, "config")
     config.check_used()

@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..base import older_mlx_lm
 from ..errors import ConfigError
 from .bank import AdapterBank
 from .delivery import deliver
@@ -60,6 +61,7 @@ class Engine(Prompts):
         draft_model: nn.Module | None = None,
         turn_seconds: float = 0.25,
     ):
+        older_mlx_lm.patch_mlx()
         mx.eval(model.parameters())  # by this thread: another one cannot
         super().__init__(tokenizer)
         self.model = model

@@ -17,6 +17,7 @@ from .bank import AdapterBank
 from .requests import Row
 from .residents import Resident
 from .rows import AdapterRows, RowModel
+from .sampling import LogitsProcessor
 from .schedule import Name
 
 SHARED: Name = ("shared",)
@@ -148,7 +149,7 @@ class SingleLane:
         options: dict[str, Any] = dict(
             max_tokens=row.left,
             sampler=row.guard.sampler,
-            logits_processors=row.guard.processors or None,
+            logits_processors=[_of_whole_row(processor, row.tokens) for processor in row.guard.processors] or None,
             prompt_cache=cache,
             prefill_step_size=config.prefill_step_size,
         )
@@ -207,6 +208,23 @@ class SingleLane:
         if self._steps is not None:
             self._steps.close()
             self._steps = None
+
+
+def _of_whole_row(processor: LogitsProcessor, prompt: list[int]) -> LogitsProcessor:
+    """``processor``, called with all tokens of the row, as in a batch.
+
+    ``generate_step`` leaves out those in the kept keys and values; the speculative one, and in mlx-lm 0.31 both, leave
+    out the prompt but for its last token.
+    """
+    before: mx.array | None = None
+
+    def call(tokens: mx.array, logits: mx.array) -> mx.array:
+        nonlocal before
+        if before is None:
+            before = mx.array(prompt[: len(prompt) - tokens.size], mx.int32)
+        return processor(mx.concatenate([before, tokens.astype(mx.int32)]), logits)
+
+    return call
 
 
 def make_lane(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..base import older_mlx_lm
+
 
 class Segment(NamedTuple):
     """A stretch of an answer. An empty one says that the kind changes, such as between two tool calls."""
@@ -56,9 +58,8 @@ class AnswerText:
         self._detokenizer, self._stop = tokenizer.detokenizer, StopWords(stop)
         self._machine, self.kind = None, state  # kind: of the text that comes next
         if parts:
-            from mlx_lm.generate import TextStateMachine, make_text_state_machine
-
-            self._machine, self._state = TextStateMachine, make_text_state_machine(tokenizer).make_state(state)
+            self._machine = _machine_of(tokenizer)
+            self._state = self._machine.make_state(state)
 
     @property
     def stopped_at(self) -> str | None:
@@ -89,3 +90,12 @@ class AnswerText:
                 segments.append(Segment(kind, part))
             self.kind = kind
         return segments
+
+
+def _machine_of(tokenizer: Any) -> Any:
+    """What tells reasoning and tool calls apart, by the tokenizer's markers."""
+    if older_mlx_lm.is_used():
+        return older_mlx_lm.TextStateMachine(tokenizer)
+    from mlx_lm.generate import make_text_state_machine
+
+    return make_text_state_machine(tokenizer)

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..base import older_mlx_lm
 from ..errors import ConfigError
 from .losses.cross_entropy import token_losses
 from .packed_cache import HINT, packed_cache
@@ -37,7 +38,8 @@ def check_model(model: nn.Module, width: int) -> None:
         width: tokens in a packed sequence.
     """
     module, _, family = type(model).__module__.rpartition(".")
-    if module != "mlx_lm.models" or family not in FAMILIES:
+    wrong = older_mlx_lm.is_used() and family in older_mlx_lm.NOT_PACKED
+    if module != "mlx_lm.models" or family not in FAMILIES or wrong:
         raise ConfigError(
             f"pack: {family if module == 'mlx_lm.models' else type(model).__name__} is not known to compute packed "
             "rows as it computes each alone. (What does not: state that passes from token to token, as in Mamba, "

@@ -18,7 +18,7 @@ pytest.importorskip("fastapi")
 
 from serving_helpers import running  # noqa: E402
 
-from mlx_lora.serving import engine  # noqa: E402
+from mlx_lora.serving import delivery  # noqa: E402
 from mlx_lora.serving.server import run  # noqa: E402
 from mlx_lora.tiny_base import PATH  # noqa: E402
 
@@ -113,14 +113,13 @@ def test_a_row_that_fails_ends_alone(monkeypatch):
     with running() as (url, _):
         answers = []
         text = ask(url, max_tokens=8).json()["choices"][0]["message"]["content"]
-        deliver = engine.deliver
 
         def failing(row, *rest):
             if row.request.config.max_tokens == 9:
                 row.guard.error = RuntimeError("secret inside")
-            return deliver(row, *rest)
+            return delivery.deliver(row, *rest)
 
-        monkeypatch.setattr(engine, "deliver", failing)
+        monkeypatch.setattr("mlx_lora.serving.engine.deliver", failing)
         threads = [
             threading.Thread(target=lambda most=most: answers.append(ask(url, max_tokens=most)))
             for most in (8, 9, 8, 9)

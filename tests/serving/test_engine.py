@@ -10,6 +10,7 @@ import pytest
 
 from conftest import shake
 from mlx_lora import AdapterConfig, GenerateConfig, attach, extract, fuse, load, mount, unmount
+from mlx_lora.base import older_mlx_lm
 from mlx_lora.errors import AdapterError, ConfigError
 from mlx_lora.serving.bank import AdapterBank
 from mlx_lora.serving.engine import BusyError, Engine
@@ -293,6 +294,10 @@ def test_an_option_gives_what_mlx_lm_gives_with_it(engine, loaded, options):
     penalties = {n: v for n, v in options.items() if "penalty" in n or "context_size" in n}
     bias = {int(token): value for token, value in options.get("logit_bias", {}).items()}
     engine.bank.choose([None])
+    processors = make_logits_processors(bias or None, **penalties)
+    if older_mlx_lm.is_used():  # its generate shows them the last token of the prompt alone
+        before = mx.array(asked.tokens[:-1])
+        processors = [lambda tokens, x, p=p: p(mx.concatenate([before, tokens]), x) for p in processors]
     mx.random.seed(options.get("seed", 0))
     pieces = stream_generate(
         model,
@@ -300,7 +305,7 @@ def test_an_option_gives_what_mlx_lm_gives_with_it(engine, loaded, options):
         list(asked.tokens),
         max_tokens=24,
         sampler=make_sampler(**sampling, xtc_special_tokens=special),
-        logits_processors=make_logits_processors(bias or None, **penalties),
+        logits_processors=processors,
         prompt_cache=new_cache(model, options.get("max_kv_size")),
         **{name: value for name, value in options.items() if name.startswith(("kv", "quantized"))},
     )
@@ -308,6 +313,20 @@ def test_an_option_gives_what_mlx_lm_gives_with_it(engine, loaded, options):
     plain = request(engine, QUESTIONS[1], max_tokens=24)
     if "kv_bits" not in options and "min_tokens_to_keep" not in options:
         assert got != answer(engine, plain), "the option changes nothing"
+
+
+@pytest.mark.parametrize("single", [{"max_kv_size": 1000}, {"draft_model": "x"}], ids=str)
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 30.0, "repetition_context_size": 40}, {"presence_penalty": 5.0}], ids=str
+)
+def test_penalties_see_the_whole_prompt_in_a_row_that_is_computed_alone(loaded, single, penalty):
+    model, tokenizer, _ = loaded
+    engine = Engine(model, tokenizer, draft_model=load(PATH)[0])
+    batched = answer(engine, request(engine, QUESTIONS[1], max_tokens=24, **penalty))
+    asked = request(engine, QUESTIONS[1], max_tokens=24, **penalty, **single)
+    assert answer(engine, asked) == batched
+    again = "".join(piece.text for piece in engine.stream(asked))  # from the keys and values that were kept
+    assert again == batched != answer(engine, request(engine, QUESTIONS[1], max_tokens=24))
 
 
 def test_drafted_tokens_change_nothing_but_the_speed(loaded):

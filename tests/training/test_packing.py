@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from conftest import make_model, shake
+from conftest import make_model, needs_mlx_lm_0_32, shake
 from mlx_lora import AdapterConfig, DataConfig, TrainConfig
 from mlx_lora.base.quantizing import quantize
 from mlx_lora.data import Dataset, Example, packed_batches
@@ -269,6 +269,7 @@ def test_state_that_crosses_rows_is_refused_whatever_the_name(monkeypatch):
         check_model(make_model(MAMBA), 64)
 
 
+@needs_mlx_lm_0_32
 def test_positions_that_count_beyond_a_length_are_refused_there():
     dynamic = make_model(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=64)
     check_model(dynamic, 64)

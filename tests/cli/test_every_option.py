@@ -204,7 +204,6 @@ RULES = {
     ("train", "project_name"): [f"{TRAIN} --project-name x"],
     ("plan", "write"): [
         "plan --model BASE --write run.yaml",
-        "plan --model BASE --data data --write run.yaml --batch-size 2",
     ],
     ("plan", "processes"): ["plan --model BASE --data data --processes 3"],
     ("test", "mask_turns"): ["test --model BASE --data data --mask-turns last"],

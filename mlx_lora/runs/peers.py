@@ -70,14 +70,13 @@ def watched(reports: Iterator[Any], folder: Any = None, timeout: float = TIMEOUT
 def working() -> Iterator[None]:
     """A context for long work of this process alone, such as answering prompts: no process takes it for a hang."""
     peers = _watch
-    if peers is None:
-        yield
-        return
-    peers.note(True)
+    if peers is not None:
+        peers.note(True)
     try:
         yield
     finally:
-        peers.note(False)
+        if peers is not None:
+            peers.note(False)
 
 
 class Peers:
@@ -270,15 +269,12 @@ class Peers:
         working = any(busy for _, busy in self._work.values())
         if self.lost is None and self._training and not working and quiet > limit:
             self.lost = self.rank, f"has waited for {quiet:.0f} seconds without completing an iteration"
-        if self.lost is None and len(self.done) < self.size:
-            return
-        self._news.set()
-        if self.lost is None:
-            return
-        if self._decided is None:
+        if self.lost or len(self.done) == self.size:
+            self._news.set()
+        if self.lost and self._decided is None:
             self._decided = now
             self._send()
-        elif now - self._decided > GRACE and not self._leaving:
+        elif self.lost and now - self._decided > GRACE and not self._leaving:
             self._end(self.failure())
 
     def _end(self, failure: Exception | str) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from mlx_lora.cli import main as commands
 from mlx_lora.cli.main import main
+from mlx_lora.errors import ConfigError, LostProcessError
 from mlx_lora.tiny_base import PATH, skill
 
 
@@ -321,3 +323,27 @@ def test_doctor(capsys, monkeypatch):
 def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "mlx_lora", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and "mlx-lora" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "waits"),
+    [
+        ("0", ConfigError("wrong", "Mend it."), 0),
+        ("1", ConfigError("wrong", "Mend it."), 1),
+        ("1", LostProcessError("rank 0 has died", "Look at it.", 0), 0),  # rank 0 says nothing any more
+        ("1", LostProcessError("rank 2 has died", "Look at it.", 2), 1),
+    ],
+)
+def test_rank_0_alone_shows_an_error_of_all_processes(rank, error, waits, monkeypatch, capsys):
+    """The others wait until ``mlx.launch`` has ended them, and show the error where it has not."""
+
+    def fails(*args, **options):
+        raise error
+
+    slept = []
+    monkeypatch.setenv("MLX_RANK", rank)
+    monkeypatch.setattr(commands.cli, "main", fails)
+    monkeypatch.setattr(commands.time, "sleep", slept.append)
+    with pytest.raises(SystemExit):
+        main(["inspect"])
+    assert slept == [commands._LAUNCHER] * waits and error.message in capsys.readouterr().err

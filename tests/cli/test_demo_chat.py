@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from mlx_lora.cli import demo_chat
 from mlx_lora.cli.demo import demo
 from mlx_lora.errors import ConfigError
+from mlx_lora.serving import server
 from mlx_lora.tiny_base import skill
 
 SHORT = """
@@ -47,10 +48,10 @@ def test_trains_two_adapters_opens_the_page_and_ends_at_ctrl_c(tmp_path):
         assert opened[:1] == ["opened"], (tmp_path / "stderr").read_text()
         url = urlsplit(opened[1])
         assert parse_qs(url.query) == {"columns": ["base,record,letter"], "prompt": [demo_chat.PROMPT]}
-        server = f"http://{url.netloc}"
-        settings = urllib.request.urlopen(f"{server}/page/settings", timeout=120).read().decode()
+        address = f"http://{url.netloc}"
+        settings = urllib.request.urlopen(f"{address}/page/settings", timeout=120).read().decode()
         assert '"letter"' in settings and '"record"' in settings
-        runs = urllib.request.urlopen(f"{server}/page/runs", timeout=120).read().decode()
+        runs = urllib.request.urlopen(f"{address}/page/runs", timeout=120).read().decode()
         assert runs.count('"finished"') == 2
         run.send_signal(signal.SIGINT)
         assert run.wait(120) == 130
@@ -65,6 +66,7 @@ def test_trains_two_adapters_opens_the_page_and_ends_at_ctrl_c(tmp_path):
 
 def test_missing_packages_are_told_before_the_training(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lora.serving.server.run", None)
+    monkeypatch.delattr(server, "run", raising=False)  # other tests may have imported it
     monkeypatch.setattr(demo_chat.demo, "quantized_base", lambda folder: pytest.fail("the demo began"))
     with pytest.raises(ConfigError, match="demo --chat needs packages") as error:
         demo_chat.chat_demo(tmp_path, 0, False)

@@ -55,7 +55,7 @@ def running(folder: Path | None = None, engine: Engine | None = None, **config) 
         yield f"http://127.0.0.1:{listening.getsockname()[1]}", server
     finally:
         runner.should_exit = True
-        thread.join(60)
+        thread.join(120)
         assert not thread.is_alive() and not server.worker.alive
 
 

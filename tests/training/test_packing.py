@@ -95,6 +95,7 @@ def assert_same(model, data, batch, tolerance=5e-6):
 
 @pytest.mark.parametrize("base", [{}, {"bits": 4}, {"nf4": True}], ids=["dense", "4 bits", "nf4"])
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "ia3"])
+@pytest.mark.alternate
 def test_every_method_over_every_base(base, method):
     model, data = adapted(method=method, **base), rows()
     assert_same(model, data, next(packed_batches(data, 2, seed=0)), tolerance=2e-5 if base else 5e-6)

@@ -84,6 +84,7 @@ def equal(one, other):
         ({"dtype": mx.bfloat16}, {"grad_checkpoint": True}),
     ],
 )
+@pytest.mark.alternate
 def test_the_same_losses_to_the_bit(model, train):
     adapter = {**LAST, "dropout": 0.3}  # its masks must not depend on what is kept
     plain = trained(llama(**model), rows(9, 1), adapter, **train)

@@ -9,10 +9,11 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
+from ...errors import AdapterError
 from . import shapes
 from .body import Body, StrictRoute, integer
 from .errors import responses
-from .state import NameTaken, UnknownModel
+from .state import UnknownModel
 from .streams import server_of
 
 router = APIRouter(tags=["adapters"], route_class=StrictRoute)
@@ -34,7 +35,7 @@ class Unload(Body):
     lora_int_id: integer(0, 2**53) | None = None  # vLLM's; the name says it all
 
 
-@router.post("/v1/load_lora_adapter", responses=responses(shapes.DONE, 404, 409, 415))
+@router.post("/v1/load_lora_adapter", responses=responses(shapes.DONE, 404, 415))
 async def load_lora_adapter(request: Request, body: Load) -> Any:
     """Load an adapter of the adapters' folder: ``lora_path`` is the name of its subfolder, never another path."""
     server = server_of(request)
@@ -45,7 +46,8 @@ async def load_lora_adapter(request: Request, body: Load) -> Any:
     if body.lora_name in (server.name, "base") or (
         body.lora_name in bank and body.lora_name != path and not body.load_inplace
     ):
-        raise NameTaken(body.lora_name)
+        hint = "Unload it first, or send load_inplace: true."
+        raise AdapterError(f"{body.lora_name!r} is loaded already", hint)  # 400, as vLLM answers
     if body.lora_name != path or body.lora_name in bank.registered:
         await run_in_threadpool(bank.add, body.lora_name, bank.folder / path)
     await run_in_threadpool(bank.load, body.lora_name)

@@ -17,7 +17,7 @@ from ..engine import BusyError
 from ..memory import TooLongError
 from ..worker import Stopped
 from . import shapes
-from .state import NameTaken, OutOfTime, UnknownModel
+from .state import OutOfTime, UnknownModel
 
 RETRY_AFTER = "1"  # seconds
 log = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ _KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (Stopped, 503, "server_error", "overloaded_error"),
     (OutOfTime, 504, "server_error", "timeout_error"),
     (UnknownModel, 404, "invalid_request_error", "not_found_error"),
-    (NameTaken, 409, "invalid_request_error", "invalid_request_error"),
     (TooLongError, 413, "invalid_request_error", "request_too_large"),
     (ConfigError, 400, "invalid_request_error", "invalid_request_error"),
     (DataError, 400, "invalid_request_error", "invalid_request_error"),
@@ -89,7 +88,6 @@ _REASON = {
     403: "This host or web page may not ask.",
     404: "There is no such model, adapter or path.",
     408: "The body did not arrive in time.",
-    409: "The name is taken.",
     413: "The body or the answer is too large.",
     415: "The body is not JSON, or is compressed.",
     429: "Too many requests wait. Retry-After says when to come back.",

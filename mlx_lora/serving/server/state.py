@@ -181,13 +181,6 @@ class UnknownModel(AdapterError):
         super().__init__(f"the {kind} {model[:200]!r} does not exist", f"Known: {', '.join(known) or 'none'}.")
 
 
-class NameTaken(AdapterError):
-    """Another adapter, or the base, has this name."""
-
-    def __init__(self, name: str):
-        super().__init__(f"{name!r} is loaded already", "Unload it first, or send load_inplace: true.")
-
-
 class OutOfTime(Exception):
     """An answer took longer than the limit."""
 

@@ -254,7 +254,9 @@ def test_resuming_a_complete_run_or_another_one(data, tmp_path):
     with pytest.raises(FormatError):
         fine_tune(folder, data, 4, resume=True)
     (folder / "training_state.safetensors").write_bytes(before[folder / "training_state.safetensors"])
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert after.pop(folder / "report.html")  # the runs of these tests make no page, so resuming makes the missing one
+    assert after == before
 
 
 def test_a_failed_write_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):

@@ -590,7 +590,7 @@ def test_a_message_that_is_sent_before_the_adapters_are_known_waits_for_them(pag
     expect(page.locator("#send")).to_be_hidden()
     for route in held:
         route.continue_()
-    expect(page.get_by_role("region", name="Answer of")).to_have_count(2)
+    expect(page.get_by_role("group", name="Answer of")).to_have_count(2)
     answered(page)
 
 

@@ -14,7 +14,18 @@ from ..fast import accelerate, undo
 from ..layers import MultiLoRALinear, Rows
 from .attach import adapters_on
 from .compatibility import incompatibilities, warn_of_another_base
-from .state import HEAD, bare_modules, join_head, mark_changed, place, set_mode, split_head, split_of, state_of
+from .state import (
+    HEAD,
+    bare_modules,
+    join_head,
+    mark_changed,
+    module_at,
+    place,
+    set_mode,
+    split_head,
+    split_of,
+    state_of,
+)
 
 
 class MultiLoRA:
@@ -55,8 +66,7 @@ class MultiLoRA:
     @property
     def mounted(self) -> bool:
         """Whether the adapters' layers are on the model."""
-        present = {id(module) for module in self._model.modules()}
-        return any(id(layer) in present for layer in self._layers.values())
+        return any(module_at(self._model, path) is layer for path, layer in self._layers.items())
 
     def mount(self) -> None:
         """Put the adapters on the model again after ``unmount``. Does nothing if they are on it.

@@ -138,6 +138,17 @@ def place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     _update(model, {own.get(path, path): module for path, module in modules.items()})
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path of ``named_modules``, without a walk through the model; None where there is none."""
+    try:
+        found = model
+        for name in path.split("."):
+            found = found[int(name)] if isinstance(found, list) else found[name]
+        return found
+    except (KeyError, IndexError, ValueError, TypeError):  # also where an embedding is split
+        return next((module for name, module in named_modules(model) if name == path), None)
+
+
 def _update(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     if modules:
         model.update_modules(tree_unflatten(list(modules.items())))

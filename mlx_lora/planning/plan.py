@@ -151,7 +151,8 @@ def plan_of(
             table = verdicts(variants(asked, found.quantized, found.layers, processes), peak)
     parts = with_prefix(found.parts, prefix)
     padded = epoch.tokens / (1 - epoch.padding) / epoch.batches if epoch else train.batch_size * length
-    flops, rate = step_flops(found, train, padded, prefix) / processes, speed.measured()
+    flops = step_flops(found, train, padded, prefix) / processes
+    rate = speed.measured(flops)
     seconds = None
     if rate and train.iters is not None:
         of_reference = reference_flops(found, train, epoch.tokens) / processes if epoch else 0.0

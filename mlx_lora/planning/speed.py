@@ -1,8 +1,13 @@
-"""How fast this machine trains: the operations a second of its last runs, kept in the user's cache folder."""
+"""How fast this machine trains: the operations a second of its last runs, kept in the user's cache folder.
+
+A small step is slower than its operations say, because starting them takes most of its time. So runs are kept by the
+size of their steps, and a plan takes the speed of the run whose steps are nearest in size.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from ..device import cache_folder, chip, is_cpu
@@ -20,30 +25,43 @@ def step_flops(forward: float, tokens: float, method: str, grad_checkpoint: bool
     return forward * tokens * passes
 
 
-def measured() -> float | None:
-    """Operations a second of the last run on this device; None where there was none."""
-    try:
-        found = json.loads(_file().read_text(encoding="utf-8")).get(_device())
-    except (OSError, ValueError, AttributeError):
+def measured(flops_per_step: float) -> float | None:
+    """Operations a second of the run on this device whose steps were most like these in size; None without any run."""
+    rates = _known().get(_device())
+    if not isinstance(rates, dict):
         return None
-    return float(found) if isinstance(found, (int, float)) and found > 0 else None
+    rates = {int(size): rate for size, rate in rates.items() if size.isdecimal() and isinstance(rate, (int, float))}
+    rates = {size: rate for size, rate in rates.items() if rate > 0}
+    return float(rates[min(rates, key=lambda size: abs(size - _size(flops_per_step)))]) if rates else None
 
 
 def keep(flops_per_step: float, iterations: int, seconds: float) -> None:
     """Remember the speed of a run; of a short one nothing."""
     if iterations < _FEWEST or seconds <= 0 or flops_per_step <= 0:
         return
-    try:
-        known = json.loads(_file().read_text(encoding="utf-8"))
-        known = known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
-        known = {}
-    known[_device()] = flops_per_step * iterations / seconds
+    known = _known()
+    rates = known.get(_device())
+    rates = rates if isinstance(rates, dict) else {}
+    known[_device()] = {**rates, str(_size(flops_per_step)): flops_per_step * iterations / seconds}
     try:
         _file().parent.mkdir(parents=True, exist_ok=True)
         _file().write_text(json.dumps(known, indent=1), encoding="utf-8")
     except OSError:  # a cache that cannot be written is no fault of the run
         return
+
+
+def _size(flops_per_step: float) -> int:
+    """The power of ten nearest to the operations of a step."""
+    return round(math.log10(max(flops_per_step, 1.0)))
+
+
+def _known() -> dict:
+    """What the file holds: device -> size of a step -> operations a second. Empty where it is unreadable."""
+    try:
+        known = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _file() -> Path:

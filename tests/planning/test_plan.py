@@ -195,8 +195,19 @@ def test_the_written_configuration_trains_as_it_is(data, tmp_path, monkeypatch, 
     err = capsys.readouterr().err
     assert end.value.code == 0 and (tmp_path / "adapters" / "adapters.safetensors").exists(), err
     assert "Plan: " in err and "hardly moves" not in err and "Warning" not in err
-    assert speed.measured() > 0
+    assert speed.measured(1e9) > 0
     assert mlx_lora.plan(PATH, data, machines=False).seconds > 0
+
+
+def test_time_is_that_of_runs_with_steps_of_like_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "_file", lambda: tmp_path / "speed.json")
+    assert speed.measured(1e9) is None
+    speed.keep(1e12, 100, 10.0)
+    speed.keep(1e7, 100, 1.0)  # a tiny run, which says nothing about a large one
+    assert speed.measured(3e11) == speed.measured(1e15) == 1e13 and speed.measured(2e7) == 1e9
+    for broken in ('{"x": 1}', "[]", "{", json.dumps({speed._device(): 5e9})):
+        (tmp_path / "speed.json").write_text(broken)
+        assert speed.measured(1e9) is None
 
 
 def test_write_refuses_a_file_that_is_there(data, tmp_path, monkeypatch, capsys):

@@ -48,7 +48,7 @@ def test_states_in_memory_are_part_of_the_peak_and_those_in_a_file_are_not(data)
 
 
 def test_the_time_is_shorter_by_the_frozen_layers_of_the_later_epochs(data, monkeypatch):
-    monkeypatch.setattr(speed, "measured", lambda: 1e9)
+    monkeypatch.setattr(speed, "measured", lambda flops: 1e9)
     without, kept, first = planned(data, "none"), planned(data, "disk"), planned(data, "disk", epochs=1)
     assert kept.seconds < without.seconds and first.prefix.reused == 0
     assert first.seconds * 3 == pytest.approx(without.seconds)

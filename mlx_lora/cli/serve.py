@@ -114,21 +114,23 @@ def _check(params: dict[str, Any]) -> None:
     """Refuse adapters that are none, or that contradict each other, before the model is loaded."""
     from ..formats import detect_format
 
-    faults = []
+    faults: dict[str, str] = {}  # and how to mend each
     names = [name for name, _ in params["adapters"]]
-    faults += [f"two adapters are called {name}" for name in sorted({n for n in names if names.count(n) > 1})]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        faults[f"two adapters are called {name}"] = "Give each adapter a name of its own."
     if params["merge"] and (len(names) != 1 or params["adapters_dir"]):
-        faults.append("--merge takes one --adapter, and no --adapters-dir")
+        faults["--merge takes one --adapter, and no --adapters-dir"] = "Leave --merge out to serve several."
     if params["pin"] and params["adapter_memory"] is None:
-        faults.append("--pin has no effect without --adapter-memory")
-    if params["adapters_dir"] and not Path(params["adapters_dir"]).is_dir():
-        faults.append(f"--adapters-dir {params['adapters_dir']}: no such folder")
+        faults["--pin has no effect without --adapter-memory"] = (
+            "Without a limit all adapters stay in memory: leave it out."
+        )
+    for flag in ("adapters_dir", "runs_dir"):
+        if params[flag] and not Path(params[flag]).is_dir():
+            faults[f"--{flag.replace('_', '-')} {params[flag]}: no such folder"] = "Give a folder that exists."
     if params["upload_limit"] != ServeConfig.upload_limit and not params["adapters_dir"]:
-        faults.append("--upload-limit needs --adapters-dir, the folder that uploads go to")
-    if params["runs_dir"] and not Path(params["runs_dir"]).is_dir():
-        faults.append(f"--runs-dir {params['runs_dir']}: no such folder")
+        faults["--upload-limit has no effect without --adapters-dir"] = "Name the folder that uploads go to."
     if faults:
-        raise ConfigError("\n".join(faults), "Give each adapter once, under a name of its own, and folders that exist.")
+        raise ConfigError("\n".join(faults), " ".join(dict.fromkeys(faults.values())))
     for _, path in params["adapters"]:
         detect_format(path)
 

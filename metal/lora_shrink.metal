@@ -1,6 +1,6 @@
 // u[s, m, :] = the part of split s of the sum over k of x[m, k] a[k, :], for all NPROJ matrices a0, a1, ... at once.
 //
-// A threadgroup takes one split of k, 4 * C columns of one matrix and all M rows, so that each byte of a is read once:
+// A threadgroup takes one split of k, 4 * C columns of one matrix and M rows of x, for which each byte of a is read once:
 // C lanes side by side read 4 columns each of one k, the lanes beyond them the next k. The sum over the splits is left
 // to whoever reads u. INDEXED: a is [adapters, K, R], row m takes adapter idx[m] (none where negative) and the first
 // ranks[idx[m]] columns; a threadgroup serves the rows of one adapter, the first of them in charge.
@@ -41,15 +41,20 @@ const int column = (threadgroup_position_in_grid.y % tiles) * 4 * C;
 const int step = (K + SPLITS - 1) / SPLITS;
 const int begin = split * step, end = min(K, begin + step);
 const int z = threadgroup_position_in_grid.z;
+int total = TILED ? 1 : M;
+for (int d = 0; TILED && d < x_ndim - 1; d++) total *= x_shape[d];
+const int m0 = min(int(threadgroup_position_in_grid.x) * M, total - M);
+const int first = threadgroup_position_in_grid.x * M - m0;  // the rows before belong to another threadgroup
 threadgroup float part[NSG * C * 4 * M];
 
 // MLX passes the shapes that the text names: a0_shape, a1_shape, a2_shape, a3_shape.
 #ifdef INDEXED
 const int p = z / M, leader = z % M;
-const int id = idx[leader];
+const int id = idx[m0 + leader];
+if (leader < first) return;
 uint rows = 0;
-for (int m = 0; m < M; m++) {
-  if (idx[m] != id) continue;
+for (int m = first; m < M; m++) {
+  if (idx[m0 + m] != id) continue;
   if (m < leader) return;  // another threadgroup is in charge; all threads of this one leave
   rows |= 1u << m;
 }
@@ -58,14 +63,14 @@ for (int m = 0; m < M; m++) {
 #define RANK(a) id < 0 ? 0 : min(int(ranks[id]), a##_shape[2])
 #else
 const int p = z;
-const uint rows = (1u << M) - 1;
+const uint rows = (1u << M) - (1u << first);
 #define A(a) a
 #define WIDTH(a) a##_shape[1]
 #define RANK(a) a##_shape[1]
 #endif
 #define SHRINK(a, OFFSET)                                                                                   \
-  shrink<T, M, C, NSG>(A(a), x, u + size_t(split) * M * U + (OFFSET), part, rows, RANK(a), WIDTH(a), U, K, \
-                       begin, end, column, lane, sg)
+  shrink<T, M, C, NSG>(A(a), x + size_t(m0) * K, u + (size_t(split) * total + m0) * U + (OFFSET), part, rows, \
+                       RANK(a), WIDTH(a), U, K, begin, end, column, lane, sg)
 
 if (p == 0) SHRINK(a0, 0);
 #if NPROJ > 1

@@ -8,6 +8,8 @@
 //@body
 const int N = b_shape[1];
 const int lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup;
+const int total = TILED ? u_shape[1] : M, first = threadgroup_position_in_grid.x * M;
+const int m0 = min(first, total - M);
 const int n0 = (threadgroup_position_in_grid.y * NSG + sg) * ROWS;
 
 // scale * u of the gate, then of the up projection.
@@ -15,7 +17,7 @@ threadgroup float low[2 * M * R];
 for (int e = sg * 32 + lane; e < 2 * M * R; e += NSG * 32) {
   const int side = e / (M * R), m = e / R % M, j = e % R;
   float sum = 0;
-  for (int s = 0; s < SPLITS; s++) sum += u[(size_t(s) * M + m) * u_shape[2] + offset[side] + j];
+  for (int s = 0; s < SPLITS; s++) sum += u[(size_t(s) * total + m0 + m) * u_shape[2] + offset[side] + j];
   low[e] = float(scale[side]) * sum;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -24,8 +26,8 @@ if (rows <= 0) return;
 
 float gate[M * ROWS], up[M * ROWS];
 for (int i = 0; i < M * ROWS; i++) gate[i] = up[i] = 0;
-add_products<BITS, GROUP, M, ROWS>(STORED(w, scales, biases), x, n0, rows, K, lane, gate);
-add_products<BITS, GROUP, M, ROWS>(STORED(w2, scales2, biases2), x, n0, rows, K, lane, up);
+add_products<BITS, GROUP, M, ROWS>(STORED(w, scales, biases), x + size_t(m0) * K, n0, rows, K, lane, gate);
+add_products<BITS, GROUP, M, ROWS>(STORED(w2, scales2, biases2), x + size_t(m0) * K, n0, rows, K, lane, up);
 
 const int mine = lane % ROWS;
 if (mine < rows) {
@@ -50,5 +52,5 @@ for (int i = 0; i < M * ROWS; i++) {
   }
 }
 const int m = lane / ROWS;
-if (m >= M || mine >= rows) return;
-y[size_t(m) * N + n0 + mine] = T(g / (1.0f + exp(-g)) * h);
+if (m >= M || mine >= rows || m0 + m < first) return;
+y[size_t(m0 + m) * N + n0 + mine] = T(g / (1.0f + exp(-g)) * h);

@@ -5,9 +5,9 @@ name) runs it where ``registry.enabled`` says so, and its reference everywhere e
 """
 
 from .dora_norm import dora_norm
-from .lora_qmv import MAX_RANK, MAX_ROWS, base_qmv, lora_qmv
+from .lora_qmv import MAX_RANK, base_qmv, lora_qmv
 from .lora_rows import lora_rows
-from .lora_shrink import lora_shrink
+from .lora_shrink import MAX_ROWS, lora_shrink
 from .lora_swiglu import lora_swiglu
 from .nf4_dequantize import nf4_dequantize
 from .registry import checkpointed, enabled, exportable, with_backward

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from .lora_shrink import tiles
 from .registry import Launch, enabled, maker, with_reference
 from .stored import Form, Stored
 
-MAX_ROWS = 8
-MAX_RANK = 256  # M * rank floats lie in threadgroup memory
-_ROWS = 4  # rows of W to a simdgroup
+MAX_RANK = 256  # 8 * rank floats lie in threadgroup memory
+_ROWS = 4  # rows of W to a simdgroup; each of its 32 lanes writes one number of at most 8 rows of x
 
 
 def lora_qmv(
@@ -124,13 +124,15 @@ def rows_launch(
 ) -> Launch:
     """The launch of a kernel from x [M, K] to y [M, N], with ``rows`` columns of y per simdgroup."""
     M, K, R, N = sizes
-    constants = {"T": dtype, "BITS": form.bits, "GROUP": form.group_size, "M": M, "K": K, "R": R, "SPLITS": splits}
+    count, M = tiles(M)
+    constants = {"T": dtype, "BITS": form.bits, "GROUP": form.group_size, "M": M, "TILED": int(count > 1)}
+    constants |= {"K": K, "R": R, "SPLITS": splits, "ROWS": rows, "NSG": simdgroups}
     return Launch(
         name,
         names,
         ("y", dtype),
         defines=(*form.defines(names), *defines),
-        constants=constants | {"ROWS": rows, "NSG": simdgroups},
-        groups=(1, -(-N // (rows * simdgroups)), 1),
+        constants=constants,
+        groups=(count, -(-N // (rows * simdgroups)), 1),
         threadgroup=(32, simdgroups, 1),
     )

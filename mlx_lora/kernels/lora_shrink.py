@@ -9,7 +9,8 @@ import mlx.core as mx
 
 from .registry import Launch, enabled, maker, with_backward
 
-MAX_ROWS = 8  # rows of x; for more a matrix product is faster
+MAX_ROWS = 32  # rows of x; for more a matrix product is faster
+_TILE = 8  # rows of x to a threadgroup, whose sums fit in registers
 MAX_MATRICES = 4
 
 
@@ -64,6 +65,15 @@ def _reference(count: int, x: mx.array, *arrays: mx.array) -> mx.array:
     return mx.concatenate(parts, axis=-1)[None]
 
 
+def tiles(M: int) -> tuple[int, int]:
+    """Into how many threadgroups M rows of x are divided, and the rows of each; the last one may repeat some.
+
+    The rows of each are a constant of the kernel, and M is not: MLX compiles 12 kernels for all M up to MAX_ROWS.
+    """
+    count = -(-M // _TILE)
+    return count, -(-M // count)
+
+
 def splits(K: int) -> int:
     """Into how many parts K is split, so that a few columns keep enough threads busy."""
     return max(1, min(8, K // 1024))
@@ -79,14 +89,17 @@ def _metal(count: int, x: mx.array, *arrays: mx.array) -> mx.array:
 def shrink_launch(make: Callable, widths: tuple[int, ...], indexed: bool, dtype: mx.Dtype, M: int, K: int) -> Launch:
     """The launch for matrices of these ranks. make: ``maker()``."""
     lanes = next((c for c in (1, 2, 4, 8) if 4 * c >= max(widths)), 16)  # side by side on the columns of one k
-    tiles, parts, simdgroups = -(-max(widths) // (4 * lanes)), splits(K), 8
+    columns, parts, simdgroups = -(-max(widths) // (4 * lanes)), splits(K), 8
+    count, rows = tiles(M)
     names = ("x", *(f"a{i}" for i in range(len(widths))), *(("idx", "ranks") if indexed else ()))
+    constants = {"T": dtype, "M": rows, "TILED": int(count > 1), "K": K, "C": lanes, "NSG": simdgroups}
+    constants |= {"SPLITS": parts, "U": sum(widths)}
     return Launch(
         "lora_shrink",
         names,
         ("u", mx.float32),
         defines=(f"NPROJ {len(widths)}", *(["INDEXED"] if indexed else [])),
-        constants={"T": dtype, "M": M, "K": K, "C": lanes, "NSG": simdgroups, "SPLITS": parts, "U": sum(widths)},
-        groups=(1, parts * tiles, len(widths) * (M if indexed else 1)),
+        constants=constants,
+        groups=(count, parts * columns, len(widths) * (rows if indexed else 1)),
         threadgroup=(32, simdgroups, 1),
     )

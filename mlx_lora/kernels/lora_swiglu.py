@@ -8,6 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from .lora_qmv import rows_launch
+from .lora_shrink import tiles
 from .registry import Launch, enabled, maker, with_reference
 from .stored import Form, Stored
 
@@ -66,4 +67,4 @@ def swiglu_launch(
 ) -> Launch:
     """The launch for these inputs; arguments as of ``lora_qmv.qmv_launch``."""
     # Two sets of sums: with many rows of x, fewer rows of the weights fit in registers.
-    return rows_launch("lora_swiglu", names, form, dtype, sizes, splits, 4 if sizes[0] <= 4 else 2, 4, [])
+    return rows_launch("lora_swiglu", names, form, dtype, sizes, splits, 4 if tiles(sizes[0])[1] <= 4 else 2, 4, [])

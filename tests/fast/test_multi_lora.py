@@ -61,7 +61,7 @@ def answers(model, tokens) -> mx.array:
 @pytest.mark.parametrize("quantize", [None, QUANTIZED], ids=["dense", "4bit"])
 def test_each_row_as_if_alone(backend, quantize):
     model, adapters = make(quantize)
-    names = ["two", None, "one", "three", "one"]
+    names = ["two", None, "one", "three", "one", "two", "three", None, "two"]
     tokens = mx.random.randint(0, 96, (len(names), 11))
     expected = []
     for row, name in enumerate(names):
@@ -82,14 +82,15 @@ def test_each_row_as_if_alone(backend, quantize):
     assert_close(answers(model, tokens[1:2]), expected[1], 1e-5, "unmounted")
 
 
-def test_launches(monkeypatch):
-    """As many as one adapter takes, however many there are."""
+@pytest.mark.parametrize("rows", [4, 9, 16, 32])
+def test_launches(monkeypatch, rows):
+    """As many as one adapter takes, however many adapters and rows there are."""
     model, adapters = make()
     del adapters["three"]
     monkeypatch.setenv("MLX_LORA_KERNELS", "on")
-    base = launches(lambda t: model(t), mx.zeros((4, 1), mx.int32)).total()
-    MultiLoRA(model, adapters).choose(["one", "two", None, "one"])
-    assert launches(lambda t: model(t), mx.zeros((4, 1), mx.int32)).total() - base == 3 * 4
+    base = launches(lambda t: model(t), mx.zeros((rows, 1), mx.int32)).total()
+    MultiLoRA(model, adapters).choose((["one", "two", None, "one"] * 8)[:rows])
+    assert launches(lambda t: model(t), mx.zeros((rows, 1), mx.int32)).total() - base == 3 * 4
 
 
 def test_what_does_not_fit_is_named():

@@ -71,7 +71,7 @@ def test_dequantize(dtype):
 
 
 @needs_emulator
-@pytest.mark.parametrize(("M", "ranks"), [(8, [9, 1, 30, 4]), (5, [129]), (3, [3, 7, 64])], ids=str)
+@pytest.mark.parametrize(("M", "ranks"), [(8, [9, 1, 30, 4]), (5, [129]), (3, [3, 7, 64]), (17, [4, 2])], ids=str)
 def test_ranks_and_rows(M, ranks):
     with mslemu.installed_cuda():
         check(M, 33, 96, ranks, F16, "affine4g32", bias=True)
@@ -85,7 +85,7 @@ def test_odd_shapes_and_splits(N, K):
 
 
 @needs_emulator
-@pytest.mark.parametrize("index", [[-1], [2, 0, 2, -1], [1] * 8], ids=str)
+@pytest.mark.parametrize("index", [[-1], [2, 0, 2, -1], [1] * 8, [2, 0, 1, -1, 0, 0, 2, 2, -1]], ids=str)
 def test_many_adapters(index):
     with mslemu.installed_cuda():
         check_many(index, BF16)

@@ -33,9 +33,15 @@ def test_every_dtype(backend, storage, dtype):
     check(2, 70, 192, [16], dtype, storage, bias=True, gain=True)
 
 
-@pytest.mark.parametrize("M", range(1, 9))
+@pytest.mark.parametrize("M", [*range(1, 10), 15, 16, 17, 25, 31, 32])
 def test_rows(backend, M):
-    check(M, 45, 128, [4, 8], mx.float16, "affine4g64", bias=True)
+    dtype = DTYPES[M % 3]
+    check(M, 45, 128, [4, 8], dtype, "affine4g64", bias=True)
+    if M > 8:
+        check(M, 13, 1100, [3], DTYPES[(M + 1) % 3], "dense", gain=True)
+        check_swiglu(M, 13, 64, 3, DTYPES[(M + 2) % 3], "affine4g32")
+        check_many([(3 * m * m) % 5 - 1 for m in range(M)], dtype)
+        check_many([m % 2 - 1 for m in range(M)], dtype)
 
 
 @pytest.mark.parametrize("ranks", [[1], [3, 7], [16, 2, 5], [9, 1, 30, 4], [64], [100, 33], [129]], ids=str)
@@ -118,11 +124,11 @@ def test_gradients(backend):
 
 
 def test_bytes_are_read_once(backend):
-    """Each byte of W, A and b by one thread of the whole launch; x and the scales come from the cache."""
+    """Each byte of W, A and b by one thread for 8 rows of x; x and the scales come from the cache."""
     if backend != "emulated":
         pytest.skip("counted by the emulator")
     mx.random.seed(0)
-    for M, index in ((1, None), (4, None), (4, [1, 0, 1, -1])):
+    for M, index in ((1, None), (4, None), (4, [1, 0, 1, -1]), (16, [1, 0, 1, -1] * 4)):
         base, x = make_stored("affine4g64", 512, 2048, mx.float16), normal((M, 2048), mx.float16)
         shape = (2,) if index else ()
         a = [normal((*shape, 2048, 16), mx.float16) for _ in range(3)]
@@ -134,8 +140,8 @@ def test_bytes_are_read_once(backend):
         lora_qmv(x, base, u, b, mx.ones(2 if index else 1), mx.array([32], mx.int32), **many)
         shrink, qmv = (entry.buffers for entry in mslemu.log)
         for buffers, name in ((shrink, "a0"), (shrink, "a1"), (shrink, "a2"), (qmv, "w"), (qmv, "b")):
-            assert buffers[name]["read"] == buffers[name]["nbytes"], name
-        assert qmv["w"]["group_lines"] == qmv["w"]["lines"], "a line of W is fetched by one threadgroup"
+            assert buffers[name]["read"] == -(-M // 8) * buffers[name]["nbytes"], name
+        assert qmv["w"]["group_lines"] == -(-M // 8) * qmv["w"]["lines"], "a line of W is fetched by one threadgroup"
 
 
 def test_loads_are_coalesced(backend, monkeypatch):

@@ -41,6 +41,18 @@ def padded():
     check_many([2, 1], mx.float32, padding=float("nan"))
 
 
+def tiled():
+    check(9, 9, 64, [2], mx.float32, "dense")
+
+
+def many_tiled():
+    check_many([2, 0, 2, -1, 0, 0, 2, 2, -1], mx.float32)
+
+
+def swiglu_tiled():
+    check_swiglu(9, 9, 64, 3, mx.float32, "affine4g32")
+
+
 def odd_bits():
     check(1, 9, 96, [2], mx.float32, "affine5g32")
 
@@ -129,6 +141,18 @@ MUTANTS = {
         ("the last split is not clamped", "min(K, begin + step)", "begin + step", unequal),
         ("rank beyond a narrow matrix", "min(int(ranks[id]), a##_shape[2])", "int(ranks[id])", last),
         ("adapters of the wrong stride", "size_t(id) * K * a##_shape[2]", "size_t(id) * K", many),
+        ("rows past the last one", "* M, total - M)", "* M, total)", tiled),
+        ("rows written twice", "(1u << M) - (1u << first)", "(1u << M) - 1", tiled),
+        ("rows of adapters written twice", "int m = first; m < M", "int m = 0; m < M", many_tiled),
+        ("the adapter of another tile", "idx[m0 + m] != id", "idx[m] != id", many_tiled),
+        ("x of another tile", "x + size_t(m0) * K", "x", tiled),
+        ("u of another tile", "split) * total + m0) * U", "split) * total) * U", tiled),
+        (
+            "the splits of one tile",
+            "size_t(split) * total",
+            "size_t(split) * M",
+            lambda: check(9, 6, 2080, [4], mx.float32, "dense"),
+        ),
     ],
     "lora_qmv": [
         ("no barrier before u is read", BARRIER, "", one),
@@ -145,7 +169,7 @@ MUTANTS = {
         ("guard off by one", "min(ROWS, N - n0)", "min(ROWS, N + 1 - n0)", one),
         ("the last row is left out", "min(ROWS, N - n0)", "min(ROWS, N - 1 - n0)", one),
         ("accumulator not cleared", "sum[i] = 0;", ";", one),
-        ("every lane stores", "if (m >= M || mine >= rows) return;", "", one),
+        ("every lane stores", "if (m >= M || mine >= rows || m0 + m < first) return;", "", one),
         (
             "simd_sum where lanes differ",
             "const float total = simd_sum(sum[i]);",
@@ -166,8 +190,8 @@ MUTANTS = {
         ("too much threadgroup memory", "low[M * R]", "low[M * R + 8192]", one),
         (
             "rank of the adapter ignored",
-            "bool first = id >= 0 && j < ranks[id]",
-            "bool first = id >= 0",
+            "bool leads = id >= 0 && j < ranks[id]",
+            "bool leads = id >= 0",
             padded,
         ),
         ("scale of another adapter", "float(scale[id])", "float(scale[0])", many),
@@ -189,7 +213,25 @@ MUTANTS = {
             "value = float(T(value)) * float(gain[n0 + mine]);",
             rounding,
         ),
-        ("rows of one adapter added twice", "first = first && idx[l] != id;", ";", many),
+        ("rows past the last one", "min(first, total - M)", "first", tiled),
+        ("rows written twice", " || m0 + m < first", "", tiled),
+        ("u of another tile", "total + m0 + m)", "total + m)", tiled),
+        ("x of another tile", "x + size_t(m0) * K", "x", tiled),
+        ("y of another tile", "y[size_t(m0 + m) * N", "y[size_t(m) * N", tiled),
+        (
+            "the scale of another tile",
+            "const int id = idx[m0 + m];\n  const",
+            "const int id = idx[m];\n  const",
+            many_tiled,
+        ),
+        (
+            "the adapter of another tile",
+            "const int id = idx[m0 + m];\n      bool",
+            "const int id = idx[m];\n      bool",
+            many_tiled,
+        ),
+        ("rows of another tile share", "i == mine && idx[m0 + l] == id", "i == mine && idx[l] == id", many_tiled),
+        ("rows of one adapter added twice", "leads = leads && idx[m0 + l] != id;", ";", many),
     ],
     "lora_swiglu": [
         ("no barrier before u is read", BARRIER, "", swiglu),
@@ -209,9 +251,14 @@ MUTANTS = {
         ("u past its end", "low[(M + m) * R + j]", "low[(M + m + 1) * R + j]", swiglu),
         ("b past its end", "b2[size_t(j) * N + n0 + mine]", "b2[size_t(j + 1) * N + n0 + mine]", swiglu),
         ("accumulator not cleared", "gate[i] = up[i] = 0;", "gate[i] = 0;", swiglu),
+        ("rows past the last one", "min(first, total - M)", "first", swiglu_tiled),
+        ("rows written twice", " || m0 + m < first", "", swiglu_tiled),
+        ("u of another tile", "total + m0 + m)", "total + m)", swiglu_tiled),
+        ("x of another tile", "scales2, biases2), x + size_t(m0) * K", "scales2, biases2), x", swiglu_tiled),
+        ("y of another tile", "y[size_t(m0 + m) * N", "y[size_t(m) * N", swiglu_tiled),
         ("silu of the wrong side", "g / (1.0f + exp(-g)) * h", "h / (1.0f + exp(-h)) * g", swiglu),
         ("no minus", "exp(-g)", "exp(g)", swiglu),
-        ("every lane stores", "if (m >= M || mine >= rows) return;", "", swiglu),
+        ("every lane stores", "if (m >= M || mine >= rows || m0 + m < first) return;", "", swiglu),
         (
             "simd_sum where lanes differ",
             "const float total = simd_sum(gate[i])",

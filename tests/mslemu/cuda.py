@@ -1,7 +1,8 @@
 """The stand-in for ``mx.fast.cuda_kernel``, which MLX without CUDA refuses to make: the source is written here.
 
 As MLX's ``backend/cuda/custom_kernel.cpp`` writes it: header and body between MLX's own includes, an input as a pointer
-whatever its dimensions, its shape by value where the body names it, template arguments as constants in the body.
+whatever its dimensions, its shape and their number by value where the body names them, template arguments as constants
+in the body.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ class CudaKernel:
                 # The rest is MLX's to fill: nobody may read it.
                 shape = np.array([*array.shape, *[-(2**30)] * (MAX_DIMENSIONS - array.ndim)], np.int32)
                 parameters.append(("const __grid_constant__ Shape", name + "_shape", shape, False))
+            if name + "_ndim" in self._source:
+                ndim = np.array([array.ndim], np.int32)
+                parameters.append(("const __grid_constant__ int", name + "_ndim", ndim, False))
         for name, shape, dtype in zip(self._outputs, output_shapes, output_dtypes, strict=True):
             parameters.append((f"{TYPES[dtype]}*", name, empty(shape, dtype), True))
         for name, value in template:
@@ -64,7 +68,8 @@ class CudaKernel:
         """Fill the outputs among ``parameters``, (type, name, array, is it an output?) each."""
         arguments = []
         for i, (type_, *_) in enumerate(parameters):
-            pointer = type_ if type_.endswith("*") else "const mlx::core::cu::Shape*"
+            by_value = {"Shape": "const mlx::core::cu::Shape*", "int": "const int*"}
+            pointer = by_value.get(type_.rpartition(" ")[2], type_)
             arguments.append(f"{'' if pointer == type_ else '*'}({pointer})b[{i}]")
         built = build(
             rewrite_threadgroup(text, "__shared__", "MSL_SHARED")

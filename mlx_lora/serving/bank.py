@@ -46,7 +46,6 @@ class AdapterBank:
         self._slots: list[Key] = []  # the adapters in _multi
         self._mounted: Key | None = None  # the one that is mounted alone
         self._clock = 0
-        self.drops = 0  # how many adapters left the memory, or were replaced
         self.lock = threading.RLock()  # held while the model is changed, and by the engine while it computes
         self._own = adapters_on(model) or state_of(model) is not None
         self._identity = identity(model)
@@ -86,7 +85,7 @@ class AdapterBank:
             path = None if isinstance(adapter, Adapter) else Path(adapter)
             pinned = pinned or (name in self._sources and self._sources[name].pinned)
             self._sources[name] = Source(None if path else adapter, path, pinned)
-            self._drop(name)
+            self._residents.pop(name, None)
 
     def pin(self, name: str) -> None:
         """Never drop ``name`` from memory once it is there. Raises: AdapterError: unknown."""
@@ -112,7 +111,7 @@ class AdapterBank:
             if name not in self:
                 raise self._unknown(name)
             self._sources.pop(name, None)
-            self._drop(name)
+            self._residents.pop(name, None)
 
     # Adapters in use.
 
@@ -134,7 +133,7 @@ class AdapterBank:
             if adapter is not None:
                 with self._bare(), self._named(name, source.path):
                     alone = why_alone(self._model, adapter)
-                self._drop(name)
+                self._residents.pop(name, None)
                 found = self._residents[name] = Resident(name, self._clock, adapter, alone, signature)
             found.used = self._clock
             self._evict(keep=found)
@@ -225,10 +224,7 @@ class AdapterBank:
             if total <= self.memory_limit:
                 break
             total -= resident.adapter.nbytes
-            self._drop(resident.name)
-
-    def _drop(self, name: str) -> None:
-        self.drops += self._residents.pop(name, None) is not None
+            self._residents.pop(resident.name)
 
     @contextmanager
     def _bare(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
-"""Keys and values that are kept for requests that begin alike, in mlx-lm's ``LRUPromptCache``.
+"""Keys and values that are kept for requests that begin alike, in mlx-lm's ``LRUPromptCache``: one for each adapter.
 
-They are those of one adapter, in one version: another adapter's, or those of the weights before a reload, are never
-found. Once the bank has dropped an adapter, what was kept for it is dropped too.
+Another adapter's, or those of the weights before a reload, are never found. Once the bank has dropped an adapter, what
+was kept for it is dropped too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from .bank import AdapterBank
 from .requests import Row
+from .residents import Key
 
 
 class KeptPrompts:
@@ -22,51 +23,56 @@ class KeptPrompts:
     """
 
     def __init__(self, bank: AdapterBank, size: int, nbytes: int):
-        from mlx_lm.models.cache import LRUPromptCache
-
-        self._bank, self._drops = bank, bank.drops
-        self._kept = LRUPromptCache(size, nbytes)
+        self._bank, self._size, self._nbytes = bank, size, nbytes
+        self._kept: dict[Key | None, Any] = {}  # by version of an adapter, the one that was used longest ago first
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return sum(map(len, list(self._kept.values())))
 
     @property
     def nbytes(self) -> int:
-        return self._kept.nbytes
+        return sum(kept.nbytes for kept in list(self._kept.values()))  # a copy: other threads ask too
 
     def fetch(self, row: Row) -> tuple[list | None, list[int]]:
         """(a cache for ``row`` or None, the tokens with which the row begins and that the cache holds)."""
         before = row.tokens[:-1]  # the model must read one token at least
-        if not before:
+        if not before or row.key not in self._kept:
             return None, []
-        cache, rest = self._kept.fetch_nearest_cache(_key(row), before)
+        cache, rest = self._of(row.key).fetch_nearest_cache(_options(row), before)
         return cache, before[: len(before) - len(rest)] if cache is not None else []
 
     def keep(self, row: Row, tokens: Sequence[int], cache: list, is_prompt: bool = False) -> None:
         """Keep the keys and values of ``tokens``, of the prompt alone or with the answer."""
         if row.resident is None or self._bank.has(row.resident.key):
-            self._kept.insert_cache(_key(row), list(tokens), cache, cache_type="user" if is_prompt else "assistant")
+            kind = "user" if is_prompt else "assistant"
+            self._of(row.key).insert_cache(_options(row), list(tokens), cache, cache_type=kind)
+            self.trim_to(self._size, self._nbytes)
 
-    def trim_to(self, **limits: int) -> None:
-        """Drop the oldest, down to ``n_sequences`` or ``n_bytes``."""
-        self._kept.trim_to(**limits)
+    def trim_to(self, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
+        """Drop the oldest of the adapter that was used longest ago, until no more than these are left."""
+        for key, kept in list(self._kept.items()):
+            while len(kept) and (
+                (n_sequences is not None and len(self) > n_sequences) or (n_bytes is not None and self.nbytes > n_bytes)
+            ):
+                kept.trim_to(n_sequences=len(kept) - 1)
+            if not len(kept):
+                del self._kept[key]
 
     def drop_stale(self) -> None:
         """Drop what was kept for adapters that the bank no longer has."""
-        if self._bank.drops == self._drops:
-            return
-        self._drops = self._bank.drops
-        kept = self._kept
-        for entries in kept._lru._lrus.values():  # mlx-lm has no way to drop those of one model
-            for model, tokens in [e for e in entries if e[0][0] is not None and not self._bank.has(e[0][0])]:
-                entry = kept._trie.pop(model, tokens)
-                kept._n_bytes -= entry.nbytes
-                kept._n_bytes_by_type[entry.cache_type] -= entry.nbytes
-                entries.remove((model, tokens))
+        for key in [key for key in self._kept if key is not None and not self._bank.has(key)]:
+            del self._kept[key]
+
+    def _of(self, key: Key | None) -> Any:
+        """What is kept for an adapter, which is now the one that was used last."""
+        from mlx_lm.models.cache import LRUPromptCache
+
+        self._kept[key] = self._kept.pop(key, None) or LRUPromptCache(self._size, self._nbytes)
+        return self._kept[key]
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    """What must be equal for keys and values to be."""
+def _options(row: Row) -> tuple[Any, ...]:
+    """What must be equal, besides the adapter, for keys and values to be."""
     config = row.request.config
     quantized = config.kv_bits and (config.kv_bits, config.kv_group_size, config.quantized_kv_start)
-    return row.key, quantized, config.max_kv_size, config.draft_model
+    return quantized, config.max_kv_size, config.draft_model

@@ -161,8 +161,7 @@ def test_a_folder_written_again_is_used_by_new_requests_only(served, alone, adap
 
 
 def kept_for(engine, name: str) -> set:
-    entries = (entry for entries in engine.prompt_cache._kept._lru._lrus.values() for entry in entries)
-    return {model[0] for model, _ in entries if model[0] and model[0][0] == name}
+    return {key for key in list(engine.prompt_cache._kept) if key is not None and key[0] == name}
 
 
 @pytest.mark.parametrize("name", ["plain", "head"])

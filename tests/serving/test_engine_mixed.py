@@ -185,3 +185,12 @@ def test_kept_prompts_of_an_adapter_that_is_gone_are_dropped(small):
         pieces = list(engine.stream(Request(tokens(30), GenerateConfig(max_tokens=4), name)))
         assert (pieces[-1].cached_tokens > 0) == cached
     engine.close()
+
+
+def test_the_kept_prompts_of_the_adapter_that_was_used_longest_ago_are_dropped_first(small):
+    engine = engine_of(*small, prompt_cache_size=3)
+    config = GenerateConfig(max_tokens=4)
+    cached = lambda name: list(engine.stream(Request(tokens(30), config, name)))[-1].cached_tokens > 0  # noqa: E731
+    assert [cached(name) for name in ("a0", "a1", None, "a0", "a2")] == [False, False, False, True, False]
+    assert len(engine.prompt_cache) == 3 and [cached(name) for name in ("a0", None, "a2", "a1")] == [True] * 3 + [False]
+    engine.close()

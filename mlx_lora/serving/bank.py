@@ -17,12 +17,12 @@ import mlx.nn as nn
 
 from ..adapter import Adapter
 from ..base.origin import base_of
-from ..errors import AdapterError, MLXLoRAError
+from ..errors import AdapterError
 from ..formats import detect_format, load_adapter
 from ..model.attach import adapters_on, mount, unmount
 from ..model.multi import MultiLoRA, why_alone
 from ..model.state import identity, state_of
-from .residents import Key, Listed, Resident, Source, is_adapter, signature_of
+from .residents import AdapterFolder, Key, Listed, Resident, Source, errors_by_name, signature_of
 
 
 class AdapterBank:
@@ -39,6 +39,7 @@ class AdapterBank:
         base = base_of(model)
         self._base = base.folder if base else None
         self.folder = None if folder is None else Path(folder)
+        self._in_folder = None if folder is None else AdapterFolder(self.folder)
         self._sources: dict[str, Source] = {}
         self._residents: dict[str, Resident] = {}
         self._in_use: dict[Key, Resident] = {}  # also older versions
@@ -47,6 +48,7 @@ class AdapterBank:
         self._mounted: Key | None = None  # the one that is mounted alone
         self._clock = 0
         self.lock = threading.RLock()  # held while the model is changed, and by the engine while it computes
+        self._reading = threading.Lock()  # held while an adapter is read, so that requests at once read it once
         self._own = adapters_on(model) or state_of(model) is not None
         self._identity = identity(model)
 
@@ -63,12 +65,12 @@ class AdapterBank:
         return list(self._sources)
 
     def listed(self) -> list[Listed]:
-        """All adapters, for a list of models."""
-        with self.lock:
-            return [self._list(name) for name in self.names]
+        """All adapters, for a list of models. Needs no lock either."""
+        known = {name: Source(path=self.folder / name) for name in self.in_folder()} | dict(self._sources)
+        return [self._list(name, source) for name, source in sorted(known.items())]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._sources or name in self.in_folder()
+        return name in self._sources or (self._in_folder is not None and name in self._in_folder)
 
     def add(self, name: str, adapter: Adapter | str | Path, pinned: bool = False) -> None:
         """Register ``adapter``, or the one in that folder, as ``name``. A folder is read when it is first used.
@@ -120,32 +122,46 @@ class AdapterBank:
 
         Raises: AdapterError: unknown, or not for this model; FormatError.
         """
-        with self.lock:
-            self._check_free()
-            source, found = self._source(name), self._residents.get(name)
-        signature, adapter = signature_of(source.path), None
-        if found is None or (source.path is not None and signature != found.signature):  # without holding up the engine
-            with self._named(name, source.path):
-                adapter = source.adapter or load_adapter(source.path, base=self._base)
-                mx.eval(list(adapter.weights.values()))
+        self._check_free()
+        if (found := self._in_memory(name)) is None:
+            with self._reading:
+                found = self._in_memory(name) or self._read(name)
         with self.lock:
             self._clock += 1
-            if adapter is not None:
-                with self._bare(), self._named(name, source.path):
-                    alone = why_alone(self._model, adapter)
-                self._residents.pop(name, None)
-                found = self._residents[name] = Resident(name, self._clock, adapter, alone, signature)
             found.used = self._clock
             self._evict(keep=found)
-            return found
+        return found
 
     def acquire(self, name: str) -> Resident:
         """``load``, for a row that keeps this version until ``release``."""
+        found = self.load(name)
         with self.lock:
-            found = self.load(name)
             found.rows += 1
             self._in_use[found.key] = found
-            return found
+        return found
+
+    def _in_memory(self, name: str) -> Resident | None:
+        """Adapter ``name`` as its source is now, if it is in memory. Raises: AdapterError: unknown."""
+        source, found = self._source(name), self._residents.get(name)
+        same = found is not None and (source.path is None or signature_of(source.path) == found.signature)
+        return found if same else None
+
+    def _read(self, name: str) -> Resident:
+        """Read adapter ``name``; the engine goes on meanwhile. What was in memory of that name is replaced."""
+        while True:
+            known, source = self._sources.get(name), self._source(name)
+            signature = signature_of(source.path)  # before reading: a later change is found by the next request
+            with errors_by_name({source.path: name, self._base: self._base and Path(self._base).name}):
+                adapter = source.adapter or load_adapter(source.path, base=self._base)
+                mx.eval(list(adapter.weights.values()))
+                with self.lock:
+                    if self._sources.get(name) is not known:  # the name was given to another adapter meanwhile
+                        continue
+                    with self._bare():
+                        alone = why_alone(self._model, adapter)
+                    self._clock += 1
+                    self._residents[name] = Resident(name, self._clock, adapter, alone, signature)
+                    return self._residents[name]
 
     def release(self, resident: Resident) -> None:
         """A row that used ``resident`` has ended."""
@@ -214,12 +230,13 @@ class AdapterBank:
         """Drop the adapters that were not used for longest, down to the limit."""
         if self.memory_limit is None:
             return
+        pinned = {name for name, source in self._sources.items() if source.pinned}
         idle = [
             r
             for r in self._residents.values()
-            if r is not keep and r.rows == 0 and r.key != self._mounted and not self._source(r.name).pinned
+            if r is not keep and r.rows == 0 and r.key != self._mounted and r.name not in pinned
         ]
-        total = sum(resident.adapter.nbytes for resident in self._residents.values())
+        total = sum({r.key: r.adapter.nbytes for r in (*self._in_use.values(), *self._residents.values())}.values())
         for resident in sorted(idle, key=lambda r: r.used):
             if total <= self.memory_limit:
                 break
@@ -239,17 +256,6 @@ class AdapterBank:
                 self._multi.mount()
             self._identity = identity(self._model)
 
-    @contextmanager
-    def _named(self, name: str, path: Path | None) -> Iterator[None]:
-        """A context whose errors say names in place of folders, as servers show them to anyone."""
-        try:
-            yield
-        except MLXLoRAError as error:
-            told = [error.message, error.hint]
-            for folder, shown in ((path, name), (self._base, self._base and Path(self._base).name)):
-                told = [text and text.replace(str(folder), shown) for text in told] if folder else told
-            raise type(error)(*told) from None
-
     def _check_free(self) -> None:
         if self._own:
             raise AdapterError(
@@ -257,10 +263,11 @@ class AdapterBank:
             )
 
     def _source(self, name: str) -> Source:
-        if name in self._sources:
-            return self._sources[name]
-        if name in self.in_folder():
+        if (source := self._sources.get(name)) is not None:
+            return source
+        if name in self:
             return Source(path=self.folder / name)
+        self._residents.pop(name, None)  # its folder is gone
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> AdapterError:
@@ -268,12 +275,10 @@ class AdapterBank:
 
     def in_folder(self) -> list[str]:
         """The adapters in the folder, by name. Its own subfolders only, and no links out of it."""
-        if self.folder is None or not self.folder.is_dir():
-            return []
-        return sorted(path.name for path in self.folder.iterdir() if is_adapter(path))
+        return [] if self._in_folder is None else self._in_folder.names
 
-    def _list(self, name: str) -> Listed:
-        source, found = self._source(name), self._residents.get(name)
+    def _list(self, name: str, source: Source) -> Listed:
+        found = self._residents.get(name)
         path = str(source.path) if source.path else None
         if found is None:
             return Listed(name, path, False, source.pinned)

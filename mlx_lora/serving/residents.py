@@ -1,7 +1,10 @@
-"""What a bank knows of an adapter: where it comes from, and the value in memory."""
+"""What a bank knows of an adapter: where it comes from, and the value in memory; the adapters in a folder."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,15 +56,38 @@ class Listed:
     rows: int = 0
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a subfolder of the adapters' folder is an adapter. Links are not followed."""
-    if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
-        return False
-    try:
-        detect_format(path)
-    except MLXLoRAError:
-        return False
-    return True
+class AdapterFolder:
+    """The adapters that are subfolders of a folder, by their names. Links are not followed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._seen: dict[str, int] = {}  # the subfolders that were adapters, and when they had changed
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(filter(self._is_adapter, self._listed()))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._listed() and self._is_adapter(name)
+
+    def _listed(self) -> list[str]:
+        try:
+            return os.listdir(self.path)
+        except OSError:
+            return []
+
+    def _is_adapter(self, name: str) -> bool:
+        path = self.path / name
+        if name.startswith(".") or path.is_symlink() or not path.is_dir():
+            return False
+        try:
+            changed = path.stat().st_mtime_ns
+            if self._seen.get(name) != changed:
+                detect_format(path)  # reads files, too slow for each of many adapters and each request
+                self._seen[name] = changed
+        except (MLXLoRAError, OSError):
+            return False
+        return True
 
 
 def signature_of(path: Path | None) -> tuple:
@@ -73,3 +99,15 @@ def signature_of(path: Path | None) -> tuple:
         return tuple((file.name, info.st_size, info.st_mtime_ns) for file in files if (info := file.stat()))
     except OSError:
         return ()
+
+
+@contextmanager
+def errors_by_name(names: dict[str | Path | None, str | None]) -> Iterator[None]:
+    """A context whose errors say names in place of folders, as servers show them to anyone."""
+    try:
+        yield
+    except MLXLoRAError as error:
+        told = [error.message, error.hint]
+        for folder, name in names.items():
+            told = [text and text.replace(str(folder), name) for text in told] if folder else told
+        raise type(error)(*told) from None

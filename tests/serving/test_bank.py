@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import pytest
 
@@ -9,7 +14,10 @@ from conftest import make_model, shake
 from mlx_lora import save_adapter
 from mlx_lora.config import AdapterConfig
 from mlx_lora.errors import AdapterError, FormatError
+from mlx_lora.formats import load_adapter
 from mlx_lora.model.attach import adapters_on, attach, extract, unmount
+from mlx_lora.serving import bank as bank_module
+from mlx_lora.serving import residents
 from mlx_lora.serving.bank import AdapterBank
 
 TOKENS = mx.array([[1, 5, 9, 4]])
@@ -128,3 +136,98 @@ def test_a_model_with_an_adapter_takes_no_others(model):
     bank.add("one", made)
     with pytest.raises(AdapterError, match="has an adapter"):
         bank.load("one")
+
+
+def test_an_adapter_whose_folder_was_deleted_does_not_stop_the_others(model, tmp_path):
+    made = adapter(model, 1)
+    bank = AdapterBank(model, folder=tmp_path, memory_limit=made.nbytes)
+    for name in ("gone", "there"):
+        save_adapter(made, tmp_path / name, "peft")
+    bank.release(bank.acquire("gone"))
+    shutil.rmtree(tmp_path / "gone")
+    bank.release(bank.acquire("there"))
+    assert [(each.name, each.loaded) for each in bank.listed()] == [("there", True)]
+    with pytest.raises(AdapterError, match="no adapter named 'gone'"):
+        bank.acquire("gone")
+
+
+@pytest.fixture
+def slow_reads(monkeypatch):
+    """(names of the folders that are read, an event that lets the reading go on)."""
+    found, go = [], threading.Event()
+
+    def read(path, base):
+        found.append(path.name)
+        assert go.wait(120)
+        return load_adapter(path, base=base)
+
+    monkeypatch.setattr(bank_module, "load_adapter", read)
+    yield found, go
+    go.set()
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_requests_at_once_read_an_adapter_once_and_hold_nobody_up(model, tmp_path, slow_reads):
+    read, go = slow_reads
+    bank = AdapterBank(model, folder=tmp_path)
+    bank.add("warm", adapter(model, 1))
+    bank.load("warm")
+    save_adapter(adapter(model, 2), tmp_path / "cold", "peft")
+    with ThreadPoolExecutor(3) as pool:
+        acquired = [pool.submit(bank.acquire, "cold") for _ in range(3)]
+        wait_for(lambda: read)
+        bank.choose([bank.acquire("warm").key])  # as the engine does at each step
+        bank.choose([None])
+        assert not any(each.done() for each in acquired)
+        go.set()
+        (cold,) = {each.result(120) for each in acquired}
+    assert read == ["cold"] and cold.rows == 3 and bank.load("cold") is cold
+
+
+def test_a_name_that_gets_another_adapter_while_the_first_is_read(model, tmp_path, slow_reads):
+    read, go = slow_reads
+    bank = AdapterBank(model)
+    for seed, name in enumerate(("first", "second")):
+        save_adapter(adapter(model, seed), tmp_path / name, "peft")
+    bank.add("name", tmp_path / "first")
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(bank.load, "name")
+        wait_for(lambda: read)
+        bank.add("name", tmp_path / "second")
+        go.set()
+        assert loaded.result(120) is bank.load("name")
+    assert read == ["first", "second"]
+
+
+def test_a_list_of_many_adapters_looks_into_each_folder_once(model, tmp_path, monkeypatch):
+    save_adapter(adapter(model, 1), tmp_path / "a0", "peft")
+    for number in range(1, 6):
+        shutil.copytree(tmp_path / "a0", tmp_path / f"a{number}")
+    looked = []
+    monkeypatch.setattr(residents, "detect_format", lambda path: looked.append(path.name))
+    bank = AdapterBank(model, folder=tmp_path)
+    assert "a3" in bank and looked == ["a3"]
+    assert [each.name for each in bank.listed()] == bank.names == [f"a{number}" for number in range(6)]
+    assert len(looked) == 6
+    shutil.rmtree(tmp_path / "a0")
+    assert "a0" not in bank and "a0" not in bank.names
+
+
+def test_an_older_version_that_rows_use_counts_against_the_limit(model):
+    bank = AdapterBank(model)
+    adapters = [adapter(model, seed) for seed in range(3)]
+    bank.memory_limit = 2 * adapters[0].nbytes
+    bank.add("a", adapters[0])
+    bank.add("b", adapters[1])
+    bank.load("b")
+    old = bank.acquire("a")
+    bank.add("a", adapters[2])
+    bank.load("a")
+    assert {each.name for each in bank.listed() if each.loaded} == {"a"}
+    bank.release(old)

@@ -18,7 +18,7 @@ from mlx_lora.serving.requests import Request
 
 # Plain attention, sliding windows (rotating caches), a mixture of experts, recurrent layers (caches that cannot be
 # shortened), and two that mlx-lm batches wrongly.
-FAMILIES = ["llama", "qwen3", "gemma3_text", "qwen3_moe", "gpt_oss", "lfm2", "gemma2", "mamba"]
+FAMILIES = ["llama", "qwen3", "gemma3_text", "mixtral", "gpt_oss", "qwen3_5", "gemma2", "mamba"]
 
 
 class Detokenizer:

@@ -137,6 +137,7 @@ def _check(params: dict[str, Any]) -> None:
 
 def _engine(params: dict[str, Any], config: ServeConfig, defaults: GenerateConfig):
     """The engine with its adapters, and the base's name."""
+    from ..base.batching import why_not_batched
     from ..model.loading import load
     from ..serving.bank import AdapterBank
     from ..serving.engine import Engine
@@ -146,6 +147,8 @@ def _engine(params: dict[str, Any], config: ServeConfig, defaults: GenerateConfi
     model, tokenizer = load(
         params["model"], merged[1] if merged else None, trust_remote_code=params["trust_remote_code"]
     )
+    if why := why_not_batched(model):
+        console.warn(f"This model answers one request at a time: {why}.")
     if merged:
         from ..merge.fuse import fuse
 

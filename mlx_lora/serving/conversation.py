@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..base.origin import base_of
 from ..config import GenerateConfig
 from ..errors import AdapterError, ConfigError, DataError, MLXLoRAWarning
 from .engine import Engine
@@ -109,13 +108,6 @@ class Conversation:
         """The questions so far."""
         return sum(message["role"] == "user" for message in self.messages)
 
-    @property
-    def context_length(self) -> int | None:
-        """Tokens that the model was made for; None where its config does not say."""
-        base = base_of(self.engine.model)
-        config = base.config if base else {}
-        return (config.get("text_config") or config).get("max_position_embeddings")
-
     # Answers.
 
     def say(self, text: str) -> Iterator[Event]:
@@ -186,7 +178,7 @@ class Conversation:
                 yield Event(number, "end")
 
     def _check_length(self, tokens: int, more: int) -> None:
-        most = self.context_length
+        most = self.engine.context_length
         if most is not None and tokens + more > most:
             warnings.warn(
                 f"the conversation has {tokens} tokens, an answer may have {more}, and the model was made for "

@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..base import older_mlx_lm
+from ..base.origin import base_of
 from ..errors import ConfigError
 from .bank import AdapterBank
 from .delivery import deliver
@@ -86,6 +87,13 @@ class Engine(Prompts):
     @property
     def vocab_size(self) -> int:
         return self._sizes.vocab_size
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model was made for; None where its config does not say."""
+        base = base_of(self.model)
+        config = base.config if base else {}
+        return (config.get("text_config") or config).get("max_position_embeddings")
 
     # Requests.
 

@@ -86,7 +86,7 @@ def test_the_second_turn_reuses_the_prompt_cache(engine):
     last = conversation.answers[0].last
     assert last.cached_tokens >= first.last.prompt_tokens, "all of the first turn, and its answer"
     assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
-    assert conversation.answers[0].first_token > 0 and conversation.context_length == 512
+    assert conversation.answers[0].first_token > 0 and conversation.engine.context_length == 512
 
 
 def test_undo_takes_exchanges_back_one_by_one(engine):

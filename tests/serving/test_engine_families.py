@@ -12,6 +12,7 @@ from model_families import families, tiny_model
 from conftest import shake
 from mlx_lora import AdapterConfig, GenerateConfig, attach, extract, unmount
 from mlx_lora.base.batching import why_not_batched
+from mlx_lora.config import ServeConfig
 from mlx_lora.serving.bank import AdapterBank
 from mlx_lora.serving.engine import Engine
 from mlx_lora.serving.requests import Request
@@ -95,3 +96,13 @@ def test_padding_changes_nothing_in_the_families_that_are_batched(family):
     except ValueError:
         same = False
     assert same == (why_not_batched(model) is None)
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_serve_says_that_a_model_is_not_batched(family, monkeypatch, capsys):
+    from mlx_lora.cli import serve
+
+    monkeypatch.setattr("mlx_lora.model.loading.load", lambda *_, **__: (tiny_model(family), Tokenizer()))
+    params = dict(model="x/tiny", adapters=[], merge=False, trust_remote_code=False, adapters_dir=None, pin=[])
+    serve._engine(params, ServeConfig(), GenerateConfig())[0].close()
+    assert ("one request at a time: padding" in capsys.readouterr().err) == (family == "mamba")

@@ -165,6 +165,16 @@ def test_what_is_wrong_is_said_and_nothing_inside_is_shown(server):
     )
 
 
+def test_a_prompt_longer_than_the_context_is_refused_and_one_that_fits_is_answered(client):
+    said = lambda count: client.completions.create(model="pirate", prompt=[7] * count, max_tokens=2)  # noqa: E731
+    assert said(511).usage.prompt_tokens == 511
+    with pytest.raises(
+        openai.APIStatusError, match="the prompt has 512 tokens, and the model was made for 512"
+    ) as found:
+        said(512)
+    assert (found.value.status_code, found.value.code) == (413, "context_length_exceeded")
+
+
 def test_a_client_that_leaves_frees_its_slot(server):
     url, state = server
     body = {"model": "tiny", "messages": ASK, "max_tokens": 1900, "logit_bias": ENDLESS, "stream": True}

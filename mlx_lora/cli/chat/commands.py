@@ -222,7 +222,7 @@ class Commands:
             raise ConfigError("there is no answer yet", "Ask something first.")
         rows = [(name, *(fact[name] for fact in facts.values())) for name in next(iter(facts.values()))]
         console.note(console.table(rows, ("", *facts)))
-        most = self.conversation.context_length
+        most = self.conversation.engine.context_length
         console.note(f"Questions so far: {self.conversation.questions}. Context length: {most or 'not known'}")
 
     def reset(self) -> None:

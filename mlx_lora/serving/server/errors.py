@@ -34,6 +34,7 @@ _KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (AdapterError, 400, "invalid_request_error", "invalid_request_error"),
     (FormatError, 400, "invalid_request_error", "invalid_request_error"),
 )
+_CODES = {UnknownModel: "model_not_found", TooLongError: "context_length_exceeded"}  # OpenAI's
 _BY_STATUS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
 
 
@@ -45,7 +46,7 @@ def described(error: Exception, hide: Callable[[str], str]) -> tuple[int, dict[s
     """
     for kind, status, openai, anthropic in _KINDS:
         if isinstance(error, kind):
-            code = "model_not_found" if kind is UnknownModel else None
+            code = _CODES.get(kind)
             message = f"{error.message}. {error.hint}" if isinstance(error, MLXLoRAError) else str(error)
             message = hide(message)
             return status, {"message": message, "type": openai, "param": None, "code": code}, anthropic

@@ -15,6 +15,7 @@ from ...base.origin import base_of
 from ...config import GenerateConfig, ServeConfig
 from ...errors import AdapterError, ConfigError
 from ..engine import Engine
+from ..memory import TooLongError
 from ..requests import Piece, Request
 from ..worker import Stopped, Worker
 from .schema import response_processors
@@ -100,6 +101,10 @@ class Server:
                     "Send tokens of this model.",
                 )
             state = "normal"
+        most = engine.context_length if ask.config.max_kv_size is None else None
+        if most is not None and len(tokens) >= most:
+            message = f"the prompt has {len(tokens)} tokens, and the model was made for {most} with the answer"
+            raise TooLongError(message, "Shorten the prompt or the conversation.")
         configs = [ask.config]
         if ask.n > 1:  # each with numbers of its own
             seed = ask.config.seed

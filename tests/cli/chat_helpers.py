@@ -36,7 +36,7 @@ class Scripted:
 
     tokenizer = SimpleNamespace(tool_call_start="<call>", tool_call_end="</call>")
     template = SimpleNamespace(source="")
-    vocab_size = 100
+    vocab_size, context_length = 100, None
 
     def __init__(self, *answers, names: tuple[str, ...] = ()):
         import mlx.nn as nn

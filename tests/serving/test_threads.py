@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from mlx_lora.serving import threads
+from mlx_lora import threads
 
 # Compiled in another thread than the one that uses it, as mlx-lm's activations are. The lists make Python's end slow.
 SCRIPT = """
@@ -43,6 +44,34 @@ print("the end")
 def test_a_process_ends_normally_after_a_worker_has_computed(end):
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(end=end)], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr
+
+
+# Ctrl-C while a step is traced, and again while the end of that trace is waited for.
+INTERRUPTED = """
+import os, signal, time
+from mlx_lora.config import AdapterConfig, OptimizerConfig, TrainConfig
+from mlx_lora.planning.bare import base_named
+from mlx_lora.planning.estimate import Estimator
+from mlx_lora.planning.machines import Variant
+from mlx_lora.tiny_base import PATH
+
+class Slow(Estimator):
+    def _estimate(self, *args):
+        found = super()._estimate(*args)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        return found
+
+slow = [[number] for number in range(2_000_000)]
+with Slow(base_named(str(PATH)), OptimizerConfig()) as estimate:
+    estimate(Variant(AdapterConfig(), TrainConfig(), length=64), False)
+"""
+
+
+def test_a_process_interrupted_while_it_plans_ends_as_interrupted():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGINT and done.stderr.rstrip().endswith("KeyboardInterrupt"), done.stderr
 
 
 def until(done, seconds: float = 60.0) -> None:

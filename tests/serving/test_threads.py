@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import threading
@@ -46,7 +45,7 @@ def test_a_process_ends_normally_after_a_worker_has_computed(end):
     assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr
 
 
-# Ctrl-C while a step is traced, and again while the end of that trace is waited for.
+# Ctrl-C before another step is traced, and twice more while the end of that trace is waited for.
 INTERRUPTED = """
 import os, signal, time
 from mlx_lora.config import AdapterConfig, OptimizerConfig, TrainConfig
@@ -57,21 +56,24 @@ from mlx_lora.tiny_base import PATH
 
 class Slow(Estimator):
     def _estimate(self, *args):
-        found = super()._estimate(*args)
-        for _ in range(2):
+        super()._estimate(*args)  # all that it imports
+        for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.3)
-        return found
+        return super()._estimate(*args)
 
 slow = [[number] for number in range(2_000_000)]
-with Slow(base_named(str(PATH)), OptimizerConfig()) as estimate:
-    estimate(Variant(AdapterConfig(), TrainConfig(), length=64), False)
+try:
+    with Slow(base_named(str(PATH)), OptimizerConfig()) as estimate:
+        estimate(Variant(AdapterConfig(), TrainConfig(), length=64), False)
+except KeyboardInterrupt:
+    print("interrupted")
 """
 
 
-def test_a_process_interrupted_while_it_plans_ends_as_interrupted():
+def test_a_process_interrupted_while_it_plans_ends_normally():
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGINT and done.stderr.rstrip().endswith("KeyboardInterrupt"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 def until(done, seconds: float = 60.0) -> None:

@@ -22,6 +22,7 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from mlx_compiler import PrecompiledHeader  # noqa: E402
 
 from mlx_lora.base import older_mlx_lm  # noqa: E402
 
@@ -212,6 +213,9 @@ def pytest_collection_finish(session):
 
 
 def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):  # the process that starts workers, for many tests
+        header = PrecompiledHeader()
+        config.add_cleanup(header.remove)
     config.addinivalue_line("markers", "alternate: each case runs with acceleration on or off, about half of them each")
 
 

@@ -189,7 +189,7 @@ def fast_setting(request, monkeypatch) -> None:
 
 # Files whose runs answer held-out prompts and write report.html; of these, files with long answers and real charts.
 RECORDED = ("test_recording.py", "test_report_page.py", "test_cli_report.py", "test_distributed_runs.py")
-LIKE_USERS = ("test_report_page.py", "test_cli_report.py", "test_distributed_runs.py")
+LIKE_USERS = ("test_report_page.py", "test_cli_report.py")
 
 
 @pytest.fixture(autouse=True)

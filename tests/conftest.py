@@ -25,6 +25,7 @@ import pytest  # noqa: E402
 from mlx_compiler import PrecompiledHeader  # noqa: E402
 
 from mlx_lora.base import older_mlx_lm  # noqa: E402
+from mlx_lora.device import cache_folder  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -140,6 +141,17 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no ../shared here")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """A cache folder of this session, where runs write their speed. It has the fast BLAS of the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    for library in cache_folder().glob("openblas-*"):
+        (folder / library.name).symlink_to(library)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_LORA_CACHE", str(folder))
+        yield
 
 
 def killed_at(reports: Iterator, when: Callable, folder: Path, left: Path) -> None:

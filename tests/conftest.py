@@ -22,8 +22,10 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from mlx_compiler import PrecompiledHeader  # noqa: E402
 
 from mlx_lora.base import older_mlx_lm  # noqa: E402
+from mlx_lora.device import cache_folder  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -141,6 +143,17 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """A cache folder of this session, where runs write their speed. It has the fast BLAS of the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    for library in cache_folder().glob("openblas-*"):
+        (folder / library.name).symlink_to(library)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_LORA_CACHE", str(folder))
+        yield
+
+
 def killed_at(reports: Iterator, when: Callable, folder: Path, left: Path) -> None:
     """Follow a run in ``folder`` until ``when(report)``, and put what SIGKILL would leave then in ``left``.
 
@@ -188,7 +201,7 @@ def fast_setting(request, monkeypatch) -> None:
 
 # Files whose runs answer held-out prompts and write report.html; of these, files with long answers and real charts.
 RECORDED = ("test_recording.py", "test_report_page.py", "test_cli_report.py", "test_distributed_runs.py")
-LIKE_USERS = ("test_report_page.py", "test_cli_report.py", "test_distributed_runs.py")
+LIKE_USERS = ("test_report_page.py", "test_cli_report.py")
 
 
 @pytest.fixture(autouse=True)
@@ -212,6 +225,9 @@ def pytest_collection_finish(session):
 
 
 def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):  # the process that starts workers, for many tests
+        header = PrecompiledHeader()
+        config.add_cleanup(header.remove)
     config.addinivalue_line("markers", "alternate: each case runs with acceleration on or off, about half of them each")
 
 

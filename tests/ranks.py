@@ -18,6 +18,11 @@ from pathlib import Path
 import mlx_lora
 
 ROOT = Path(mlx_lora.__file__).parents[1]
+# For processes whose run writes no report.html: it takes seconds of each.
+WITHOUT_PAGE = """
+from mlx_lora.runs import recorder
+recorder.Recorder._write_page = lambda self: None
+"""
 SECONDS = 240  # until something counts as hanging; nothing else depends on it
 
 

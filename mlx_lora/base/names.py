@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from ..threads import Caller
 from .config import missing_fields, read_config
 from .downloads import download_hint
 from .heads import INPUT_EMBEDDING, stated_tie, tensor_files, tie_fields
@@ -237,11 +238,9 @@ class BaseModel:
     @functools.cached_property
     def model(self):
         """The model built by mlx-lm's class, with weights that are never computed. Raises: ModelError."""
-        from concurrent.futures import ThreadPoolExecutor
-
         # Building the model draws random weights. In its own thread this leaves the caller's random state alone.
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(self._build).result()
+        with Caller() as call:
+            return call(self._build)
 
     def _build(self):
         from .classes import model_classes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import gc
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,6 +24,7 @@ from ..errors import MLXLoRAError, ModelError
 from ..fast.swap import traced_only
 from ..init import SUBTRACTED
 from ..model.attach import attach, parameter_counts
+from ..threads import Caller
 from ..training import build_optimizer
 from ..training.prefix_checks import frozen_layers
 from .bare import bare_model, flops_per_token, stored_dtype
@@ -73,16 +73,14 @@ class Estimator:
 
     def __enter__(self) -> Estimator:
         # MLX's random state belongs to a thread, and tracing leaves tracers in it.
-        self._thread = ThreadPoolExecutor(1)
+        self._call = Caller().__enter__()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._thread.submit(self._close).result()
-        self._thread.shutdown()
-
-    def _close(self) -> None:
-        self._models.clear()
-        getattr(mx, "clear_streams", lambda: None)()  # else the process aborts at its end: the thread's stream runs
+        try:
+            self._call(self._models.clear)
+        finally:
+            self._call.__exit__()
 
     def __call__(self, variant: Variant, gpu: bool) -> Estimate:
         """Trace the step of ``variant`` on its widest batch.
@@ -96,7 +94,7 @@ class Estimator:
         if key not in self._known:
             context = contextvars.copy_context()
             try:
-                self._known[key] = self._thread.submit(context.run, self._estimate, variant, gpu).result()
+                self._known[key] = self._call(context.run, self._estimate, variant, gpu)
             except MLXLoRAError as error:
                 self._known[key] = error
         found = self._known[key]

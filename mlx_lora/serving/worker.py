@@ -8,8 +8,8 @@ import threading
 import time
 
 from ..errors import MLXLoRAError
+from ..threads import run_in_thread
 from .engine import Engine
-from .threads import run_in_thread
 
 _IDLE = 0.05  # seconds between looks at the queue when nobody wakes the thread
 log = logging.getLogger(__name__)

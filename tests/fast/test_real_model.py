@@ -32,10 +32,10 @@ def stories(shared):
     return load
 
 
-def trained(model, tokenizer, shared, method: str, iters: int = 4, seed: int = 0) -> list[float]:
+def trained(model, tokenizer, shared, method: str, iters: int = 3, seed: int = 0) -> list[float]:
     mx.random.seed(seed)
     mlx_lora.attach(model, AdapterConfig(method=method, rank=4, num_layers=-1))
-    data = mlx_lora.load_dataset(DataConfig(data=str(shared / "data" / "shakespeare")), tokenizer)
+    data = mlx_lora.load_dataset(DataConfig(data=str(shared / "data" / "shakespeare"), max_seq_length=64), tokenizer)
     optimizer = mlx_lora.build_optimizer(OptimizerConfig(learning_rate=1e-2), steps=iters)
     config = TrainConfig(iters=iters, steps_per_report=1, val_batches=0)
     reports = mlx_lora.train(model, optimizer, data.train, data.valid, config)
@@ -56,8 +56,9 @@ def test_train_and_decode(backend, method, stories, shared, monkeypatch):
     tokens = tokenizer.encode("To be, or not to be, that is the question")
     got = decoded(model, tokens)
     assert_close(got, decoded(plainly(model, monkeypatch), tokens), 2e-5)
-    assert_close(np.array(losses), np.array(trained(*stories(), shared, method)), 1e-5)
-    assert sum(trained(*stories(), shared, method, iters=12)[-4:]) < sum(losses)
+    more = trained(*stories(), shared, method, iters=9)
+    assert_close(np.array(losses), np.array(more[:3]), 1e-5)
+    assert sum(more[-3:]) < sum(losses)
 
 
 def test_many_adapters(backend, stories, shared, monkeypatch):

@@ -113,7 +113,7 @@ def predicted(folder, config, adapter, data, settings, quantize) -> int:
 @pytest.mark.parametrize("name", CASES)
 def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(name, tmp_path):
     config, adapter, length, options, quantize = CASES[name]
-    settings = TrainConfig(iters=4, val_batches=0, **options)
+    settings = TrainConfig(iters=2, val_batches=0, **options)
     data = rows(8, length, settings.loss)
     data.summary = data.summary.__class__(**{**vars(data.summary), "limit": 2 * length})
     gc.collect()

@@ -15,7 +15,7 @@ from mlx_lora.errors import ConfigError, DataError
 from mlx_lora.runs.metrics import METRICS, load_metrics, measured
 from mlx_lora.runs.reports import Answer
 from mlx_lora.tiny_base import PATH, skill
-from ranks import Ranks
+from ranks import WITHOUT_PAGE, Ranks
 
 CODE = """
 def length(given, expected):
@@ -168,7 +168,7 @@ def test_held_out_rows_are_the_ones_asked(data, tmp_path):
     ids=["grad_checkpoint", "full", "pack", "vera"],
 )
 def test_measuring_does_not_move_the_training_by_a_bit(adapter, train, data, tmp_path):
-    measuring = {"metric": "exact_match,rouge_l", "metric_rows": 4, "metric_max_tokens": 8}
+    measuring = {"metric": "exact_match,rouge_l", "metric_rows": 2, "metric_max_tokens": 4}
     plain = run(tmp_path / "a", data, adapter, **train)
     reports = run(tmp_path / "b", data, adapter, **train, **measuring)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
@@ -206,12 +206,15 @@ def test_the_test_command_measures_them_too(data, metric, capsys):
     assert "Exact match 0 of 3 (0 %)\nrouge_l 0." in out
 
 
-PROCESS = """
+PROCESS = (
+    WITHOUT_PAGE
+    + """
 import sys
 import mlx_lora, mlx_lora.tiny_base
 from mlx_lora import *
 folder, data, metric = sys.argv[1:4]
 train = TrainConfig(epochs=0.5, batch_size=2, val_batches=1, steps_per_eval=2, patience=2, metric=metric,
+                    report_prompts=0,
                     metric_rows=2, metric_max_tokens=3, best_by="rank")
 for report in mlx_lora.run(folder, model=mlx_lora.tiny_base.PATH, data=DataConfig(data=data, mask_prompt=True),
                            adapter=AdapterConfig(rank=4, num_layers=2), train=train):
@@ -219,6 +222,7 @@ for report in mlx_lora.run(folder, model=mlx_lora.tiny_base.PATH, data=DataConfi
         names = ("metrics", "reason", "peak", "iteration")
         print(type(report).__name__, next((getattr(report, name) for name in names if getattr(report, name, None)), 0))
 """
+)
 
 
 def test_every_process_plans_measures_and_stops_alike(data, tmp_path):

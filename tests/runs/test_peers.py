@@ -115,7 +115,8 @@ def test_the_reason_is_known_before_mlx_launch_ends_the_others(tmp_path):
     """``mlx.launch`` ends all processes where one has failed."""
     launch = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
     ports = ["-n", "2", "-p", str(free_ports(2))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # It leaves its temporary files behind.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [*launch, *ports, "--", sys.executable, "-c", LOOP, str(tmp_path), "fail"],
         env=environment,

@@ -20,7 +20,7 @@ from mlx_lora.runs import measure, reports
 from mlx_lora.runs.report import read_histories
 from mlx_lora.tiny_base import PATH
 from mlx_lora.training import NewBest, Progress, TrainReport, ValReport
-from ranks import Ranks
+from ranks import WITHOUT_PAGE, Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -217,19 +217,23 @@ def test_eva_reads_the_answers(data, tmp_path):
     assert of(fine_tune(tmp_path / "a", data, adapter=adapter, iters=1), TrainReport)
 
 
-PROCESS = """
+PROCESS = (
+    WITHOUT_PAGE
+    + """
 import json, sys
 import mlx_lora
 from mlx_lora import *
 from mlx_lora.tiny_base import PATH
 folder, *rows = sys.argv[1:]
 for loss, data in zip(("kto", "orpo"), rows):
-    train = TrainConfig(loss=loss, iters=4, batch_size=4, val_batches=-1, steps_per_report=2, grad_accumulation_steps=2)
+    train = TrainConfig(loss=loss, iters=4, batch_size=4, val_batches=-1, steps_per_report=2, grad_accumulation_steps=2,
+                        report_prompts=0)
     options = dict(adapter=AdapterConfig(rank=4, num_layers=2), optimizer=OptimizerConfig(learning_rate=1e-3))
     for report in mlx_lora.run(f"{folder}/{loss}", model=PATH, data=DataConfig(data=data), train=train, **options):
         if type(report).__name__ in ("TrainReport", "ValReport"):
             print(json.dumps([getattr(report, "train_loss", None) or report.val_loss, report.metrics]))
 """
+)
 
 
 def test_two_processes_compute_what_one_does(tmp_path):

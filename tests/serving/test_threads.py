@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mlx_lora.serving import threads
+from mlx_lora import threads
 
 # Compiled in another thread than the one that uses it, as mlx-lm's activations are. The lists make Python's end slow.
 SCRIPT = """
@@ -43,6 +43,37 @@ print("the end")
 def test_a_process_ends_normally_after_a_worker_has_computed(end):
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(end=end)], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr
+
+
+# Ctrl-C before another step is traced, and twice more while the end of that trace is waited for.
+INTERRUPTED = """
+import os, signal, time
+from mlx_lora.config import AdapterConfig, OptimizerConfig, TrainConfig
+from mlx_lora.planning.bare import base_named
+from mlx_lora.planning.estimate import Estimator
+from mlx_lora.planning.machines import Variant
+from mlx_lora.tiny_base import PATH
+
+class Slow(Estimator):
+    def _estimate(self, *args):
+        super()._estimate(*args)  # all that it imports
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        return super()._estimate(*args)
+
+slow = [[number] for number in range(2_000_000)]
+try:
+    with Slow(base_named(str(PATH)), OptimizerConfig()) as estimate:
+        estimate(Variant(AdapterConfig(), TrainConfig(), length=64), False)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_a_process_interrupted_while_it_plans_ends_normally():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 def until(done, seconds: float = 60.0) -> None:

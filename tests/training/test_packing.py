@@ -150,6 +150,7 @@ def test_the_mask_is_causal_in_each_row_and_within_the_window():
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.alternate
 def test_the_losses_of_a_run_are_those_computed_by_hand(accumulation, recompute):
     """Plain gradient descent on each row alone, against the compiled run on packed rows."""
     data, rate, by_hand = rows(), 0.002, []
@@ -198,6 +199,7 @@ def test_the_sums_of_the_processes_are_those_of_the_batch():
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.alternate
 def test_resume_is_exact(tmp_path, accumulation):
     data, file = rows(), tmp_path / "state.safetensors"
     settings = dict(grad_accumulation_steps=accumulation)
@@ -341,6 +343,7 @@ def folder_of_rows(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.alternate
 def test_a_packed_run_records_it_and_resumes(tmp_path, folder_of_rows):
     data = DataConfig(data=str(folder_of_rows), max_seq_length=200)
     adapter = {"rank": 4, "keys": "q_proj"}

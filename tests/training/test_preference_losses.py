@@ -137,6 +137,7 @@ def test_every_adapter_weight_has_a_gradient(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.alternate
 def test_only_answers_and_no_padding_count(loss):
     """Other tokens after an answer, and a wider batch, change nothing; another token in the answer does."""
     _, model, batch = prepared(loss)
@@ -157,6 +158,7 @@ def test_only_answers_and_no_padding_count(loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.alternate
 def test_the_head_in_chunks_gives_the_same(loss, tied, monkeypatch):
     _, _, batch = prepared(loss)
     model = make_model(tie_word_embeddings=tied)
@@ -239,6 +241,7 @@ def test_a_resumed_run_has_no_new_validation_set():
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo"])
+@pytest.mark.alternate
 def test_accumulated_batches_are_one_large_batch(loss):
     data = rows(loss, 8)
     model, other = adapted(), adapted()
@@ -252,6 +255,7 @@ def test_accumulated_batches_are_one_large_batch(loss):
 
 
 @pytest.mark.parametrize("changes", [{}, {"method": "dora"}, {"init": "pissa"}, {"method": "vera", "rank": 8}])
+@pytest.mark.alternate
 def test_the_reference_is_the_model_as_training_begins(changes):
     """So the loss begins at log 2, whatever the adapter's start is, also one that was trained before."""
     for seed in (0, 1):
@@ -268,6 +272,7 @@ def test_full_fine_tuning_has_its_start_as_the_reference():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.alternate
 def test_metrics(loss):
     names = {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"}
     more = {

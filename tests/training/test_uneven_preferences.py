@@ -39,6 +39,7 @@ def mean_and_gradients(loss: str, batch, **options):
 
 @pytest.mark.parametrize("number", [1, 5])
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.alternate
 def test_one_row_and_odd_batches(loss, number):
     batch = batch_of(loss, rows(loss, number, seed=3), fill=1)
     value, gradients, _, model = mean_and_gradients(loss, batch, **OPTIONS[loss])

@@ -42,7 +42,7 @@ TABLE = {
         "names",
     ),
     "system": Command((("TEXT", "set the system message (none: remove it) and start a new conversation"),)),
-    "retry": Command((("", "answer the last question again, or the one whose answer was stopped"),)),
+    "retry": Command((("", "answer the last question again, instead of the answer so far"),)),
     "undo": Command((("", "take back the last question and its answer; repeat it for earlier ones"),)),
     "save": Command((("FILE", "save the conversation as a .jsonl that train reads; /save! replaces a file"),), "files"),
     "load": Command((("FILE [N]", "go on with the conversation in a file, or with number N of several"),), "files"),
@@ -60,7 +60,7 @@ TABLE = {
 }
 KEYS = """\
 Enter sends. Alt+Enter, or a backslash before Enter, begins a new line; pasted text keeps its lines. Tab completes.
-Ctrl-C stops an answer, of which nothing is kept, or empties the line. // begins a message with a slash."""
+Ctrl-C stops an answer, of which the text so far is kept, or empties the line. // begins a message with a slash."""
 
 
 class Commands:
@@ -95,12 +95,13 @@ class Commands:
         getattr(self, name)(*([text] if any(usage for usage, _ in TABLE[name].usages) else []))
 
     def _show(self, events: Any, labels: list[str] | None = None) -> None:
+        before = self.conversation.messages
         try:
             self.screen.show(events, self.conversation, labels)
         finally:
             if self.conversation.stopping:
-                again = "" if labels else " /retry asks the question again."
-                console.note(f"Stopped: nothing of the answer is kept.{again}")
+                kept = "nothing of the answer" if before is self.conversation.messages else "the answer so far"
+                console.note("Stopped." if labels else f"Stopped: {kept} is kept. /retry asks the question again.")
             self.conversation.stopping = False
 
     # One method for each row of the table.

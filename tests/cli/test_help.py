@@ -85,8 +85,11 @@ def examples(command: click.Command) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("name", "command"), [pytest.param(*pair, id=pair[0]) for pair in commands(cli)])
-def test_every_example_is_a_command_with_valid_options(name, command):
+def test_every_example_is_a_command_with_valid_options(name, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for words in examples(command):
+        for file in (word for word in words if word.endswith(".yaml")):
+            (tmp_path / file).write_text("model: some/model\ndata: data\n")
         found, arguments = cli, words
         while isinstance(found, click.Group):
             word, *arguments = arguments

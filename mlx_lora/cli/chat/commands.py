@@ -6,6 +6,7 @@ import difflib
 import shlex
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,15 +205,28 @@ class Commands:
     def set(self, text: str) -> None:
         if not text:
             return console.note(listing(self.conversation.config))
-        values = {}
+        values, faults = {}, []
         for name, value in pairs(text):
-            if name not in self.options:
-                raise ConfigError(f"there is no option {name!r}{_meant(name, self.options)}", "/set lists the options.")
-            if value is None:
-                return console.note(f"{self._now(name)}. {self.options[name].help}")
-            values[name] = converted(self.options[name], value)
+            try:
+                option = self._option(name)
+                if value is None:
+                    return console.note(f"{self._now(name)}. {option.help}")
+                values[name] = converted(option, value)
+            except ConfigError as error:
+                faults.append(error)
+        if faults:
+            try:
+                replace(self.conversation.config, **values)  # says what is wrong with those that could be read
+            except ConfigError as error:
+                faults.append(error)
+            raise ConfigError("; ".join(e.message for e in faults), " ".join(dict.fromkeys(e.hint for e in faults)))
         self.conversation.set(values)
         console.note(", ".join(map(self._now, values)))
+
+    def _option(self, name: str) -> Any:
+        if name not in self.options:
+            raise ConfigError(f"there is no option {name!r}{_meant(name, self.options)}", "/set lists the options.")
+        return self.options[name]
 
     def _now(self, name: str) -> str:
         return f"{name}: {shown(getattr(self.conversation.config, name))}"

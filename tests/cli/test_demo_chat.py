@@ -47,10 +47,10 @@ def test_trains_two_adapters_opens_the_page_and_ends_at_ctrl_c(tmp_path):
         opened = run.stdout.readline().split()
         assert opened[:1] == ["opened"], (tmp_path / "stderr").read_text()
         url = urlsplit(opened[1])
-        assert parse_qs(url.query) == {"columns": ["base,record,letter"], "prompt": [demo_chat.PROMPT]}
+        assert parse_qs(url.query) == {"columns": ["base,record,reply"], "prompt": [demo_chat.PROMPT]}
         address = f"http://{url.netloc}"
         settings = urllib.request.urlopen(f"{address}/page/settings", timeout=120).read().decode()
-        assert '"letter"' in settings and '"record"' in settings
+        assert '"reply"' in settings and '"record"' in settings
         runs = urllib.request.urlopen(f"{address}/page/runs", timeout=120).read().decode()
         assert runs.count('"finished"') == 2
         run.send_signal(signal.SIGINT)
@@ -105,10 +105,10 @@ def test_no_browser_opens_in_a_terminal_or_over_ssh(monkeypatch):
 
 
 def test_the_two_skills_answer_the_same_notes_differently():
-    record, letter = (skill.rows("train", 20, answer=answer) for answer in demo_chat.ANSWERS)
-    for one, other in zip(record, letter, strict=True):
+    record, reply = (skill.rows("train", 20, answer=answer) for answer in demo_chat.ANSWERS)
+    for one, other in zip(record, reply, strict=True):
         assert one["messages"][0] == other["messages"][0] and one["messages"][1] != other["messages"][1]
-    assert letter[0]["messages"][1]["content"].startswith("Dear ")
+    assert reply[0]["messages"][1]["content"].startswith("We found your ")
     assert record == skill.rows("train", 20)
 
 

@@ -219,7 +219,7 @@ class Commands:
                 replace(self.conversation.config, **values)  # says what is wrong with those that could be read
             except ConfigError as error:
                 faults.append(error)
-            raise ConfigError("; ".join(e.message for e in faults), " ".join(dict.fromkeys(e.hint for e in faults)))
+            raise ConfigError("\n".join(e.message for e in faults), "\n".join(dict.fromkeys(e.hint for e in faults)))
         self.conversation.set(values)
         console.note(", ".join(map(self._now, values)))
 

@@ -107,7 +107,9 @@ def start(params: dict[str, Any], on_ready: Callable[[str], None] = lambda url: 
     run(Server(engine, Worker(engine), config, name, defaults), ready)
 
 
-_INSTALL = "pip install fastapi uvicorn prometheus-client llguidance markdown-it-py nh3 pygments"
+_INSTALL = (
+    "pip install fastapi uvicorn prometheus-client llguidance markdown-it-py nh3 pygments, with Python 3.11 or newer"
+)
 
 
 def _check(params: dict[str, Any]) -> None:

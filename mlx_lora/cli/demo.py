@@ -40,6 +40,9 @@ def demo(output: str | None, chat: bool, port: int | None, no_browser: bool, as_
     which it cannot do yet, and fine-tunes it with LoRA. Then it asks again with notes that were not in the training
     data, merges the adapter, and exports it to PEFT. It needs no network and about a minute on 4 CPU cores.
 
+    With --chat it trains two adapters, in about as much time, and serves them with the base until Ctrl-C. The page
+    opens where there is a browser; its address is printed in any case. It needs the extra packages of serve.
+
     \b
     mlx-lora demo
     mlx-lora demo --output somewhere --json

@@ -18,8 +18,8 @@ from .reports import Stop, show_reports
 ROWS = {"train": 2000, "valid": 20}
 ADAPTER = AdapterConfig(rank=16, scale=4.0, num_layers=-1)
 OPTIMIZER = OptimizerConfig(learning_rate=4e-3, lr_schedule="cosine_decay", warmup=10)
-TRAIN = TrainConfig(iters=300, batch_size=8, steps_per_report=25, steps_per_eval=100, save_every=1000, report_prompts=0)
-ANSWERS = ("record", "letter")  # an adapter for each of the skill's kinds of answer
+TRAIN = TrainConfig(iters=270, batch_size=8, steps_per_report=25, steps_per_eval=100, save_every=1000, report_prompts=0)
+ANSWERS = ("record", "reply")  # an adapter for each of the skill's kinds of answer
 PROMPT = "Anna left a red kite at the park."
 
 

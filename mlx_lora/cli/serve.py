@@ -18,7 +18,7 @@ from .sections import SectionedCommand
 # Options of generation that hold for the whole server; requests bring the others.
 _FOR_ALL = (
     *("max_tokens", "prefill_step_size", "chat_template_config", "extra_eos_token"),
-    *("draft_model", "num_draft_tokens"),
+    *("draft_model", "num_draft_tokens", "kv_bits", "kv_group_size", "quantized_kv_start"),
 )
 
 
@@ -67,11 +67,13 @@ def serve(**params: Any):
     """Serve a model and its adapters over HTTP, with OpenAI's and Anthropic's interfaces.
 
     A request's "model" is the name of the base or of an adapter. Requests with different adapters are answered
-    together, in one batch. Needs the extra packages of serve: pip install '.[serve]' in a checkout.
+    together, in one batch. The address opens as a chat page in a browser, which also shows the runs in --runs-dir as
+    they train. Needs the extra packages of serve: pip install '.[serve]' in a checkout.
 
     \b
     mlx-lora serve --model Qwen/Qwen3-0.6B --adapter pirate=adapters
     mlx-lora serve --model mlx-community/Qwen3-4B-4bit --adapters-dir my_adapters --port 9000
+    mlx-lora serve --model Qwen/Qwen3-0.6B --adapters-dir runs --runs-dir runs
     mlx-lora serve --model Qwen/Qwen3-0.6B --host 0.0.0.0 --api-key "$(openssl rand -hex 16)"
     """
     start(params)
@@ -169,6 +171,7 @@ def _engine(params: dict[str, Any], config: ServeConfig, defaults: GenerateConfi
         queue_size=config.queue_size,
         prefill_step_size=defaults.prefill_step_size,
         prompt_cache_size=config.prompt_cache_size,
+        prompt_cache_bytes=config.prompt_cache_bytes,
         draft_model=load_draft(defaults, tokenizer),
     )
     return engine, merged[0] if merged else _served_name(params["model"])

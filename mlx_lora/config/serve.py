@@ -44,6 +44,9 @@ class ServeConfig:
         section=_LIMITS,
     )
     prompt_cache_size: int = option(32, "Prompts and answers whose keys and values are kept.", section=_LIMITS)
+    prompt_cache_bytes: int | None = option(
+        None, "Bytes that they may take (default: a quarter of the memory for models).", section=_LIMITS
+    )
 
     def __post_init__(self):
         for name in ("allow_host", "allow_origin"):
@@ -59,10 +62,12 @@ class ServeConfig:
                 faults.append(f"{name} must be a whole number of at least {least}, not {value!r}")
         if isinstance(self.port, bool) or not isinstance(self.port, int) or not 0 <= self.port < 2**16:
             faults.append(f"port must be a number from 0 to 65535, not {self.port!r}")
-        for name in ("request_timeout", "adapter_memory"):
+        for name in ("request_timeout", "adapter_memory", "prompt_cache_bytes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 faults.append(f"{name} must be above 0, not {value!r}")
+        if self.prompt_cache_bytes and not self.prompt_cache_size:
+            faults.append("prompt_cache_bytes has no effect with prompt_cache_size 0")
         if self.api_key is not None and (len(self.api_key) < 8 or self.api_key != self.api_key.strip()):
             faults.append("api_key must have at least 8 characters, and none of them blank at its ends")
         if not self.local and self.api_key is None:

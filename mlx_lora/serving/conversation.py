@@ -1,7 +1,7 @@
 """A conversation with one base and its adapters: the messages so far, and what can be done with them.
 
-It knows no terminal: the answers are iterators of events, and everything else returns or raises. An answer that was
-stopped or failed changes nothing, so that the conversation holds whole exchanges only.
+It knows no terminal: the answers are iterators of events, and everything else returns or raises. Of an answer that was
+stopped, the text so far is kept, as on the chat page. One that failed changes nothing.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ class Answer:
     def complete(self) -> bool:
         return self.last is not None and self.last.finish_reason is not None
 
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether an answer that was stopped has text. Half a tool call would break the next prompt."""
+        return self.last is not None and bool(self.text.strip()) and not self.tools
+
     def feed(self, piece: Piece) -> str:
         """Add ``piece``, and return the kind of its event."""
         before, self.last = self.last, piece
@@ -93,7 +98,7 @@ class Conversation:
         self.tools: list[dict] | None = None  # of a loaded conversation
         self.messages: list[dict] = []
         self.answers: list[Answer] = []  # the latest, or those that were compared
-        self.unanswered: str | None = None  # the question whose answer was stopped or failed
+        self.unanswered: str | None = None  # the question whose answer failed, or was stopped before its text began
         self.answering = self.stopping = False
         self._retries = 0
         self.start(system)
@@ -112,11 +117,11 @@ class Conversation:
 
     def say(self, text: str) -> Iterator[Event]:
         """Answer ``text`` and remember both. Raises: what the engine raises of a request."""
-        self._retries = 0
+        self._retries, self.unanswered = 0, text
         yield from self._reply([*self.messages, {"role": "user", "content": text}], self.config)
 
     def retry(self) -> Iterator[Event]:
-        """Answer the last question again, or the one whose answer was stopped, instead of the answer so far.
+        """Answer the last question again, answered or not, instead of the answer so far.
 
         With a seed each retry adds one to it, so that the answer can differ and the whole can be repeated.
         Raises: ConfigError: there is no question.
@@ -141,9 +146,8 @@ class Conversation:
         self.stopping = True
 
     def _reply(self, messages: list[dict], config: GenerateConfig) -> Iterator[Event]:
-        self.unanswered = messages[-1]["content"]
         yield from self._answer(messages, [self.adapter], config)
-        if self.answers[0].complete:
+        if self.answers[0].complete or (self.stopping and self.answers[0].worth_keeping):
             self.messages = [*messages, self.answers[0].message(self.engine.tokenizer)]
             self.unanswered = None
 

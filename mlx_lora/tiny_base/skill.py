@@ -1,7 +1,7 @@
-"""Two tasks that the tiny base cannot do: answering a note from a lost-property desk with a record or with a letter.
+"""Two tasks that the tiny base cannot do: answering a note from a lost-property desk with a record or with a reply.
 
     "Anna left a red kite at the park."  ->  "{name: Anna, item: kite, colour: red, place: park}"
-                                         ->  "Dear Anna, we found your red kite at the park."
+                                         ->  "We found your red kite at the park, Anna."
 
 ``rows`` gives chat rows for training and scoring. The note determines the answer, so that exact match can be counted.
 Standard library only.
@@ -28,7 +28,8 @@ NOTES = [
 
 ANSWERS = {
     "record": "{{name: {name}, item: {item}, colour: {colour}, place: {place}}}",  # a YAML flow mapping
-    "letter": "Dear {name}, we found your {colour} {item} at the {place}.",
+    # The name comes last: the tiny base often fails to copy it as the first word.
+    "reply": "We found your {colour} {item} at the {place}, {name}.",
 }
 
 

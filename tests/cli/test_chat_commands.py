@@ -129,6 +129,15 @@ def test_options_are_typed_as_on_the_command_line(capsys):
     assert "max_tokens" in err and "temp: 0.0. Sampling temperature" in err
 
 
+def test_every_wrong_value_is_told_at_once_and_none_is_set(capsys):
+    commands = scripted()
+    before = commands.conversation.config
+    _, err = said(commands, capsys, "/set temp hot seed y tmp 4 top_k 5 max_tokens -1")
+    assert err.count("Error") == 1 and commands.conversation.config == before
+    for told in ("temp: 'hot'", "seed: 'y'", "no option 'tmp'", "did you mean temp", "max_tokens must be", "top_k"):
+        assert told in err, err
+
+
 def test_a_message_may_begin_with_a_slash(capsys):
     commands = scripted("yes")
     assert said(commands, capsys, "//etc/hosts?")[0] == "yes\n"

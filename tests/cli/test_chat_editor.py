@@ -169,7 +169,7 @@ def test_ctrl_c_while_answering(capsys, times):
     lines = iter(["/compare a none -- Hello", "/quit"])
     talk(commands, lambda: next(lines))
     err = capsys.readouterr().err
-    assert "Stopped: nothing of the answer is kept" in err and ("Interrupted." in err) == (times == 2)
+    assert "Stopped." in err and ("Interrupted." in err) == (times == 2)
     assert signal.getsignal(signal.SIGINT) is before and not commands.conversation.messages
 
 
@@ -181,3 +181,15 @@ def test_ctrl_c_in_a_command_that_is_no_answer(capsys, monkeypatch):
     lines = iter(["/adapter a", "/quit"])
     talk(commands, lambda: next(lines))
     assert "Interrupted." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("term, codes", [("dumb", False), ("xterm", True)])
+def test_a_dumb_terminal_gets_no_control_codes(monkeypatch, keyboard, capsys, term, codes):
+    import prompt_toolkit.output
+
+    monkeypatch.setenv("TERM", term)
+    made = []
+    monkeypatch.setattr(prompt_toolkit.output, "create_output", lambda **_: made.append(1) or DummyOutput())
+    edit = Editor(scripted(), input=keyboard)
+    keyboard.send_text("Hello\r")
+    assert edit() == "Hello" and bool(made) == codes and "\x1b" not in capsys.readouterr().out

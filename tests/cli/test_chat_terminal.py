@@ -104,7 +104,7 @@ def test_a_session(terminal, tmp_path):
     terminal.expect("made for 512")
     terminal.expect("Robin")  # the answer has begun
     terminal.type("\x03")
-    terminal.expect("Stopped: nothing of the answer is kept")
+    terminal.expect("Stopped: the answer so far is kept")
     terminal.expect("tokens/s")
     terminal.type("/set max_tokens 4\r")
     terminal.expect("max_tokens: 4")

@@ -47,10 +47,10 @@ def test_trains_two_adapters_opens_the_page_and_ends_at_ctrl_c(tmp_path):
         opened = run.stdout.readline().split()
         assert opened[:1] == ["opened"], (tmp_path / "stderr").read_text()
         url = urlsplit(opened[1])
-        assert parse_qs(url.query) == {"columns": ["base,record,letter"], "prompt": [demo_chat.PROMPT]}
+        assert parse_qs(url.query) == {"columns": ["base,record,reply"], "prompt": [demo_chat.PROMPT]}
         address = f"http://{url.netloc}"
         settings = urllib.request.urlopen(f"{address}/page/settings", timeout=120).read().decode()
-        assert '"letter"' in settings and '"record"' in settings
+        assert '"reply"' in settings and '"record"' in settings
         runs = urllib.request.urlopen(f"{address}/page/runs", timeout=120).read().decode()
         assert runs.count('"finished"') == 2
         run.send_signal(signal.SIGINT)
@@ -105,8 +105,30 @@ def test_no_browser_opens_in_a_terminal_or_over_ssh(monkeypatch):
 
 
 def test_the_two_skills_answer_the_same_notes_differently():
-    record, letter = (skill.rows("train", 20, answer=answer) for answer in demo_chat.ANSWERS)
-    for one, other in zip(record, letter, strict=True):
+    record, reply = (skill.rows("train", 20, answer=answer) for answer in demo_chat.ANSWERS)
+    for one, other in zip(record, reply, strict=True):
         assert one["messages"][0] == other["messages"][0] and one["messages"][1] != other["messages"][1]
-    assert letter[0]["messages"][1]["content"].startswith("Dear ")
+    assert reply[0]["messages"][1]["content"].startswith("We found your ")
     assert record == skill.rows("train", 20)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a bash script")
+@pytest.mark.parametrize(("arguments", "extra", "offers"), [([], "plain", True), (["--chat"], "serve", False)])
+def test_the_script_of_a_checkout_offers_the_page_and_installs_what_it_needs(tmp_path, arguments, extra, offers):
+    import shutil
+
+    checkout = Path(demo_chat.__file__).parents[2]
+    (tmp_path / "scripts").mkdir()
+    for name in ("scripts/demo", "scripts/environment.sh", "pyproject.toml"):
+        shutil.copy(checkout / name, tmp_path / name)
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "mlx-lora", "uv"):
+        (programs / name).write_text('#!/bin/sh\necho "$(basename "$0") $*"\n')
+        (programs / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    command = ["bash", str(tmp_path / "scripts" / "demo"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == " ".join(["mlx-lora demo", *arguments])
+    assert (tmp_path / ".venv" / f".installed-{extra}").exists()
+    assert ("./scripts/demo --chat" in done.stderr) == offers

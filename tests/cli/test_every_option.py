@@ -75,7 +75,7 @@ ALWAYS = {
         *("max_tokens_limit", "request_timeout", "body_limit", "adapter_memory", "prompt_cache_size"),
         "runs_dir",
         *("max_tokens", "prefill_step_size", "chat_template_config", "extra_eos_token", "trust_remote_code"),
-        "draft_model",
+        *("draft_model", "kv_bits"),
     },
     "fuse": {"adapter_path", "dequantize", "trust_remote_code"},  # --dequantize of a dense base is a warning
     "quantize": {"mode", "trust_remote_code"},
@@ -224,6 +224,9 @@ RULES = {
     ("serve", "merge"): ["serve --model BASE --merge"],
     ("serve", "pin"): ["serve --model BASE --pin x"],
     ("serve", "num_draft_tokens"): ["serve --model BASE --num-draft-tokens 5"],
+    ("serve", "prompt_cache_bytes"): ["serve --model BASE --prompt-cache-bytes 9 --prompt-cache-size 0"],
+    ("serve", "kv_group_size"): ["serve --model BASE --kv-group-size 32"],
+    ("serve", "quantized_kv_start"): ["serve --model BASE --quantized-kv-start 3"],
     ("generate", "system_prompt"): [
         "generate --model BASE --prompt x --system-prompt y --ignore-chat-template",
     ],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
+import shlex
 from pathlib import Path
 
 import click
@@ -13,7 +15,16 @@ from click.testing import CliRunner
 
 import mlx_lora.cli
 from mlx_lora.cli.main import COMMANDS, cli
-from mlx_lora.config import MEMORY, SAMPLING, SECTIONS, AdapterConfig, DataConfig, OptimizerConfig, TrainConfig
+from mlx_lora.config import (
+    MEMORY,
+    SAMPLING,
+    SECTIONS,
+    AdapterConfig,
+    DataConfig,
+    OptimizerConfig,
+    ServeConfig,
+    TrainConfig,
+)
 
 MOST = 60  # lines in a function, without decorators and docstring
 COMMON = [
@@ -65,6 +76,31 @@ def test_help_has_examples_and_explains_every_option(name, command):
             assert param.help and param.help.endswith("."), f"{name}: {param.opts[0]}"
 
 
+def examples(command: click.Command) -> list[list[str]]:
+    """The words of each command of mlx-lora in a help text, without pipes and files."""
+    block = inspect.cleandoc(command.help).partition("\b\n")[2].replace("\\\n", " ")
+    lines = [line[line.index("mlx-lora ") :] for line in block.splitlines() if "mlx-lora " in line]
+    lines = [re.split(r" [<>|] ", line)[0] for line in lines]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+@pytest.mark.parametrize(("name", "command"), [pytest.param(*pair, id=pair[0]) for pair in commands(cli)])
+def test_every_example_is_a_command_with_valid_options(name, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in examples(command):
+        for file in (word for word in words if word.endswith(".yaml")):
+            (tmp_path / file).write_text("model: some/model\ndata: data\n")
+        found, arguments = cli, words
+        while isinstance(found, click.Group):
+            word, *arguments = arguments
+            found = found.get_command(click.Context(found), word)
+            assert found is not None, f"{name}: {words}"
+        params = found.make_context(name, arguments).params
+        assert params or not arguments
+        if name == "mlx-lora serve":
+            ServeConfig(**{field.name: params[field.name] for field in dataclasses.fields(ServeConfig)})
+
+
 def test_the_overview_lists_every_command():
     out = CliRunner().invoke(cli, ["--help"]).output
     assert all(text in " ".join(out.split()) for _, text in COMMANDS.values())
@@ -80,6 +116,11 @@ def sections(out: str) -> dict[str, list[str]]:
             flag = next(word for word in line.replace(",", " ").split() if word.startswith("--"))
             found.setdefault(title, []).append(flag)
     return found
+
+
+def test_serve_lists_what_belongs_together():
+    found = sections(CliRunner().invoke(cli, ["serve", "--help"]).output)
+    assert {"--adapter", "--adapters-dir", "--pin", "--merge"} < set(found[SECTIONS[0]]) and "Run" not in found
 
 
 def test_train_lists_its_options_in_sections():

@@ -1,4 +1,4 @@
-"""Every flag and YAML key of mlx-lm's lora, generate, chat and fuse: the same default here, or a reason why not."""
+"""Every flag and YAML key of mlx-lm's commands: the same default here, or a reason why not."""
 
 from __future__ import annotations
 
@@ -34,6 +34,17 @@ DIFFERENCES = {
         "seed": "mlx-lm seeds every conversation with 0; here sampling differs from one to the next, as in generate",
         "pipeline": NOT_OFFERED,
     },
+    "serve": {
+        "model": "required here: requests choose an adapter, never another base",
+        "adapter_path": "--adapter NAME=PATH, or a path alone; there may be several",
+        "allowed_origins": "--allow-origin; mlx-lm's '*' lets every web page that is open use the model",
+        **dict.fromkeys(("temp", "top_p", "top_k", "min_p"), "requests bring them; without, OpenAI's defaults hold"),
+        "max_tokens": "1024; mlx-lm's 512 cuts off the answers of models that reason first",
+        "chat_template_args": "--chat-template-config, as generate and chat call it",
+        **dict.fromkeys(("decode_concurrency", "prompt_concurrency"), "--batch-size, for both"),
+        "prompt_cache_size": "32: several adapters share the cache",
+        **dict.fromkeys(("chat_template", "use_default_chat_template", "log_level", "pipeline"), NOT_OFFERED),
+    },
     "fuse": {
         "model": "required here: mlx-lm's default 'mlx_model' is the folder of another tool",
         **dict.fromkeys(("upload_repo", "export_gguf", "gguf_path"), "refused, with the command that does it"),
@@ -43,17 +54,25 @@ if older_mlx_lm.is_used():
     for command in ("generate", "chat"):
         DIFFERENCES[command].pop("image", None)
         DIFFERENCES[command]["xtc_threshold"] = "mlx-lm 0.31's 0.0 excludes all tokens but the least likely"
-SOURCES = {"train": "lora", "generate": "generate", "chat": "chat", "fuse": "fuse"}
+SOURCES = {"train": "lora", "generate": "generate", "chat": "chat", "serve": "server", "fuse": "fuse"}
+
+
+class Seen(Exception):
+    """Carries a parser out of the function that makes it."""
 
 
 def parser_of(module, monkeypatch) -> argparse.ArgumentParser:
     for name in ("build_parser", "setup_arg_parser"):
         if hasattr(module, name):
             return getattr(module, name)()
-    kept = []
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: kept.append(self))
-    module.parse_arguments()
-    return kept[0]
+
+    def seen(self):
+        raise Seen(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", seen)
+    with pytest.raises(Seen) as caught:
+        getattr(module, "parse_arguments", getattr(module, "main", None))()
+    return caught.value.args[0]
 
 
 def theirs(command: str, monkeypatch) -> dict[str, object]:

@@ -117,27 +117,45 @@ def test_retry_replaces_the_answer(engine):
         list(Conversation(engine).retry())
 
 
-@pytest.mark.parametrize("end", ["stop", "error", "interrupt"])
-def test_an_answer_that_does_not_end_changes_nothing(engine, end):
-    ends = {"stop": None, "error": RuntimeError("x"), "interrupt": KeyboardInterrupt()}[end]
+@pytest.mark.parametrize("again", [False, True], ids=["first", "retry"])
+@pytest.mark.parametrize("ends", [RuntimeError("x"), KeyboardInterrupt()])
+def test_an_answer_that_fails_changes_nothing(engine, ends, again):
+    old = [[piece("old", reason="stop")]] if again else []
     script = Script(
-        engine,
-        [piece("fine", reason="stop")],
-        [piece("half"), *([ends] if ends else [piece("more"), piece("", reason="stop")])],
-        [piece("whole", reason="stop")],
+        engine, [piece("fine", reason="stop")], *old, [piece("half"), ends], [piece("whole", reason="stop")]
     )
     conversation = Conversation(script, SHORT)
-    list(conversation.say("One"))
+    for text in ("One", "Two")[: 1 + again]:
+        list(conversation.say(text))
     before = list(conversation.messages)
-    try:
-        for _ in conversation.say("Two"):
-            if end == "stop":
-                conversation.stop()
-    except BaseException as error:
-        assert error is ends
+    with pytest.raises(type(ends)):
+        list(conversation.retry() if again else conversation.say("Two"))
     assert conversation.messages == before and not conversation.answers[0].complete and not conversation.answering
     list(conversation.retry())
     assert [m["content"] for m in conversation.messages] == ["One", "fine", "Two", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "kept"),
+    [
+        ([piece("half")], {"role": "assistant", "content": "half"}),
+        ([piece("why?", "reasoning"), piece("so")], {"content": "so", "reasoning_content": "why?"}),
+        ([piece("why?", "reasoning")], None),
+        ([piece("\n")], None),
+        ([piece("I ask: "), piece('{"name"', "tool")], None),
+    ],
+)
+def test_the_text_of_a_stopped_answer_is_kept(engine, pieces, kept):
+    script = Script(engine, [*pieces, piece("more"), piece("", reason="stop")], [piece("whole", reason="stop")])
+    conversation = Conversation(script, SHORT)
+    for at, _ in enumerate(conversation.say("One"), 1):
+        if at == len(pieces):
+            conversation.stop()
+    question = {"role": "user", "content": "One"}
+    assert conversation.messages == ([question, {"role": "assistant", **kept}] if kept else [])
+    assert conversation.unanswered == (None if kept else "One") and not conversation.answering
+    list(conversation.retry())
+    assert [m["content"] for m in conversation.messages] == ["One", "whole"]
 
 
 def test_the_engine_answers_after_an_interrupt_in_the_middle_of_a_step(engine, monkeypatch):

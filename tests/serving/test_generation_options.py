@@ -105,3 +105,19 @@ def test_the_parts_of_an_answer():
 def test_settings_of_the_server(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         ServeConfig(**options)
+
+
+def test_serve_sets_the_keys_and_values_of_all_requests(monkeypatch):
+    pytest.importorskip("fastapi")
+    import mlx_lora.serving.server.run as server_run
+    from mlx_lora.cli.serve import serve, start
+    from mlx_lora.tiny_base import PATH
+
+    made = []
+    monkeypatch.setattr(server_run, "serve", lambda server, ready: made.append(server))
+    options = ["--kv-bits", "4", "--kv-group-size", "32", "--quantized-kv-start", "7", "--prompt-cache-bytes", "12345"]
+    start(serve.make_context("serve", ["--model", str(PATH), *options]).params)
+    (server,) = made
+    config = server.generation(temp=0.0)
+    assert (config.kv_bits, config.kv_group_size, config.quantized_kv_start) == (4, 32, 7)
+    assert server.engine.prompt_cache._kept.max_bytes == 12345

@@ -6,6 +6,7 @@ import difflib
 import shlex
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ TABLE = {
         "names",
     ),
     "system": Command((("TEXT", "set the system message (none: remove it) and start a new conversation"),)),
-    "retry": Command((("", "answer the last question again, or the one whose answer was stopped"),)),
+    "retry": Command((("", "answer the last question again, instead of the answer so far"),)),
     "undo": Command((("", "take back the last question and its answer; repeat it for earlier ones"),)),
     "save": Command((("FILE", "save the conversation as a .jsonl that train reads; /save! replaces a file"),), "files"),
     "load": Command((("FILE [N]", "go on with the conversation in a file, or with number N of several"),), "files"),
@@ -60,7 +61,7 @@ TABLE = {
 }
 KEYS = """\
 Enter sends. Alt+Enter, or a backslash before Enter, begins a new line; pasted text keeps its lines. Tab completes.
-Ctrl-C stops an answer, of which nothing is kept, or empties the line. // begins a message with a slash."""
+Ctrl-C stops an answer, of which the text so far is kept, or empties the line. // begins a message with a slash."""
 
 
 class Commands:
@@ -95,12 +96,13 @@ class Commands:
         getattr(self, name)(*([text] if any(usage for usage, _ in TABLE[name].usages) else []))
 
     def _show(self, events: Any, labels: list[str] | None = None) -> None:
+        before = self.conversation.messages
         try:
             self.screen.show(events, self.conversation, labels)
         finally:
             if self.conversation.stopping:
-                again = "" if labels else " /retry asks the question again."
-                console.note(f"Stopped: nothing of the answer is kept.{again}")
+                kept = "nothing of the answer" if before is self.conversation.messages else "the answer so far"
+                console.note("Stopped." if labels else f"Stopped: {kept} is kept. /retry asks the question again.")
             self.conversation.stopping = False
 
     # One method for each row of the table.
@@ -203,15 +205,28 @@ class Commands:
     def set(self, text: str) -> None:
         if not text:
             return console.note(listing(self.conversation.config))
-        values = {}
+        values, faults = {}, []
         for name, value in pairs(text):
-            if name not in self.options:
-                raise ConfigError(f"there is no option {name!r}{_meant(name, self.options)}", "/set lists the options.")
-            if value is None:
-                return console.note(f"{self._now(name)}. {self.options[name].help}")
-            values[name] = converted(self.options[name], value)
+            try:
+                option = self._option(name)
+                if value is None:
+                    return console.note(f"{self._now(name)}. {option.help}")
+                values[name] = converted(option, value)
+            except ConfigError as error:
+                faults.append(error)
+        if faults:
+            try:
+                replace(self.conversation.config, **values)  # says what is wrong with those that could be read
+            except ConfigError as error:
+                faults.append(error)
+            raise ConfigError("\n".join(e.message for e in faults), "\n".join(dict.fromkeys(e.hint for e in faults)))
         self.conversation.set(values)
         console.note(", ".join(map(self._now, values)))
+
+    def _option(self, name: str) -> Any:
+        if name not in self.options:
+            raise ConfigError(f"there is no option {name!r}{_meant(name, self.options)}", "/set lists the options.")
+        return self.options[name]
 
     def _now(self, name: str) -> str:
         return f"{name}: {shown(getattr(self.conversation.config, name))}"

@@ -59,8 +59,11 @@ class Editor:
     def __init__(self, commands: Commands, **extra: Any):
         from prompt_toolkit import PromptSession
         from prompt_toolkit.output import create_output
+        from prompt_toolkit.utils import is_dumb_terminal
 
         self._commands = commands
+        if not is_dumb_terminal():  # for one that is, prompt_toolkit has an editor without control codes
+            extra = {"output": create_output(always_prefer_tty=True), **extra}
         self._session = PromptSession(
             "> ",
             multiline=True,
@@ -69,7 +72,7 @@ class Editor:
             completer=_completer(commands),
             key_bindings=_keys(),
             bottom_toolbar=self._toolbar,
-            **{"output": create_output(always_prefer_tty=True), **extra},
+            **extra,
         )
 
     def __call__(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .options import check_types, common, option, raise_all, without_effect
 
-# Without a validation set: the share of the training rows held out for it, at most so many, of at least so many.
+# Without a validation set: the share of training rows to hold out, the most rows, and the fewest rows to do it from.
 HOLD_OUT, HOLD_OUT_MOST, HOLD_OUT_FROM = 0.05, 500, 20
 
 
@@ -51,5 +51,5 @@ class DataConfig:
 
 _DATA_RULES = (
     (("mask_turns",), lambda c: c.mask_prompt, "has no effect without mask_prompt"),
-    (("data",), lambda c: not c.hf_dataset, "has no effect beside hf_dataset, which names the data sets"),
+    (("data",), lambda c: not c.hf_dataset, "has no effect with hf_dataset, which names the data sets"),
 )

@@ -207,7 +207,7 @@ def test_text_parts_are_read_by_the_class_of_the_whole_model():
 
 def test_missing_fields_of_a_class_are_named():
     _, arguments = model_classes({"model_type": "llama"})
-    with pytest.raises(ModelError, match=r"needs config fields that are not there: .*hidden_size.*vocab_size"):
+    with pytest.raises(ModelError, match=r"needs config fields that are missing: .*hidden_size.*vocab_size"):
         arguments.from_dict({"model_type": "llama"})
 
 

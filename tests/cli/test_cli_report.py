@@ -167,8 +167,8 @@ def test_only_a_report_is_replaced(tmp_path, capsys):
     (run / "mine.html").write_text("<!doctype html>my page")
     before = (run / "log.jsonl").read_bytes()
     for output, text in (
-        (run / "log.jsonl", "is no name of a page"),
-        (run / "adapters.safetensors", "is no name of a page"),
+        (run / "log.jsonl", "does not end in .html"),
+        (run / "adapters.safetensors", "does not end in .html"),
         (run, "is a folder"),
         (run / "mine.html", "is no report"),
     ):

@@ -166,7 +166,7 @@ FAULTS = [
     ("pairs", {"prompt": "a", "chosen": "b"}, "has no 'chosen' and 'rejected'"),
     ("pairs", {"prompt": "a", "chosen": "b", "rejected": None}, "'rejected' is null"),
     ("pairs", {"prompt": "a", "chosen": "b", "rejected": ""}, "'rejected' is empty"),
-    ("pairs", {"prompt": "a", "chosen": "b", "rejected": [bot("c")]}, "write both alike"),
+    ("pairs", {"prompt": "a", "chosen": "b", "rejected": [bot("c")]}, "write both as the same type"),
     ("pairs", {"chosen": "b", "rejected": "c"}, "add 'prompt'"),
     ("pairs", {"chosen": "b", "rejected": "b"}, "equal answers and no prompt"),
     ("pairs", {"chosen": [bot("b")], "rejected": [bot("c")]}, "has no prompt"),

@@ -74,7 +74,7 @@ class DifferenceSwitchLinear(_Difference, LoRASwitchLinear):
     rank_axis = (1, 2)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or as mlx-lm gathers them, with sorted indices."""
+        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or mlx-lm's sorted form."""
         gather = {"rhs_indices": indices, "sorted_indices": sorted_indices}
         u = mx.gather_mm(x, self.frozen_a.swapaxes(-1, -2), **gather)
         frozen = mx.gather_mm(u, self.frozen_b.swapaxes(-1, -2), **gather)

@@ -109,7 +109,7 @@ class LoRASwitchLinear(AdapterLayer):
         return mx.gather_mm(u, self.lora_b.swapaxes(-1, -2), **gather)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or as mlx-lm gathers them, with sorted indices."""
+        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or mlx-lm's sorted form."""
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         return y + self.scale * self.low_rank(self.dropout(x), indices, sorted_indices)
 

@@ -76,7 +76,7 @@ class VeRASwitchLinear(_VeRA):
     """Vectors for each expert over one pair: ``vera_lambda_d`` [experts, r], ``vera_lambda_b`` [experts, out]."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or as mlx-lm gathers them, with sorted indices."""
+        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or mlx-lm's sorted form."""
         a, b = self.projections()
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         d, scale = (mx.expand_dims(v[indices], -2) for v in (self.vera_lambda_d, self.vera_lambda_b))

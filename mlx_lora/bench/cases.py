@@ -1,4 +1,4 @@
-"""The measured cases: for each kernel the same work with the kernel, with plain operations, and with mlx-lm's layers."""
+"""The measured cases: the same work with each kernel, with plain operations, and with mlx-lm's layers."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Check:
         )
 
     def run(self) -> Iterator[Part]:
-        """Run everything; yields each part when it begins and when it has ended. After Ctrl-C the report is complete, too."""
+        """Run everything; yields each part when it begins and when it has ended. Ctrl-C leaves a complete report."""
         try:
             self._write()
             yield self.report.parts[0]

@@ -37,7 +37,7 @@ def run_kernel_tests(
     folders: tuple[str, ...] = FOLDERS,
     patience: float = PATIENCE,
 ) -> Iterator[KernelTests]:
-    """Run the tests whose ``backend`` fixture is ``backend``, and continue after any test that ends or hangs the process.
+    """Run the tests whose ``backend`` fixture is ``backend``, and continue after tests that end or hang the process.
 
     Args:
         root: of the checkout. log: pytest's output. most: tests at most. patience: seconds for one test.

@@ -126,7 +126,7 @@ def _has_adapted_experts(module: nn.Module) -> bool:
 
 
 def _make_contiguous(layer: nn.Module) -> None:
-    """Copy transposed matrices (PEFT's, GPT-2's): a kernel would copy them at each call, and norms would not be kept."""
+    """Copy transposed matrices (PEFT, GPT-2): a kernel would copy them at each call, and norms could not be kept."""
     names = [name for name in ("lora_a", "lora_b") if name in layer]
     for module, name in [(layer, name) for name in names] + [(layer.base, "weight")]:
         if not is_quantized(module) and address(module[name]) is None:

@@ -1,4 +1,4 @@
-"""Cheap functions that keep only their inputs for the backward pass, which computes the rest again (arXiv:1604.06174)."""
+"""Cheap functions that keep only their inputs, so the backward pass computes the rest again (arXiv:1604.06174)."""
 
 from __future__ import annotations
 

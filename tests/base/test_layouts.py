@@ -348,7 +348,7 @@ def test_shards_that_are_missing_or_cut_are_all_named(tmp_path):
         ({"model_type": "nothing"}, "mlx-lm has no nothing"),
         ({"model_type": "nothing", "auto_map": {"AutoModel": "code.Model"}}, "the code that comes with the model"),
         ({"model_type": "nothing", "text_config": {"model_type": "qwen3"}}, "whose language model is a qwen3"),
-        ({"model_type": "llama"}, "needs config fields that are not there"),
+        ({"model_type": "llama"}, "needs config fields that are missing"),
     ],
 )
 def test_configs_that_mlx_lm_cannot_read(config, message, tmp_path):

@@ -95,7 +95,7 @@ def test_all_faults_are_named_at_once(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 99}'])
 def test_what_is_no_report_is_refused(text, tmp_path):
     (tmp_path / "report.json").write_text(text)
-    with pytest.raises(FormatError, match="is no report"):
+    with pytest.raises(FormatError, match="is not a report"):
         read_report(tmp_path / "report.json")
 
 
@@ -160,7 +160,7 @@ def test_estimates_made_again_from_a_report():
     assert CHIP in given.source
     assert assumptions_of([]) == Assumptions() == assumptions_of([report(emulated=True)])
     cuda = report(machine=dataclasses.replace(report().machine, backend="CUDA"))
-    assert assumptions_of([cuda]) == Assumptions(), "the table is one of Macs"
+    assert assumptions_of([cuda]) == Assumptions(), "the table is about Macs"
     unknown = assumptions_of([report(machine=dataclasses.replace(report().machine, chip="Apple M9"))])
     assert unknown.efficiency == 0.8 and unknown.microseconds == pytest.approx(4.0)
 

@@ -170,7 +170,7 @@ def test_only_a_report_is_replaced(tmp_path, capsys):
         (run / "log.jsonl", "does not end in .html"),
         (run / "adapters.safetensors", "does not end in .html"),
         (run, "is a folder"),
-        (run / "mine.html", "is no report"),
+        (run / "mine.html", "is not a report"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["report", str(run), "--output", str(output)])

@@ -513,7 +513,7 @@ def test_the_share_that_is_held_out(tmp_path, tokenizer):
 
 def test_files_of_other_kinds(tmp_path, tokenizer):
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
-    with pytest.raises(DataError, match=r"not in a format that is read here"):
+    with pytest.raises(DataError, match=r"has a format that mlx-lora does not read"):
         load_dataset(DataConfig(data=str(tmp_path / "rows.xlsx")), tokenizer)
     with pytest.raises(DataError) as error:
         load_dataset(DataConfig(data=str(tmp_path)), tokenizer)

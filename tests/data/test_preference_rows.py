@@ -135,7 +135,7 @@ def test_an_answer_begins_where_the_tokens_differ(plain):
     data = tokenize([{"prompt": "ah", "chosen": "e", "rejected": "x"}], merged, DataConfig(), kind="pairs")
     (pair,) = data
     assert [parts(example, merged)[1] for example in pair.sequences] == ["he<|im_end|>", "hx<|im_end|>"]
-    assert any("the tokens of the prompt alone are not those before the answer" in w for w in data.summary.warnings())
+    assert any("the prompt has other tokens alone than before the answer" in w for w in data.summary.warnings())
 
 
 def test_truncation_keeps_the_start_and_drops_rows_without_an_answer(tokenizer):

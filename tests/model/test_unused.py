@@ -47,7 +47,7 @@ def test_python_configs_refuse_what_contradicts(config, said):
         ),
         (OptimizerConfig, dict(learning_rate=1e-3, lr_schedule={"name": "constant", "arguments": [1e-4]}), "no effect"),
         (DataConfig, dict(mask_turns="last"), "no effect without mask_prompt"),
-        (DataConfig, dict(data="mine", hf_dataset={"path": "a/b"}), "no effect beside hf_dataset"),
+        (DataConfig, dict(data="mine", hf_dataset={"path": "a/b"}), "no effect with hf_dataset"),
         (TrainConfig, dict(val_batches=0, steps_per_eval=10), "no effect where val_batches is 0"),
     ],
 )

@@ -213,7 +213,7 @@ def explicit_config(
     rank or scale gets a pattern that matches this module only. ``alpha`` and ``rslora`` are resolved into scales.
     """
     config = replace(config, init="default", init_batches=None, eva_rho=None, eva_tau=None)
-    if not ranks or config.method in UNSCALED:  # no low-rank update, or none with a rank and scale of its own
+    if not ranks or config.method in UNSCALED:  # no low-rank update, or an update without its own rank and scale
         return replace(config, target_parameters=None, layers_to_transform=None)
     rank = rank or Counter(ranks.values()).most_common(1)[0][0]
     scale = Counter(scales.values()).most_common(1)[0][0]

@@ -58,7 +58,7 @@ def push(
 
     Args:
         private: make a new repository private.
-        base: the base model's name on the Hub, where the adapter's files do not say it.
+        base: the base model's name on the Hub, if the adapter's files do not record it.
         metrics: numbers for the card, such as {"val_loss": 1.23}.
         notes: a list that receives what was replaced or left out.
         checkpoint: which checkpoint of a run's folder: ``last``, ``best`` or an iteration. The default is the best one,
@@ -255,7 +255,7 @@ def _check_repo(repo: str) -> None:
 
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
-    """Turn whatever huggingface-hub raises into one ``HubError``."""
+    """Turn every error of huggingface-hub into one ``HubError``."""
     try:
         yield
     except (HubError, FormatError):

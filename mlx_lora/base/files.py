@@ -38,7 +38,7 @@ def check_weight_files(name: Any, folder: Path) -> None:
 
 
 def _listed(index: Path) -> list[str]:
-    """The files that a checkpoint's index names; none where there is no index."""
+    """The files that a checkpoint's index names; none if there is no index."""
     if not index.exists():
         return []
     try:

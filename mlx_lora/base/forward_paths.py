@@ -67,7 +67,7 @@ def needs_cache(model: nn.Module, row: Sequence[int], grad_checkpoint: bool = Fa
     generation does with a cache, both all at once and one token at a time. A model that cannot generate with mlx-lm's
     caches is not compared.
 
-    Raises: ModelError where no training computes what generation does, or where ``grad_checkpoint`` would be needed
+    Raises: ModelError if training cannot compute what generation does, or if ``grad_checkpoint`` would be needed
         together with a cache.
     """
     if not _takes_cache(model) or len(row) < 2:

@@ -103,7 +103,7 @@ def _replace_folder(folder: Path, base: Path, fill: Callable[[Path], None]) -> N
         fill(temporary)
         os.chmod(temporary, 0o755)
         if folder.exists():
-            # Rename the old folder before deleting it: whatever fails, the old or the new folder stays complete.
+            # Rename the old folder before deleting it: after any failure, the old or the new folder is then complete.
             os.replace(folder, old := temporary.with_name(temporary.name + "-old"))
             try:
                 os.replace(temporary, folder)

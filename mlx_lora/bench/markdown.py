@@ -57,7 +57,7 @@ def number(value: float) -> str:
 
 
 def verdicts(report: Report) -> dict[str, str]:
-    """For each kernel, why ``auto`` should not take it on this GPU; "" where all tests pass and it is never slower.
+    """For each kernel, why ``auto`` should not take it on this GPU; "" if all tests pass and it is never slower.
 
     A kernel must be at least as fast as plain operations in every part that runs it, at every size measured.
     """

@@ -163,7 +163,7 @@ def _merge(base: Path, folder: Path) -> Path:
     from ..merge.fuse import fuse
     from ..model.loading import load, save_model
 
-    # "stored": the merged model keeps the base's dtype, also where a CPU computes in float32.
+    # "stored": the merged model keeps the base's dtype, even if a CPU computes in float32.
     model, _ = load(base, folder / "adapters", dtype="stored")
     reports = fuse(model)
     kept = min(r.cosine for r in reports)

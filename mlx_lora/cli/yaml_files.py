@@ -172,7 +172,7 @@ def _differ(nested: dict[str, Any], alpha: Any) -> bool:
 
 
 def _two_readings(nested: dict[str, Any], alpha: Any, old: bool) -> str:
-    """The warning for ``alpha`` beside ``scale``: what this run does, and what the author may have meant.
+    """The warning for ``alpha`` together with ``scale``: what this run does, and what the author may have meant.
 
     ``nested`` holds the scale and rank of the run, after its flags.
     """

@@ -91,7 +91,7 @@ class TrainConfig(PreferenceOptions):
     )
     max_skipped_steps: int = option(10, "Stop after this many steps in a row with non-finite gradients.")
     peer_timeout: float = option(
-        30.0, "Several machines: end the run where one has not answered for this many seconds; 0: do not watch them."
+        30.0, "Several machines: end the run if one has not answered for this many seconds; 0: do not watch them."
     )
     seed: int = option(0, "Seed of the initialisation, dropout and the order of the data.")
 

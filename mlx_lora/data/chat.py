@@ -160,7 +160,7 @@ def _span_by_change(text: str, render: Render, messages: Sequence[dict], i: int,
 
 
 def _generation_start(render: Render, messages: Sequence[dict], i: int, through: str) -> tuple[str, int | None]:
-    """The text that a generation prompt adds, and where in ``through`` it ends (None where it must be searched for)."""
+    """The text that a generation prompt adds, and where in ``through`` it ends (None if it must be searched for)."""
     if i == 0:
         try:
             probe = [{"role": "user", "content": "x"}]

@@ -144,7 +144,7 @@ def joined(content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise Unreadable(f"has content that is {type_name(content)}: write a string (json.dumps where it is data)")
+        raise Unreadable(f"has content that is {type_name(content)}: write a string (json.dumps for data)")
     texts = []
     for part in content:
         kind = part.get("type") or "text" if isinstance(part, dict) else type_name(part)
@@ -189,7 +189,7 @@ def _old_calls(value: Any, number: int, beside: list[dict] | None) -> list[dict]
     These calls have no ids, but some templates require ids; Mistral's requires nine letters and digits.
 
     Args:
-        beside: the message's ``tool_calls``, which must be the same calls, and are then returned.
+        beside: the message's ``tool_calls``, if it has both; they must be the same calls, and are returned.
     """
     value = from_json(value)
     calls = value if isinstance(value, list) else [value]

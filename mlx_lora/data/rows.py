@@ -36,7 +36,7 @@ def check(
     """Check the rows of one file.
 
     Args:
-        template: the tokenizer's chat template; None where it has none.
+        template: the tokenizer's chat template; None if it has none.
         faults: receives everything that is wrong.
         kind: what the loss takes, see ``config.preference``.
     """

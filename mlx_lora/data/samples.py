@@ -17,7 +17,7 @@ class Sample(NamedTuple):
     text: str = ""
     messages: tuple[dict, ...] = ()
     tools: list[dict] | None = None
-    first: int = 0  # messages before this index are the prompt, whatever their role
+    first: int = 0  # messages before this index are the prompt, in any role
     unlearned: tuple[int, ...] = ()  # the assistant's turns of weight 0
     pair: tuple[str, str] | None = None
     rejected: Sample | None = None  # in rows with pairs: the same prompt with the worse answer

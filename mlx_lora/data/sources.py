@@ -1,7 +1,7 @@
 """Finds the rows of each split: in a folder with one file per split, in a single file, or in a dataset on the Hub.
 
 A split's rows are ``train.jsonl`` or another format of ``files.py``, several files ``train-00000-of-00002.parquet``, or
-a folder ``train`` of files, as ``datasets`` saves them. Where there is no validation split, a part of the training rows
+a folder ``train`` of files, as ``datasets`` saves them. If there is no validation split, a part of the training rows
 is held out, always the same rows of the same data. ``rows.py`` checks the values.
 """
 
@@ -177,7 +177,7 @@ def _hold_out(source: Source, train: Part, config: DataConfig) -> None:
         return
     count = min(max(1, round(len(rows) * share)), len(rows) - 1)
     count = count if asked else min(count, HOLD_OUT_MOST)
-    # A seed of its own: runs with different seeds are compared on the same rows.
+    # A fixed seed, so that runs with different seeds are compared on the same rows.
     out = set(np.random.RandomState(0).permutation(len(rows))[:count].tolist())
     train.rows = [row for i, row in enumerate(rows) if i not in out]
     held = [row for i, row in enumerate(rows) if i in out]

@@ -18,7 +18,7 @@ _CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "argum
 
 
 def template_of(tokenizer: Any) -> str | None:
-    """The text of the tokenizer's chat template; "" where it is not text, None where there is no template."""
+    """The text of the tokenizer's chat template; "" if it is not text, None if there is no template."""
     template = getattr(tokenizer, "chat_template", None)
     if template is None:
         return "" if getattr(tokenizer, "has_chat_template", False) else None
@@ -48,7 +48,7 @@ class Template:
         return self._apply(messages, tools, add_generation_prompt, tokenize=False)
 
     def tokens(self, messages: Sequence[dict], tools: list | None, text: str) -> tuple[list[int], Any]:
-        """The token ids of ``text``, and the tokenizer's encoding with offsets (None where it has none)."""
+        """The token ids of ``text``, and the tokenizer's encoding with offsets (None if it has none)."""
         ids, encoding = self._encode(text)
         if self._same_tokens is None:
             self._same_tokens = ids == self._apply_ids(messages, tools)

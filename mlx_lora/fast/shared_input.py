@@ -2,7 +2,7 @@
 
 While the module above them runs, the first layer called computes the product for the whole group in one launch. The
 others take their columns if they are called with the same array; with another array a layer computes its own. Nothing
-is kept after that module has returned. Decoding only: in training a layer's product is a matrix product of its own.
+is kept after that module has returned. Decoding only: in training each layer computes its own matrix product.
 """
 
 from __future__ import annotations

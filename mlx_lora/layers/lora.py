@@ -21,8 +21,8 @@ class LoRALinear(AdapterLayer):
     ``lora_a``: [in, r], U(-1/sqrt(in), 1/sqrt(in)); ``lora_b``: [r, out].
 
     Args:
-        dtype: of ``lora_a`` and ``lora_b`` where the base's storage does not tell one. The low-rank matrices compute in
-            the base's dtype, so that the forward pass needs no casts.
+        dtype: of ``lora_a`` and ``lora_b`` if the base's storage does not determine it. The low-rank matrices compute
+            in the base's dtype, so that the forward pass needs no casts.
         key: of the random start; MLX's global random state by default.
     """
 

@@ -47,7 +47,7 @@ class MultiLoRALinear(nn.Module):
     def __init__(self, base: nn.Module, a: mx.array, b: mx.array, scale: mx.array, ranks: mx.array, rows: Rows):
         super().__init__()
         self.linear, self.lora_a, self.lora_b = base, a, b
-        # The underscore keeps them out of the parameters: scales stay float32 whatever dtype the model is set to.
+        # The underscore keeps them out of the parameters: scales stay float32 when the model's dtype is set.
         self._scale, self._ranks, self._rows = scale, ranks, rows
         # Views of each adapter's own part, outside the module's parameters and submodules.
         pairs = zip(ranks.tolist(), scale.tolist(), strict=True)

@@ -154,7 +154,7 @@ def _fine_tune(
     folder.settings |= {"iters": config.iters, **rhythm}
     folder.identity = {**identify(settings, model, sets), "iters": config.iters}
     if state is None:
-        folder.identity["start"] = {}  # from no adapter; where there is no such key, it is not known
+        folder.identity["start"] = {}  # from no adapter; without this key, it is unknown
     if settings.resume_adapter_file:
         file = Path(settings.resume_adapter_file).resolve()
         folder.identity["start"] = {"file": str(file), "weights": file_digest(file)}

@@ -44,7 +44,7 @@ class Link:
             self.socket.send(json.dumps(news).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]]:
-        """What has arrived. Sets ``seen``, and ``closed`` where the connection has ended."""
+        """Return the received text. Sets ``seen``, and ``closed`` if the connection has ended."""
         try:
             data = self.socket.recv(1 << 16)
         except BlockingIOError:

@@ -111,7 +111,7 @@ def _module(path: Path, _changed: int) -> ModuleType:
         spec.loader.exec_module(module)
     except (KeyboardInterrupt, GeneratorExit):
         raise
-    except BaseException as error:  # whatever the user's code raises, sys.exit() included
+    except BaseException as error:  # any error of the user's code, including sys.exit()
         raise ConfigError(f"metric: {path} fails: {type(error).__name__}: {error}", "Correct that file.") from error
     return module
 
@@ -128,7 +128,7 @@ def measured(metrics: dict[str, Metric], answers: Sequence[Answer]) -> dict[str,
                 values.append(float(metric([a.given for a in answers], [a.expected for a in answers])))
         except (MLXLoRAError, KeyboardInterrupt, GeneratorExit):
             raise
-        except BaseException as error:  # whatever the user's code raises, sys.exit() included
+        except BaseException as error:  # any error of the user's code, including sys.exit()
             raise ConfigError(f"metric {name} fails: {type(error).__name__}: {error}", _HOW) from error
     group = mx.distributed.init()
     if group.size() > 1:

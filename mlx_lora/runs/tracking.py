@@ -1,6 +1,6 @@
 """Training curves for experiment trackers: TensorBoard, Trackio, Weights & Biases, SwanLab. All packages are optional.
 
-TensorBoard's files are in the folder of the run, under ``tensorboard``; the others have projects of their own.
+TensorBoard's files are in the folder of the run, under ``tensorboard``; the others have their own projects.
 """
 
 from __future__ import annotations

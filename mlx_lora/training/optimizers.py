@@ -121,7 +121,7 @@ class MasterWeights:
     (arXiv:1710.03740). The copy is updated, then rounded into the parameter. Moments are always float32.
 
     Parameters and gradients are dicts `{path: array}`. This class distributes them to the optimizers itself, because
-    `MultiOptimizer`'s merging of trees fails where one group ends in an earlier layer than another.
+    `MultiOptimizer`'s merging of trees fails if one group ends in an earlier layer than another.
 
     state: `{"members": [state of each MLX optimizer], "masters": {path: float32 array}}`.
     """

@@ -34,7 +34,7 @@ class TrainReport:
     """The last `steps_per_report` iterations (fewer at the end of the run). The rates exclude validation and saving."""
 
     iteration: int
-    train_loss: float  # mean over the tokens of these iterations; nan where no batch was finite
+    train_loss: float  # mean over the tokens of these iterations; nan if no batch was finite
     learning_rate: float  # of the last optimizer step
     iterations_per_second: float
     tokens_per_second: float  # learned tokens

@@ -21,7 +21,7 @@ from .optimizers import MasterWeights
 
 
 class Outcome(NamedTuple):
-    """The result of one batch. grad_norm and finite are None where the batch did not complete an optimizer step."""
+    """The result of one batch. grad_norm and finite are None if the batch did not complete an optimizer step."""
 
     loss: float  # summed over the units that the loss counts, such as the learned tokens of the batch
     count: int  # number of these units

@@ -64,7 +64,7 @@ class Architecture:
         self._model = getattr(model, "language_model", model)
         self.args = self._model.args
         self.head_dim = getattr(self.args, "head_dim", None) or self.args.hidden_size // self.args.num_attention_heads
-        self.extra: dict[str, mx.array] = {}  # tensors beside the parameters
+        self.extra: dict[str, mx.array] = {}  # tensors in addition to the parameters
         self.pairs = {f"{self.name}.{key}": value for key, value in (self._sizes() | self._rope()).items()}
         self._check()
         self.parameters = self._parameters(adapter)

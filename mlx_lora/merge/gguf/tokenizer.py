@@ -48,7 +48,7 @@ class GGUFTokenizer:
         self.template = _without_generation_tags(getattr(self.tokenizer, "chat_template", None))
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise FormatError(f"{folder}: its tokenizer runs code of its own and has no tokenizer.json", ELSEWHERE)
+            raise FormatError(f"{folder}: its tokenizer runs its own code and has no tokenizer.json", ELSEWHERE)
         self.json = json.loads(backend.to_str())
         self._read_tokens(rows)
         self.pairs = {**self._kind(), **self._special()}

@@ -24,7 +24,7 @@ TRAIN, VALID = "training", "validation"
 
 @dataclass
 class Curve:
-    """Points of one quantity, by iteration; None where it was not finite."""
+    """Points of one quantity, by iteration; None if it was not finite."""
 
     iterations: list[int] = field(default_factory=list)
     values: list[float | None] = field(default_factory=list)
@@ -56,7 +56,7 @@ class History:
     answers: dict[str, dict[str, Any]]
 
     def last_of(self, kind: str) -> dict[str, Any]:
-        """The last record of a kind; empty where there is none."""
+        """The last record of a kind; empty if there is none."""
         return next((record for record in reversed(self.records) if record["kind"] == kind), {})
 
     def all_of(self, kind: str) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ class KernelTime:
     """One part of a model, computed on one path."""
 
     part: str  # "q, k, v", "MLP", "norms, DoRA", ...; "layer": q, k, v, o and MLP together
-    path: str  # "base" (no adapter), "kernels", "plain" (our layers without kernels) or "mlx-lm"
+    path: str  # "base" (no adapter), "kernels", "plain" (mlx-lora without kernels) or "mlx-lm"
     launches: int | None  # counted; None if autograd is part of it
     microseconds: float  # median; "layer": the sum of its parts' medians
     low_microseconds: float  # first quartile

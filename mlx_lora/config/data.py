@@ -24,8 +24,8 @@ class DataConfig:
     )
     valid_split: float | None = option(
         None,
-        "Share of the training rows to hold out for validation, where there is no validation set; the same rows in "
-        f"every run (default: {HOLD_OUT}, at most {HOLD_OUT_MOST} rows, of {HOLD_OUT_FROM} or more; 0 for none).",
+        "Share of the training rows to hold out for validation if there is no validation set; the same rows in "
+        f"every run (default: {HOLD_OUT}, at most {HOLD_OUT_MOST} rows, from {HOLD_OUT_FROM} or more; 0 for none).",
     )
     mask_prompt: bool = common(False, "Compute the loss only on completions or assistant turns.")
     mask_turns: str = option("all", "With mask_prompt: the assistant turns that count.", choices=("all", "last"))

@@ -24,7 +24,7 @@ from .faults import Fault, Place, counted
 from .files import FORMATS, Row, file_format, read_file, without_nulls
 from .numbered import check_parts
 
-# The names of a split's files and of a split on the Hub, those of datasets. The first one is ours.
+# Names of a split's files and of a split on the Hub, as in datasets. The first one is mlx-lora's name.
 NAMES = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test", "testing")}
 _SECTION = ("path", "config", "train_split", "valid_split", "test_split")
 _FEATURES = ("text_feature", "prompt_feature", "completion_feature", "chat_feature")

@@ -61,7 +61,7 @@ def detect_format(path: str | Path) -> str:
     if kind := unsupported_kind(path):
         raise FormatError(f"{path}: is {kind}, which is not converted", known)
     if path.is_file():
-        raise FormatError(f"{path}: is not a file of a supported format", known)
+        raise FormatError(f"{path}: is a file of an unsupported format", known)
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     raise FormatError(f"{path}: has no adapter of a supported format; it has {inside}", known)
 

@@ -23,7 +23,12 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MOST_PAIRS, _MOST_TENSORS, _MOST_ITEMS = 100_000, 200_000, 5_000_000
 _F32, _F16, _Q8_0, _BF16 = 0, 1, 8, 30
-TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # our name: the gguf package's name
+TYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "q8_0": "Q8_0",
+}  # {mlx-lora's name: the name in the gguf package}
 
 
 class _Cursor:

@@ -55,7 +55,7 @@ class LoRALinear(AdapterLayer):
 
 
 class LoRAEmbedding(LoRALinear):
-    """y = W[x] + scale * A[x] B, and as a tied output head y = x W^T + scale * (x B^T) A^T, as in mlx-lm.
+    """y = W[x] + scale * A[x] B, and, as a tied output head, y = x W^T + scale * (x B^T) A^T, as in mlx-lm.
 
     ``lora_a``: [vocabulary, r]; ``lora_b``: [r, dim]. On a model with tied embeddings the update acts on both sides.
     """

@@ -24,14 +24,14 @@ class Projections(nn.Module):
         self.freeze()
 
     def unfreeze(self, *args, **kwargs):
-        return self  # frozen for good, as the weights of MLX's quantized layers are
+        return self  # always frozen, like the weights of MLX's quantized layers
 
 
 class _VeRA(AdapterLayer):
-    """What linear and switch layers have in common: the projections and the trained vectors.
+    """Shared by linear and switch layers: the projections and the trained vectors.
 
     Args:
-        shared: the model's projections; drawn for this layer alone by default.
+        shared: the model's projections; by default drawn for this layer alone.
         d_initial: the initial value of ``vera_lambda_d``.
     """
 

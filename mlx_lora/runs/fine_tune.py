@@ -212,14 +212,14 @@ def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:
 
 
 def _check_incomplete(folder: RunFolder, state: TrainingState, config: TrainConfig, iters: int | None) -> None:
-    """``check_incomplete``; of a run that was killed when it was complete, first write what its folder lacks."""
+    """Call ``check_incomplete``; if a complete run was killed, first write the files that its folder lacks."""
     try:
         check_incomplete(state, config, iters, folder.path)
     except ConfigError as error:
         done = finish(folder.path, state, folder.numbered(state.iteration)) if is_main_process() else []
         if not done:
             raise
-        said = f"Its last process was killed before it had written everything; now {', and '.join(done)}"
+        said = f"Its last process was killed before it had written all files; now {', and '.join(done)}"
         raise ConfigError(f"{error.message}\n{said}", error.hint) from error
 
 

@@ -695,7 +695,7 @@ def test_a_folder_of_two_formats_needs_the_format_named(tmp_path):
 def test_paths_that_hold_no_adapter(tmp_path):
     for path, said in [
         (tmp_path / "none", "does not exist"),
-        (Path(__file__), "not a file of"),
+        (Path(__file__), "a file of an unsupported format"),
         (tmp_path, "it has nothing"),
     ]:
         with pytest.raises(FormatError, match=said):

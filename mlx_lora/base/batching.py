@@ -1,7 +1,7 @@
 """Which of mlx-lm's models give a row the same result in a batch of different lengths as alone.
 
-Padding must not change a row's result. In these classes of mlx-lm 0.32.2 it changes it silently or raises an error.
-A test compares all of mlx-lm's families.
+Padding must not change a row's result. In these classes of mlx-lm 0.32.2 it changes it silently or raises an error. A
+test compares all of mlx-lm's families.
 """
 
 from __future__ import annotations

@@ -103,8 +103,7 @@ def class_fields(config: Config, known: Collection[str] | None = None) -> Config
     """The fields that mlx-lm's class needs and ``config`` implies but does not state.
 
     Args:
-        known: the class's fields; None for all, if the class is unknown (the text part of a vision-language
-            model).
+        known: the class's fields; None for all, if the class is unknown (the text part of a vision-language model).
     """
     kind = config.get("model_type")
     found: Config = {}

@@ -159,9 +159,9 @@ _EXPERTS: tuple[Callable[[Weights], Weights], ...] = (lambda weights: weights, _
 def complete(model: nn.Module, weights: Weights) -> Weights:
     """Drop or add ``weights`` after ``sanitize`` where this cannot change the model.
 
-    Dropped: weights of the parts that read images and sounds, constants, and surplus experts (those that return
-    their input). A missing output head is the embedding. A missing bias becomes zeros if no such module in
-    the checkpoint has a bias. Experts get mlx-lm's name ``.weight`` and orientation.
+    Dropped: weights of the parts that read images and sounds, constants, and surplus experts (those that return their
+    input). A missing output head is the embedding. A missing bias becomes zeros if no such module in the checkpoint has
+    a bias. Experts get mlx-lm's name ``.weight`` and orientation.
     """
     shapes, found = _shapes(model), dict(weights)
     for name in [name for name in found if name not in shapes]:

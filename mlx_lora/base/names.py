@@ -311,9 +311,8 @@ class BaseModel:
             return "model." + path.removeprefix("model.language_model.")
         if path.startswith("language_model."):
             rest = path.removeprefix("language_model.")
-            if (
-                "text_config" not in self.config
-            ):  # a separate text model, which mlx-lm has only as part of the whole model
+            # a separate text model, which mlx-lm has only as part of the whole model
+            if "text_config" not in self.config:
                 return rest
             return "model.language_model." + rest.removeprefix("model.") if rest.startswith("model.") else rest
         if "text_config" in self.config and path.startswith("model.layers."):

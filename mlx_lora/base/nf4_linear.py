@@ -125,9 +125,8 @@ def read_checkpoint(path: str, arrays: dict[str, mx.array], bias: mx.array | Non
         about = json.loads(bytes(np.array(arrays[STATE])).decode())
         shape, block = tuple(about["shape"]), int(about["blocksize"])
         codes = arrays["weight"].reshape(-1)
-        codes = (
-            codes if codes.dtype == mx.uint8 else codes.view(mx.uint8)
-        )  # FSDP checkpoints store the codes in another dtype
+        # FSDP checkpoints store the codes in another dtype
+        codes = codes if codes.dtype == mx.uint8 else codes.view(mx.uint8)
         absmax, nested, nested_block = arrays["weight.absmax"], None, NESTED_BLOCK
         if "weight.nested_absmax" in arrays:
             offset = mx.array(about["nested_offset"], mx.float32)

@@ -1,7 +1,7 @@
 """``bench check``: all checks that need a GPU, in one run, the most informative first in case it is cut short.
 
-The kernel tests run under pytest, the measured parts in a worker: both in separate processes, so that a failing
-GPU ends only one test or part. The complete report is written again after every result.
+The kernel tests run under pytest, the measured parts in a worker: both in separate processes, so that a failing GPU
+ends only one test or part. The complete report is written again after every result.
 """
 
 from __future__ import annotations

@@ -53,9 +53,9 @@ def assumptions_of(reports: Iterable[Report]) -> Assumptions:
     """The constants that the decoding figures of reports imply; medians over the models of all reports.
 
     The bandwidth reached is the base model's bytes over its time; a launch costs the difference between plain
-    operations and kernels, which read the same bytes, divided by the launches saved. A constant that
-    no report measures keeps its default, such as the bandwidth reached on a chip that is not in ``chips.py``. Only
-    reports of Metal count, because the table is about Macs.
+    operations and kernels, which read the same bytes, divided by the launches saved. A constant that no report measures
+    keeps its default, such as the bandwidth reached on a chip that is not in ``chips.py``. Only reports of Metal count,
+    because the table is about Macs.
     """
     efficiencies, costs, chips = [], [], []
     for report in reports:

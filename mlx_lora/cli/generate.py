@@ -60,9 +60,8 @@ def add_adapter(bank: Any, path: str, adapter: str) -> str:
     known = {Path(each.path).resolve(): each.name for each in bank.listed() if each.path}
     if (name := known.get(Path(adapter).resolve())) is None:
         name = Path(path).resolve().name
-        name = (
-            path if name in bank or name in ("none", "base") else name
-        )  # reserved in chat for the model without adapter
+        # reserved in chat for the model without adapter
+        name = path if name in bank or name in ("none", "base") else name
         bank.add(name, adapter)
     return name
 

@@ -99,9 +99,8 @@ def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, An
     options, faults, warnings = dict(options), [], {}
     options.pop("config", None)  # mlx-lm writes it into its adapter_config.json
     foreign = bool(options.keys() & {"train_mode", "train_type", "training_mode"})
-    others = foreign or bool(
-        options.keys() & _UNUSED
-    )  # beta is then mlx-lm-lora's, which writes it for every kind of training
+    # beta is then mlx-lm-lora's, which writes it for every kind of training
+    others = foreign or bool(options.keys() & _UNUSED)
 
     def put(old: str, new: str, value: Any) -> None:
         if value is None:

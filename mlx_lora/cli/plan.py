@@ -52,8 +52,8 @@ def plan(ctx: click.Context, **params: Any):
     """Estimate a run before it starts: memory, steps, time, and the Macs that it fits on.
 
     Takes train's options and YAML files. No weights are loaded: the training step is traced with the shapes in
-    config.json and in the headers of the weight files. Without --data, every row counts as --max-seq-length
-    tokens. The figures for Macs are estimates. If a run does not fit on a Mac, the table names options to add.
+    config.json and in the headers of the weight files. Without --data, every row counts as --max-seq-length tokens. The
+    figures for Macs are estimates. If a run does not fit on a Mac, the table names options to add.
 
     --write chooses settings for your data and this machine, also for preferences (--loss dpo). Options that you give,
     here or in a file (-c), are kept.

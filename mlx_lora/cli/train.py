@@ -81,7 +81,7 @@ def train(ctx: click.Context, **params: Any):
     """Fine-tune a model with LoRA, DoRA, VeRA, or in full.
 
     The adapter is saved in --adapter-path in mlx-lm's format, every --save-every iterations and at the end. Ctrl-C
-    saves and stops; --resume continues. The adapter of the best validation is kept in the subfolder best, and other
+    saves and stops; --resume continues. The adapter of the best validation is kept in its folder best, and other
     commands use that one (--checkpoint). mlx-lm's flags and YAML files work unchanged; as there, --test without --train
     only measures the adapter in --adapter-path.
 

@@ -1,7 +1,7 @@
 """Options from a YAML file (``-c``): mlx-lm's, older versions' and forks'. Every key is used or named in a message.
 
-A file sets click's ``default_map``: flags win over the file, and the file over the defaults. If mlx-lm ignores
-an entry because of another one, ``settle`` does the same and warns.
+A file sets click's ``default_map``: flags win over the file, and the file over the defaults. If mlx-lm ignores an entry
+because of another one, ``settle`` does the same and warns.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def read_yaml(
     for section, entries, names in (("", raw, known), ("lora_parameters.", nested, set(NESTED))):
         for key in (key for key in entries if key not in names):
             others = elsewhere(key)
-            where = f" here, but an option of mlx-lora {others}" if others else ""
+            where = f" here, but of mlx-lora {others}" if others else ""
             faults.append(f"{section}{key} is not an option{where}{did_you_mean(key, names)}")
     twice = [key for key in nested if key in raw and raw[key] != nested[key]]
     faults += [f"{key} is {raw[key]!r}, and {nested[key]!r} in lora_parameters" for key in twice]

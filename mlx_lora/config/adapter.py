@@ -308,9 +308,9 @@ _ADAPTER_RULES = (
 def ignored_alpha(parameters: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """mlx-lm's ``lora_parameters`` without the ``alpha`` that mlx-lm ignores, and that alpha (or None).
 
-    mlx-lm multiplies the update by ``scale`` and ignores alpha. Only from 2024-01-24 to 2024-06-02 did it
-    multiply by scale * alpha / rank; a file with ``lora_layers`` and alpha may be from these months. Without a scale,
-    alpha is PEFT's and stays.
+    mlx-lm multiplies the update by ``scale`` and ignores alpha. Only from 2024-01-24 to 2024-06-02 did it multiply by
+    scale * alpha / rank; a file with ``lora_layers`` and alpha may be from these months. Without a scale, alpha is
+    PEFT's and stays.
     """
     if parameters.get("scale") is None:
         return parameters, None

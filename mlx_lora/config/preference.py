@@ -1,7 +1,7 @@
 """The preference losses: which rows each one takes, whether it needs a reference, and its options.
 
-Names and defaults are TRL's. In TRL, simpo is a loss of the CPO trainer, and needs
-``cpo_alpha`` 0 to leave out the cross entropy.
+Names and defaults are TRL's. In TRL, simpo is a loss of the CPO trainer, and needs ``cpo_alpha`` 0 to leave out the
+cross entropy.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from typing import NamedTuple
 
 from .options import is_set, option
 
-TOKENS, PAIRS, LABELS = (
-    "tokens",
-    "pairs",
-    "labels",
-)  # kinds of rows: to imitate; chosen and rejected answers; answers with labels
+# kinds of rows: to imitate; two answers; labelled
+TOKENS, PAIRS, LABELS = "tokens", "pairs", "labels"
 
 
 class Preference(NamedTuple):

@@ -249,8 +249,8 @@ def epoch_batches(lengths: np.ndarray, widths: np.ndarray, batch_size: int, seed
 def length_groups(lengths: np.ndarray, widths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """The rows in groups of similar lengths, always the same: the groups with the least padding.
 
-    All groups but the first have whole batches. Each has at least two batches, if there are enough rows;
-    a group of one batch would have the same batch in every epoch.
+    All groups but the first have whole batches. Each has at least two batches, if there are enough rows; a group of one
+    batch would have the same batch in every epoch.
 
     A group ends at a width, except for less than a batch of rows, which the next group takes over. So every whole
     batch of a group has a row of the group's last width, unless two widths were joined because they had too few rows.

@@ -4,8 +4,8 @@
     completion: "{label}"
     labels: {label: {0: unacceptable, 1: acceptable}}
 
-A template contains column names in braces, as in ``str.format``, but without attributes, indices or formats.
- ``{{`` and ``}}`` stand for a brace. ``labels`` names the values of a column; in a list, of 0, 1 and so on.
+A template contains column names in braces, as in ``str.format``, but without attributes, indices or formats. ``{{`` and
+``}}`` stand for a brace. ``labels`` names the values of a column; in a list, of 0, 1 and so on.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _columns(template: Any) -> list[str]:
 def filled(rows: Iterable[Row], section: dict[str, Any], faults: list[Fault]) -> list[Row]:
     """Rows with the ``prompt`` and ``completion`` of ``section``'s templates; without templates, the rows unchanged.
 
-    A null in a prompt counts as empty text. Args: faults: receives missing columns, and values that no label
-    names, such as the -1 of a hidden test set.
+    A null in a prompt counts as empty text. Args: faults: receives missing columns, and values that no label names,
+    such as the -1 of a hidden test set.
     """
     rows = list(rows)
     if not any(key in section for key in KEYS):

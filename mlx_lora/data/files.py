@@ -199,8 +199,8 @@ def _csv(data: bytes, name: str, faults: list[Fault], notes: list[str], delimite
 def _consistency(text: str, delimiter: str) -> tuple[bool, float, bool]:
     """How well a delimiter fits a file, for comparison with other delimiters.
 
-    Returns: whether the header has several cells, the share of the first rows with as many cells as the header,
-    and whether no header cell begins with a blank, as it would after a comma inside a text.
+    Returns: whether the header has several cells, the share of the first rows with as many cells as the header, and
+    whether no header cell begins with a blank, as it would after a comma inside a text.
     """
     head: list[str] = []
     rows: list[bool] = []

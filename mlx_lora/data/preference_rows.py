@@ -1,10 +1,9 @@
 """Rows with preferences: which columns are read, and the row as samples. The formats are TRL's.
 
 Pairs: ``prompt``, ``chosen`` and ``rejected``, each a text or messages. Without ``prompt``, the prompt is the common
-beginning of ``chosen`` and ``rejected``. Labels: ``prompt``, ``completion`` and ``label`` (true for a good
-answer); pairs are read as one good and one bad answer.
-As in rows with a prompt and a completion, texts become turns if there is a chat template. Texts without ``prompt``
-already contain the template's markers, so they are tokenized unchanged.
+beginning of ``chosen`` and ``rejected``. Labels: ``prompt``, ``completion`` and ``label`` (true for a good answer);
+pairs are read as one good and one bad answer. As in rows with a prompt and a completion, texts become turns if there is
+a chat template. Texts without ``prompt`` already contain the template's markers, so they are tokenized unchanged.
 """
 
 from __future__ import annotations

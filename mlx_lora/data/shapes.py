@@ -1,10 +1,10 @@
 """Which columns of a row are its prompt, its answer or its messages.
 
 mlx-lm's own keys come first: ``prompt`` with ``completion``, then ``messages``, or the names that the ``*_feature``
-options give instead. Then the columns of well-known data sets are recognised, in any case:
-``instruction``, ``input`` and ``output`` (Alpaca), ``instruction``, ``context`` and ``response`` (Dolly), other pairs
-of a question and an answer, and ``conversations`` or ``dialog`` (ShareGPT). A ``text`` column is
-read if a row has none of these. A row that can be read in two ways is refused.
+options give instead. Then the columns of well-known data sets are recognised, in any case: ``instruction``, ``input``
+and ``output`` (Alpaca), ``instruction``, ``context`` and ``response`` (Dolly), other pairs of a question and an answer,
+and ``conversations`` or ``dialog`` (ShareGPT). A ``text`` column is read if a row has none of these. A row that can be
+read in two ways is refused.
 """
 
 from __future__ import annotations

@@ -92,8 +92,7 @@ def load_adapter(
 
     Raises:
         FormatError: the files are damaged, not of this format, or lack information. AdapterError: the arrays are
-            damaged or
-        incomplete. ConfigError: an option that this format does not use, or no such checkpoint.
+        damaged or incomplete. ConfigError: an option that this format does not use, or no such checkpoint.
     """
     path = choose(path, checkpoint)
     name, form = _format(path, format)

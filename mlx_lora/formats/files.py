@@ -234,10 +234,8 @@ def write_folder(
             write(temporary)
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
             targets = {file: folder / file.relative_to(temporary) for file in files}
-            for (
-                file,
-                target,
-            ) in targets.items():  # checked before the first rename, so that either all files are moved or none
+            # checked before the first rename, so that either all files are moved or none
+            for file, target in targets.items():
                 if target.is_dir():
                     raise IsADirectoryError(f"{target.name} is a folder")
                 if target.parent.exists() and not target.parent.is_dir():

@@ -55,10 +55,8 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     if options.alpha is not None:
         raise ConfigError(f"--alpha: {folder / CONFIG} already stores the scale", "Leave --alpha out.")
     if not raw.keys() & {OWN, "fine_tune_type", "full_state_modules"} and weights and not _has_updates(weights):
-        raw = {
-            **raw,
-            "fine_tune_type": "full",
-        }  # mlx-lm-lora writes train_type or nothing, and gives a rank in any case
+        # mlx-lm-lora writes train_type or nothing, and gives a rank in any case
+        raw = {**raw, "fine_tune_type": "full"}
     config = parse_config(raw, folder / CONFIG, options)
     weights = {name: _unflatten(name, array, weights) for name, array in weights.items()}
     metadata = {"mlx-lm": {k: v for k, v in raw.items() if k not in _WRITTEN and not k.startswith("unsloth_")}}

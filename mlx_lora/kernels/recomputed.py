@@ -18,8 +18,8 @@ def recomputed(f: Callable[..., mx.array], inputs: list[mx.array], a: mx.array |
         return (y,) if a is None else (y, y @ a)
 
     Args:
-        f: elementwise or nearly so, and deterministic; the backward pass calls it once more.
-            Other values that it uses are constants.
+        f: elementwise or nearly so, and deterministic; the backward pass calls it once more. Other values that it uses
+            are constants.
         inputs: arrays of any shapes that f takes; y: [..., K].
         a: [K, r].
     """

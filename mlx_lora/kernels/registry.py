@@ -4,8 +4,8 @@ A file ``metal/NAME.metal`` opens with ``//`` comments, followed by ``//@include
 ``//@body`` (the kernel; MLX writes its signature). ``MLX_LORA_KERNELS`` decides whether kernels are used:
 
 - ``auto``: if MLX computes on Metal. Building a token's graph takes no longer with the kernels than with plain
-  operations (``mlx-lora bench kernels``, host us), and it holds fewer launches.
-  On CUDA, the kernels in ``TAKEN_ON_CUDA``.
+  operations (``mlx-lora bench kernels``, host us), and it holds fewer launches. On CUDA, the kernels in
+  ``TAKEN_ON_CUDA``.
 - ``off``: never.
 - ``on``: all of them on CUDA too, where the same source, rewritten by ``cuda.py``, has not run on a GPU yet; and, on a
   machine with neither, while a graph is traced to count its launches.

@@ -1,8 +1,8 @@
 """LoRA with a non-zero initial update over an unchanged base: PiSSA, OLoRA and LoRA-GA.
 
-These initialisations start from a pair A0, B0 that is not zero, and their papers subtract it from the base,
-W - scale B0 A0, so that the model first computes the same as before. A changed base would have to be distributed with
-the adapter. Here W is unchanged, dense or quantized, and the frozen pair is subtracted in the forward pass:
+These initialisations start from a pair A0, B0 that is not zero, and their papers subtract it from the base, W - scale
+B0 A0, so that the model first computes the same as before. A changed base would have to be distributed with the
+adapter. Here W is unchanged, dense or quantized, and the frozen pair is subtracted in the forward pass:
 
     y = W x + b + scale (x A) B - scale (x A0) B0
 

@@ -2,8 +2,8 @@
 
 W' = m * (W + scale * BA) / ||W + scale * BA||, the norm taken over each output row and held constant in the backward
 pass (section 4.3 of the paper). Its square is ||W||^2 + 2 scale <W, BA> + scale^2 ||BA||^2, so that W + scale * BA is
-never written out: <W, BA> takes one product of W with the r columns of A, through the quantized weight if the base
-is quantized.
+never written out: <W, BA> takes one product of W with the r columns of A, through the quantized weight if the base is
+quantized.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@
     <any of the last four>_svd   on the products B_i A_i instead of A and B, then as svd
 
 Random drops use torch's generator: seeded with ``seed``, PEFT would draw the same masks, module by module, for every A
-and then for every B. (PEFT itself uses the global generator, after drawing an initialisation that it discards.)
-Works on arrays only; the result's scale is 1.
+and then for every B. (PEFT itself uses the global generator, after drawing an initialisation that it discards.) Works
+on arrays only; the result's scale is 1.
 """
 
 from __future__ import annotations

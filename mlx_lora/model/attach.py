@@ -75,8 +75,7 @@ def attach(
     The model computes the same as before until the adapters are trained (except with ``init`` "loftq"). Modules to
     save, biases and rows of embeddings that ``config`` names become trainable, too. With ``method="full"`` no layers
     are added: the parameters of the selected layers become trainable. ``unmount`` undoes all of this. Random numbers
-        come
-    from ``mx.random``: seed it for reproducible runs.
+    come from ``mx.random``: seed it for reproducible runs.
 
     Args:
         config: the settings, or a dict of them.

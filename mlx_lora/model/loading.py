@@ -38,8 +38,8 @@ def load(
         revision: of the repository.
         trust_remote_code: allow the model folder's Python files to run.
         lazy: read weights from disk only when they are used.
-        checkpoint: if ``adapter_path`` is the folder of a run: ``last``, ``best`` or an iteration. The default is
-            the best one, if any.
+        checkpoint: if ``adapter_path`` is the folder of a run: ``last``, ``best`` or an iteration. The default is the
+            best one, if any.
 
     Returns:
         The model, in evaluation mode, and the tokenizer.

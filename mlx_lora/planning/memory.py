@@ -36,9 +36,8 @@ class Queue:
     bytes: float = math.inf
 
 
-CPU = Queue(
-    11, 10
-)  # mlx/backend/cpu/encoder.h; an operation counts twice: for its kernel and for releasing its buffers
+# mlx/backend/cpu/encoder.h; an operation counts twice: for its kernel and for releasing its buffers
+CPU = Queue(11, 10)
 GPU = Queue(11, 40, 50 * 2**20)  # mlx/backend/metal/device.cpp, command buffers
 
 

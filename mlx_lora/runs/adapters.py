@@ -36,8 +36,8 @@ def attach_for_run(
 
     Args:
         seed: of the initialisation.
-        folder: folder of the resumed run. An initialisation that chooses ranks or freezes a pair of matrices
-            (such as PiSSA and EVA) is read from there; otherwise the adapter is made again from the seed.
+        folder: folder of the resumed run. An initialisation that chooses ranks or freezes a pair of matrices (such as
+            PiSSA and EVA) is read from there; otherwise the adapter is made again from the seed.
         file: an ``adapters.safetensors`` to take the initial weights from.
         batches, reference: see ``model.attach.attach``.
     """

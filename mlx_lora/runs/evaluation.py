@@ -52,8 +52,8 @@ def measure(
         model: a folder or repository, or a pair (model, tokenizer).
         data: a DataConfig, or its ``data``.
         adapter_path: an adapter of any format to load with the model; not with a pair.
-        checkpoint: if ``adapter_path`` is the folder of a run: ``last``, ``best`` or an iteration. The default is
-            the best one, if any.
+        checkpoint: if ``adapter_path`` is the folder of a run: ``last``, ``best`` or an iteration. The default is the
+            best one, if any.
         test_batches: batches to measure at most; -1 for the whole set.
         loss: a name in ``LOSSES``. The reference of a preference loss is the adapter that the run of ``adapter_path``
             started from (``resume_adapter_file``), or the model without its adapter.

@@ -78,8 +78,8 @@ def run(
         resume: continue the run in ``folder`` exactly where it stopped. Arguments above that are left out are taken
             from that run, and so are the fields that a dict leaves out. Fields in ``identity.FREE``, such as
             ``iters``, may differ; those in ``identity.FORCED``, such as ``learning_rate``, with ``force``.
-        force: train even if, by the plan, the run does not fit into memory; with ``resume`` also continue with
-            other settings of the optimizer, and warn of each.
+        force: train even if, by the plan, the run does not fit into memory; with ``resume`` also continue with other
+            settings of the optimizer, and warn of each.
         resume_adapter_file: start from the weights in this ``adapters.safetensors``.
         init_reference: the model before it was quantized, for ``init`` "loftq".
         test_batches: measure on the test set afterwards, this many batches at most; -1 for the whole set.
@@ -88,9 +88,9 @@ def run(
         stop: called after each iteration; when it returns True, the run saves and ends.
 
     Yields: ``Warned`` about settings that are probably a mistake; ``Loading``, ``DataLoaded`` and ``Started``, before
-        which ``PrefixCache`` gives the size of the states that ``cache_prefix`` keeps; the reports of ``train``,
-        with ``EarlierRunMoved`` before the first checkpoint if there was an earlier run; ``TestReport`` after ``Done``
-        if ``test_batches`` is given and the run was not stopped.
+        which ``PrefixCache`` gives the size of the states that ``cache_prefix`` keeps; the reports of ``train``, with
+        ``EarlierRunMoved`` before the first checkpoint if there was an earlier run; ``TestReport`` after ``Done`` if
+        ``test_batches`` is given and the run was not stopped.
 
     Raises: ConfigError on the call if settings contradict each other or the folder cannot be used, for example because
         another run writes in it. While running: ModelError, DataError, AdapterError, FormatError, and TrainingError,

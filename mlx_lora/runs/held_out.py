@@ -36,9 +36,8 @@ class HeldOut:
         if not self.why:
             try:
                 self.asked = _questions(data, sets.valid, tokenizer, count)
-            except (
-                Exception
-            ) as problem:  # an error of the caller's own tokenizer or data set; the run goes on without answers
+            # an error of the caller's own tokenizer or data set; the run goes on without answers
+            except Exception as problem:
                 self.why = f"the validation rows cannot be read as prompts: {_said(problem)}"
 
     def answer(self, model: nn.Module) -> list[Answer]:

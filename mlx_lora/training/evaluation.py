@@ -32,9 +32,8 @@ def evaluate(
 ) -> Evaluation:
     """The mean loss of `model` on `dataset`: the sum over all batches and processes, divided by the count.
 
-    If a model computes something else without a cache than in generation, it is called with a cache. Dropout is
-    off. Afterwards every module is back in its mode (training or evaluation). No random numbers are
-    drawn.
+    If a model computes something else without a cache than in generation, it is called with a cache. Dropout is off.
+    Afterwards every module is back in its mode (training or evaluation). No random numbers are drawn.
 
     Args:
         limit: batches to measure at most; -1 for the whole set.

@@ -71,8 +71,8 @@ def _limits(model: nn.Module) -> Iterator[tuple[str, int]]:
 def check_rows(model: nn.Module, rows: Sequence[Any], most: int = 64) -> None:
     """Pack two rows and compare the second one's loss with its loss as a single row. Raises: ConfigError.
 
-    The model is in evaluation mode. The difference must be smaller than the change from attending to the first row:
-    a tenth of it in float32, which some devices multiply in 10 bits, and half of it in half precision.
+    The model is in evaluation mode. The difference must be smaller than the change from attending to the first row: a
+    tenth of it in float32, which some devices multiply in 10 bits, and half of it in half precision.
     """
     first, second = (mx.array(np.asarray(row.tokens[:most], np.int32)) for row in rows)
     together, begin = mx.concatenate([first, second])[None], first.size

@@ -1,9 +1,9 @@
 """The output of frozen layers, computed once for each row and kept (`cache_prefix`).
 
-With adapters on the last layers only, the embedding and the layers before them never change, so neither does the
-input of the first trained layer for a row. The class of the last frozen layer is replaced by one that returns
-kept states instead of its own output. The model's own code still builds the frozen layers, but nothing reads their
-result, so MLX never computes it. Masks, caches and random keys are made as always.
+With adapters on the last layers only, the embedding and the layers before them never change, so neither does the input
+of the first trained layer for a row. The class of the last frozen layer is replaced by one that returns kept states
+instead of its own output. The model's own code still builds the frozen layers, but nothing reads their result, so MLX
+never computes it. Masks, caches and random keys are made as always.
 
 A matrix product rounds by its shape: a row's states differ in the last bit if the batch is padded to another width,
 but not with the row's place in the batch or with the other rows. So states are kept for each pair of (row, width) on a

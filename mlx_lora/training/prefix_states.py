@@ -2,9 +2,9 @@
 
 A key is (data set, row, width); a value is the row's states [tokens, D], half precision as uint16.
 
-The file is a log. Its first line names the run that the states belong to. Then come records, each with
-a checksum. A process that is killed leaves complete records and at most one incomplete record, which the next
-process cuts off. A file of another base, other data or other layers is deleted.
+The file is a log. Its first line names the run that the states belong to. Then come records, each with a checksum. A
+process that is killed leaves complete records and at most one incomplete record, which the next process cuts off. A
+file of another base, other data or other layers is deleted.
 """
 
 from __future__ import annotations

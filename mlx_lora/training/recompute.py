@@ -23,8 +23,8 @@ from ..kernels import checkpointed
 def recomputed_layers(model: nn.Module) -> Iterator[None]:
     """Recompute the layers of this model (the modules in `model.layers`) while the context is open.
 
-    This changes the `__class__` of these layers and their dropout modules only. Other models and other
-    threads are not affected.
+    This changes the `__class__` of these layers and their dropout modules only. Other models and other threads are not
+    affected.
     """
     layers = [layer for layer in getattr(model, "layers", None) or [] if isinstance(layer, nn.Module)]
     if not layers:

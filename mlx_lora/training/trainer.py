@@ -44,8 +44,8 @@ def train(
     Args:
         optimizer: one of MLX's, or from `build_optimizer`. Parameters in half precision are trained through float32
             master weights in its state.
-        train_set, valid_set: datasets of `mlx_lora.data`. There is no validation if `valid_set` is None or
-            empty, or if `val_batches` is 0.
+        train_set, valid_set: datasets of `mlx_lora.data`. There is no validation if `valid_set` is None or empty, or if
+            `val_batches` is 0.
         config: the loss, the number of iterations, the batch size and so on; `TrainConfig()` by default. The batches
             of its `epochs` are `mlx_lora.data.iterations(config, train_set)`.
         checkpoint: called with the state of the run every `save_every` iterations, at the end, on `stop`, after the

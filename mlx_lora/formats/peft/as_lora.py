@@ -2,8 +2,7 @@
 
     AdaLoRA (arXiv:2303.10512)   scale B diag(E) A, scale = lora_alpha / init_r for any remaining rank; E goes into A
     LoHa (arXiv:2108.06098)      scale (B1 A1) * (B2 A2), elementwise: rank r^2; each column of B is a column of B1
-    times
-                                 one of B2, and likewise the rows of A
+                                 times a column of B2, and each row of A likewise
     LoKr (arXiv:2309.14859)      scale kron(W1, W2): the Kronecker products of their factors
 
 The rank of the result is at most the smaller side of the layer: otherwise the product itself is factored.

@@ -38,9 +38,8 @@ def _adapter_folder(folder: Path, adapter: str | None) -> Path:
     if adapter is None and has_weights(folder):
         return folder
     names = named_adapters(folder)
-    if (
-        adapter == "default" and adapter not in names and has_weights(folder)
-    ):  # PEFT's name for the adapter without a subfolder
+    # PEFT's name for the adapter without a subfolder
+    if adapter == "default" and adapter not in names and has_weights(folder):
         return folder
     if adapter is not None:
         names += ["default"] * has_weights(folder)

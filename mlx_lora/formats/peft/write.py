@@ -148,8 +148,8 @@ def _for_serving(adapter: Adapter, options: WriteOptions) -> Adapter:
 def _for_single_experts(adapter: Adapter, stacks: list[str]) -> Adapter:
     """``adapter`` with one rank and alpha for experts and routers.
 
-    PEFT converts keys for single experts and the router's keys with the config's ``r`` and ``lora_alpha``,
-    and ignores the patterns.
+    PEFT converts keys for single experts and the router's keys with the config's ``r`` and ``lora_alpha``, and ignores
+    the patterns.
     """
     blocks = {path.rpartition(".")[0] for path in stacks}
     same = [p for p in adapter.modules if p in stacks or p in {f"{b.rpartition('.')[0]}.gate" for b in blocks}]

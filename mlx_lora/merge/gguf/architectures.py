@@ -1,8 +1,7 @@
 """An mlx-lm model's settings and parameters as llama.cpp's: key-value pairs, names, types and orders of tensors.
 
-Settings come from the arguments that mlx-lm's class computes with, defaults included. A model that
-differs from what llama.cpp's graph of its architecture fixes is refused, and the differences are named. Nothing here
-reads weights.
+Settings come from the arguments that mlx-lm's class computes with, defaults included. A model that differs from what
+llama.cpp's graph of its architecture fixes is refused, and the differences are named. Nothing here reads weights.
 """
 
 from __future__ import annotations
@@ -209,9 +208,8 @@ class Architecture:
         found = {
             self.parameters[name].tensor: self.parameters[name].converted(array) for name, array in parameters.items()
         }
-        if (
-            self.name == "qwen2moe" and "output.weight" not in found
-        ):  # the only architecture whose head cannot share the embedding
+        # the only architecture whose head cannot share the embedding
+        if self.name == "qwen2moe" and "output.weight" not in found:
             found["output.weight"] = found["token_embd.weight"]
         return {**self.extra, **found}
 

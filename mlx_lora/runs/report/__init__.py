@@ -1,8 +1,8 @@
 """``report.html``: what a run did on one page, or several runs side by side, made from their logs.
 
 The page is one file that needs no network and no scripts. history.py reads the log, panels.py chooses the charts and
-charts.py draws them, page.py and comparison.py make the content, answers.py compares answers, and
-page.html and page.css are the template.
+charts.py draws them, page.py and comparison.py make the content, answers.py compares answers, and page.html and
+page.css are the template.
 """
 
 from __future__ import annotations

@@ -42,9 +42,8 @@ class Curve:
 class History:
     """What a run did.
 
-    curves: by quantity, then by data set, ``TRAIN`` or ``VALID``. best: the record of the best
-    checkpoint, (iteration, name, value), or None. answers: the records of kind ``Answers``, by the model that gave
-    them.
+    curves: by quantity, then by data set, ``TRAIN`` or ``VALID``. best: the record of the best checkpoint, (iteration,
+    name, value), or None. answers: the records of kind ``Answers``, by the model that gave them.
     """
 
     folder: Path
@@ -133,9 +132,8 @@ def _best(records: list[dict[str, Any]], curves: dict) -> tuple[int, str, float]
         return int(chosen[-1]["iteration"]), str(chosen[-1].get("name")), float(chosen[-1]["value"])
     measured = curves.get("loss", {}).get(VALID, Curve())
     pairs = zip(measured.iterations, measured.values, strict=True)
-    points = [
-        (value, at) for at, value in pairs if value is not None and at > 0
-    ]  # there are no checkpoints before this
+    # there are no checkpoints before this
+    points = [(value, at) for at, value in pairs if value is not None and at > 0]
     return (min(points)[1], "val_loss", min(points)[0]) if points else None
 
 

@@ -16,8 +16,8 @@ def loss(
     """-log sigmoid(reward of the chosen - reward of the rejected answer); a reward is beta log(p / p_reference).
 
     With `label_smoothing` s (conservative DPO) the loss is (1 - s) times that, plus s times the loss of the swapped
-    pair. TRL 1.16 ignores s with its loss type "sigmoid", which is this loss, and uses it in "robust", "exo_pair"
-    and "aot", which are other losses. Arguments and results: see `losses/__init__.py`.
+    pair. TRL 1.16 ignores s with its loss type "sigmoid", which is this loss, and uses it in "robust", "exo_pair" and
+    "aot", which are other losses. Arguments and results: see `losses/__init__.py`.
     """
     mask = mx.array(mask)
     found = log_probabilities(model, tokens, mask)

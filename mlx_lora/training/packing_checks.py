@@ -51,7 +51,7 @@ def check_model(model: nn.Module, width: int) -> None:
         if width > limit:
             raise ConfigError(
                 f"pack: {what} beyond {limit} tokens, and a packed sequence has {width}.",
-                f"Set --max-seq-length to at most {limit}, or leave --pack out.",
+                f"Set --max-seq-length to {limit} or less, or leave --pack out.",
             )
 
 

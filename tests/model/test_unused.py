@@ -28,7 +28,7 @@ from mlx_lora.errors import AdapterError, ConfigError
             dict(method="dora", projection_prng_key=3, save_projection=False),
             "save_projection is for vera, not for dora",
         ),
-        (dict(layers_to_transform=[1], num_layers=16), "num_layers has no effect beside layers_to_transform"),
+        (dict(layers_to_transform=[1], num_layers=16), "num_layers has no effect with layers_to_transform"),
         (dict(init="pissa", eva_rho=2), "eva_rho is for init eva, not for 'pissa'"),
     ],
 )

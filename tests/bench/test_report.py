@@ -136,7 +136,7 @@ def test_markdown_shows_the_estimate_and_how_far_off_it_was():
 
 def test_markdown_of_a_dry_run_claims_nothing():
     text = markdown(report(emulated=True))
-    assert "A dry run" in text and "| no: a dry run says nothing |" in text
+    assert "A dry run" in text and "| no: a dry run measures nothing |" in text
 
 
 def test_gathered_takes_the_newest_report_of_a_chip():

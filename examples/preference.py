@@ -1,4 +1,4 @@
-"""Learn a preference (DPO) from pairs that the model makes itself: answers in quotes rather than bare ones.
+"""Learn a preference (DPO) from pairs that the model itself generates: answers in quotes are preferred.
 
 python examples/preference.py
 """
@@ -21,7 +21,7 @@ def answers(model, tokenizer, questions: list[str]) -> list[str]:
 
 
 def pairs(model, tokenizer, count: int, seed: int) -> list[dict]:
-    """Rows as TRL writes them. The chosen answer is the model's own where it is asked for quotes."""
+    """Rows as TRL writes them. The chosen answer is the model's own answer when it is asked for quotes."""
     rng = random.Random(seed)
     facts = [corpus.Fact.draw(rng) for _ in range(count)]
     asked = [(fact.sentence(rng), rng.choice(fact.fields())[0]) for fact in facts]

@@ -29,7 +29,7 @@ from .config import LEAVES, UNSCALED, AdapterConfig
 from .errors import AdapterError
 
 _LAYER = re.compile(r"^(.*?\.(\d+))\.(.+)$")
-FINGERPRINT = "base_fingerprint"  # entry of ``metadata``, and name in files; see base/fingerprint.py
+FINGERPRINT = "base_fingerprint"  # key in ``metadata`` and in files; see base/fingerprint.py
 SHARED = ("vera_a", "vera_b")
 LORA_BIAS, TOKENS = "lora_bias", "trainable_tokens"
 _LEAVES = {leaf for leaves in LEAVES.values() for leaf in leaves} | {LORA_BIAS}
@@ -46,8 +46,8 @@ class Adapter:
             ``attach``; a format that needs them derives them from ``weights``.
         weights: arrays by name.
         base: path or repository of the model the adapter was trained on, if known.
-        metadata: further values from the file the adapter was read from, for writing it back; and the fingerprint of
-            the base.
+        metadata: other values from the adapter's file, kept so that it can be written back, and the fingerprint of the
+            base model.
     """
 
     config: AdapterConfig
@@ -213,7 +213,7 @@ def explicit_config(
     rank or scale gets a pattern that matches this module only. ``alpha`` and ``rslora`` are resolved into scales.
     """
     config = replace(config, init="default", init_batches=None, eva_rho=None, eva_tau=None)
-    if not ranks or config.method in UNSCALED:  # no low-rank update, or none with a rank and scale of its own
+    if not ranks or config.method in UNSCALED:  # no low-rank update, or an update without its own rank and scale
         return replace(config, target_parameters=None, layers_to_transform=None)
     rank = rank or Counter(ranks.values()).most_common(1)[0][0]
     scale = Counter(scales.values()).most_common(1)[0][0]

@@ -1,6 +1,6 @@
-"""The machine: its description, its memory limits, and on Linux a fast BLAS.
+"""Describe the machine, set MLX's memory limits, and on Linux load a fast BLAS.
 
-On a Mac, MLX brings all it needs. On Linux the `mlx-cpu` wheel contains the reference BLAS (2.5 GFLOP/s for a float32
+On a Mac, MLX needs nothing else. On Linux the `mlx-cpu` wheel contains the reference BLAS (2.5 GFLOP/s for a float32
 matrix product). `open_blas`, which the package calls before it imports MLX, loads a fast BLAS whose symbols take
 precedence (ELF symbol interposition; 350 GFLOP/s on 4 cores). Nothing here prints.
 """
@@ -90,7 +90,7 @@ def _openblas_wheel() -> Path | None:
 
 
 def cache_folder() -> Path:
-    """The folder of files that can be made again: ``MLX_LORA_CACHE``, else ``mlx-lora`` under ``XDG_CACHE_HOME``."""
+    """The folder for reproducible files: ``MLX_LORA_CACHE``, else ``mlx-lora`` under ``XDG_CACHE_HOME``."""
     if folder := os.environ.get("MLX_LORA_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-lora"
@@ -101,7 +101,7 @@ _assumed_gpu: ContextVar[bool] = ContextVar("assumed_gpu", default=False)
 
 @contextmanager
 def assumed_gpu() -> Iterator[None]:
-    """A context in which graphs are built as for a Mac's GPU, to plan for one. Nothing can be computed in it."""
+    """A context that builds graphs as for a Mac's GPU, to plan a run on one. Graphs cannot be evaluated inside it."""
     token = _assumed_gpu.set(True)
     try:
         yield
@@ -140,9 +140,9 @@ class Device:
     backend: str  # Metal, CUDA or CPU
     cores: int
     memory: float  # GB, of the machine
-    working_set: float | None  # GB that the GPU may keep resident; None where MLX does not report it
+    working_set: float | None  # GB that the GPU can keep resident; None if MLX does not report it
     blas: str
-    matmul_gflops: float | None  # float32, 1024 x 1024, measured now; None where it was not
+    matmul_gflops: float | None  # float32, 1024 x 1024; None if not measured
 
 
 def describe(measure: bool = True) -> Device:
@@ -177,7 +177,7 @@ def chip() -> str:
 
 
 def advice(device: Device) -> list[str]:
-    """What the user can do to make MLX faster on this machine, one entry for each problem found."""
+    """What the user can do to make MLX faster on this machine, one entry per problem."""
     notes = []
     if device.backend == "CPU" and device.matmul_gflops < 20:
         notes.append(
@@ -200,8 +200,8 @@ def as_dict(device: Device) -> dict:
 def memory_limits() -> Iterator[None]:
     """Set MLX's memory limits for training on a GPU; on exit, put back the limits that were there.
 
-    The wired limit lets a Mac's GPU keep the whole model resident. The cache limit takes the place of mlx-lm's clearing
-    of the cache at every step: freed buffers are reused, but a run on rows of varying lengths keeps no more than a
+    The wired limit lets a Mac's GPU keep the whole model resident. The cache limit replaces mlx-lm's call that clears
+    the cache at every step: freed buffers are reused, but a run on rows of varying lengths keeps no more than a
     quarter of the GPU's working set. Does nothing on a CPU.
     """
     import mlx.core as mx

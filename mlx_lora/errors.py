@@ -1,6 +1,6 @@
 """The expected errors: what is wrong, and the fix. The command line prints them as ``Error:`` and ``Hint:``.
 
-Warnings of ours have a category of their own; the command line prints them as ``Warning:``.
+Warnings of this package have their own category; the command line prints them as ``Warning:``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class MLXLoRAError(Exception):
 
 
 class MLXLoRAWarning(UserWarning):
-    """Something goes on that the caller may not have meant. Issued with ``warnings.warn``."""
+    """The work continues, but differs from what the caller may expect. Issued with ``warnings.warn``."""
 
 
 class ConfigError(MLXLoRAError):

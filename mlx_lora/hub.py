@@ -1,7 +1,7 @@
 """Adapters on the Hugging Face Hub: ``push`` with a model card made from the adapter, and ``pull``.
 
-All requests go through huggingface-hub, so that its settings apply: HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. Only the
-adapter's own files and a model card are uploaded, without paths of this machine (``formats/sharing.py``). Nothing
+All requests go through huggingface-hub, so its environment variables apply: HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. Only
+the adapter's own files and a model card are uploaded, without paths of this machine (``formats/sharing.py``). Nothing
 prints.
 """
 
@@ -53,15 +53,16 @@ def push(
 ) -> str:
     """Upload the adapter at ``path``, a folder or a file, to the repository ``repo``, with a model card.
 
-    A README.md in the folder is uploaded in place of the card. Paths of this machine are taken out of what is uploaded:
-    that of the base model is replaced by its name on the Hub.
+    A README.md in the folder is uploaded in place of the card. Paths of this machine are removed from the uploaded
+    files: the base model's path is replaced by its name on the Hub.
 
     Args:
         private: make a new repository private.
-        base: the base model's name on the Hub, where the adapter's files do not say it.
+        base: the base model's name on the Hub, if the adapter's files do not record it.
         metrics: numbers for the card, such as {"val_loss": 1.23}.
-        notes: filled with what was replaced or left out.
-        checkpoint: of a run's folder: ``last``, ``best`` or an iteration; by default the best where there is one.
+        notes: a list that receives what was replaced or left out.
+        checkpoint: which checkpoint of a run's folder: ``last``, ``best`` or an iteration. The default is the best one,
+            if any.
 
     Returns: the URL of the commit.
 
@@ -254,7 +255,7 @@ def _check_repo(repo: str) -> None:
 
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
-    """Turn whatever huggingface-hub raises into one ``HubError``."""
+    """Turn every error of huggingface-hub into one ``HubError``."""
     try:
         yield
     except (HubError, FormatError):

@@ -73,7 +73,7 @@ def rooms_imported(path: Path) -> set[str]:
 
 
 def circle(arrows: dict[str, set[str]]) -> list[str]:
-    """A circle among ``arrows``, as the names along it; empty where there is none."""
+    """A circle among ``arrows``, as the names along it; empty if there is none."""
     done: set[str] = set()
 
     def walk(name: str, way: list[str]) -> list[str]:

@@ -60,13 +60,13 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
             params = as_known_type(params)
             params = {**params, **class_fields(params, known)}
             missing = [n for n, p in known.items() if p.default is p.empty and n not in params]
-            try:  # a class may read configs in other shapes: Qwen2-VL's with the text's fields beside those of images
+            try:  # a class may read configs of other forms: Qwen2-VL's with text fields next to image fields
                 return args_class.from_dict(params)
             except TypeError:
                 if not missing:
                     raise
                 raise ModelError(
-                    f"mlx-lm's class for {config['model_type']} needs config fields that are not there: "
+                    f"mlx-lm's class for {config['model_type']} needs config fields that are missing: "
                     f"{', '.join(missing)}",
                     "mlx-lm does not read this version of the architecture; try a newer mlx-lm.",
                 ) from None
@@ -82,12 +82,12 @@ def _mlx_lm_classes(config: dict[str, Any]) -> tuple[type, type]:
     try:
         with redirect_stdout(printed):
             return utils._get_classes(config)
-    except SystemExit:  # a class that needs another package prints so and exits
+    except SystemExit:  # a class that needs another package prints a message and exits
         raise ModelError(
             f"mlx-lm's class for {config['model_type']} cannot be imported ({printed.getvalue().strip()})",
             "Install the package that it names, and try again.",
         ) from None
-    except ValueError:  # what mlx-lm raises for a type that it does not have
+    except ValueError:  # raised by mlx-lm for an unknown type
         raise _unknown(config) from None
 
 
@@ -100,7 +100,7 @@ def _unknown(config: dict[str, Any]) -> ModelError:
             "Save the language model alone with transformers, or try a newer mlx-lm (pip install -U mlx-lm).",
         )
     if "vision_config" in config:
-        hint = "mlx-lm has the language models of some such models alone. Name a language model."
+        hint = "For some of these, mlx-lm has only the language model. Name a language model."
         return ModelError(f"mlx-lm has no {kind}, a model with images", hint)
     if "auto_map" in config:
         return ModelError(f"mlx-lm has no {kind}; the code that comes with the model is for PyTorch", hint)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import ModelError
 
-# Families whose older rope_scaling applied to full attention only. mlx-lm's classes for newer models with two sets of
+# Families whose older rope_scaling applied only to full attention. mlx-lm's classes for newer models with two sets of
 # settings (Gemma 4) read rope_parameters; there a rope_scaling would make transformers ignore both sets.
 _SCALES_FULL_ATTENTION = ("gemma3_text", "gemma3n_text", "olmo3")
 _GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
@@ -37,8 +37,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def missing_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The older fields that ``config`` implies but does not state; empty for a config of transformers 4.
 
-    A config may have both generations of fields: transformers 5 reads either. A stated field is never replaced, except
-    for a ``rope_theta`` that contradicts ``rope_parameters`` (transformers 5 uses ``rope_parameters``).
+    A config may have both the old and the new fields; transformers 5 reads either. A stated field is never replaced,
+    except for a ``rope_theta`` that contradicts ``rope_parameters`` (transformers 5 uses ``rope_parameters``).
     """
     found: dict[str, Any] = {}
     rope = config.get("rope_parameters")

@@ -1,4 +1,4 @@
-"""Low-rank factors of a weight matrix, in NumPy: the pairs of PiSSA and OLoRA, and the largest singular triples.
+"""Low-rank factors of a weight matrix, in NumPy: the pairs of PiSSA and OLoRA, and truncated SVDs.
 
 A pair is (A [.., r, in], B [.., out, r]) for a weight [.., out, in]; a leading axis counts experts. Used by the
 initialisations that start from the weight and by the readers of adapters that started that way.

@@ -1,4 +1,4 @@
-"""Where mlx-lm computes something else than the model's authors: said when such a model is loaded.
+"""Known differences between mlx-lm's models and transformers'; loading such a model gives a warning.
 
 Each was measured against transformers on random weights (tests/judge/test_architectures.py). Differences below 1 % of
 the largest logit are left out. Standard library only.
@@ -11,7 +11,7 @@ from typing import Any
 
 Config = dict[str, Any]
 
-# mlx-lm's classes for these attend to all tokens; the window matters only for texts that are longer.
+# mlx-lm's classes for these attend to all tokens, which matters only for texts longer than the window.
 _NO_WINDOW = ("gemma2", "ministral3", "mistral", "mixtral", "phi3", "phimoe", "starcoder2")
 _NO_WINDOW_IF_USED = ("qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_moe")
 # mlx-lm's classes for these take the layers of full attention from a regular pattern.
@@ -47,7 +47,7 @@ def _is_set(name: str, default: Any = None) -> Callable[[Config], bool]:
     return lambda config: config.get(name, default) not in (None, default)
 
 
-# (model types, whether it concerns this config, what mlx-lm does)
+# (model types, whether this config is affected, what mlx-lm does)
 _FIELDS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (("gemma3_text",), _is_set("final_logit_softcapping"), "does not cap the logits (final_logit_softcapping)"),
     (("gemma3_text",), _is_set("attn_logit_softcapping"), "does not cap the attention (attn_logit_softcapping)"),
@@ -75,7 +75,7 @@ _DIFFERENCES: dict[str, tuple[Callable[[Config], bool], str]] = {
     "ernie4_5_moe": (lambda c: True, "chooses experts without the model's correction bias (moe_statics)"),
     "glm": (_rotates_a_part, "rotates all of each attention head, the model a part of it (partial_rotary_factor)"),
     "gpt_oss": (_does_not_truncate, "rounds the limits of YaRN's ramp, the model does not (truncate: false)"),
-    "olmo_hybrid": (lambda c: True, "computes other logits, and the cause is not known"),
+    "olmo_hybrid": (lambda c: True, "computes other logits, for an unknown reason"),
     "jamba": (
         lambda c: c.get("num_experts", 1) > 1,
         "normalizes the weights of chosen experts, the model does not",
@@ -102,7 +102,7 @@ def known_differences(config: Config) -> list[str]:
 
 
 def other_numbers(config: Config) -> list[str]:
-    """What mlx-lm's class computes differently in texts of every length."""
+    """What mlx-lm's class computes differently even for short texts."""
     text = _text(config)
     kind, rope = text.get("model_type"), _scaling(text)
     causes = [what for kinds, concerns, what in _FIELDS if kind in kinds and concerns(text)]
@@ -120,7 +120,7 @@ def other_numbers(config: Config) -> list[str]:
 
 
 def not_computed(config: Config) -> list[str]:
-    """Fields of ``config`` with values that mlx-lm's class cannot compute with at all, and why."""
+    """Fields of ``config`` whose values mlx-lm's class does not support, and why."""
     text, found = _text(config), []
     kind, types = text.get("model_type"), text.get("layer_types")
     if kind == "gemma2":

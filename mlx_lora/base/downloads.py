@@ -1,4 +1,4 @@
-"""What to do where a model cannot be downloaded from the Hub."""
+"""Hints for models that cannot be downloaded from the Hub."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Config fields that mlx-lm's model classes need and transformers 5 calls otherwise, or no longer writes.
+"""Config fields that mlx-lm's model classes need but transformers 5 renames or no longer writes.
 
 The tables are by mlx-lm's names. A field is filled in only if the config does not state it, and only for the class that
-mlx-lm builds: it is in no config that is kept or written. Fields of the rotary embedding are in ``config.py``. Standard
+mlx-lm builds: stored and written configs do not change. Fields of the rotary embedding are in ``config.py``. Standard
 library only.
 """
 
@@ -15,7 +15,7 @@ from .heads import FLAG, stated_tie
 
 Config = dict[str, Any]
 
-# mlx-lm's field: transformers' fields, of which the first that is stated is used.
+# mlx-lm's field: transformers' fields; the first one that the config states is used.
 _SAME = {
     "num_layers": ("num_hidden_layers",),
     "num_experts": ("num_local_experts",),
@@ -32,7 +32,7 @@ _SAME = {
     "sliding_window_size": ("sliding_window",),
     "swa_rope_theta": ("rope_local_base_freq",),
 }
-# mlx-lm's field: how it follows from others. A KeyError or TypeError means that one of these is not stated.
+# mlx-lm's field: how to compute it from others. A KeyError or TypeError means that one of them is not stated.
 _DERIVED: dict[str, Callable[[Config], Any]] = {
     "head_dim": lambda c: c["hidden_size"] // c["num_attention_heads"],
     "intermediate_size": lambda c: c["expand"] * c["hidden_size"],
@@ -54,7 +54,7 @@ _DERIVED: dict[str, Callable[[Config], Any]] = {
 }
 _NOAUX_TC = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 _MAMBA_NAMES = {"linear_attention": "mamba", "full_attention": "attention"}
-# Model type: what its code in transformers does always, or writes otherwise, and mlx-lm's class must be told.
+# Model type: settings that transformers fixes in code or writes differently, and that mlx-lm's class needs.
 _BY_TYPE: dict[str, Callable[[Config], Config]] = {
     "apertus": lambda c: {"mlp_bias": False, "post_norm": False, "qk_norm": True},
     "bailing_hybrid": lambda c: {"head_dim": c["linear_head_dim"]},
@@ -66,7 +66,7 @@ _BY_TYPE: dict[str, Callable[[Config], Config]] = {
     "glm_moe_dsa": lambda c: {**_NOAUX_TC, "moe_layer_freq": 1},
     "granitemoehybrid": lambda c: {
         "layer_types": [_MAMBA_NAMES.get(kind, kind) for kind in c["layer_types"]],
-        "position_embedding_type": "nope",  # what transformers does if there is none
+        "position_embedding_type": "nope",  # transformers' default
     },
     "kimi_linear": lambda c: {"rope_theta": 10000.0, "mla_use_nope": True},  # without rotary embeddings
     "longcat_flash": lambda c: {
@@ -88,14 +88,14 @@ _BY_TYPE: dict[str, Callable[[Config], Config]] = {
     "qwen3_vl_moe_text": lambda c: {"norm_topk_prob": True},
     "solar_open": lambda c: {"first_k_dense_replace": 0, "intermediate_size": 0, "partial_rotary_factor": 1.0},
 }
-# Text parts of vision-language models that mlx-lm has as the whole model alone.
+# Text parts of vision-language models that mlx-lm has only as the whole model.
 _TEXT_PARTS = ("gemma3n_text", "gemma4_unified_text", "qwen3_5_text", "qwen3_5_moe_text")
-# Fields that both have, with values that mlx-lm's class does not understand.
+# Fields of both libraries with values that mlx-lm's class does not understand.
 _REPLACED = {("bailing_hybrid", "head_dim"), ("exaone4", "sliding_window_pattern"), ("granitemoehybrid", "layer_types")}
 
 
 def _letters(pattern: str | int | None) -> str | None:
-    """EXAONE 4's pattern of attention as letters: 4 is LLLG, three local layers and a global one."""
+    """EXAONE 4's attention pattern as letters: 4 means LLLG, three local layers and a global one."""
     return "L" * (pattern - 1) + "G" if isinstance(pattern, int) and pattern else pattern
 
 
@@ -103,8 +103,7 @@ def class_fields(config: Config, known: Collection[str] | None = None) -> Config
     """The fields that mlx-lm's class needs and ``config`` implies but does not state.
 
     Args:
-        known: the class's fields; None for all, where the class is not known (the text part of a vision-language
-            model).
+        known: the class's fields; None for all, if the class is unknown (the text part of a vision-language model).
     """
     kind = config.get("model_type")
     found: Config = {}
@@ -127,9 +126,9 @@ def class_fields(config: Config, known: Collection[str] | None = None) -> Config
 
 
 def as_known_type(config: Config) -> Config:
-    """``config`` as one that mlx-lm has a class for, where transformers saved only the text part of a model.
+    """Turn the config of a separately saved text part into one that mlx-lm has a class for.
 
-    mlx-lm has such models as their vision-language models alone. Its ``llama4_text`` is another, dense model.
+    mlx-lm has these models only as vision-language models. Its ``llama4_text`` is another, dense model.
     """
     kind = config.get("model_type", "")
     if kind == "bailing_hybrid" and "kda_lower_bound" in config:

@@ -1,6 +1,6 @@
-"""Checking a model folder's weight files before they are read: which are there, whether they are complete.
+"""Check that a model folder's weight files are present and complete before they are read.
 
-Only names and headers are read. What is wrong is said for all files at once.
+Only names and headers are read. One error covers all files.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def check_weight_files(name: Any, folder: Path) -> None:
     faults += [f"{file.name}: {fault}" for file in files if file not in pointers and (fault := _damage(file))]
     if faults:
         again = "Run `git lfs pull` in the folder." if pointers else f"Download these files of {name} again."
-        raise ModelError(f"{name}: its weights are not complete\n" + "\n".join(faults), again)
+        raise ModelError(f"{name}: its weights are incomplete\n" + "\n".join(faults), again)
 
 
 def _listed(index: Path) -> list[str]:
-    """The files that a checkpoint's index names; none where there is no index."""
+    """The files that a checkpoint's index names; none if there is no index."""
     if not index.exists():
         return []
     try:
@@ -58,10 +58,10 @@ def _no_weights(name: Any, folder: Path) -> ModelError:
         fault = f"its weights are not named model*.safetensors, as mlx-lm reads them: {', '.join(others[:4])}"
         hint = "Rename the file to model.safetensors, or save the model again with transformers."
     elif pickles:
-        fault = f"has its weights only as pickles ({', '.join(pickles[:4])}), which can run code when they are read"
+        fault = f"has weights only as pickles ({', '.join(pickles[:4])}), which can run code when they are read"
         hint = f"Convert it once, if you trust it: {_CONVERT.format(name)}"
     elif ggufs:
-        fault = f"has its weights only as GGUF ({', '.join(ggufs[:4])}), which mlx-lm does not read"
+        fault = f"has weights only as GGUF ({', '.join(ggufs[:4])}), which mlx-lm does not read"
         hint = "Use the original model, which the GGUF file was made from."
     return ModelError(f"{name}: {fault}", hint)
 
@@ -72,7 +72,7 @@ def _is_pointer(file: Path) -> bool:
 
 
 def _damage(file: Path) -> str | None:
-    """Why a safetensors file cannot be read; None where its header and size are right."""
+    """Why a safetensors file cannot be read; None if its header and size are right."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,7 +1,8 @@
-"""Which base model this is, told by values of its weights: the same for a copy, whatever its folder, files and dtype.
+"""Identify a base model by values of its weights. A copy has the same values in any folder, files and dtype.
 
-``digest`` is equal for equal weights only: a run is resumed on its own base. ``Fingerprint`` is small and kept with an
-adapter. It also recognises the quantized version of a model: its norms are the same, and its weights are close.
+``digest`` is equal only for equal weights; it ensures that a run is resumed on its own base. ``Fingerprint`` is small
+and kept with an adapter. It also recognises the quantized version of a model: its norms are the same, and its weights
+are close.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from .modules import dims, is_quantized, kind, some_rows
 
 _SAMPLES = 4096  # values of each parameter that ``digest`` reads
 _MODULES, _VALUES = 16, 16  # of a ``Fingerprint``: modules, and values of each
-# Relative errors up to which weights are the same. Rounding to half precision makes 0.002, to 2 bits 0.5; two models
-# that were trained apart have 1.4.
+# Weights count as the same up to these relative errors. Rounding to half precision makes 0.002, to 2 bits 0.5; two
+# models that were trained apart have 1.4.
 _ROUNDED, _QUANTIZED = 0.003, 0.7
 
 
@@ -40,7 +41,7 @@ def digest(model: nn.Module | dict[str, Any]) -> str:
 
 
 def _spread(array: mx.array, count: int) -> np.ndarray:
-    """Up to ``count`` values of ``array``, evenly spread but not in step with its rows; all of a smaller one."""
+    """Up to ``count`` values of ``array``, evenly spread but not aligned with its rows; all of a smaller array."""
     size = array.size
     if size <= count:
         values = array
@@ -72,7 +73,7 @@ class Fingerprint:
 
     @classmethod
     def from_stored(cls, stored: Any) -> Fingerprint | None:
-        """What ``asdict`` made, read from a file; None where that is not a fingerprint."""
+        """A fingerprint from a mapping made by ``asdict`` and read from a file; None if it is not one."""
         names = {field.name for field in fields(cls)}
         if not isinstance(stored, dict) or stored.keys() != names:
             return None
@@ -87,7 +88,7 @@ class Fingerprint:
         return asdict(self)
 
     def matches(self, other: Fingerprint) -> bool:
-        """Whether both are of one model, as far as rounding and quantization let it be known."""
+        """Whether both are from the same model, up to rounding and quantization."""
         if _error(self.norms, other.norms).max(initial=0) > _ROUNDED:
             return False
         errors = _error(self.weights, other.weights)
@@ -138,7 +139,7 @@ def _unpack(text: str) -> np.ndarray:
 
 
 def _error(one: str, other: str) -> np.ndarray:
-    """The relative error between the values of each module: [modules]. Infinite for other numbers of modules."""
+    """The relative error between the values of each module: [modules]. Infinite if the numbers of modules differ."""
     a, b = _unpack(one), _unpack(other)
     if a.shape != b.shape:
         return np.array([math.inf])

@@ -1,8 +1,8 @@
-"""Training computes what generation computes: both are compared before training, which uses a cache if needed.
+"""Ensure that training computes what generation computes: compare both first, and train with a cache if needed.
 
 Trainers call a model without a cache. Generation calls it with one, first on the prompt, then on one token at a time.
 Some of mlx-lm's models compute something else without a cache: the last layers of gemma3n share keys and values, which
-they find in the cache only. Adapters trained without it are made for another model than the one that generates.
+they find only in the cache. An adapter trained without a cache would fit another model than the one that generates.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ..errors import ModelError
 from . import older_mlx_lm
 from .modes import mode
 
-COMPARED, DECODED = 32, 8  # tokens of the row; of these, at the end, those decoded one by one
+COMPARED, DECODED = 32, 8  # tokens of the row; how many of them, at its end, are decoded one by one
 _compared: set[int] = set()  # ids of the models inside `as_generated`
 _UNTRAINABLE = {"dbrx": "in training, mlx-lm's class computes the chosen experts in NumPy, which has no gradient"}
-# The norm of the difference by the norm of the logits. Half precision leaves up to 0.1 where a router chooses other
-# experts because of a rounding error. TF32 leaves up to 0.01 in float32. gemma3n is off by 0.3 and more.
+# Norm of the difference divided by the norm of the logits. Half precision causes up to 0.1 if a rounding error makes a
+# router choose other experts. TF32 causes up to 0.01 in float32. gemma3n differs by 0.3 and more.
 _TOLERANCE = {mx.float32: 0.01, mx.bfloat16: 0.15, mx.float16: 0.15}
 
 
 THROUGH_CACHE = (
-    "without a cache this model computes something else than it generates, so every loss is computed through a fresh "
+    "without a cache this model computes other logits than in generation, so every loss is computed through a fresh "
     "cache"
 )
 
@@ -36,8 +36,8 @@ THROUGH_CACHE = (
 def as_generated(model: nn.Module, row: Sequence[int], grad_checkpoint: bool = False) -> Iterator[bool]:
     """While the context is open, the model computes in training what it computes in generation.
 
-    The outermost context of a model compares both on `row` and gives the model a cache where it needs one. The contexts
-    inside do nothing, so that a run compares once.
+    The outermost context of a model compares both on `row` and gives the model a cache if it needs one. Nested contexts
+    do nothing, so a run compares once.
 
     Yields: whether this context gives the model a cache. Raises: ModelError, see `check_trainable`, `needs_cache`.
     """
@@ -64,10 +64,10 @@ def needs_cache(model: nn.Module, row: Sequence[int], grad_checkpoint: bool = Fa
     """Whether training must call the model with a fresh cache to compute what generation computes.
 
     The logits of the first tokens of ``row`` are compared, with dropout off: as training computes them, and as
-    generation does, with a cache, at once and one token at a time. A model that cannot generate with mlx-lm's caches is
-    not compared.
+    generation does with a cache, both all at once and one token at a time. A model that cannot generate with mlx-lm's
+    caches is not compared.
 
-    Raises: ModelError where no training computes what generation does, or where ``grad_checkpoint`` would be needed
+    Raises: ModelError if training cannot compute what generation does, or if ``grad_checkpoint`` would be needed
         together with a cache.
     """
     if not _takes_cache(model) or len(row) < 2:
@@ -82,8 +82,8 @@ def needs_cache(model: nn.Module, row: Sequence[int], grad_checkpoint: bool = Fa
     name = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
     if (off := difference(generated, prefill)) > tolerance:
         raise ModelError(
-            f"{name} generates something else one token at a time than for all tokens at once: the logits differ by "
-            f"{off:.0%}. A loss can only be computed of the latter.",
+            f"{name} computes other logits one token at a time than for all tokens at once: the logits differ by "
+            f"{off:.0%}. A loss can only be computed for all tokens at once.",
             "Use another model, or a version of mlx-lm in which both agree.",
         )
     if difference(plain, generated) <= tolerance:
@@ -92,7 +92,7 @@ def needs_cache(model: nn.Module, row: Sequence[int], grad_checkpoint: bool = Fa
         cached = model(tokens, cache=_fresh(model))
     if (off := difference(cached, generated)) > tolerance:
         raise ModelError(
-            f"{name} computes something else in training than in generation, also with a cache: the logits differ by "
+            f"{name} computes other logits in training than in generation, even with a cache: the logits differ by "
             f"{off:.0%}.",
             "Use another model, or a version of mlx-lm in which both agree.",
         )
@@ -106,9 +106,9 @@ def needs_cache(model: nn.Module, row: Sequence[int], grad_checkpoint: bool = Fa
 
 @contextmanager
 def through_cache(model: nn.Module, needed: bool = True) -> Iterator[None]:
-    """Give the model a fresh cache in each call without one, while the context is open and where it is ``needed``.
+    """While the context is open, give the model a fresh cache in each call without one, if ``needed``.
 
-    Only this model changes, by way of its ``__class__``.
+    This changes the ``__class__`` of this model only.
     """
     own = type(model)
     try:
@@ -120,9 +120,9 @@ def through_cache(model: nn.Module, needed: bool = True) -> Iterator[None]:
 
 
 def difference(logits: mx.array, expected: mx.array) -> float:
-    """The norm of the difference by the norm of the expected logits [..., vocab].
+    """Norm of the difference divided by the norm of the expected logits [..., vocab].
 
-    A constant added to all logits of a token changes no probability, so each token's mean is taken off first.
+    A constant added to all logits of a token changes no probability, so each token's mean is subtracted first.
     """
     a, b = (x.astype(mx.float32) for x in (logits, expected))
     a, b = (x - x.mean(axis=-1, keepdims=True) for x in (a, b))
@@ -161,7 +161,7 @@ def _training_without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _cached(own: type) -> Callable:
-    """A subclass of the model class ``own`` that makes a cache where it is given none."""
+    """A subclass of the model class ``own`` that creates a cache if it is called without one."""
 
     def __call__(self, inputs, cache=None, *args, **kwargs):
         return own.__call__(self, inputs, _fresh(self) if cache is None else cache, *args, **kwargs)

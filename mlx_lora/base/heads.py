@@ -1,4 +1,4 @@
-"""Whether a model's output head is tied to its embedding: what the config says and what the checkpoint holds.
+"""Whether a model's output head is tied to its embedding, according to its config and its checkpoint.
 
 mlx-lm's classes drop a checkpoint's head where ``tie_word_embeddings`` is true or, for many classes, not stated.
 transformers has other defaults, and since version 5 it keeps a head whose weight is not the embedding's.
@@ -14,10 +14,10 @@ from ..errors import ModelError
 
 FLAG = "tie_word_embeddings"
 INPUT_EMBEDDING = re.compile(r"(^|\.)(wte|embed_tokens|embed_in|(word|tok)_embeddings|embeddings?)\.weight$")
-# In front of a head's name there is no number of a layer.
+# A head's name is not preceded by a layer number.
 OUTPUT_HEAD = re.compile(r"^([a-z_]+\.)*(lm_head|embed_out|output|output_layer|head|ff_out)\.([a-z_]+\.)?weight$")
 _VISION = re.compile(r"vision|visual|audio|image|multi_modal")
-# The model types that transformers 5 ties where the config does not say; it ties no others that mlx-lm has.
+# Of mlx-lm's model types, those that transformers 5 ties by default.
 _TIED = {"ernie4_5", "ernie4_5_moe", "falcon_mamba", "mamba", "minicpm3", "gpt2", "gpt_bigcode", "recurrent_gemma"}
 _TIED |= {"cohere", "cohere2", "lfm2", "lfm2_moe", "lfm2_vl", "mistral3", "smollm3", "starcoder2", "kimi_k25"}
 _TIED |= {"gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"}
@@ -39,7 +39,7 @@ def tensor_files(folder: Path | None) -> dict[str, Path]:
 
 
 def stated_tie(config: dict[str, Any]) -> bool | None:
-    """What ``config`` says of the head. Since version 5, transformers reads the whole config, not the text part."""
+    """What ``config`` says about tying. Since version 5, transformers reads the top level, not the text part."""
     text = config.get("text_config")
     text = text if isinstance(text, dict) else {}
     newer = str(config.get("transformers_version", "")) >= "5"
@@ -48,7 +48,7 @@ def stated_tie(config: dict[str, Any]) -> bool | None:
 
 
 def is_tied(config: dict[str, Any], files: dict[str, Path]) -> bool:
-    """Whether the head is the embedding. A head of the checkpoint with another weight is used, whatever is stated.
+    """Whether the head is the embedding. A checkpoint's head with its own weight is used even if the config ties it.
 
     Args:
         files: as ``tensor_files`` returns them; may be empty.
@@ -62,7 +62,7 @@ def is_tied(config: dict[str, Any], files: dict[str, Path]) -> bool:
 
 
 def tie_fields(config: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
-    """The flag of ``is_tied``, in the text part as well, where ``config`` says otherwise or nothing."""
+    """Config fields that state the result of ``is_tied``, if ``config`` contradicts it or does not say."""
     tied, text = is_tied(config, files), config.get("text_config")
     found: dict[str, Any] = {} if config.get(FLAG) is tied else {FLAG: tied}
     if isinstance(text, dict) and text.get(FLAG) is not tied:

@@ -1,9 +1,9 @@
 """Checkpoints whose weights have other names or shapes than mlx-lm's ``sanitize`` expects.
 
-mlx-lm reads the names of a model's first repository. transformers 5 saves some architectures under other names, with
-the experts of a layer in one tensor, or without the prefix that a text model inside a vision-language model has. Each
-possible layout is tried in turn; the first whose names and shapes are all the model's is used. Arrays are lazy, so this
-reads no weights. A quantized checkpoint fits none and is passed to mlx-lm as it is.
+mlx-lm reads the names that a model's authors published. transformers 5 saves some architectures under other names,
+with a layer's experts in one tensor, or without the prefix of a text model inside a vision-language model. Each
+possible layout is tried in turn; the first layout that gives exactly the model's names and shapes is used. Arrays are
+lazy, so this reads no weights. A quantized checkpoint matches no layout and is passed to mlx-lm unchanged.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _RENAMES: tuple[Renames, ...] = (
 )
 _FUSED = re.compile(r"^(?P<block>.+)\.experts\.(?P<name>gate_up_proj|gate_proj|up_proj|down_proj)$")
 _VISION = re.compile(r"(^|[._])(vision|visual|audio|image|mm_projector|multi_modal_projector)")
-# What transformers saves and no model of mlx-lm has: constants of the rotary embedding and of the causal mask.
+# Saved by transformers, unused by mlx-lm's models: constants of the rotary embedding and of the causal mask.
 _CONSTANTS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 _EMBEDDINGS = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
 
 
 def fit(model: nn.Module, weights: Weights) -> Weights:
-    """``weights`` under ``model``'s names, by mlx-lm's ``sanitize`` and, where that is not enough, a layout above."""
+    """Rename ``weights`` to ``model``'s names with mlx-lm's ``sanitize`` and, if that is not enough, a layout."""
     sanitize = getattr(model, "sanitize", lambda found: found)
     try:
         plain = sanitize(dict(weights))
-    except (KeyError, IndexError, ValueError, AttributeError):  # it expects another layout
+    except (KeyError, IndexError, ValueError, AttributeError):  # sanitize expects another layout
         plain = dict(weights)
     if _fits(model, plain) or any(_is_packed(name, array) for name, array in weights.items()):
         return plain
@@ -83,7 +83,7 @@ def _fits(model: nn.Module, weights: Weights) -> bool:
 
 
 def _layouts(weights: Weights) -> Iterator[Weights]:
-    """``weights`` in every layout, without those in which nothing has changed."""
+    """``weights`` in every layout that changes something."""
     seen = set()
     for renames in _RENAMES:
         renamed = rename(weights, renames)
@@ -126,7 +126,7 @@ def _split_experts(weights: Weights) -> Weights:
 
 
 def _transpose_experts(weights: Weights) -> Weights:
-    """Experts stacked as [experts, out, in] in the order [experts, in, out], which repositories have."""
+    """Transpose experts from [experts, out, in] to [experts, in, out], the order of published checkpoints."""
     return _each_fused(weights, lambda block, name, stacked: {f"{block}.experts.{name}": stacked.swapaxes(-1, -2)})
 
 
@@ -157,11 +157,11 @@ _EXPERTS: tuple[Callable[[Weights], Weights], ...] = (lambda weights: weights, _
 
 
 def complete(model: nn.Module, weights: Weights) -> Weights:
-    """Repair what is left over or missing in ``weights`` after ``sanitize`` where this cannot change the model.
+    """Drop or add ``weights`` after ``sanitize`` where this cannot change the model.
 
-    Dropped: weights of the parts that read images and sounds, constants, and experts beyond the model's number (those
-    that return their input). A missing output head is the embedding. Missing biases of modules that have none anywhere
-    in the checkpoint are zeros. Experts get ``.weight`` and mlx-lm's orientation.
+    Dropped: weights of the parts that read images and sounds, constants, and surplus experts (those that return their
+    input). A missing output head is the embedding. A missing bias becomes zeros if no such module in the checkpoint has
+    a bias. Experts get mlx-lm's name ``.weight`` and orientation.
     """
     shapes, found = _shapes(model), dict(weights)
     for name in [name for name in found if name not in shapes]:
@@ -197,7 +197,7 @@ def _is_beyond(name: str, shapes: dict[str, tuple[int, ...]]) -> bool:
 
 
 def _stack_experts(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Weights of one expert each as the model's one weight of all, [experts, out, in]."""
+    """Stack the weights of single experts into the model's one weight [experts, out, in]."""
     for name in [name for name in shapes if name not in weights and ".switch_mlp." in name]:
         block, _, leaf = name.partition(".switch_mlp.")
         names = [f"{block}.experts.{i}.{leaf}" for i in range(shapes[name][0])]
@@ -206,7 +206,7 @@ def _stack_experts(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None
 
 
 def _divide_again(weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Divide q, k and v of a convolution as the model does: transformers 5.24 saves them in three equal parts."""
+    """Split a convolution's q, k and v as the model does: transformers 5.24 saves them in three equal parts."""
     for name in [name for name in weights if name.endswith(".q_conv1d.weight")]:
         names = [name.replace(".q_conv1d.", f".{part}_conv1d.") for part in "qkv"]
         if all(n in weights and n in shapes for n in names) and weights[name].shape != shapes[name]:
@@ -222,9 +222,9 @@ def _has_leaf(weights: Weights, name: str) -> bool:
 
 
 def _resize_mlps(model: nn.Module, weights: Weights) -> bool:
-    """Give the linears of MLPs the checkpoint's width, where mlx-lm's class knows only one (GPT-NeoX, GPT-2, GPT-J).
+    """Give MLP layers the checkpoint's width if mlx-lm's class supports only one width (GPT-NeoX, GPT-2, GPT-J).
 
-    Returns whether the weights fit the model then; if not, it is as before.
+    Returns whether the weights then fit the model; if not, the model is unchanged.
     """
     shapes, modules, new = _shapes(model), dict(model.named_modules()), {}
     if weights.keys() != shapes.keys():
@@ -244,7 +244,7 @@ def _resize_mlps(model: nn.Module, weights: Weights) -> bool:
 
 
 def check_names(model: nn.Module, weights: Weights, model_type: str) -> None:
-    """Refuse weights whose names or shapes are not the model's, and list them. Raises: ModelError."""
+    """Refuse weights whose names or shapes differ from the model's, and list them. Raises: ModelError."""
     shapes = _shapes(model)
     left = [name for name in weights if name not in shapes]
     missing = [name for name in shapes if name not in weights]
@@ -258,8 +258,9 @@ def check_names(model: nn.Module, weights: Weights, model_type: str) -> None:
     if faults:
         lines = "\n".join(faults)
         raise ModelError(
-            f"the weights are not those of mlx-lm's model for {model_type}\n{lines}",
-            "mlx-lm does not read this layout: use a newer mlx-lm, or a copy that it loads, as mlx-community has many.",
+            f"the weights do not match mlx-lm's model for {model_type}\n{lines}",
+            "mlx-lm does not read this layout: use a newer mlx-lm, or a converted copy, such as one from "
+            "mlx-community.",
         )
 
 

@@ -16,10 +16,10 @@ LOCK = ".mlx-lora.lock"
 
 @contextmanager
 def locked(folder: Path, error: type[MLXLoRAError] = ConfigError) -> Iterator[None]:
-    """A context in which no other process or thread that calls this can write in ``folder``, which is made.
+    """Create ``folder`` and hold its lock: no other process or thread that uses ``locked`` can write there.
 
     At the end the lock's file is removed, and the folder too if nothing was written into it. On a file system without
-    locks the work goes on, with a warning.
+    locks, the work continues with a warning.
 
     Raises: ``error``: another one is writing there.
     """

@@ -24,7 +24,7 @@ _PIECE = 1 << 24  # values of a weight dequantized at once: 64 MB of float32
 def kind(module: nn.Module) -> str | None:
     """``"linear"``, ``"embedding"``, ``"switch"``, or None for a module that cannot be adapted."""
     weight = module.get("weight")
-    # QQLinear quantizes its input, too. A class with ``to_lora`` computes something else than nn.Linear.
+    # QQLinear quantizes its input, too. A class with ``to_lora`` is not a plain nn.Linear.
     if not isinstance(weight, mx.array) or isinstance(module, nn.QQLinear) or hasattr(module, "to_lora"):
         return None
     if hasattr(module, "unpacked_shape"):
@@ -86,7 +86,7 @@ def dense_weight(base: nn.Module, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 
 def some_rows(base: nn.Module, start: int, stop: int) -> mx.array:
-    """Rows ``start`` to ``stop`` of the weight in float32, of experts those of the first: [stop - start, columns]."""
+    """Rows ``start`` to ``stop`` of the weight in float32 (of the first expert): [stop - start, columns]."""
     if hasattr(base, "unpacked"):
         return dense_weight(base)[start:stop]
     arrays = {name: base[name] for name in ("weight", "scales", "biases", "global_scale") if base.get(name) is not None}
@@ -195,5 +195,5 @@ def frozen_parameters(model: nn.Module) -> Frozen:
 def restore_frozen(frozen: Frozen) -> None:
     """Freeze and unfreeze parameters as they were when ``frozen_parameters`` was called."""
     for module, names in frozen:
-        module._no_grad.clear()  # in place: setting an attribute drops what fast/ keeps with a module
+        module._no_grad.clear()  # in place: setting an attribute drops the data that fast/ keeps with a module
         module._no_grad.update(names)

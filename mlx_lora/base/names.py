@@ -19,7 +19,7 @@ from .downloads import download_hint
 from .heads import INPUT_EMBEDDING, stated_tie, tensor_files, tie_fields
 from .modules import dims, kind
 
-# Families in which mlx-lm keeps transformers' names and shapes: their ``sanitize`` at most drops rotary buffers and a
+# Families in which mlx-lm keeps transformers' names and shapes: ``sanitize`` drops nothing but rotary buffers and a
 # tied head. So a path needs no translation, and an MLX model's weights can be written for transformers as they are.
 _SAME_NAMES = {
     *("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2"),
@@ -96,7 +96,7 @@ class BaseModel:
 
     @functools.cached_property
     def folder(self) -> Path | None:
-        """The local folder that ``name`` is, or that contains the file ``name``; None for a repository."""
+        """``name`` if it is a local folder, the parent folder if it is a file; None for a repository."""
         path = Path(self.name).expanduser()
         if path.is_dir():
             return path
@@ -198,7 +198,7 @@ class BaseModel:
     def dtypes(self) -> dict[str, str]:
         """The dtype of each tensor, as safetensors names it ("BF16"), from the headers of the files.
 
-        Of a repository the headers alone are downloaded; it may have no safetensors. Raises: ModelError.
+        For a repository, only the headers are downloaded; it may have no safetensors. Raises: ModelError.
         """
         from safetensors import safe_open
 
@@ -223,7 +223,7 @@ class BaseModel:
         return None if name is None else self.tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of the checkpoint's tensor ``name``, from its file's header; None where it is not of floats."""
+        """The shape of the checkpoint's tensor ``name``, from its file's header; None if it is not a float tensor."""
         from safetensors import safe_open
 
         with safe_open(self._files[name], framework="numpy") as opened:
@@ -293,7 +293,7 @@ class BaseModel:
 
     @property
     def experts_exchanged(self) -> bool:
-        """Whether PEFT takes the inputs of experts for outputs, as it does for Llama 4's [experts, in, out]."""
+        """Whether PEFT swaps the inputs and outputs of experts, as it does for Llama 4's [experts, in, out]."""
         return self.model_type in ("llama4", "llama4_text")
 
     def to_mlx(self, path: str) -> str:
@@ -310,7 +310,8 @@ class BaseModel:
             return "model." + path.removeprefix("model.language_model.")
         if path.startswith("language_model."):
             rest = path.removeprefix("language_model.")
-            if "text_config" not in self.config:  # the text part alone, which mlx-lm has only within the whole model
+            # a separate text model, which mlx-lm has only as part of the whole model
+            if "text_config" not in self.config:
                 return rest
             return "model.language_model." + rest.removeprefix("model.") if rest.startswith("model.") else rest
         if "text_config" in self.config and path.startswith("model.layers."):
@@ -352,5 +353,5 @@ def _remote_dtypes(name: str) -> dict[str, str]:
 
 
 def _replaced(path: str, old: str, new: str) -> str:
-    """``path`` with ``new`` for ``old``, which are one or more whole parts of it."""
+    """``path`` with ``old`` replaced by ``new``; each is one or more whole dotted parts."""
     return f".{path}.".replace(f".{old}.", f".{new}.")[1:-1]

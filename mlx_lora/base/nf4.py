@@ -29,7 +29,7 @@ class NF4:
 
     Args:
         codes: uint8 [ceil(values / 2)], two codes per byte.
-        absmax: of each block: float32 [blocks], or uint8 codes if double quantized.
+        absmax: largest magnitude of each block: float32 [blocks], or uint8 codes if double quantized.
         nested: decodes those uint8 codes: (absmax float32 [ceil(blocks / 256)], map float32 [256], offset float32 []);
             None without double quantization.
         shape: of the weight.
@@ -84,7 +84,7 @@ def _nested_codes(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _scaled(flat: mx.array, block: int) -> tuple[mx.array, mx.array]:
-    """(values divided by their block's largest magnitude, clipped to [-1, 1]; those magnitudes)."""
+    """(values divided by their block's largest magnitude, clipped to [-1, 1]; the magnitudes)."""
     full = flat.size // block * block
     parts, largest = [], []
     if full:
@@ -158,5 +158,5 @@ def dynamic_map() -> np.ndarray:
 
 
 def bits_per_parameter(double: bool = True, block: int = BLOCK) -> float:
-    """4 bits per value plus its share of the scales: 4.5 at block 64, 4.127 with double quantization."""
+    """4 bits per value plus the scales: 4.5 at block 64, 4.127 with double quantization."""
     return 4 + (8 / block + 32 / (block * NESTED_BLOCK) if double else 32 / block)

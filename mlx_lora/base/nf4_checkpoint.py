@@ -1,7 +1,7 @@
 """Models with NF4 layers: quantizing them, and reading and writing bitsandbytes checkpoints.
 
-transformers with bitsandbytes loads the folders written here, and we load theirs. mlx-lm's own loader refuses them,
-because it does not know their arrays.
+transformers with bitsandbytes loads the folders written here, and this module loads theirs. mlx-lm's own loader refuses
+them, because it does not know their arrays.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A linear layer with NF4 weights, and its arrays under bitsandbytes' checkpoint names.
 
 QLoRA's base layer (arXiv:2305.14314): frozen, and dequantized for each product, in the forward pass and again in the
-backward pass, so that no dense copy outlives a product. Decoding on Metal dequantizes inside the kernel. (QLoRA's paged
+backward pass, so that no dense copy is kept. Decoding on Metal dequantizes inside the kernel. (QLoRA's paged
 optimizer has no counterpart here: with unified memory there is no other memory to page to.)
 """
 
@@ -125,7 +125,8 @@ def read_checkpoint(path: str, arrays: dict[str, mx.array], bias: mx.array | Non
         about = json.loads(bytes(np.array(arrays[STATE])).decode())
         shape, block = tuple(about["shape"]), int(about["blocksize"])
         codes = arrays["weight"].reshape(-1)
-        codes = codes if codes.dtype == mx.uint8 else codes.view(mx.uint8)  # FSDP checkpoints store it in another dtype
+        # FSDP checkpoints store the codes in another dtype
+        codes = codes if codes.dtype == mx.uint8 else codes.view(mx.uint8)
         absmax, nested, nested_block = arrays["weight.absmax"], None, NESTED_BLOCK
         if "weight.nested_absmax" in arrays:
             offset = mx.array(about["nested_offset"], mx.float32)

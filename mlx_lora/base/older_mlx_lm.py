@@ -1,4 +1,4 @@
-"""What mlx-lm 0.31 lacks, which is the newest version for Python 3.10. Nothing here is used with mlx-lm 0.32."""
+"""What mlx-lm 0.31, the newest version for Python 3.10, lacks. Nothing here is used with mlx-lm 0.32."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-# By module of mlx_lm.models: right in mlx-lm 0.32, and wrong in 0.31 for rows of different lengths in one batch.
+# Keyed by module of mlx_lm.models: wrong in mlx-lm 0.31 for a batch of different lengths, right in 0.32.
 _NAMES = """
 falcon_h1 gemma3n granitemoehybrid internlm2 internlm3 kimi_linear mamba2 minicpm3 phixtral plamo2 qwen3_5 qwen3_5_moe
 qwen3_next
@@ -28,10 +28,10 @@ def is_used() -> bool:
 
 @lru_cache(maxsize=1)
 def patch_mlx() -> None:
-    """Make MLX accept what mlx-lm 0.31's models and samplers ask of it; do nothing with mlx-lm 0.32.
+    """Make MLX accept the calls of mlx-lm 0.31's models and samplers; do nothing with mlx-lm 0.32.
 
-    Its mixtures of experts choose experts without ``stop_gradient``, for which MLX refuses to compute gradients. Its
-    min-p sampling puts a bool, for which MLX wants an array.
+    Its mixtures of experts choose experts without ``stop_gradient``, and MLX then refuses to compute gradients. Its
+    min-p sampling passes a bool where MLX needs an array.
     """
     if not is_used():
         return
@@ -69,7 +69,7 @@ class TextStateMachine:
         return kind, ""
 
     def split(self, state: State, text: str) -> tuple[State, list[tuple[str, str]]]:
-        """The next state, and the text that is known to be no part of a marker in pairs (kind, text)."""
+        """The next state, and pairs (kind, text) of the text that cannot be part of a marker."""
         kind, held = state
         text, found = held + text, []
         while hits := [(at, -len(m), m) for m in self._next.get(kind, {}) if (at := text.find(m)) >= 0]:

@@ -23,7 +23,7 @@ class Base:
 
 
 def set_base(model: nn.Module, base: Base) -> None:
-    """Record where ``model`` was loaded from. The record is no parameter of the model."""
+    """Record where ``model`` was loaded from. The record is not a parameter of the model."""
     setattr(model, _ORIGIN, base)
 
 

@@ -28,10 +28,10 @@ SMALL_FILES = ("*.json", "*.jsonl", "*.jinja", "*.txt", "*.model", "*.tiktoken",
 def check_target(
     path: str | Path, overwrite: bool = False, error: type[MLXLoRAError] = ModelError, *, model: bool = False
 ) -> None:
-    """Refuse to write a folder over a file, over a folder that is not empty unless ``overwrite``, or where none can be.
+    """Refuse a target folder that is a file, that cannot be created, or that is not empty (unless ``overwrite``).
 
     Args:
-        model: a model is written, which replaces the whole folder; refuse one that holds an adapter.
+        model: whether a model is written, which replaces the whole folder; then refuse a folder with an adapter.
 
     Raises: ``error``.
     """
@@ -47,7 +47,7 @@ def check_target(
 
 
 def check_writable(path: Path, error: type[MLXLoRAError] = ModelError) -> None:
-    """Refuse a folder in which, or in whose first existing parent, nothing can be created. Raises: ``error``."""
+    """Refuse a folder if nothing can be created in it or in its first existing parent. Raises: ``error``."""
     try:
         tempfile.TemporaryDirectory(prefix=".mlx-lora-", dir=existing(path)).cleanup()
     except OSError as problem:
@@ -79,14 +79,14 @@ def write_model_folder(
     A failure leaves ``folder`` as it was.
 
     Args:
-        needed: bytes that ``fill`` writes, about.
+        needed: approximate bytes that ``fill`` writes.
 
     Raises: ModelError.
     """
     check_target(folder, overwrite, model=True)
     if folder.exists() and base.resolve().is_relative_to(folder.resolve()):
         raise ModelError(f"{folder}: contains the base model itself", "Choose another folder.")
-    kept = f"{folder} is as it was before." if folder.exists() else ""
+    kept = f"{folder} is unchanged." if folder.exists() else ""
     with writing(folder, ModelError, needed=needed, kept=kept):
         _replace_folder(folder, base, fill)
     return folder
@@ -103,7 +103,7 @@ def _replace_folder(folder: Path, base: Path, fill: Callable[[Path], None]) -> N
         fill(temporary)
         os.chmod(temporary, 0o755)
         if folder.exists():
-            # Rename the old folder before deleting it: whatever fails, the old or the new folder stays complete.
+            # Rename the old folder before deleting it: after any failure, the old or the new folder is then complete.
             os.replace(folder, old := temporary.with_name(temporary.name + "-old"))
             try:
                 os.replace(temporary, folder)
@@ -118,7 +118,7 @@ def _replace_folder(folder: Path, base: Path, fill: Callable[[Path], None]) -> N
 
 
 def saved_config(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with a quantization section that describes the present modules of ``model``."""
+    """``config`` with a quantization section for the current modules of ``model``."""
     config = {name: value for name, value in config.items() if name != "_name_or_path"}  # often a path of this machine
     settings, nf4 = {}, {}
     for path, module in model.named_modules():

@@ -1,6 +1,6 @@
-"""Failed writes: one place that says why, how much room was needed, and what is kept.
+"""Errors for failed writes: the reason, the space that was needed, and what is kept.
 
-MLX reports a failed write as a ``RuntimeError`` without a reason; the reason is then looked for on the file system.
+MLX raises a failed write as a ``RuntimeError`` without a reason; the reason is then found by asking the file system.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ..errors import FormatError, MLXLoRAError
 
 _ELSEWHERE = "Choose another folder."
 _FULL = ("the disk is full", "Free some space, or choose a folder on another disk.")
-_GONE = ("the drive does not answer", "Connect the drive again, or choose a folder on another one.")
+_GONE = ("the drive does not answer", "Connect the drive again, or choose a folder on another drive.")
 _DENIED = ("permission denied", "Allow writing to that folder, or choose another one.")
 _REASONS = {
     errno.ENOSPC: _FULL,
-    errno.EDQUOT: ("the disk quota is used up", "Delete files of yours there, or choose a folder on another disk."),
+    errno.EDQUOT: ("the disk quota is used up", "Delete some of your files there, or choose a folder on another disk."),
     errno.EROFS: ("the file system is read-only", "Mount it for writing, or choose another folder."),
     errno.EACCES: _DENIED,
     errno.EPERM: _DENIED,
@@ -35,7 +35,7 @@ _REASONS = {
         (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN), _GONE
     ),
 }
-# Those that mean a failed write wherever they occur: a read, or the network, does not raise them.
+# Error numbers that always mean a failed write: reads and the network do not raise them.
 WRITE_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG))
 _PROBE = 1 << 16  # bytes
 
@@ -47,8 +47,8 @@ def writing(
     """A context for writing ``path``, a file or a folder. A failed write is raised as one ``error``.
 
     Args:
-        needed: bytes that are written in all, if known.
-        kept: a sentence that says what is still there.
+        needed: total bytes to write, if known.
+        kept: a sentence that says which files are unchanged.
     """
     try:
         yield
@@ -98,7 +98,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_new_text(path: Path, text: str) -> None:
-    """Write a text file that is not there, not even since a moment ago. Raises: FormatError."""
+    """Write a new text file; fail if it exists, even if it was just created. Raises: FormatError."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8", errors="replace") as file:
@@ -141,7 +141,7 @@ def _free(path: Path) -> int | None:
 
 
 def _probe(path: Path, needed: int | None) -> int | None:
-    """The number of the error that a small write beside ``path`` meets, or ENOSPC where ``needed`` does not fit."""
+    """The error number of a small test write next to ``path``, or ENOSPC if ``needed`` bytes do not fit."""
     try:
         there = existing(path)
         with tempfile.TemporaryFile(dir=there if there.is_dir() else there.parent) as file:

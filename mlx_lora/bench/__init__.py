@@ -1,4 +1,4 @@
-"""Benchmarks of the kernels beside plain operations and mlx-lm's layers, and the check of everything on a GPU."""
+"""Benchmarks of the kernels next to plain operations and mlx-lm's layers, and the check of everything on a GPU."""
 
 from .check import Check
 from .estimate import Assumptions, assumptions_of, counts, table

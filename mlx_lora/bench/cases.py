@@ -1,4 +1,4 @@
-"""What is measured: for each kernel the same work by the kernel, by plain operations, and by mlx-lm's layers."""
+"""The measured cases: the same work with each kernel, with plain operations, and with mlx-lm's layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..layers import METHODS, MultiLoRALinear, Rows
 from ..training.head import piece_rows
 from ..training.losses.cross_entropy import token_losses
 
-# A decoding model reads its weights from memory, so there are enough copies that no cache can hold them.
+# A decoding model reads its weights from memory, so there are more copies than a cache can hold.
 _BEYOND_CACHE = 256e6  # bytes
 _LoRA, _DoRA = METHODS["lora"]["linear"], METHODS["dora"]["linear"]
 _SCALE = 2.0
@@ -67,7 +67,7 @@ class Case(NamedTuple):
 
 
 class Linears(nn.Module):
-    """Linears that read the same input, as they stand in an attention or an MLP."""
+    """Linears that read the same input, as in attention or an MLP."""
 
     def __init__(self, layers: dict[str, nn.Module]):
         super().__init__()
@@ -78,7 +78,7 @@ class Linears(nn.Module):
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    """One after the other, so that the weights of one are gone before the next."""
+    """The cases one after the other, so that the weights of one are freed before the next."""
     hidden, keys, intermediate = sizes.hidden, sizes.keys, sizes.intermediate
     yield _linears(sizes, "q, k, v", hidden, {"q_proj": hidden, "k_proj": keys, "v_proj": keys}, of_layer=True)
     yield _linears(sizes, "o", hidden, {"o_proj": hidden}, of_layer=True)
@@ -121,9 +121,9 @@ def _way(calls: list[Callable], kernels: bool = False, size: int | None = None, 
 
 
 def _compared(make: Callable, base: list, ours: Callable, theirs: Callable | None = None, inlined: int = 0) -> dict:
-    """The ways of modules made of base layers. make: of {name: layer} a module. base: a dict of layers for each copy.
+    """The ways of modules made from base layers. make: {name: layer} -> module. base: a dict of layers for each copy.
 
-    ours, theirs: of a base layer an adapted one.
+    ours, theirs: base layer -> adapted layer.
     """
 
     def adapted(adapt: Callable) -> list[nn.Module]:
@@ -195,7 +195,7 @@ def _one(sizes: Sizes, part: str, ours: Callable, theirs: Callable | None = None
         else:
             base.append({"q_proj": _linear(sizes, sizes.hidden, sizes.hidden)})
     ways = _compared(Linears, base, ours, theirs)
-    if nf4:  # MLX has no NF4 product, so the base without adapter is a kernel's work too
+    if nf4:  # MLX has no NF4 product, so the base without adapter also needs a kernel
         ways["base"] = ways["base"]._replace(kernels=True)
     return Case(part, _x(sizes, sizes.hidden), ways)
 
@@ -210,7 +210,7 @@ def _theirs_dora(sizes: Sizes) -> Callable | None:
 
 
 def _multi(base: nn.Module, sizes: Sizes, count: int = 4) -> nn.Module:
-    """A different one of ``count`` adapters for each row, of ranks that differ."""
+    """``count`` adapters with different ranks, another one for each row."""
     ranks = mx.array([max(1, sizes.rank >> i) for i in range(count)], mx.int32)
     a = mx.random.normal((count, sizes.hidden, sizes.rank)).astype(sizes.dtype)
     b = mx.random.normal((count, sizes.rank, sizes.hidden)).astype(sizes.dtype)

@@ -1,7 +1,7 @@
-"""``bench check``: everything that only a GPU can tell, in one run, in an order that tells the most if it is cut short.
+"""``bench check``: all checks that need a GPU, in one run, the most informative first in case it is cut short.
 
-The kernel tests run under pytest, the measured parts in a worker: both in processes of their own, so that a GPU that
-fails ends one test or one part. The report is written anew, whole, after everything that is found.
+The kernel tests run under pytest, the measured parts in a worker: both in separate processes, so that a failing GPU
+ends only one test or part. The complete report is written again after every result.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from .thermal import thermal_state
 
 ROOT = Path(__file__).resolve().parents[2]  # of a checkout; the tests are not part of an installed package
 TESTS = "kernel tests"
-# The order, and each part's share of the time. What a part leaves, the later ones have.
+# The order, and each part's share of the time. Time that a part leaves goes to later parts.
 SHARES = {TESTS: 35, "kernels": 15, "decoding": 22, "training": 20, "prompts": 4, "swaps": 4}
 WORKER = (sys.executable, "-m", "mlx_lora.bench.worker")
-GRACE = 20  # seconds after its time before a part is ended from outside
+GRACE = 20  # seconds beyond its time after which a part is killed
 
 
 class Check:
-    """One run. ``report`` is always what is known so far.
+    """One run. ``report`` always holds the results so far.
 
     Args:
         out: folder for report.json, report.md and kernel-tests.log.
         minutes: the budget. emulate: a dry run on the Metal emulator of the tests, with tiny models.
         tests: how many kernel tests at most; all by default.
 
-    Raises: ConfigError: there is no GPU that MLX computes on, no checkout for ``emulate``, or no time.
+    Raises: ConfigError: MLX does not compute on a GPU, there is no checkout for ``emulate``, or no time is given.
     """
 
     def __init__(self, out: str | Path, minutes: float = 6.0, emulate: bool = False, tests: int | None = None):
@@ -74,7 +74,7 @@ class Check:
         )
 
     def run(self) -> Iterator[Part]:
-        """Do everything; yields each part when it begins and when it has ended. Ctrl-C leaves a whole report too."""
+        """Run everything; yields each part when it begins and when it has ended. Ctrl-C leaves a complete report."""
         try:
             self._write()
             yield self.report.parts[0]
@@ -124,10 +124,10 @@ class Check:
         left = list(PARTS)
         parts = {part.name: part for part in self.report.parts}
         while left and self._left() > 0:
-            yield from self._work(left, parts)  # again where a part has ended its worker
+            yield from self._work(left, parts)  # repeated if a part has ended its worker
 
     def _work(self, left: list[str], parts: dict[str, Part]) -> Iterator[Part]:
-        """A worker for the parts that are left; takes those out of ``left`` that have ended or have ended it."""
+        """Run a worker for the parts in ``left``; removes the parts that have ended or have crashed it."""
         arguments = {
             "shares": {name: SHARES[name] for name in left},
             "seconds": self._left(),
@@ -143,7 +143,7 @@ class Check:
         begin, part, ending = time.monotonic(), None, _end_after(worker, self._left() + GRACE)
         try:
             for line in worker.stdout:
-                if not line.startswith('{"event"'):  # whatever a library has printed
+                if not line.startswith('{"event"'):  # a library has printed something
                     continue
                 event = json.loads(line)
                 kind = event.pop("event")
@@ -172,7 +172,9 @@ class Check:
         if part is None and left and code:  # it ended before its first part began
             part = parts[left[0]]
         if part is not None and part.name in left:
-            part.notes.append("it was ended, as it took too long" if late else f"its process ended with code {code}")
+            part.notes.append(
+                "it was ended because it took too long" if late else f"its process ended with code {code}"
+            )
             part.state = CUT_SHORT if late else FAILED
             left.remove(part.name)
             yield part
@@ -186,7 +188,7 @@ def _end_after(worker: subprocess.Popen, seconds: float) -> threading.Timer:
 
 
 def _end(worker: subprocess.Popen) -> int:
-    """Wait for a worker that has nothing more to say; end one that goes on."""
+    """Wait for a worker without further events to exit; kill it if it does not."""
     worker.stdout.close()
     try:
         return worker.wait(timeout=2)
@@ -196,7 +198,7 @@ def _end(worker: subprocess.Popen) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of the system and of what is measured."""
+    """Versions of the system and of the measured packages."""
     mac = platform.mac_ver()[0]
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

@@ -1,4 +1,4 @@
-"""What ``bench check`` compares: adapters of this package and of mlx-lm on the same random base, and their steps."""
+"""The contestants of ``bench check``: adapters of this package and of mlx-lm on one random base, and their steps."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def with_mlx_lm_adapter(name: str, base: nn.Module, dora: bool = False) -> nn.Mo
 
 
 def training_step(model: nn.Module, config: AdapterConfig, tokens: mx.array) -> Callable[[], None]:
-    """One optimizer step of ``mlx_lora.train``, until the last array is there."""
+    """One optimizer step of ``mlx_lora.train``, until the last array is computed."""
     attach(model, config)
     mx.eval(model.train().parameters())
     optimizer = MasterWeights(build_optimizer(OptimizerConfig(learning_rate=1e-5), 1000))

@@ -1,8 +1,8 @@
 """Decoding times estimated from counted launches and bytes. Arithmetic, not a measurement.
 
-A token takes the bytes of the base and its adapter over the bandwidth that is reached, and for each launch beyond the
-base's what a dependent launch costs. It leaves out host time, the key-value cache and the base's own launches. The two
-constants are assumptions, until a report of ``bench check`` tells them.
+A token's time is the bytes of the base and its adapter divided by the reached bandwidth, plus the cost of a dependent
+launch for each launch beyond the base's. It leaves out host time, the key-value cache and the base's own launches. The
+two constants are assumptions until a report of ``bench check`` measures them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TABLE_MODELS = ("Llama-3.2-1B", "Qwen3-4B", "Llama-3.1-8B", "Qwen3-32B")
 TABLE_CHIPS = ("Apple M1", "Apple M4", "Apple M4 Pro", "Apple M1 Max", "Apple M4 Max", "Apple M5 Max", "Apple M2 Ultra")
 # Launches of a layer beyond the base's, counted in tests/fast/test_decode_layers.py; mlx-lm's adapters are float32.
 EXTRA_LAUNCHES = {"base": 0, "fused": 0, "kernels": 2, "plain": 14, "mlx-lm": 42}
-# Bytes of an adapter's number on a half-precision model.
+# Bytes per number of an adapter on a half-precision model.
 _ADAPTER_BYTES = {"base": 0, "fused": 0, "kernels": 2, "plain": 2, "mlx-lm": 4}
 
 
@@ -53,9 +53,9 @@ def assumptions_of(reports: Iterable[Report]) -> Assumptions:
     """The constants that the decoding figures of reports imply; medians over the models of all reports.
 
     The bandwidth reached is the base model's bytes over its time; a launch costs the difference between plain
-    operations and kernels, which read the same bytes, divided by the launches saved. What no report tells keeps its
-    default, such as the bandwidth reached on a chip whose data sheet is not in ``chips.py``. Only reports of Metal
-    count, since the table is one of Macs.
+    operations and kernels, which read the same bytes, divided by the launches saved. A constant that no report measures
+    keeps its default, such as the bandwidth reached on a chip that is not in ``chips.py``. Only reports of Metal count,
+    because the table is about Macs.
     """
     efficiencies, costs, chips = [], [], []
     for report in reports:
@@ -82,7 +82,7 @@ def assumptions_of(reports: Iterable[Report]) -> Assumptions:
 
 
 def counts(report: Report) -> bool:
-    """Whether a report says something about Macs."""
+    """Whether a report was made on a Mac."""
     return report.machine.backend == "Metal" and not report.emulated
 
 

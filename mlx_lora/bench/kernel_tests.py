@@ -1,4 +1,4 @@
-"""Runs a checkout's kernel tests on one backend, whatever they do to their process. See ``tests/kernel_run.py``."""
+"""Runs a checkout's kernel tests on one backend, even if a test ends the process. See ``tests/kernel_run.py``."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def run_kernel_tests(
     folders: tuple[str, ...] = FOLDERS,
     patience: float = PATIENCE,
 ) -> Iterator[KernelTests]:
-    """Run the tests whose ``backend`` fixture is ``backend``, and go on after any that ends or stops the process.
+    """Run the tests whose ``backend`` fixture is ``backend``, and continue after tests that end or hang the process.
 
     Args:
         root: of the checkout. log: pytest's output. most: tests at most. patience: seconds for one test.
 
-    Yields: about once a second, what is known so far.
+    Yields: about once a second, the results so far.
     """
     begin, results = time.monotonic(), log.with_suffix(".jsonl")
     results.unlink(missing_ok=True)
@@ -85,7 +85,7 @@ def _lines(results: Path) -> list[dict]:
 
 
 def _mark_unfinished(results: Path, code: int) -> bool:
-    """Note the test that ran when the process ended as failed. False where none had begun."""
+    """Record the test that was running when the process ended as failed. False if none had begun."""
     lines = _lines(results)
     done = {line["test"] for line in lines if "outcome" in line}
     running = [line["test"] for line in lines if "begins" in line and line["test"] not in done]

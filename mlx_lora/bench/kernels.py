@@ -28,34 +28,34 @@ class KernelTime:
     """One part of a model, computed on one path."""
 
     part: str  # "q, k, v", "MLP", "norms, DoRA", ...; "layer": q, k, v, o and MLP together
-    path: str  # "base" (no adapter), "kernels", "plain" (our layers without kernels) or "mlx-lm"
-    launches: int | None  # counted; None where autograd is part of it
+    path: str  # "base" (no adapter), "kernels", "plain" (mlx-lora without kernels) or "mlx-lm"
+    launches: int | None  # counted; None if autograd is part of it
     microseconds: float  # median; "layer": the sum of its parts' medians
     low_microseconds: float  # first quartile
     high_microseconds: float  # third quartile
     samples: int
-    host_microseconds: float | None  # to build the graph, before anything runs; None where autograd is part of it
+    host_microseconds: float | None  # to build the graph, before anything runs; None if autograd is part of it
     gigabytes_per_second: float  # weights and adapters, each byte counted once
-    share: float | None  # of the chip's bandwidth, where it is known
-    over_base: float | None  # relative to the base's time; None where there is no base
-    peak_megabytes: float  # of temporary arrays, the result included
+    share: float | None  # share of the chip's bandwidth, if known
+    over_base: float | None  # relative to the base's time; None if there is no base
+    peak_megabytes: float  # of temporary arrays, including the result
     backend: str  # Metal, CUDA or CPU
     chip: str
 
 
-_SLOW = 0.2  # seconds for one pass of every way
+_SLOW = 0.2  # seconds for one pass of every path
 _FIELDS = ("microseconds", "low_microseconds", "high_microseconds", "host_microseconds", "bytes", "launches")
 
 
 def measure_kernels(
     model: str, rank: int, bits: int, rows: int, iters: int, seconds: float | None = None
 ) -> Iterator[KernelTime]:
-    """Measure every kernel beside the alternatives, all of them in turn.
+    """Measure every kernel next to the alternatives, taking turns.
 
     Args:
         model: of ``models.MODELS``, whose widths a layer and a head have. bits: of the base, 16 for a dense one.
         rows: tokens at once. iters: measurements; the median is reported.
-        seconds: for a part, which is measured less often, but three times, where it would take longer.
+        seconds: for a part; a part that would take longer is measured less often, but at least three times.
 
     Yields: a ``KernelTime`` for each part and path, and the sums over a layer after its parts.
     """
@@ -68,7 +68,7 @@ def measure_kernels(
         hidden,
         keys,
         intermediate,
-        min(vocabulary, 1024) if cpu else vocabulary,  # a CPU's figure says nothing about a GPU's
+        min(vocabulary, 1024) if cpu else vocabulary,  # a CPU's figure is meaningless for a GPU
         rank,
         bits,
         rows,
@@ -121,7 +121,7 @@ def _measure(case: Case, chosen: str, iters: int, seconds: float | None, blocks:
                 found[name]["launches"] = launches(way.calls[0], case.x).total() - way.inlined
                 found[name]["host_microseconds"] = 1e6 * _host_time(way.calls[0], case.x)
         with _accelerated(way, chosen if way.kernels else "off"):
-            mx.eval(_started(way.calls, case.x))  # compiles, and keeps what it keeps
+            mx.eval(_started(way.calls, case.x))  # compiles, and fills the caches
             passed, found[name]["peak_megabytes"] = seconds_and_peak(lambda: mx.eval(_started(way.calls, case.x)))  # noqa: B023
             once += passed
     if seconds is not None:
@@ -143,7 +143,7 @@ def _measure(case: Case, chosen: str, iters: int, seconds: float | None, blocks:
 
 
 def _started(calls: list[Callable], x: mx.array) -> mx.array:
-    """Calls one after the other, like a model's layers, on their way: the host does not wait for the GPU."""
+    """Start the calls one after the other, like a model's layers, without waiting for the GPU."""
     y = x
     for call in calls:
         outputs = call(mx.depends([x], [y])[0])
@@ -154,10 +154,10 @@ def _started(calls: list[Callable], x: mx.array) -> mx.array:
 
 
 def _times(calls: list[Callable], x: mx.array, count: int, slow: bool) -> list[float]:
-    """Seconds per call, ``count`` times. The next pass is started before one waits for the last, as when decoding.
+    """Seconds per call, ``count`` times. The next pass starts before the previous one is waited for, as in decoding.
 
-    So a call takes what the GPU takes, unless the host takes longer to build the graph. Where a call is ``slow``, the
-    host's time does not matter, and the passes before and after the measured ones would cost too much.
+    So the time is the GPU's, unless the host takes longer to build the graph. If a call is ``slow``, the host's time
+    does not matter, and the passes before and after the measured ones would cost too much.
     """
     if slow:
         return [seconds_of(lambda: mx.eval(_started(calls, x))) / len(calls) for _ in range(count)]
@@ -176,7 +176,7 @@ def _times(calls: list[Callable], x: mx.array, count: int, slow: bool) -> list[f
 def _host_time(call: Callable, x: mx.array, repeats: int = 7, number: int = 50) -> float:
     """Seconds that Python and MLX take to build the graph of a call. Nothing is evaluated, so no GPU is needed.
 
-    The minimum of several repeats: everything above it is the machine's other work.
+    The minimum of several repeats: longer times come from the machine's other work.
     """
     times: list[float] = []
 
@@ -201,7 +201,7 @@ def _accelerated(way: Way, kernels: str) -> Iterator[None]:
         with kernels_set("off"):
             for layer in changed:
                 if isinstance(layer, KeptNorms):
-                    layer.gain()  # once for all tokens, and by plain operations where there is no GPU
+                    layer.gain()  # once for all tokens, and with plain operations if there is no GPU
         try:
             yield
         finally:

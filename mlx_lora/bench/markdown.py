@@ -1,4 +1,4 @@
-"""The report of ``bench check`` as Markdown, ready to be pasted into an issue or a README; reports gathered by chip."""
+"""The report of ``bench check`` as Markdown, to paste into an issue or a README; and reports gathered by chip."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def figures_table(figures: Iterable[Figure]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that count."""
+    """A number with three significant digits."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def verdicts(report: Report) -> dict[str, str]:
-    """For each kernel, why ``auto`` should not take it on this GPU; "" where all tests pass and it is never slower.
+    """For each kernel, why ``auto`` should not take it on this GPU; "" if all tests pass and it is never slower.
 
     A kernel must be at least as fast as plain operations in every part that runs it, at every size measured.
     """
@@ -71,13 +71,13 @@ def verdicts(report: Report) -> dict[str, str]:
         ]
         slow = [f"{f.what} of {f.model}" for f, plain in pairs if f.median > plain.median]
         if report.emulated:
-            found[kernel] = "a dry run says nothing"
+            found[kernel] = "a dry run measures nothing"
         elif report.tests.failures:
             found[kernel] = f"{len(report.tests.failures)} kernel tests fail"
         elif not report.tests.passed or report.tests.ran < report.tests.selected:
             found[kernel] = f"{report.tests.ran} of {report.tests.selected} kernel tests have run"
         elif {f.what for f, _ in pairs} < set(parts) or _state(report, "kernels") != DONE:
-            found[kernel] = "not all of its parts are measured"
+            found[kernel] = "some of its parts are not measured"
         else:
             found[kernel] = f"slower than plain operations: {', '.join(slow)}" if slow else ""
     return found
@@ -93,7 +93,7 @@ _GATHERED = {
 
 
 def gathered(reports: Iterable[Report]) -> str:
-    """The figures that matter most as measured, by chip; the newest report of a chip counts, and no dry run."""
+    """The figures that matter most as measured, by chip; from the newest report of each chip; dry runs do not count."""
     newest = {r.machine.chip: r for r in sorted(reports, key=lambda r: r.started) if not r.emulated}
     blocks = []
     for part, paths in _GATHERED.items():

@@ -1,4 +1,4 @@
-"""The models that the estimates and ``bench check`` are about: their configs, sizes in bytes, and random weights."""
+"""The models for estimates and ``bench check``: their configs, sizes in bytes, and random weights."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def random_model(name: str, dtype: mx.Dtype) -> nn.Module:
 
 
 def with_same_weights(name: str, model: nn.Module) -> nn.Module:
-    """Another model object over the arrays of ``model``, which ``random_model`` made: it takes no more memory."""
+    """Another model object that shares the arrays of ``model``, made by ``random_model``, and needs no extra memory."""
     dtype = next(m.scales.dtype for m in model.modules() if isinstance(m, nn.QuantizedLinear))
     other = _unfilled(name, dtype)
     nn.quantize(other, GROUP, 4)

@@ -1,7 +1,7 @@
 """The measured parts of ``bench check``: kernels, decoding, training, prompts, a swap of adapters.
 
-Each part takes a plan and a clock, and yields figures, again and again with more samples, and notes (text) about what
-was left out. Where a part holds a model several times, all of them share the base's arrays.
+Each part takes a plan and a clock. It yields figures, repeatedly with more samples, and notes (text) about what was
+left out. If a part holds a model several times, all copies share the base's arrays.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ PROMPT_TIME = 1.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and how large.
+    """The measured models and sizes.
 
     Args:
         kernels: models whose layers are measured, with 4 bits. decoding: models that decode; the first one also trains,
             reads prompts and swaps adapters. tokens: decoded in a sample. prompt: tokens of a prompt.
-        lengths: of the row of a training step. rounds: at most, of each measurement.
+        lengths: row lengths of training steps. rounds: most rounds of each measurement.
     """
 
     kernels: tuple[str, ...] = ("Llama-3.2-1B", "Qwen3-4B")
@@ -73,7 +73,7 @@ Found = Iterator[Figure | str]
 
 
 def kernels(plan: Plan, clock: Clock) -> Found:
-    """Every kernel beside plain operations and mlx-lm's layers, at the sizes of each model."""
+    """Every kernel next to plain operations and mlx-lm's layers, at the sizes of each model."""
     late = []
     for number, model in enumerate(plan.kernels):
         mine = clock.share(1 / (len(plan.kernels) - number))
@@ -116,17 +116,17 @@ def _decoding(name: str, plan: Plan, clock: Clock) -> Found:
     with kernels_set("on"):
         reasons = {row.reason for row in explain(models["kernels"][1]) if not row.done and "BLAS" not in row.what}
     if reasons:
-        yield f"{name}, kernels: some layers do without: {'; '.join(sorted(reasons))}"
+        yield f"{name}, kernels: some layers do not use kernels: {'; '.join(sorted(reasons))}"
     if reason := _too_large(base_bytes(name) + base_bytes(name, 8) + 6 * adapter_numbers(name)):
         yield f"{name}, fused, was left out: {reason}"
     else:
         with kernels_set("off"):
             fused = with_adapter(name, base, adapter, "off")
-            fuse(fused, bits=8)  # what `fuse` stores by default where the update survives it
+            fuse(fused, bits=8)  # what `fuse` stores by default if the update survives it
         models["fused"] = ("off", fused)
 
     def decoded(kernels: str, model: nn.Module) -> float:
-        """Seconds of a token, as mlx-lm generates it; the prompt is not counted."""
+        """Seconds per token, generated as in mlx-lm; the prompt is not counted."""
         from mlx_lm.generate import generate_step
 
         with kernels_set(kernels):
@@ -148,7 +148,7 @@ def _decoding(name: str, plan: Plan, clock: Clock) -> Found:
 
 
 def training(plan: Plan, clock: Clock) -> Found:
-    """Time and memory of a step at each length: LoRA and DoRA beside mlx-lm's, and LoRA on an NF4 base."""
+    """Time and memory of a step at each length: LoRA and DoRA next to mlx-lm's, and LoRA on an NF4 base."""
     name = plan.decoding[0]
     base = random_model(name, float_dtype())
     for number, length in enumerate(plan.lengths):
@@ -193,7 +193,7 @@ def training(plan: Plan, clock: Clock) -> Found:
 
 
 def prompts(plan: Plan, clock: Clock) -> Found:
-    """Reading a prompt: base, with our adapter, with mlx-lm's."""
+    """Reading a prompt: the base, with mlx-lora's adapter, with mlx-lm's."""
     from mlx_lm.models.cache import make_prompt_cache
 
     name = plan.decoding[0]
@@ -256,7 +256,7 @@ PARTS: dict[str, Callable[[Plan, Clock], Found]] = {
 
 
 def _too_large(size: float) -> str | None:
-    """Why ``size`` bytes do not fit; None where they do, with a quarter of the memory left for everything else."""
+    """Why ``size`` bytes do not fit; None if they do, with a quarter of the memory left for everything else."""
     memory = memory_of_gpu()
     if memory is None or size < 0.75 * memory:
         return None
@@ -264,6 +264,6 @@ def _too_large(size: float) -> str | None:
 
 
 def _forget() -> None:
-    """Give the memory of what was measured back before the next."""
+    """Free the memory of one measurement before the next."""
     gc.collect()
     mx.clear_cache()

@@ -1,4 +1,4 @@
-"""The report of ``bench check``: its schema, writing it, and reading it back. ``markdown.py`` shows it."""
+"""The report of ``bench check``: its schema, writing, and reading. ``markdown.py`` renders it."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ class Figure:
     part: str  # of the check: "kernels", "decoding", "training", ...
     model: str
     what: str  # such as "q, k, v" or "one step of 1 x 256 tokens"
-    path: str  # who computes it: "base", "kernels", "plain", "mlx-lm", ...
+    path: str  # the path: "base", "kernels", "plain", "mlx-lm", ...
     unit: str  # "us", "ms", "tokens/s", "MB", or "x" for a ratio
     median: float
     low: float  # first quartile
     high: float  # third quartile
     samples: int
-    how: str = MEASURED  # or "dry run": emulated kernels, whose speed says nothing
+    how: str = MEASURED  # or "dry run": emulated kernels, whose speed is meaningless
     estimate: float | None = None  # made before the measurement, in the same unit
 
     @property
     def off(self) -> float | None:
-        """How far the estimate is off, relative to the measurement: 0.1 is 10 % too high."""
+        """The error of the estimate relative to the measurement: 0.1 is 10 % too high."""
         return None if self.estimate is None or not self.median else self.estimate / self.median - 1
 
 
 def figure(samples: list[float], *names: str, estimate: float | None = None) -> Figure:
     """A figure from its samples. names: part, model, what, path and unit."""
     low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
-    low, high = max(low, min(samples)), min(high, max(samples))  # of two or three samples, `quantiles` goes beyond
+    low, high = max(low, min(samples)), min(high, max(samples))  # with two or three samples, `quantiles` extrapolates
     return Figure(*names, statistics.median(samples), low, high, len(samples), estimate=estimate)
 
 
@@ -55,7 +55,7 @@ class Failure:
     """A kernel test that failed, or that ended its process."""
 
     test: str
-    seed: str  # last seeds that the test set, which make its data
+    seed: str  # the last seeds that the test set, from which its data follow
     message: str
     command: str  # runs this test alone
 
@@ -89,7 +89,7 @@ class Part:
 
 @dataclass
 class Report:
-    """Everything that one run of ``bench check`` found."""
+    """All results of one run of ``bench check``."""
 
     machine: Device
     advice: list[str]  # the doctor's
@@ -105,7 +105,7 @@ class Report:
     schema: int = SCHEMA
 
     def put(self, new: Figure) -> None:
-        """Add a figure, in place of the one of fewer samples that is there."""
+        """Add a figure, replacing the one with fewer samples."""
         names = (new.part, new.model, new.what, new.path, new.unit)
         for i, old in enumerate(self.figures):
             if (old.part, old.model, old.what, old.path, old.unit) == names:
@@ -119,27 +119,27 @@ class Report:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that at no moment a part of it is there."""
+    """Write a file atomically."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write ``report`` as JSON, whole at every moment."""
+    """Write ``report`` as JSON, atomically."""
     write_whole(path, json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_report(path: str | Path) -> Report:
-    """Read a report back. Raises: FormatError, with everything in the file that does not follow the schema."""
+    """Read a report back. Raises: FormatError that lists everything in the file that does not match the schema."""
     hint = "Name a report.json that scripts/check_gpu wrote, with this version of mlx-lora."
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FormatError(f"{path} is no report: {error}", hint) from None
+        raise FormatError(f"{path} is not a report: {error}", hint) from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         version = found.get("schema") if isinstance(found, dict) else None
-        raise FormatError(f"{path} is no report of schema {SCHEMA}: its schema is {version!r}", hint)
+        raise FormatError(f"{path} is not a report of schema {SCHEMA}: its schema is {version!r}", hint)
     faults: list[str] = []
     report = _read(Report, found, "report", faults)
     if faults:

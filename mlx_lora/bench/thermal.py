@@ -1,4 +1,4 @@
-"""The thermal state of the machine, as far as a user without special rights can read it."""
+"""The thermal state of the machine, if a user without special rights can read it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 
-# Foundation's NSProcessInfoThermalState. `powermetrics` says more, but only to root.
+# Foundation's NSProcessInfoThermalState. `powermetrics` shows more, but needs root.
 _STATES = {"0": "nominal", "1": "fair", "2": "serious", "3": "critical"}
 _JAVASCRIPT = "ObjC.import('Foundation'); $.NSProcessInfo.processInfo.thermalState"
 

@@ -1,4 +1,4 @@
-"""How things are timed: in turn, after a warm-up, until the time is up; and with MLX_LORA_KERNELS as wanted."""
+"""Timing: the ways take turns after a warm-up until the time is up, with the wanted MLX_LORA_KERNELS."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Clock:
 def in_turn(ways: dict[str, Callable[[], float]], clock: Clock, most: int, warm: int = 1) -> Iterator[dict]:
     """Measure several ways to do the same work, one after the other in every round.
 
-    So whatever changes while they run, the temperature above all, touches all of them alike. Every other round runs
+    So changes during the run, above all of the temperature, affect all of them equally. Every other round runs
     backwards.
 
     Args:
@@ -73,7 +73,7 @@ def kernels_set(to: str) -> Iterator[None]:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Seconds that ``work`` takes. It must wait for what it starts; what was started before it ends first."""
+    """Seconds that ``work`` takes. It must wait for what it starts; earlier work ends before it."""
     mx.synchronize()
     tic = time.perf_counter()
     work()
@@ -81,7 +81,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def seconds_and_peak(work: Callable[[], object]) -> tuple[float, float]:
-    """(seconds, MB of arrays that ``work`` holds at most beyond those that were there before it)."""
+    """(seconds, MB of arrays that ``work`` holds at its peak, in addition to earlier ones)."""
     mx.synchronize()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -90,7 +90,7 @@ def seconds_and_peak(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def memory_of_gpu() -> float | None:
-    """Bytes that MLX may use on this GPU; None where it does not say."""
+    """Bytes that MLX may use on this GPU; None if it does not report them."""
     info = mx.device_info()
     size = info.get("max_recommended_working_set_size") or info.get("total_memory") or info.get("memory_size")
     return float(size) if size else None

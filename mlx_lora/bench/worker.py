@@ -1,4 +1,4 @@
-"""Runs the measured parts of ``bench check`` in a process of their own, and prints what they find, an event a line.
+"""Runs the measured parts of ``bench check`` in a separate process, and prints the results, one event per line.
 
 ``python -m mlx_lora.bench.worker '{"shares": {"kernels": 1}, "seconds": 60, "emulator": null}'``. A GPU that fails
 may end a process; ``check.py`` then starts another one with the parts that are left.
@@ -27,8 +27,8 @@ def work(shares: dict[str, float], seconds: float, emulator: str | None, say: Ca
     """Run parts one after the other.
 
     Args:
-        shares: of the time, for each part; what one leaves, the next ones have. seconds: the time.
-        emulator: folder of the Metal emulator; with it everything is tiny. say: called with each event.
+        shares: of the time, for each part; unused time goes to the next parts. seconds: the total time.
+        emulator: folder of the Metal emulator; with it all models are tiny. say: called with each event.
     """
     plan, how, all_time = Plan(), {}, Clock(seconds)
     with contextlib.ExitStack() as cleanup:
@@ -54,7 +54,7 @@ def work(shares: dict[str, float], seconds: float, emulator: str | None, say: Ca
             except OutOfTime as error:
                 say({"event": "note", "part": name, "text": str(error)})
                 state = CUT_SHORT
-            except Exception as error:  # whatever one part does, the next ones must have their turn
+            except Exception as error:  # no failure of one part may prevent the next ones
                 text = " ".join(str(error).split())[:300]
                 say({"event": "note", "part": name, "text": f"{type(error).__name__}: {text}"})
                 state = FAILED
@@ -64,7 +64,7 @@ def work(shares: dict[str, float], seconds: float, emulator: str | None, say: Ca
 
 
 def main() -> None:
-    """Read the arguments from the command line. Whatever else prints goes to stderr."""
+    """Read the arguments from the command line. All other prints go to stderr."""
     events, arguments = sys.stdout, json.loads(sys.argv[1])
     with contextlib.redirect_stdout(sys.stderr):
         work(**arguments, say=lambda event: print(json.dumps(event), file=events, flush=True))

@@ -91,7 +91,7 @@ def fuse(model, adapter_path, checkpoint, save_path, bits, dtype, dequantize, fo
 
 
 def _check_quantized(model: str, bits: int | None, dequantize: bool) -> None:
-    """Refuse --bits, and warn of --dequantize, for a base that is not quantized. Reads its config alone."""
+    """Refuse --bits, and warn about --dequantize, if the base is not quantized. Reads only its config."""
     if (bits or dequantize) and not is_quantized_base(model):
         if bits:
             raise ConfigError(
@@ -138,7 +138,7 @@ def convert(src, dst, to, source, checkpoint, model, force, as_json, **options):
     """Convert the adapter SRC (a folder or a file) to another format and write it to DST.
 
     Formats: mlx-lm, peft, loralib, torchtune, nemo, litgpt, gguf; lightning and deepspeed can only be read. Tensors
-    are copied bit for bit wherever the format allows it. What a format cannot store is an error.
+    are copied bit for bit wherever the format allows it. If a format cannot store something, that is an error.
 
     --model names the base model. It is recorded in the adapter, and gives the sizes that some formats need. With --to
     merged, the adapter is merged into that model; if DST ends in .gguf, the model is one file for llama.cpp and Ollama.
@@ -167,7 +167,7 @@ def convert(src, dst, to, source, checkpoint, model, force, as_json, **options):
         legacy_scale=options["legacy_scale"],
         enabled=options["enable_lora"],
     )
-    if model and to != "merged":  # which mounts the adapter: an error then names the base it was trained on
+    if model and to != "merged":  # mounts the adapter, so an error names the base model it was trained on
         _check_base(adapter, model)
         adapter = replace(adapter, base=model)
     if to == "merged":
@@ -197,7 +197,7 @@ def convert(src, dst, to, source, checkpoint, model, force, as_json, **options):
 
 
 def _check_convert(dst: str, to: str, model: str | None, force: bool, options: dict[str, Any]) -> None:
-    """Refuse options that do not apply to ``to``, and a target that is taken, before anything is read."""
+    """Refuse options that do not apply to ``to`` and an existing target, before anything is read."""
     from ..formats import check_destination
     from ..formats.options import WriteOptions, refuse_unused
 
@@ -220,7 +220,7 @@ def _check_convert(dst: str, to: str, model: str | None, force: bool, options: d
 
 
 def _check_base(adapter: Adapter, model: str) -> None:
-    """Refuse an adapter that does not belong on ``model``, by the shapes and names that the model's config implies."""
+    """Refuse an adapter that does not match ``model``, by the shapes and names that the model's config implies."""
     from ..adapter import FINGERPRINT, raise_faults
     from ..base.fingerprint import Fingerprint
     from ..base.loading import load_base
@@ -231,11 +231,11 @@ def _check_base(adapter: Adapter, model: str) -> None:
 
     base = BaseModel(model)
     if not base.known:
-        console.warn(f"the config of {model} is not on this machine: the adapter was not checked against it.")
+        console.warn(f"the config of {model} is not on this machine, so the adapter was not checked against it.")
         return
     raise_faults(*incompatibilities(base.model, adapter.check()))  # mlx-lm's class without its weights
     if FINGERPRINT in adapter.metadata and base.tensor_names:
-        weights, _ = load_base(model, dtype="stored", lazy=True)  # few of them are read
+        weights, _ = load_base(model, dtype="stored", lazy=True)  # only a few of its tensors are read
         warn_of_another_base(adapter, Fingerprint.of(bare_modules(weights)), base_of(weights))
 
 
@@ -251,7 +251,7 @@ def _write(adapter: Adapter, dst: str, to: str, base: str | None, force: bool, o
 
         name = base or adapter.base
         if name is None:
-            raise ConfigError("--modelfile names the base model, which is not known", "Name it with --model.")
+            raise ConfigError("--modelfile needs the base model's name, which is unknown", "Name it with --model.")
         folder, file = ollama_base(BaseModel(name)), check_modelfile(Path(dst), force)
         tokenizer = load_tokenizer(folder)
     save_adapter(
@@ -271,7 +271,7 @@ def _write(adapter: Adapter, dst: str, to: str, base: str | None, force: bool, o
 
 
 def _write_merged(adapter: Adapter, model: str, dst: str, force: bool, options: dict[str, Any]) -> list[str]:
-    """Write a merged model; return what was lost in rounding, and what llama.cpp does differently."""
+    """Write a merged model; return warnings about rounding losses and about what llama.cpp computes differently."""
     from ..merge.export import export_merged
 
     notes: list[str] = []

@@ -32,15 +32,15 @@ def bench():
     default="4",
     help="Bits of the base; 16: not quantized.",
 )
-@click.option("--rows", type=click.IntRange(1, 8), default=1, show_default=True, help="Tokens at once.")
+@click.option("--rows", type=click.IntRange(1, 8), default=1, show_default=True, help="Tokens processed at once.")
 @click.option("--iters", type=click.IntRange(1), default=20, show_default=True, help="Repeats; the median is reported.")
 @json_option
 def kernels(size, rank, bits, rows, iters, as_json):
-    """Time every kernel beside plain operations and mlx-lm's layers.
+    """Time every kernel next to plain operations and mlx-lm's layers.
 
     Decoding: a layer's linears, its MLP, DoRA, multi-LoRA, NF4. Training: DoRA's norms, NF4 dequantization, output head
-    and loss ("kernels": in chunks of tokens). "base" is the layer without adapter; "host us" is the time Python and MLX
-    take to build the graph. On CUDA, set MLX_LORA_KERNELS=on to run the kernels.
+    and loss ("kernels": in chunks of tokens). "base" is the layer without adapter; "host us" is the time that Python
+    and MLX take to build the graph. On CUDA, set MLX_LORA_KERNELS=on to run the kernels.
 
     \b
     mlx-lora bench kernels
@@ -79,13 +79,13 @@ def kernels(size, rank, bits, rows, iters, as_json):
 )
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=6.0, show_default=True, help="Budget.")
 @click.option("--emulate", is_flag=True, help="Dry run on the Metal emulator in a checkout's tests/, with tiny models.")
-@click.option("--tests", type=click.IntRange(1), help="Kernel tests at most; all by default.")
+@click.option("--tests", type=click.IntRange(1), help="Run at most this many kernel tests (default: all).")
 def check(out, minutes, emulate, tests):
-    """Find out everything that only a GPU can tell, and write report.json and report.md.
+    """Run every check and measurement that needs a GPU, and write report.json and report.md.
 
     In this order: the doctor's facts, the kernel tests on the GPU, bench kernels, decoding, training steps, prompts,
-    and a swap of adapters, beside mlx-lm's layers. The models have random weights; nothing is downloaded. The report is
-    whole after every part, also where the run is cut short. scripts/check_gpu installs what it needs first.
+    and a swap of adapters, next to mlx-lm's layers. The models have random weights; nothing is downloaded. The report
+    is complete after every part, even if the run is stopped. scripts/check_gpu installs what it needs first.
 
     \b
     mlx-lora bench check
@@ -115,7 +115,9 @@ def check(out, minutes, emulate, tests):
     help="A report.json of bench check, whose bandwidth and cost of a launch are used. May be given several times.",
 )
 @click.option(
-    "--efficiency", type=click.FloatRange(0, 1, min_open=True), help="Share of the bandwidth that is reached."
+    "--efficiency",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of the data sheet's bandwidth that is reached.",
 )
 @click.option("--microseconds", type=click.FloatRange(0), help="Cost of a dependent launch.")
 def estimate(reports, efficiency, microseconds):

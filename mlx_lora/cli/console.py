@@ -24,7 +24,7 @@ def warn(text: str) -> None:
 
 
 def error(message: str, hint: str) -> None:
-    """Print what is wrong, and the fix, on stderr."""
+    """Print an error and its fix on stderr."""
     click.echo(click.style("Error: ", fg="red", bold=True) + message, err=True)
     click.echo(click.style("Hint: ", bold=True) + hint, err=True)
 
@@ -96,7 +96,7 @@ class Bar:
 
     @property
     def room(self) -> int:
-        """Columns for a text next to the bar; 0 where the bar is not shown."""
+        """Columns for a text next to the bar; 0 if the bar is not shown."""
         if self._bar.disable:
             return 0
         return (self._bar.format_dict["ncols"] or 80) - 2 * len(str(self._bar.total)) - _AROUND
@@ -116,7 +116,7 @@ class Bar:
         self._bar.close()
 
 
-_AROUND = len("100%|") + 8 + len("| / ") + len("1:00:00 left")  # columns of a bar without its numbers and its text
+_AROUND = len("100%|") + 8 + len("| / ") + len("1:00:00 left")  # columns of the bar itself, without numbers and text
 
 
 def _shows(text: str) -> bool:

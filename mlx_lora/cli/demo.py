@@ -29,8 +29,8 @@ MARK = ".mlx-lora-demo"  # marks a folder that the next demo may replace
 @click.option(
     "--output", metavar="FOLDER", help=f"Folder for all results (default: {FOLDER}; with --chat, {CHAT_FOLDER})."
 )
-@click.option("--chat", is_flag=True, help="Train two adapters, and compare them with the base on the chat page.")
-@click.option("--port", type=int, help="Port of the chat page (default: any that is free).")
+@click.option("--chat", is_flag=True, help="Train two adapters, and compare them with the base model on the chat page.")
+@click.option("--port", type=int, help="Port of the chat page (default: a free one).")
 @click.option("--no-browser", is_flag=True, help="Only print the chat page's address.")
 @json_option
 def demo(output: str | None, chat: bool, port: int | None, no_browser: bool, as_json: bool):
@@ -49,9 +49,9 @@ def demo(output: str | None, chat: bool, port: int | None, no_browser: bool, as_
     mlx-lora demo --chat
     """
     if chat and as_json:
-        raise click.UsageError("--chat shows a page; it takes no --json.")
+        raise click.UsageError("--chat shows a page and has no --json output.")
     if not chat and (port is not None or no_browser):
-        raise click.UsageError("--port and --no-browser belong to --chat.")
+        raise click.UsageError("--port and --no-browser need --chat.")
     if chat:
         from .demo_chat import chat_demo
 
@@ -107,14 +107,14 @@ def _demo(folder: Path, as_json: bool) -> None:
         f"mlx-lora chat --model {base} --adapter-path {folder / 'adapters'}      then /compare {note}",
         f'mlx-lora generate --model {merged} --prompt "{note}"',
         f"mlx-lora inspect {peft}",
-        "mlx-lora demo --chat      two adapters beside the base, on a page in your browser",
+        "mlx-lora demo --chat      two adapters next to the base model, on a page in your browser",
         "mlx-lora train --model Qwen/Qwen3-0.6B --data YOUR_DATA --mask-prompt",
     ):
         console.note(f"  {line}")
 
 
 def fresh(folder: Path) -> Path:
-    """Make an empty folder. That of an earlier demo is replaced; any other is an error."""
+    """Make an empty folder. An earlier demo's folder is replaced; any other existing folder is an error."""
     if folder.exists() and not (folder.is_dir() and ((folder / MARK).exists() or not any(folder.iterdir()))):
         raise ConfigError(f"{folder}: exists and is not from an earlier demo", "Choose another --output.")
     try:
@@ -140,7 +140,7 @@ def quantized_base(folder: Path) -> Path:
 
 
 def write_rows(folder: Path, counts: dict[str, int], answer: str = "record") -> None:
-    """Write the rows of the tiny base's skill: so many of each split, with this kind of answer."""
+    """Write rows for the tiny model's task: ``ROWS`` of each split, with this kind of answer."""
     from ..tiny_base.skill import rows
 
     folder.mkdir(parents=True)
@@ -166,7 +166,7 @@ def _merge(base: Path, folder: Path) -> Path:
     from ..merge.fuse import fuse
     from ..model.loading import load, save_model
 
-    # "stored": the merged model keeps the base's dtype, also where a CPU computes in float32.
+    # "stored": the merged model keeps the base's dtype, even if a CPU computes in float32.
     model, _ = load(base, folder / "adapters", dtype="stored")
     reports = fuse(model)
     kept = min(r.cosine for r in reports)

@@ -1,4 +1,4 @@
-"""``doctor``: what this machine computes with, how to make it faster, and what acceleration did to a model."""
+"""``doctor``: what MLX computes with here, how to make it faster, and what is accelerated in a model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .options import adapter_option, checkpoint_option, chosen, json_option, mod
 @trust_option
 @json_option
 def doctor(model, adapter_path, checkpoint, trust_remote_code, as_json):
-    """Show what this machine computes with, and how to make it faster.
+    """Show what MLX computes with on this machine, and how to make it faster.
 
-    With --model, also list what was accelerated in the model and, where something was not, the reason. "kernels" says
+    With --model, also list what was accelerated in the model, and the reasons for what was not. "kernels" says
     whether mlx-lora's own Metal kernels are used: MLX_LORA_KERNELS=auto|on|off decides (auto: on Metal).
     MLX_LORA_FAST=off turns all acceleration off.
 
@@ -39,7 +39,9 @@ def doctor(model, adapter_path, checkpoint, trust_remote_code, as_json):
     found = device.describe()
     notes = device.advice(found)
     if enabled() and found.backend == "CPU":
-        notes.append("MLX_LORA_KERNELS=on, but there is no GPU to run kernels: adapters cannot decode. Unset it.")
+        notes.append(
+            "MLX_LORA_KERNELS=on, but there is no GPU to run kernels, so decoding with adapters fails. Unset it."
+        )
     facts = {**device.as_dict(found), "kernels": "used" if enabled() else "not used"}
     rows = _explained(model, adapter_path, trust_remote_code) if model else []
     if as_json:
@@ -63,7 +65,7 @@ def doctor(model, adapter_path, checkpoint, trust_remote_code, as_json):
 
 
 def _explained(model: str, adapter_path: str | None, trust_remote_code: bool) -> list[dict[str, Any]]:
-    """What was accelerated or not, one row for modules with the same answer; the number of a layer is left out."""
+    """What was accelerated or not, one row per result; layer numbers are left out of module names."""
     from ..adapter import split_layer
     from ..fast import explain
     from ..model.loading import load

@@ -28,7 +28,7 @@ from .sections import SectionedCommand
 
 
 def load_engine(params: dict[str, Any], config: GenerateConfig, paths: Sequence[str] = ()):
-    """An engine with the model and the draft model that the options name, and adapters under their folders' names.
+    """An engine with the named model and draft model, and with adapters named after their folders.
 
     Folders that hold no adapter are refused before the model is loaded.
 
@@ -53,14 +53,15 @@ def load_engine(params: dict[str, Any], config: GenerateConfig, paths: Sequence[
 
 
 def add_adapter(bank: Any, path: str, adapter: str) -> str:
-    """Add the adapter in the folder ``adapter`` to the bank, unless it is there. Returns its name.
+    """Add the adapter in the folder ``adapter`` to the bank, unless it is already there. Returns its name.
 
-    It is called as the folder ``path`` that the user gave, or as the whole path where that name is taken.
+    Its name is the folder name of ``path``, which the user gave, or the whole path if that name is taken.
     """
     known = {Path(each.path).resolve(): each.name for each in bank.listed() if each.path}
     if (name := known.get(Path(adapter).resolve())) is None:
         name = Path(path).resolve().name
-        name = path if name in bank or name in ("none", "base") else name  # chat's words for the model alone
+        # reserved in chat for the model without adapter
+        name = path if name in bank or name in ("none", "base") else name
         bank.add(name, adapter)
     return name
 
@@ -144,7 +145,7 @@ def generate(**params: Any):
 
 
 def _tokens(engine: Any, text: str, params: dict[str, Any], config: GenerateConfig) -> list[int]:
-    """The prompt's tokens, through the chat template unless there is none or it is turned off."""
+    """The prompt's tokens, made with the chat template unless there is none or it is turned off."""
     if not params["ignore_chat_template"] and getattr(engine.tokenizer, "chat_template", None):
         messages = [{"role": "system", "content": params["system_prompt"]}] if params["system_prompt"] else []
         messages.append({"role": "user", "content": text})
@@ -161,7 +162,7 @@ def _tokens(engine: Any, text: str, params: dict[str, Any], config: GenerateConf
 
 
 def _suffix(engine: Any, messages: list[dict], config: GenerateConfig) -> list[int]:
-    """The tokens that follow a cached prompt: those of the question, and of what the template writes after it."""
+    """The tokens that follow a cached prompt: the question, and the template's text after it."""
     mark = "\ue000"
     whole = engine.tokenizer.decode(engine.prompt([*messages[:-1], {**messages[-1], "content": mark}], config=config))
     after = whole.partition(mark)[2]
@@ -177,9 +178,9 @@ def _read_cache(params: dict[str, Any], config: GenerateConfig) -> list | None:
 
     try:
         cache, about = load_prompt_cache(file, return_metadata=True)
-    except Exception as error:  # of many kinds, for files that are no prompt cache
+    except Exception as error:  # files that are not prompt caches raise many kinds of errors
         raise ConfigError(
-            f"{file}: is no prompt cache ({error})", "Make one with mlx_lm.cache_prompt --prompt-cache-file FILE."
+            f"{file}: is not a prompt cache ({error})", "Make one with mlx_lm.cache_prompt --prompt-cache-file FILE."
         ) from None
     faults = []
     if about.get("model") not in (None, params["model"]):
@@ -189,7 +190,7 @@ def _read_cache(params: dict[str, Any], config: GenerateConfig) -> list | None:
             flag = f"--kv-{name.replace('_', '-')}"
             faults.append(f"{file}: its keys and values have {name} {getattr(cache[0], name)}, and {flag} is {given}")
     if config.draft_model is not None:
-        faults.append("--prompt-cache-file holds no keys and values of a --draft-model")
+        faults.append("--prompt-cache-file has no keys and values for a --draft-model")
     if faults:
         raise ConfigError("\n".join(faults), "Give the model and options that the cache was made with.")
     return cache

@@ -39,8 +39,8 @@ class Metric(click.ParamType):
 def push(path, repo, model, private, revision, message, metrics, source, checkpoint, as_json):
     """Upload the adapter SRC to the Hugging Face Hub, with a generated model card.
 
-    If the folder has a README.md, that is the card. Training states are not uploaded. Paths of this machine are taken
-    out of what is uploaded. The base model's path is replaced by its name on the Hub: give it with --model unless the
+    A README.md in the folder is used as the card. Training states are not uploaded. Paths of this machine are removed
+    from the uploaded files. The base model's path is replaced by its name on the Hub: give it with --model unless the
     adapter records it.
 
     \b

@@ -22,7 +22,7 @@ from . import console
 # Command -> (module, line in `mlx-lora --help`). A module is imported when its command is used.
 COMMANDS = {
     "demo": ("demo", "Fine-tune a built-in tiny model and compare its answers before and after."),
-    "plan": ("plan", "Say what a run will take before it starts: memory, steps, time, and on which Macs it fits."),
+    "plan": ("plan", "Estimate a run before it starts: memory, steps, time, and the Macs that it fits on."),
     "train": ("train", "Fine-tune a model."),
     "test": ("train", "Measure loss, perplexity and exact match on a test set."),
     "report": ("report", "Show what a run did on one page, or compare several runs."),
@@ -34,17 +34,17 @@ COMMANDS = {
     "merge": ("merge", "Merge several adapters into one."),
     "convert": ("adapters", "Convert an adapter from one format to another."),
     "inspect": ("adapters", "Describe an adapter without loading a model."),
-    "bench": ("bench", "Measure the kernels on this machine, or all that needs a GPU."),
+    "bench": ("bench", "Benchmark the kernels on this machine, or run all checks that need a GPU."),
     "tables": ("tables", "Recompute the parameter and memory tables of the LoRA papers, or of a model."),
     "push": ("hub", "Upload an adapter to the Hugging Face Hub, with a model card."),
     "pull": ("hub", "Download an adapter from the Hugging Face Hub."),
-    "doctor": ("doctor", "Show this machine's compute backend and how to make it faster."),
+    "doctor": ("doctor", "Show what MLX computes with on this machine, and how to make it faster."),
 }
-_LAUNCHER = 4.0  # seconds in which mlx.launch ends the other processes when one has failed
+_LAUNCHER = 4.0  # seconds within which mlx.launch ends the other processes after one has failed
 
 
 class Lazy(click.Group):
-    """Commands by name, imported when used; the overview imports none."""
+    """Commands by name, imported when used; `mlx-lora --help` imports none."""
 
     def list_commands(self, ctx):
         return list(COMMANDS)
@@ -86,7 +86,7 @@ def cli():
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Without PyTorch transformers warns that it is missing; it is not needed here.
+    # Without PyTorch, transformers warns that it is missing; mlx-lora does not need it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     warnings.showwarning = lambda message, *_: console.warn(str(message))
@@ -101,7 +101,7 @@ def main(args: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
-    except BrokenPipeError:  # the program that read our output has ended
+    except BrokenPipeError:  # the program that reads the output has ended
         sys.stdout = None
         sys.exit(0)
     except Exception as error:
@@ -118,9 +118,9 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _leave_to_rank_0(error: Exception) -> None:
-    """Let rank 0 of a distributed run alone show an error that all processes have.
+    """In a distributed run, let only rank 0 show an error that all processes raise.
 
-    ``mlx.launch`` ends the other processes a second or two after rank 0 has failed. Where it has not, this one shows
+    ``mlx.launch`` ends the other processes a second or two after rank 0 has failed. If it has not, this process shows
     its error after the wait.
     """
     lost = isinstance(error, LostProcessError) and error.rank == 0
@@ -129,7 +129,7 @@ def _leave_to_rank_0(error: Exception) -> None:
 
 
 def _failed_write(error: Exception) -> None:
-    """Exit with a message where the system refused a write that no other code expected; return where it is not one."""
+    """Exit with a message if the error is a failed write that no other code has caught; return otherwise."""
     if isinstance(error, OSError):
         from ..base.writing import WRITE_ERRORS, failed_write
 
@@ -143,7 +143,7 @@ def _misused(error: click.ClickException, args: list[str]) -> None:
     if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
         error.show()
         sys.exit(error.exit_code)
-    context = getattr(error, "ctx", None)  # not every parser error of click has one
+    context = getattr(error, "ctx", None)  # not every click error has one
     command = context.command_path if context else " ".join(["mlx-lora", *[a for a in args[:1] if a in COMMANDS]])
     if context:
         click.echo(context.get_usage(), err=True)

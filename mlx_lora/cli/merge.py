@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from . import console
 from .options import checkpoint_option, chosen, force_option, given_flags, json_option, model_option, save_path_option
 
-# A copy of ``merge.combine.MERGES``, whose module imports NumPy; --help must not. A test compares the two.
+# A copy of ``merge.combine.MERGES``, because its module imports NumPy, which --help must not. A test compares the two.
 METHODS = (
     "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "cat", "svd",
     "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",

@@ -1,9 +1,9 @@
 """Names of options in older versions of mlx-lm and in its forks, for YAML files and flags.
 
-``translated`` takes each for what it means and says so, or refuses it with its new name. Where these names come from:
-mlx-lm before 2024-04 (``adapter_file``), before 2024-10 (``lora_layers``, ``use_dora``) and before 2025-08 (``wandb``);
-mlx-lm-lora (``train_type``, ``train_mode``, earlier ``training_mode``, and its settings for DPO, GRPO and others);
-mlx-tune, PEFT and transformers, whose words people write into mlx-lm's files, where mlx-lm passes over them.
+``translated`` reads each under its new name with a warning, or refuses it and names the new option. Where these names
+come from: mlx-lm before 2024-04 (``adapter_file``), before 2024-10 (``lora_layers``, ``use_dora``) and before 2025-08
+(``wandb``); mlx-lm-lora (``train_type``, ``train_mode``, earlier ``training_mode``, and its settings for DPO, GRPO and
+others); mlx-tune, PEFT and transformers, whose names people write into mlx-lm's files, where mlx-lm ignores them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _WITHOUT = {
     "training": ((), "this is the adapter_config.json of a run of mlx-lora; train --resume continues that run"),
     "mlx_lora": ((), "this is the adapter_config.json of a run of mlx-lora; train --resume continues that run"),
 }
-# The same for settings of mlx-lm-lora that act with a loss of preferences only.
+# The same for settings of mlx-lm-lora that only act with a preference loss.
 _WITHOUT_PREFERENCE = {
     "dpo_cpo_loss_type": (("sigmoid",), "choose one of the losses dpo, ipo, orpo, kto, simpo and cpo"),
     "is_reference_free": ((False,), "orpo, simpo and cpo are the losses without a reference"),
@@ -74,7 +74,7 @@ _UNUSED = {
     *("lambda_mse_target", "tau_mse_target", "lambda_mse", "clip_epsilon_logits", "recurrence_chunk_size"),
     *("qat_bits", "qat_group_size", "qat_mode", "qat_start_step", "qat_interval", "lm_studio_name"),
 }
-# Flags of mlx-lm, now and earlier, and of its forks, that are spelled otherwise here: what to write instead.
+# Current and old flags of mlx-lm and its forks that have other names here: what to write instead.
 _FLAGS = {
     "adapter-file": "--adapter-path FOLDER",
     "use-dora": "--fine-tune-type dora",
@@ -92,14 +92,15 @@ _FLAGS = {
 
 
 def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, Any], list[str], dict[str, str]]:
-    """(options under today's names, faults, the names that warnings are about by warning).
+    """(options under their current names, faults, {warning: the names it is about}).
 
     ``section`` stands before the keys in messages.
     """
     options, faults, warnings = dict(options), [], {}
     options.pop("config", None)  # mlx-lm writes it into its adapter_config.json
     foreign = bool(options.keys() & {"train_mode", "train_type", "training_mode"})
-    others = foreign or bool(options.keys() & _UNUSED)  # beta is then mlx-lm-lora's, which writes it for every training
+    # beta is then mlx-lm-lora's, which writes it for every kind of training
+    others = foreign or bool(options.keys() & _UNUSED)
 
     def put(old: str, new: str, value: Any) -> None:
         if value is None:
@@ -123,7 +124,7 @@ def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, An
         options.pop("reference_model_path", None)
     for old, (harmless, instead) in without.items():
         if options.get(old) is not None and options[old] not in harmless:
-            faults.append(f"{section}{old}: {options[old]!r} is no option of mlx-lora: {instead}")
+            faults.append(f"{section}{old}: {options[old]!r} is not an option of mlx-lora: {instead}")
         options.pop(old, None)
     if dora := options.pop("use_dora", None):
         put("use_dora", "fine_tune_type", "dora")
@@ -135,7 +136,7 @@ def translated(options: dict[str, Any], section: str = "") -> tuple[dict[str, An
         put("wandb", "report_to", "wandb")
         put("wandb", "project_name", project) if isinstance(project, str) else None
     if options.pop("fuse", None):
-        warnings[f"{section}fuse is not done by train: merge the adapter afterwards with mlx-lora fuse."] = "train"
+        warnings[f"{section}fuse: train does not merge; merge the adapter afterwards with mlx-lora fuse."] = "train"
     sft = others and preference_of(options.get("loss", "")).rows == TOKENS
     unused = [
         key
@@ -151,7 +152,7 @@ _WEIGHTS = (".npz", ".safetensors")
 
 
 def did_you_mean(key: str, names: Iterable[str]) -> str:
-    """``; did you mean ...?`` where a name is spelled nearly like ``key``; empty where none is."""
+    """``; did you mean ...?`` if a name is spelled nearly like ``key``; else empty."""
     near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.8)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -160,7 +161,7 @@ def instead_of(flag: str, flags: Iterable[str]) -> str | None:
     """What to write instead of a flag of mlx-lm or a fork, such as ``--lora-layers``; None for any other flag.
 
     Args:
-        flags: of the command; another command's are not suggested.
+        flags: the command's flags; flags of other commands are not suggested.
     """
     name = flag.lstrip("-")
     renamed = RENAMED.get(name.replace("-", "_"))

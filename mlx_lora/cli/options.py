@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from ..config import as_config
 from ..errors import ConfigError
 
-# Fields whose flag has another name, mlx-lm's.
+# Fields whose flag has mlx-lm's name.
 _FLAGS = {"method": "fine_tune_type"}
 PATTERNS = ("rank_pattern", "scale_pattern", "alpha_pattern")
 LISTS = ("keys", "target_parameters", "modules_to_save", "layers_to_transform", "metric")
@@ -127,7 +127,7 @@ def _option(field: dataclasses.Field, hint: Any, section: str, default: Any) -> 
     elif field.name in LISTS:
         metavar = "NUMBER" if field.name == "layers_to_transform" else "NAME"
         extra |= {"multiple": True, "default": (), "show_default": False, "metavar": metavar}
-    elif field.default == ():  # texts, repeated and never split at commas
+    elif field.default == ():  # repeated texts, never split at commas
         extra |= {"multiple": True, "default": (), "show_default": False, "metavar": "TEXT"}
     elif field.name == "clear_cache_threshold":
         extra["type"] = Bytes()
@@ -143,7 +143,7 @@ def _is_union(hint: Any) -> bool:
 
 
 def build(config: type, params: dict[str, Any], **changes: Any) -> Any:
-    """A config from a command's parameters. Parameters that are not fields of it are left out."""
+    """A config made from a command's parameters; other parameters are ignored."""
     return as_config(config, {**values_of(config, params), **changes}, config.__name__)
 
 
@@ -172,7 +172,7 @@ def values_of(config: type, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def given_only(ctx: click.Context, name: str, value: Any) -> Any:
-    """``value`` of the option ``name``, or the fields of a config, as far as a flag or the YAML file gave them.
+    """``value`` of the option ``name``, or the fields of a config, if a flag or the YAML file gave them.
 
     Returns: None for an option that was not given; a dict of fields for a config, or for a dict of its fields.
     """
@@ -189,7 +189,7 @@ def given_only(ctx: click.Context, name: str, value: Any) -> Any:
 
 
 def given_flags(ctx: click.Context) -> list[str]:
-    """The names of the parameters that stand on the command line itself, not in a YAML file."""
+    """The names of the parameters given on the command line, not in a YAML file."""
     own = [p.name for p in ctx.command.params if p.expose_value]  # --config itself is not exposed
     return [name for name in own if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
 
@@ -216,12 +216,12 @@ def adapter_option(default: str | None = None, **extra: Any) -> Callable:
 checkpoint_option = click.option(
     "--checkpoint",
     metavar="last|best|N",
-    help="Of a run's folder: the checkpoint to use; N is an iteration (default: best, where there is one).",
+    help="Of a run's folder: the checkpoint to use; N is an iteration (default: best, if there is one).",
 )
 
 
 def chosen(path: str | None, checkpoint: str | None) -> str | None:
-    """The folder or file of the checkpoint that is used of the adapter at ``path``. Says which, if nobody chose it."""
+    """The checkpoint to use for the adapter at ``path``: a folder or file. Prints which one if the user chose none."""
     if path is None:
         if checkpoint is not None:
             raise ConfigError(
@@ -246,7 +246,7 @@ def save_path_option(default: str, what: str) -> Callable:
 
 
 def check_free(folder: str, force: bool, *, model: bool = False) -> None:
-    """Raise a ConfigError unless ``folder`` can be written: it is new or empty, or a folder and ``force`` is set."""
+    """Raise a ConfigError unless ``folder`` can be written: it is new or empty, or is a folder and ``force`` is set."""
     from ..base.saving import check_target
 
     check_target(folder, force, ConfigError, model=model)
@@ -270,10 +270,10 @@ force_option = click.option("--force", is_flag=True, help="Overwrite existing fi
 
 
 def yaml_option(*names: str, passes: Callable[[], set[str]] = set) -> Callable:
-    """``-c/--config FILE.yaml``. A file may set the command's options and ``names``, which have no flag.
+    """``-c/--config FILE.yaml``. The file may set the command's options and the keys ``names``, which have no flag.
 
     Args:
-        passes: names of options of another command, which the file may hold and this command passes over.
+        passes: options of another command, which the file may hold and this command ignores.
     """
 
     def read(ctx: click.Context, _param: click.Parameter, file: str | None) -> None:

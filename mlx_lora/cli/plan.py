@@ -1,4 +1,4 @@
-"""``plan``: what a run will take, before a weight is loaded; and a configuration that fits."""
+"""``plan``: estimates of a run without loading weights, and a configuration that fits."""
 
 from __future__ import annotations
 
@@ -49,18 +49,17 @@ _NOT_TRAIN = ("model", "data", "processes", "write", "trust_remote_code", "as_js
 @json_option
 @click.pass_context
 def plan(ctx: click.Context, **params: Any):
-    """Say what a run will take before it starts: memory, steps, time, and on which Macs it fits.
+    """Estimate a run before it starts: memory, steps, time, and the Macs that it fits on.
 
-    Takes train's options and YAML files. No weight is loaded: the training step is traced with the shapes in
-    config.json and in the headers of the weight files. Without --data, every row is taken to have
-    --max-seq-length tokens. The figures for Macs are estimated, and the table names the options to add where a run
-    does not fit as it is.
+    Takes train's options and YAML files. No weights are loaded: the training step is traced with the shapes in
+    config.json and in the headers of the weight files. Without --data, every row counts as --max-seq-length tokens. The
+    figures for Macs are estimates. If a run does not fit on a Mac, the table names options to add.
 
     --write chooses settings for your data and this machine, also for preferences (--loss dpo). Options that you give,
-    here or in a file (-c), stay as they are.
+    here or in a file (-c), are kept.
 
     --json prints one object with the fields of mlx_lora.planning.plan.Plan: memory in bytes, seconds, and null for
-    what is not known.
+    unknown values.
 
     \b
     mlx-lora plan --model mlx-community/Qwen3-8B-4bit --data my_data --batch-size 2
@@ -95,7 +94,7 @@ def plan(ctx: click.Context, **params: Any):
     console.report_event(found) if params["as_json"] else _show(found)
 
 
-# The options of train that decide nothing that is planned, so that a command of train's can be planned as it is.
+# Options of train that do not affect a plan; they are accepted so that a train command can be planned unchanged.
 _OF_TRAIN = {param.name: param for param in train_command.params}
 for _name in [param.name for param in plan.params]:
     _OF_TRAIN.pop(_name, None)
@@ -108,9 +107,9 @@ for _param in _OF_TRAIN.values():
 def _write(ctx: click.Context, params: dict[str, Any], data: DataConfig | None) -> None:
     file = Path(params["write"])
     if file.suffix.lower() not in (".yaml", ".yml"):
-        raise ConfigError(f"--write {file}: is no name of a YAML file", "Name a file that ends in .yaml.")
+        raise ConfigError(f"--write {file}: does not end in .yaml", "Name a file that ends in .yaml.")
     if data is None:
-        raise ConfigError("write (--write) chooses the settings by the data, and none are named", "Add --data FOLDER.")
+        raise ConfigError("--write chooses the settings from the data, and no data are named", "Add --data FOLDER.")
     if os.path.lexists(file):
         raise ConfigError(f"{file}: exists already", "Choose another name with --write, or remove the file.")
     from ..planning.recommend import recommend
@@ -134,14 +133,14 @@ def _write(ctx: click.Context, params: dict[str, Any], data: DataConfig | None) 
 
 
 def _given(ctx: click.Context, params: dict[str, Any]) -> dict[str, Any]:
-    """The options of train that a flag or the file gives, but those that ``settle`` has reset."""
+    """The options of train given by a flag or the file, except those that ``settle`` has reset."""
     names = (*given_flags(ctx), *(name for name in ctx.default_map or {} if name in params))
     settled = [name for name in dict.fromkeys(names) if params[name] == ctx.params[name]]
     return {name: params[name] for name in settled if name not in _NOT_TRAIN and params[name] is not None}
 
 
 def _in_yaml(name: str, value: Any) -> Any:
-    """The value of an option as YAML has it: pairs of options that can be repeated as a mapping."""
+    """The value of an option for YAML: a repeated option's pairs become a mapping."""
     return dict(value) if name in (*PATTERNS, "trainable_token_indices") else value
 
 
@@ -175,11 +174,13 @@ def _show(found: Any) -> None:
     run += [] if found.epochs is None else [f"{found.epochs:g} epochs"]
     rows += [("run", ", ".join([*run, f"rows of up to {found.length} tokens"]))]
     if found.processes > 1:
-        rows += [("processes", f"{found.processes}; memory is that of each, a batch is divided among them")]
+        rows += [("processes", f"{found.processes}; the memory is per process, and a batch is divided among them")]
     if found.tokens_per_step:
         rows += [("tokens", f"{found.tokens_per_step:,} in an optimizer step, on average")]
     unknown = (
-        "nor is the number of rows" if found.iters is None else "this machine has not been measured; train does that"
+        "nor is the number of rows"
+        if found.iters is None
+        else "unknown on this machine until something was trained here"
     )
     time = f"about {console.seconds(found.seconds)}" if found.seconds else f"not known: {unknown}"
     rows += [("time", time)]
@@ -187,7 +188,9 @@ def _show(found: Any) -> None:
         console.data(f"{name:<12} {value}")
     if found.verdicts:
         margin = f"{100 * MARGIN:g} %"
-        console.data(f"\nOn a Mac (estimated, not measured on one; a run fits if {margin} above its peak is free):")
+        console.data(
+            f"\nOn a Mac (estimated, not measured on a Mac; a run fits if {margin} more than its peak is free):"
+        )
         console.data(
             console.table([_verdict(v) for v in found.verdicts], ("Mac", "MLX can use", "", "peak", "add to fit"))
         )
@@ -200,5 +203,5 @@ def _word(found: Any) -> str:
 def _verdict(v: Any) -> tuple[str, ...]:
     size = console.gigabytes
     word = "fits" if v.fits else "too small" if v.flags is None else "fits with"
-    options = " ".join(v.flags or ()).replace("a 4-bit base ", "a 4-bit base, ")  # options as they can be pasted
+    options = " ".join(v.flags or ()).replace("a 4-bit base ", "a 4-bit base, ")  # options that can be pasted
     return f"{v.machine} GB", size(v.working_set), word, size(v.peak), options

@@ -95,7 +95,7 @@ def quantize(
 
 
 def _check_loftq(ctx: click.Context, rank: int | None, iters: int, path: str, save_path: str, force: bool) -> None:
-    """Refuse options of LoftQ that are invalid, or that have no effect without --loftq-rank."""
+    """Refuse LoftQ options that are invalid or have no effect without --loftq-rank."""
     others = [flag_of(ctx, name) for name in given_flags(ctx) if name in ("loftq_iters", "loftq_path")]
     if rank is None:
         if others:

@@ -25,7 +25,7 @@ def report(folders: tuple[str, ...], output: str | None, open_page: bool, as_jso
     """Show what a run did on one page, or compare several runs.
 
     A run writes report.html into its folder at the end. This command makes the page again from log.jsonl there, also
-    while the run goes on. Of several runs it draws the curves into the same charts, and lists the best values and the
+    while the run goes on. For several runs, it draws the curves in the same charts, and lists the best values and the
     settings that differ. The page is one file and needs no network.
 
     \b

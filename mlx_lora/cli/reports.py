@@ -1,4 +1,4 @@
-"""Shows the reports of a run as text or JSON, with a progress bar; and handles Ctrl-C."""
+"""Shows the reports of a run as text or JSON with a progress bar, and handles Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..errors import ConfigError
 from . import console
 from .sparkline import status
 
-RECENT = 200  # iterations whose losses the bar draws
+RECENT = 200  # number of iterations whose losses the bar draws
 
 
 class Stop:
-    """The ``stop`` of a run. Ctrl-C during training asks for a stop after the iteration; a second one interrupts.
+    """The ``stop`` of a run. Ctrl-C during training stops after the iteration; a second one interrupts.
 
     Use it as a context manager. Before training and after it (``armed`` is False) Ctrl-C interrupts at once.
     """
@@ -74,14 +74,14 @@ def show_reports(
 
 
 def ask_for_prefix(reports: Iterator[Any], yes: bool) -> Iterator[Any]:
-    """Pass ``reports`` on, and ask before the run keeps states of frozen layers."""
+    """Yield ``reports``, and ask the user before the run keeps states of frozen layers."""
     with closing(reports):
         for report in reports:
             yield report
             if type(report).__name__ != "PrefixCache" or yes:
                 continue
             if not sys.stdin.isatty():
-                raise ConfigError("--cache-prefix asks before it starts, and there is no terminal", "Add --yes.")
+                raise ConfigError("--cache-prefix asks for confirmation, and there is no terminal", "Add --yes.")
             click.confirm("Keep it?", default=True, abort=True, err=True)
 
 
@@ -136,8 +136,8 @@ class Display:
         console.note(f"Data: {rows}{tokens}")
 
     def PrefixCache(self, r: Any) -> None:
-        reused = "" if r.reused is None else f"; it serves {r.reused:.0%} of the rows after the first epoch"
-        where = "in memory" if r.place == "memory" else f"in {r.place}, which the complete run deletes"
+        reused = "" if r.reused is None else f"; used for {r.reused:.0%} of the rows after the first epoch"
+        where = "in memory" if r.place == "memory" else f"in {r.place}, which is deleted when the run is complete"
         console.note(
             f"The output of the first {r.layers} of {r.of} layers will be kept {where}: about "
             f"{console.gigabytes(r.bytes)} of {console.gigabytes(r.free)} free{reused}"
@@ -175,7 +175,9 @@ class Display:
 
     def Done(self, r: Any) -> None:
         skipped = f", {r.skipped_steps} steps skipped" if r.skipped_steps else ""
-        how = {"stopped": "Stopped", "patience": "Ended early, because validation got no better,"}.get(r.reason, "Done")
+        how = {"stopped": "Stopped", "patience": "Ended early, because the validation did not improve,"}.get(
+            r.reason, "Done"
+        )
         self.bar.line(
             f"{how} after {console.seconds(r.seconds)}: {r.trained_tokens:,} tokens "
             f"learned, peak {r.peak_memory:.2f} GB{skipped}"
@@ -192,7 +194,7 @@ class Display:
 
 
 def _metrics(r: Any) -> str:
-    """What else was measured. Rewards and log-probabilities of the two sides are left to ``--json``."""
+    """The metrics as text. Rewards and log-probabilities of the two answers are only in ``--json``."""
     shown = {name: value for name, value in r.metrics.items() if not name.endswith(("/chosen", "/rejected"))}
     return "".join(f", {name} {value:.3f}" for name, value in shown.items())
 
@@ -200,10 +202,10 @@ def _metrics(r: Any) -> str:
 def planned_line(r: Any) -> str:
     """The short form of a plan."""
     if r.peak is None:
-        return f"Plan: not planned: {r.reason}"
+        return f"Plan: none, because {r.reason}"
     length = f"{r.iters:,} iterations" + (f" ({r.epochs:g} epochs)" if r.epochs is not None else "")
     padding = f", {100 * r.padding:.0f} % padding" if r.padding is not None else ""
-    time = f"about {console.seconds(r.seconds)}" if r.seconds else "time not known: nothing was trained here yet"
+    time = f"about {console.seconds(r.seconds)}" if r.seconds else "time unknown: nothing was trained here yet"
     memory = f"peak about {console.gigabytes(r.peak)} of {console.gigabytes(r.limit)}"
     return f"Plan: {r.trainable:,} parameters to train, {memory}; {length}{padding}, {time}"
 

@@ -1,4 +1,4 @@
-"""``--help`` in sections, for the commands with many options. Only these import cloup."""
+"""``--help`` in sections, for commands with many options. Only these commands import cloup."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import cloup
 
 from ..config import COMMON, MEMORY, MORE, SECTIONS
 
-# Options that are no field of ``config.py``; the others are under "Run".
+# Sections of options that are not fields of ``config.py``; other options are under "Run".
 _SECTIONS = {
     "model": COMMON,
     "adapter_path": COMMON,

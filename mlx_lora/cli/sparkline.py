@@ -1,4 +1,4 @@
-"""A small curve in one line of text, and the state of a training in the width that a terminal has left."""
+"""A small curve in one line of text, and the state of training in the free width of a terminal line."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _NARROW, _WIDE = 5, 20  # columns of a curve
 
 
 def sparkline(values: Sequence[float | None], width: int, levels: str = BLOCKS) -> str:
-    """The curve of ``values`` in ``width`` characters at most: one for the mean of each group of neighbours.
+    """The curve of ``values`` in at most ``width`` characters, each the mean of a group of neighbours.
 
-    Values that are None or not finite are passed over.
+    Values that are None or not finite are skipped.
     """
     finite = [value for value in values if value is not None and math.isfinite(value)]
     count = min(width, len(finite))
@@ -31,7 +31,7 @@ def status(
 ) -> str:
     """The last loss, the curve of ``losses``, the speed and the memory in ``width`` columns.
 
-    The curve shrinks first; where there is no room for it, memory and then speed are left out.
+    The curve shrinks first; if there is no room for it, memory and then speed are left out.
 
     Args:
         memory: GB.

@@ -1,4 +1,4 @@
-"""``train`` and ``test``: from options to a run, and its reports on the console. ``runs`` does the work."""
+"""``train`` and ``test``: make a run from options, and show its reports. ``runs`` does the work."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ data_options = config_options(
 @click.option(
     "--force",
     is_flag=True,
-    help="Train although the plan says that the run does not fit into memory. With --resume also: change the learning "
+    help="Train even if, by the plan, the run does not fit into memory. With --resume also: change the learning "
     "rate, its schedule, --optimizer-config, --max-grad-norm or LoRA+.",
 )
 @click.option("--resume-adapter-file", metavar="FILE", help="Start from the weights in this adapters.safetensors.")
@@ -67,10 +67,12 @@ data_options = config_options(
 @click.option(
     "--test/--no-test", default=False, help="Measure the loss on the test set; without --train, only measure."
 )
-@click.option("--test-batches", default=500, show_default=True, help="With --test: batches; -1 for the whole set.")
+@click.option(
+    "--test-batches", default=500, show_default=True, help="With --test: number of batches; -1 for the whole set."
+)
 @click.option("--report-to", metavar="NAME,..", help=f"Also log to {', '.join(REPORTERS)}.")
 @click.option("--project-name", metavar="NAME", help="Project to log under (default: the current folder's name).")
-@click.option("--yes", is_flag=True, help="With --cache-prefix: do not ask whether the size shown is right.")
+@click.option("--yes", is_flag=True, help="With --cache-prefix: do not ask to confirm the size.")
 @yaml_option("hf_dataset")
 @trust_option
 @json_option
@@ -122,7 +124,7 @@ def train(ctx: click.Context, **params: Any):
 
 
 def _configs(ctx: click.Context, params: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run. Of one that is resumed only what is given, which is checked with the run's own options."""
+    """The settings of a run. For a resumed run, only the given ones, checked together with the run's own options."""
     kinds = {"data": DataConfig, "adapter": AdapterConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
     if params["resume"]:
         values = {name: values_of(kind, params) for name, kind in kinds.items()}
@@ -137,7 +139,7 @@ def _data(ctx: click.Context, params: dict[str, Any]) -> DataConfig:
 
 
 def _check_train(ctx: click.Context, params: dict[str, Any]) -> None:
-    """Refuse what only the command line can get wrong; ``run`` checks the rest."""
+    """Refuse faults that only the command line can have; ``run`` checks the rest."""
     faults = {}
     if "test_batches" in given_flags(ctx) and not params["test"]:
         faults["--test-batches has no effect without --test"] = "Add --test, or leave it out."
@@ -157,7 +159,7 @@ _MEASURING = {
 
 
 def _test_only(ctx: click.Context, data: DataConfig, config: TrainConfig, params: dict[str, Any]) -> None:
-    """Measure the adapter in --adapter-path, as mlx-lm does for --test without --train; the base if that is empty."""
+    """Measure the adapter in --adapter-path, as mlx-lm does for --test without --train; if empty, the base model."""
     if not params["test"]:
         raise ConfigError(
             "neither --train nor --test: nothing to do", "Leave --no-train (train: false) out, or add --test."
@@ -204,7 +206,7 @@ def _next_steps(model: str, folder: Path, method: str) -> None:
 @click.option(
     "--max-tokens",
     type=int,
-    help="With --exact-match or --metric: longest answer (default: metric_max_tokens of a YAML file, or 128).",
+    help="With --exact-match or --metric: tokens per answer (default: metric_max_tokens of a YAML file, or 128).",
 )
 @yaml_option("hf_dataset", "metric_max_tokens", passes=lambda: {param.name for param in train.params})
 @trust_option
@@ -213,7 +215,7 @@ def _next_steps(model: str, folder: Path, method: str) -> None:
 def test(ctx: click.Context, **params: Any):
     """Measure loss, perplexity, exact match and other metrics on a test set.
 
-    A YAML file for train may be given with -c: its settings of the training are passed over.
+    A YAML file for train may be given with -c: its training settings are ignored.
 
     \b
     mlx-lora test --model Qwen/Qwen3-0.6B --adapter-path adapters --data my_data

@@ -1,7 +1,7 @@
-"""Options from a YAML file (``-c``): mlx-lm's, older versions' and forks'. Every key is used, or named in a message.
+"""Options from a YAML file (``-c``): mlx-lm's, older versions' and forks'. Every key is used or named in a message.
 
-A file sets click's ``default_map``: flags win over the file, and the file over the defaults. Where mlx-lm passes over
-an entry because of another one, ``settle`` does the same and says so.
+A file sets click's ``default_map``: flags win over the file, and the file over the defaults. If mlx-lm ignores an entry
+because of another one, ``settle`` does the same and warns.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read_defaults(ctx: click.Context, file: Path, names: set[str], passed: set[s
 
     Args:
         names: keys that the command takes besides its own options.
-        passed: keys of other commands, to pass over.
+        passed: keys of other commands, which are ignored.
     """
     from . import console
 
@@ -47,7 +47,7 @@ def read_defaults(ctx: click.Context, file: Path, names: set[str], passed: set[s
 
 
 def _of_type(value: Any, param: click.Parameter) -> tuple[Any, str]:
-    """``value`` for ``param``, and what is wrong with it. Click itself would take 4.7 for 4, and true for 1."""
+    """``value`` for ``param``, and what is wrong with it. Click itself would read 4.7 as 4 and true as 1."""
     if getattr(param, "multiple", False) or param.type.name == "name or json":
         return value, ""
     if not isinstance(value, (str, int, float)):
@@ -61,7 +61,7 @@ def _of_type(value: Any, param: click.Parameter) -> tuple[Any, str]:
 
 
 def _commands_with(ctx: click.Context, key: str) -> str:
-    """The other commands that have an option, separated by commas; empty where none has it."""
+    """The other commands that have an option, separated by commas; empty if none has it."""
     group = ctx.find_root().command
     if not isinstance(group, click.Group):
         return ""
@@ -77,7 +77,7 @@ def read_yaml(
 ) -> tuple[dict[str, Any], list[str], Any]:
     """(options by parameter name, warnings, what ``_two_readings`` needs or None). Unknown keys are an error.
 
-    ``lora_parameters`` is flattened. ``elsewhere`` names the commands that have an option which this one has not.
+    ``lora_parameters`` is flattened. ``elsewhere`` names the commands that have an option which this command lacks.
     """
     raw = _mapping(path)
     nested = raw.pop("lora_parameters", None) or {}
@@ -147,7 +147,7 @@ def _yaml_loader():
 
 
 def _as_click_takes(options: dict[str, Any]) -> dict[str, Any]:
-    """Mappings as pairs and single values as lists, for options that can be repeated."""
+    """Convert mappings to pairs and single values to lists, for options that can be repeated."""
     for key in PATTERNS:
         if isinstance(options.get(key), dict):
             options[key] = list(options[key].items())
@@ -172,7 +172,7 @@ def _differ(nested: dict[str, Any], alpha: Any) -> bool:
 
 
 def _two_readings(nested: dict[str, Any], alpha: Any, old: bool) -> str:
-    """The warning for ``alpha`` beside ``scale``: what this run does, and what else the author may have meant.
+    """The warning for ``alpha`` together with ``scale``: what this run does, and what the author may have meant.
 
     ``nested`` holds the scale and rank of the run, after its flags.
     """
@@ -186,12 +186,12 @@ def _two_readings(nested: dict[str, Any], alpha: Any, old: bool) -> str:
     return text + "."
 
 
-# Two options of which a flag replaces the other one in the file.
+# Pairs of options: a flag for one replaces the other one from the file.
 _ALTERNATIVES = (("alpha", "scale"), ("num_layers", "layers_to_transform"), ("iters", "epochs"))
 
 
 def settle(ctx: click.Context, params: dict[str, Any]) -> None:
-    """Reset parameters that a file sets and that a flag replaces, or that mlx-lm passes over; say which."""
+    """Reset parameters from a file that a flag replaces or that mlx-lm ignores, with a warning."""
     from . import console
 
     source = {name: ctx.get_parameter_source(name) for name in params}

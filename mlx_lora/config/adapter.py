@@ -13,7 +13,7 @@ from .options import check_types, common, more, option, raise_all, without_effec
 
 DEFAULT_RANK, DEFAULT_SCALE, DEFAULT_LAYERS = 8, 20.0, 16
 VERA_RANK = 256  # PEFT's default
-# A scale above this is questioned. 20 is the largest default of any tool (mlx-lm's; it was 10 before 2024-10), and
+# A scale above this gives a warning. 20 is the largest default of any tool (mlx-lm's; it was 10 before 2024-10), and
 # users of PEFT choose alpha / rank between 0.5 and 4. Public files with a larger scale have written alpha into it.
 LARGEST_SCALE = 20.0
 # The arrays of each method for each module. With "full" an adapter holds parameters of the model itself.
@@ -38,8 +38,8 @@ class AdapterConfig:
     The low-rank update of a layer is ``y = W x + scale * B A x``. The scale of a module is, in this order: its entry
     in ``scale_pattern``; ``alpha / rank`` if ``alpha`` is given or ``alpha_pattern`` names the module (with ``rslora``
     ``alpha / sqrt(rank)``, arXiv:2312.03732); ``scale``. Pattern keys are regular expressions, matched as PEFT does:
-    against the whole module path or any dotted suffix of it; the first match counts. ``scale`` stays None beside
-    ``alpha``, and so do ``rank`` and ``scale`` with "full", which has neither.
+    against the whole module path or any dotted suffix of it; the first match counts. ``scale`` stays None if
+    ``alpha`` is given; with "full", both ``rank`` and ``scale`` are None.
 
     ``keys`` selects modules by path inside a layer (``self_attn.q_proj``), absolute path (``lm_head``,
     ``model.embed_tokens``), leaf name as in PEFT (``q_proj``), ``all-linear``, or a regular expression for absolute
@@ -51,8 +51,8 @@ class AdapterConfig:
     (arXiv:2310.11454) has one rank and no scale; its shared projections are drawn from ``projection_prng_key`` as in
     PEFT. (IA)^3 (arXiv:2205.05638) has neither.
 
-    An output head that is tied to the embedding is ``lm_head`` here, too: as in PEFT it can be adapted or trained apart
-    from the embedding, whose ``embedding_side`` is then "input".
+    An output head that is tied to the embedding is also called ``lm_head``. As in PEFT, it can be adapted or trained
+    separately from the embedding, whose ``embedding_side`` is then "input".
     """
 
     help_section = "Adapter"
@@ -173,7 +173,7 @@ class AdapterConfig:
         return {"rank": rank, "scale": 1.0 if self.method in UNSCALED else DEFAULT_SCALE}
 
     def _contradictions(self) -> list[str]:
-        """Faults of settings that are wrong by themselves, for the method, or together with another one."""
+        """Faults: invalid values, settings that the method does not have, and settings that contradict each other."""
         faults = []
         for name in ("keys", "target_parameters", "modules_to_save", "feedforward_modules"):
             if any(not isinstance(item, str) for item in getattr(self, name) or ()):
@@ -215,7 +215,7 @@ class AdapterConfig:
         return list(dict.fromkeys(faults))
 
     def check_used(self) -> None:
-        """Refuse settings of low-rank updates where no module gets one. An adapter that is read may hold them."""
+        """Refuse low-rank settings if no module gets a low-rank update. Adapters read from files may hold them."""
         adapts = (lambda c: c.keys != () or bool(c.target_parameters)), "has no effect where keys is empty"
         raise_all(without_effect(self, ((_LOW_RANK, *adapts), (("num_layers",), *adapts))), self)
 
@@ -229,7 +229,7 @@ class AdapterConfig:
         return min(wanted, total) if wanted > 0 else total
 
     def doubts(self) -> list[str]:
-        """Warnings about settings that are valid, and hardly what was meant."""
+        """Warnings about settings that are valid but probably a mistake."""
         stated = {"scale": self.scale, **{f"scale_pattern[{k!r}]": v for k, v in self.scale_pattern.items()}}
         found = [
             f"{name} {value:g} is a multiplier, alpha / rank: here alpha is {value * self.rank:g} at rank {self.rank}. "
@@ -258,7 +258,7 @@ class AdapterConfig:
         return match_pattern(self.rank_pattern, path, self.rank)
 
     def is_feedforward(self, path: str) -> bool:
-        """ia3: whether the input of the module at ``path`` is scaled, and not its output."""
+        """(IA)^3: whether the module at ``path`` scales its input instead of its output."""
         names = FEEDFORWARD if self.feedforward_modules is None else self.feedforward_modules
         return f".{path}".endswith(tuple(f".{name}" for name in names))
 
@@ -286,7 +286,7 @@ _ADAPTER_RULES = (
     (
         ("scale", "alpha", "rslora", "rank_pattern", "scale_pattern", "alpha_pattern"),
         lambda c: c.method not in UNSCALED,
-        "cannot be used with {method}, which has no ranks of single modules and no scale",
+        "cannot be used with {method}, which has no scale and no rank per module",
     ),
     (("rank", "dropout"), lambda c: c.method != "ia3", "cannot be used with ia3, which has no matrices A and B"),
     (("lora_bias",), lambda c: c.method in ("lora", "full"), "is for lora, not for {method}"),
@@ -300,17 +300,17 @@ _ADAPTER_RULES = (
     (
         ("num_layers",),
         lambda c: c.layers_to_transform is None,
-        "has no effect beside layers_to_transform, which names the layers",
+        "has no effect with layers_to_transform, which names the layers",
     ),
 )
 
 
 def ignored_alpha(parameters: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """mlx-lm's ``lora_parameters`` without the ``alpha`` that mlx-lm passes over, and that alpha; None without one.
+    """mlx-lm's ``lora_parameters`` without the ``alpha`` that mlx-lm ignores, and that alpha (or None).
 
-    mlx-lm multiplies the update by ``scale``, whatever alpha is beside it. Only from 2024-01-24 to 2024-06-02 did it
-    multiply by scale * alpha / rank; a file with ``lora_layers`` and alpha may be from these months. Without a scale,
-    alpha is PEFT's and stays.
+    mlx-lm multiplies the update by ``scale`` and ignores alpha. Only from 2024-01-24 to 2024-06-02 did it multiply by
+    scale * alpha / rank; a file with ``lora_layers`` and alpha may be from these months. Without a scale, alpha is
+    PEFT's and stays.
     """
     if parameters.get("scale") is None:
         return parameters, None

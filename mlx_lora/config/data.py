@@ -7,7 +7,7 @@ from typing import Any
 
 from .options import check_types, common, option, raise_all, without_effect
 
-# Without a validation set: the share of the training rows held out for it, at most so many, of at least so many.
+# Without a validation set: the share of training rows to hold out, the most rows, and the fewest rows to do it from.
 HOLD_OUT, HOLD_OUT_MOST, HOLD_OUT_FROM = 0.05, 500, 20
 
 
@@ -24,8 +24,8 @@ class DataConfig:
     )
     valid_split: float | None = option(
         None,
-        "Share of the training rows to hold out for validation, where there is no validation set; the same rows in "
-        f"every run (default: {HOLD_OUT}, at most {HOLD_OUT_MOST} rows, of {HOLD_OUT_FROM} or more; 0 for none).",
+        "Share of the training rows to hold out for validation if there is no validation set; the same rows in "
+        f"every run (default: {HOLD_OUT}, at most {HOLD_OUT_MOST} rows, from {HOLD_OUT_FROM} or more; 0 for none).",
     )
     mask_prompt: bool = common(False, "Compute the loss only on completions or assistant turns.")
     mask_turns: str = option("all", "With mask_prompt: the assistant turns that count.", choices=("all", "last"))
@@ -51,5 +51,5 @@ class DataConfig:
 
 _DATA_RULES = (
     (("mask_turns",), lambda c: c.mask_prompt, "has no effect without mask_prompt"),
-    (("data",), lambda c: not c.hf_dataset, "has no effect beside hf_dataset, which names the data sets"),
+    (("data",), lambda c: not c.hf_dataset, "has no effect with hf_dataset, which names the data sets"),
 )

@@ -10,7 +10,7 @@ from .options import MEMORY as _CACHE
 from .options import SAMPLING as _SAMPLING
 from .options import check_types, common, option, raise_all, without_effect
 
-# What the engine itself gives to apply_chat_template, and what a request must not: its own template, no tokens.
+# Arguments of apply_chat_template that the engine sets itself, or that a request must not set.
 _OF_MESSAGES = ("self", "conversation", "messages", "tools", "chat_template")
 _OF_TOKENS = ("tokenize", "padding", "truncation", "max_length", "tokenizer_kwargs")
 _OF_RESULTS = ("return_dict", "return_tensors", "return_assistant_tokens_mask")
@@ -31,12 +31,12 @@ class GenerateConfig:
         1.0, "Sample from the most likely tokens that together have this probability.", section=_SAMPLING
     )
     min_p: float = option(
-        0.0, "Drop tokens whose probability is below this fraction of the most likely token's.", section=_SAMPLING
+        0.0, "Drop tokens less probable than this fraction of the most likely token's probability.", section=_SAMPLING
     )
     min_tokens_to_keep: int = option(1, "With min_p: keep at least this many tokens.", section=_SAMPLING)
     top_k: int = option(0, "Sample from this many most likely tokens; 0 for all.", section=_SAMPLING)
     xtc_probability: float = option(
-        0.0, "XTC: probability of dropping the most likely tokens but the last of them.", section=_SAMPLING
+        0.0, "XTC: probability of dropping all likely tokens but the least likely of them.", section=_SAMPLING
     )
     xtc_threshold: float = option(
         0.1, "XTC: a token counts as likely from this probability on, at most 0.5.", section=_SAMPLING
@@ -44,22 +44,28 @@ class GenerateConfig:
     repetition_penalty: float | None = option(
         None, "Divide the logits of recent tokens by this factor (arXiv:1909.05858), such as 1.1.", section=_SAMPLING
     )
-    repetition_context_size: int = option(20, "Tokens that count as recent for it.", section=_SAMPLING)
+    repetition_context_size: int = option(
+        20, "Number of tokens that count as recent for this penalty.", section=_SAMPLING
+    )
     presence_penalty: float | None = option(
         None, "Subtract this from the logit of every recent token.", section=_SAMPLING
     )
-    presence_context_size: int = option(20, "Tokens that count as recent for it.", section=_SAMPLING)
+    presence_context_size: int = option(
+        20, "Number of tokens that count as recent for this penalty.", section=_SAMPLING
+    )
     frequency_penalty: float | None = option(
         None, "Subtract this from a logit for each time its token is among the recent ones.", section=_SAMPLING
     )
-    frequency_context_size: int = option(20, "Tokens that count as recent for it.", section=_SAMPLING)
+    frequency_context_size: int = option(
+        20, "Number of tokens that count as recent for this penalty.", section=_SAMPLING
+    )
     logit_bias: dict[int, float] | None = option(
         None, 'Add to the logits of these tokens, as JSON: {"15043": -5}.', section=_SAMPLING
     )
     seed: int | None = option(None, "Seed of the sampling (default: a new one each time).", section=_SAMPLING)
     stop: tuple[str, ...] = option((), "Stop before this text; repeat the option for several.")
     extra_eos_token: tuple[str, ...] = option((), "Also stop at this token; repeat the option for several.")
-    prefill_response: str | None = option(None, "The answer's beginning, which the model continues.")
+    prefill_response: str | None = option(None, "Beginning of the answer, which the model continues.")
     chat_template_config: dict[str, Any] | None = option(
         None, 'Variables for the chat template, as JSON: {"enable_thinking": false}.'
     )
@@ -68,7 +74,7 @@ class GenerateConfig:
         None, "Keep the keys and values of this many tokens at most; older ones are forgotten.", section=_CACHE
     )
     kv_bits: int | None = option(None, "Quantize the keys and values to this many bits.", section=_CACHE)
-    kv_group_size: int = option(64, "With kv_bits: values that share a scale.", section=_CACHE)
+    kv_group_size: int = option(64, "With kv_bits: number of values that share a scale.", section=_CACHE)
     quantized_kv_start: int = option(5000, "With kv_bits: quantize from this token on.", section=_CACHE)
     draft_model: str | None = option(
         None,
@@ -125,20 +131,23 @@ class GenerateConfig:
         if taken := sorted((self.chat_template_config or {}).keys() & TEMPLATE_ARGUMENTS):
             faults.append(f"chat_template_config cannot set {', '.join(taken)}")
         if self.draft_model is not None and self.kv_bits is not None:
-            faults.append("draft_model and kv_bits contradict each other: quantized keys cannot be taken back")
+            faults.append(
+                "draft_model and kv_bits contradict each other: quantized keys cannot be removed again when a "
+                "drafted token is rejected"
+            )
         raise_all(faults + without_effect(self, _RULES), self)
 
     def _check_bias(self, demand: Any) -> None:
-        """Take the token numbers of ``logit_bias`` as integers, also where JSON has them as texts."""
+        """Convert the token ids of ``logit_bias`` to integers; in JSON they are strings."""
         if self.logit_bias is None:
             return
         try:
             bias = {int(token): float(value) for token, value in self.logit_bias.items()}
         except (AttributeError, TypeError, ValueError):
-            return demand(False, "logit_bias", 'a mapping of token numbers to numbers, such as {"15043": -5}')
+            return demand(False, "logit_bias", 'a mapping of token ids to numbers, such as {"15043": -5}')
         object.__setattr__(self, "logit_bias", bias)
         finite = all(token >= 0 and not math.isnan(value) for token, value in bias.items())
-        demand(finite, "logit_bias", "a mapping of token numbers to numbers")
+        demand(finite, "logit_bias", "a mapping of token ids to numbers")
 
 
 def _penalized(name: str) -> tuple:

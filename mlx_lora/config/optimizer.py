@@ -76,7 +76,7 @@ def chooses_own_rate(optimizer: str, arguments: dict[str, Any]) -> bool:
 
 
 def first_rate(lr_schedule: Any) -> float | None:
-    """The learning rate that the arguments of mlx-lm's schedule mapping begin with; None where they give none."""
+    """The learning rate that the arguments of mlx-lm's schedule mapping begin with; None if they give none."""
     arguments = lr_schedule.get("arguments") if isinstance(lr_schedule, dict) else None
     try:
         return float(arguments[0])

@@ -1,4 +1,4 @@
-"""What every config shares: the declaration of options, checks of types, and errors that list every fault."""
+"""Shared by all configs: how options are declared, type checks, and errors that list every fault."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def without_effect(config: Any, rules: tuple) -> list[str]:
 
 
 def is_set(config: Any, name: str) -> bool:
-    """Whether the field ``name`` has a value other than its default; an explicit default cannot be told apart."""
+    """Whether the field ``name`` has a value other than its default; an explicit default counts as not set."""
     default = next(f.default for f in dataclasses.fields(config) if f.name == name)
     value = getattr(config, name)
     default = getattr(config, "defaults", dict)().get(name, default)
@@ -104,7 +104,7 @@ def as_config(kind: type, value: Any, name: str) -> Any:
 
 
 def raise_all(faults: list[str], config: Any) -> None:
-    """Raise one ``ConfigError`` that lists ``faults``, or return where there are none.
+    """Raise one ``ConfigError`` that lists ``faults``, or return if there are none.
 
     Each fault begins with the name of a field of ``config``; the hint explains these fields.
     """

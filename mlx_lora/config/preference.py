@@ -1,7 +1,7 @@
-"""The losses that learn from preferences: what rows each takes, whether it needs a reference, and its options.
+"""The preference losses: which rows each one takes, whether it needs a reference, and its options.
 
-Names and defaults are TRL's. There, simpo is a loss of the CPO trainer, and ``cpo_alpha`` 0 must be set to have it
-alone.
+Names and defaults are TRL's. In TRL, simpo is a loss of the CPO trainer, and needs ``cpo_alpha`` 0 to leave out the
+cross entropy.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import NamedTuple
 
 from .options import is_set, option
 
-TOKENS, PAIRS, LABELS = "tokens", "pairs", "labels"  # kinds of rows: to imitate; chosen and rejected; good or bad
+# kinds of rows: to imitate; two answers; labelled
+TOKENS, PAIRS, LABELS = "tokens", "pairs", "labels"
 
 
 class Preference(NamedTuple):
     """What a loss needs. A loss that is not in ``PREFERENCES`` takes rows to imitate, and no options."""
 
     rows: str = TOKENS  # TOKENS, PAIRS or LABELS
-    reference: bool = False  # whether it compares with the log-probabilities of the model as training begins
+    reference: bool = False  # whether it needs log-probabilities of the model before training
     options: tuple[str, ...] = ()
-    measures: tuple[str, ...] = ()  # names of what it measures besides its value
+    measures: tuple[str, ...] = ()  # names of its further metrics
 
 
 _SIDES = tuple(f"{what}/{side}" for what in ("rewards", "logps") for side in ("chosen", "rejected"))
@@ -56,16 +57,18 @@ def _option(name: str, default: float | None, text: str):
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceOptions:
-    """Fields of ``TrainConfig`` that act with some of the ``PREFERENCES`` only."""
+    """Fields of ``TrainConfig`` that only some of the ``PREFERENCES`` use."""
 
-    beta: float = _option("beta", 0.1, "How strongly the model is held to the reference; ipo's tau, orpo's lambda.")
-    label_smoothing: float = _option("label_smoothing", 0.0, "Share of pairs that may be labelled the wrong way round.")
-    simpo_gamma: float = _option("simpo_gamma", 0.5, "Margin of reward to reach.")
+    beta: float = _option("beta", 0.1, "Strength of the pull towards the reference (ipo's tau, orpo's lambda).")
+    label_smoothing: float = _option(
+        "label_smoothing", 0.0, "Expected share of pairs with chosen and rejected swapped."
+    )
+    simpo_gamma: float = _option("simpo_gamma", 0.5, "Target reward margin.")
     cpo_alpha: float | None = _option(
         "cpo_alpha", None, "Weight of the cross entropy of the chosen answers (default: 1 for cpo, 0 for simpo)."
     )
-    desirable_weight: float = _option("desirable_weight", 1.0, "Weight of the loss of the good answers.")
-    undesirable_weight: float = _option("undesirable_weight", 1.0, "Weight of the loss of the bad answers.")
+    desirable_weight: float = _option("desirable_weight", 1.0, "Weight of the loss on good answers.")
+    undesirable_weight: float = _option("undesirable_weight", 1.0, "Weight of the loss on bad answers.")
 
     def preference_options(self) -> dict[str, float]:
         """The arguments of this config's loss, by name."""

@@ -1,4 +1,4 @@
-"""How to serve: the address, who may ask, and how much."""
+"""The server's address, access rules and limits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _LIMITS = "Limits"
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """How to serve: the address, who may ask, and how much."""
+    """The server's address, access rules and limits."""
 
     help_section = "Server"
 
-    host: str = common("127.0.0.1", "Address to listen on. Another than this machine's own needs --api-key.")
+    host: str = common("127.0.0.1", "Address to listen on. An address that other machines can reach needs --api-key.")
     port: int = common(8080, "Port to listen on.")
     api_key: str | None = option(None, "Requests must bring this key (Authorization: Bearer KEY, or x-api-key).")
     allow_host: tuple[str, ...] = option(
@@ -28,10 +28,12 @@ class ServeConfig:
         (), "Let web pages of this origin, such as http://localhost:3000, send requests; repeat it for several."
     )
     runs_dir: str | None = option(
-        None, "Show the runs in this folder on the chat page as they go: a run's folder, or one of several runs."
+        None, "Show live runs on the chat page: the folder of one run, or a folder of several runs."
     )
     batch_size: int = option(16, "Requests to compute at a time.", section=_LIMITS)
-    queue_size: int = option(64, "Requests that may wait; further ones are told to come back later.", section=_LIMITS)
+    queue_size: int = option(
+        64, "Requests that may wait; further ones get an error with a time to retry.", section=_LIMITS
+    )
     max_tokens_limit: int = option(8192, "Most tokens that a request may ask for.", section=_LIMITS)
     request_timeout: float = option(600.0, "Seconds after which an answer is cut off.", section=_LIMITS)
     body_limit: int = option(4_000_000, "Largest request body in bytes.", section=_LIMITS)
@@ -43,9 +45,13 @@ class ServeConfig:
         "GB of adapters to keep in memory; the least recently used are dropped (default: all stay).",
         section=_LIMITS,
     )
-    prompt_cache_size: int = option(32, "Prompts and answers whose keys and values are kept.", section=_LIMITS)
+    prompt_cache_size: int = option(
+        32, "Number of prompts and answers whose keys and values are kept.", section=_LIMITS
+    )
     prompt_cache_bytes: int | None = option(
-        None, "Bytes that they may take (default: a quarter of the memory for models).", section=_LIMITS
+        None,
+        "Most bytes for the keys and values of these (default: a quarter of the memory for models).",
+        section=_LIMITS,
     )
 
     def __post_init__(self):
@@ -69,7 +75,7 @@ class ServeConfig:
         if self.prompt_cache_bytes and not self.prompt_cache_size:
             faults.append("prompt_cache_bytes has no effect with prompt_cache_size 0")
         if self.api_key is not None and (len(self.api_key) < 8 or self.api_key != self.api_key.strip()):
-            faults.append("api_key must have at least 8 characters, and none of them blank at its ends")
+            faults.append("api_key must have at least 8 characters, and no spaces at either end")
         if not self.local and self.api_key is None:
             faults.append(f"host {self.host} can be reached from other machines, so an api_key is needed")
         for origin in self.allow_origin:

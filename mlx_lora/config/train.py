@@ -33,24 +33,22 @@ class TrainConfig(PreferenceOptions):
     batch_size: int = common(4, "Rows per batch.")
     pack: bool = option(
         False,
-        "Place several rows side by side in each sequence of --max-seq-length tokens; every row attends to itself "
-        "alone, and none is cut for it. --batch-size then counts sequences.",
+        "Place several rows in each sequence of --max-seq-length tokens; every row attends only to itself, "
+        "and none is cut to fit. --batch-size then counts sequences.",
     )
     loss: str = option("cross_entropy", f"cross_entropy; or, to learn from preferences: {', '.join(PREFERENCES)}.")
     grad_accumulation_steps: int = option(1, "Batches per optimizer step; every token has the same weight.")
     max_grad_norm: float | None = option(None, "Clip the gradient to this global norm.")
     val_batches: int = option(25, "Validation batches; -1 for the whole set.")
-    patience: int = option(
-        0, "End the run after this many validations in a row that are not better than the best one; 0: never."
-    )
+    patience: int = option(0, "End the run after this many validations in a row without an improvement; 0: never.")
     best_by: str = option(
         VAL_LOSS,
-        "What the best validation is chosen by: val_loss, or one of --metric (higher is better). Its adapter is kept "
+        "How to choose the best validation: val_loss, or one of --metric (higher is better). Its adapter is kept "
         "in the folder best.",
     )
     metric: tuple[str, ...] | None = option(
         None,
-        "Also measure generated answers to some validation rows: exact_match, rouge_l, matthews_correlation, or "
+        "Also score the generated answers to some validation rows: exact_match, rouge_l, matthews_correlation, or "
         "FILE.py:FUNCTION, a function of the given and the expected answers (two lists of text) that returns a number.",
     )
     metric_rows: int | None = option(
@@ -93,16 +91,16 @@ class TrainConfig(PreferenceOptions):
     )
     max_skipped_steps: int = option(10, "Stop after this many steps in a row with non-finite gradients.")
     peer_timeout: float = option(
-        30.0, "Several machines: end the run where one has not answered for this many seconds; 0: do not watch them."
+        30.0, "Several machines: end the run if one has not answered for this many seconds; 0: do not watch them."
     )
     seed: int = option(0, "Seed of the initialisation, dropout and the order of the data.")
 
     def defaults(self) -> dict[str, Any]:
-        """The defaults of the fields whose default is filled in, see ``is_set``."""
+        """Defaults of the fields that are None until they are filled in; see ``is_set``."""
         return RHYTHM
 
     def rhythm_of(self, iters: int) -> dict[str, int]:
-        """The fields of ``RHYTHM`` for a run of ``iters`` iterations: as they are set, or else parts of an epoch."""
+        """The fields of ``RHYTHM`` for a run of ``iters`` iterations: as given, or else fractions of an epoch."""
         epoch = iters / max(1, self.epochs or 1)
         found = {"steps_per_eval": round(epoch / 4), "save_every": math.ceil(epoch)}
         if not self.val_batches:
@@ -164,14 +162,16 @@ class TrainConfig(PreferenceOptions):
         if self.cache_prefix not in PREFIX_PLACES:
             faults.append(f"cache_prefix must be one of {', '.join(PREFIX_PLACES)}, not {self.cache_prefix!r}")
         if self.cache_prefix != "none" and self.pack:
-            faults.append("cache_prefix cannot be used with pack, which rounds the states of a row in each place anew")
+            faults.append(
+                "cache_prefix cannot be used with pack, because a row's states round differently at each position"
+            )
         if self.cache_prefix != "none" and preference_of(self.loss).rows != TOKENS:
-            faults.append(f"cache_prefix cannot be used with the loss {self.loss}, which reads two answers of a row")
+            faults.append(f"cache_prefix cannot be used with the loss {self.loss}, which reads two answers per row")
         raise_all(faults + self.preference_faults() + without_effect(self, _TRAIN_RULES), self)
 
 
 def no_effect(values: dict[str, Any], given: Collection[str]) -> list[str]:
-    """The names of ``values`` of a TrainConfig, other than those ``given``, that have no effect beside the others."""
+    """Names of ``values`` for a TrainConfig, except those ``given``, that have no effect with the others."""
     defaults = {known.name: known.default for known in fields(TrainConfig)} | RHYTHM
     values, found = {**defaults, **values}, []
     for names, acts, _ in _TRAIN_RULES:
@@ -183,7 +183,7 @@ def no_effect(values: dict[str, Any], given: Collection[str]) -> list[str]:
 
 
 def metric_name(metric: str) -> str:
-    """What a metric is called in reports: a function of a file by its own name."""
+    """A metric's name in reports; for a function in a file, the function's name."""
     return metric.rpartition(":")[2]
 
 

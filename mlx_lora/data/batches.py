@@ -24,7 +24,7 @@ from ..config import TOKENS
 from ..errors import ConfigError, DataError
 
 MAX_WIDTHS = 32
-UNIT = 4  # a width minus 1 is a multiple of it; 8 would pad short rows (90 tokens) by 4 %
+UNIT = 4  # every width is a multiple of this plus 1; 8 would pad short rows (90 tokens) by 4 %
 
 
 class Example(NamedTuple):
@@ -35,7 +35,7 @@ class Example(NamedTuple):
 
     @property
     def sequences(self) -> tuple[Example, ...]:
-        """What the model reads of the row: itself, or the two answers of a pair."""
+        """The sequences that the model reads: the row itself, or the two answers of a pair."""
         return (self,)
 
     def cut(self, limit: int) -> Example:
@@ -57,7 +57,7 @@ class Summary:
     limit: int = 0  # max_seq_length
     source: str = "rows"
     left_out: tuple[str, ...] = ()  # what the chat template leaves out of the rows
-    reading: tuple[str, ...] = ()  # how the rows were read, where that is not plain
+    reading: tuple[str, ...] = ()  # how the rows were read, unless that is obvious
 
     def warnings(self) -> list[str]:
         """One sentence for each change to the data that the user did not ask for."""
@@ -98,7 +98,7 @@ class Dataset(Sequence):
 
     @property
     def limit(self) -> int:
-        """Tokens of the longest row that there may be."""
+        """The most tokens that a row may have."""
         return max(self.summary.limit, int(self.lengths.max(initial=0)))
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -110,7 +110,7 @@ class Dataset(Sequence):
         return int(self.widths[np.searchsorted(self.widths, self._room[rows].max())])
 
     def collate(self, rows: np.ndarray, size: int, rank: int = 0, world: int = 1) -> Batch:
-        """A batch of ``rows``, filled with empty rows up to ``size``; of it, the rows ``rank::world``."""
+        """A batch of ``rows``, filled with empty rows up to ``size``. Returns the rows ``rank::world`` of it."""
         return Batch(*pad([self[int(row)] for row in rows[rank::world]], size // world, self.width(rows)))
 
     @property
@@ -135,7 +135,7 @@ class Dataset(Sequence):
 
 
 def sequences(row: Any) -> tuple[Any, ...]:
-    """What the model reads of a row, which may be of a class of the caller's with tokens and a mask."""
+    """The sequences that the model reads for a row; the caller's own class needs only tokens and a mask."""
     return getattr(row, "sequences", (row,))
 
 
@@ -249,17 +249,17 @@ def epoch_batches(lengths: np.ndarray, widths: np.ndarray, batch_size: int, seed
 def length_groups(lengths: np.ndarray, widths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """The rows in groups of similar lengths, always the same: the groups with the least padding.
 
-    All groups but the first have whole batches. Each has at least two (else its batch would be the same in every
-    epoch), unless there are fewer rows.
+    All groups but the first have whole batches. Each has at least two batches, if there are enough rows; a group of one
+    batch would have the same batch in every epoch.
 
     A group ends at a width, except for less than a batch of rows, which the next group takes over. So every whole
-    batch of a group has a row of the group's last width, unless two widths were joined for want of rows.
+    batch of a group has a row of the group's last width, unless two widths were joined because they had too few rows.
     """
     order = np.argsort(lengths, kind="stable")
     counts = np.searchsorted(lengths[order], widths, side="right")
     ends = np.unique([0, *np.maximum(0, counts - (counts - len(order)) % batch_size)])
     padded = widths[np.searchsorted(widths, lengths[order][ends - 1])]
-    best, before = [0], [0]  # tokens up to an end, and where the last group before it begins
+    best, before = [0], [0]  # for each end: the padded tokens up to it, and the start of the last group before it
     for j in range(1, len(ends)):
         tokens = [
             best[i] + (ends[j] - ends[i]) * padded[j] if ends[j] - ends[i] > batch_size else np.inf for i in range(j)

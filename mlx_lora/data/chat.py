@@ -1,4 +1,4 @@
-"""The tokens of a checked sample and the mask of those to learn, for any chat template.
+"""Tokens of a checked sample and the mask of the tokens to learn, for any chat template.
 
 The position of a turn in the rendered text is found without searching for markers, by rendering two prefixes of the
 chat: the messages before the turn (``messages[:i]`` with the generation prompt) and up to its end
@@ -6,9 +6,9 @@ chat: the messages before the turn (``messages[:i]`` with the generation prompt)
 Then these renderings are not prefixes of the whole text, and the turn is found by rendering the chat a second time with
 only that turn changed. A turn takes two to eight renderings.
 
-What is learned of a turn is all that the model has to generate: from the end of the generation prompt (with the
-thinking, unless the generation prompt contains it) to the end of what the template adds after the turn. This is the
-closing token, so that the model learns to stop, and the newline that some templates add, as in mlx-lm.
+The learned part of a turn is everything that the model has to generate: from the end of the generation prompt (with the
+thinking, unless the generation prompt contains it) to the end of the text that the template adds after the turn. That
+text is the closing token, so that the model learns to stop, and the newline that some templates add, as in mlx-lm.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Unrenderable(Exception):
 
 
 class Encoder:
-    """Makes the tokens of samples, and which of them to learn.
+    """Turns samples into tokens and a mask of the tokens to learn.
 
     Args:
         mask_turns: ``None`` to learn everything, else which assistant turns to learn: "all" or "last".
@@ -43,7 +43,7 @@ class Encoder:
         self.left_out = LeftOut(self.template)
 
     def encode(self, sample: Sample) -> list[Example]:
-        """The sample as one example, not cut. Raises: Unrenderable."""
+        """The sample as one example, not truncated. Raises: Unrenderable."""
         if sample.messages:
             ids, mask = self._chat(sample)
         elif sample.pair:
@@ -117,7 +117,7 @@ def turn_spans(text: str, render: Render, messages: Sequence[dict], turns: Seque
 
 
 def _span_by_prefix(text: str, render: Render, messages: Sequence[dict], i: int) -> tuple[int, int] | None:
-    """The turn's span, if its prompt is a prefix of the chat up to the turn's end, and that one of the whole text."""
+    """The turn's span, if the prompt is a prefix of the chat up to its end, and that a prefix of ``text``."""
     if i == 0:  # most templates cannot render no messages at all
         return None
     before = render(messages[:i], True)
@@ -149,7 +149,7 @@ def _span_by_change(text: str, render: Render, messages: Sequence[dict], i: int,
         lead = None if begin is None else through[begin:short_left]
         if lead is not None and text.endswith(lead, last, left):
             first = left - len(lead)
-        else:  # the lead is not in the text: it has thinking that is dropped from earlier turns
+        else:  # the lead is not in the text: the template drops its thinking from earlier turns
             first = _find_header(text, header, last, left)
         if first is None:
             continue
@@ -160,7 +160,7 @@ def _span_by_change(text: str, render: Render, messages: Sequence[dict], i: int,
 
 
 def _generation_start(render: Render, messages: Sequence[dict], i: int, through: str) -> tuple[str, int | None]:
-    """The text that a generation prompt adds, and where in ``through`` it ends (None where it must be searched for)."""
+    """The text that a generation prompt adds, and where in ``through`` it ends (None if it must be searched for)."""
     if i == 0:
         try:
             probe = [{"role": "user", "content": "x"}]
@@ -205,7 +205,8 @@ def _changed(message: dict, text: str) -> list[dict]:
 def _to_tokens(spans: list[tuple[int, int]], text: str, ids: list[int], encoding: Any, tokenizer: Any) -> np.ndarray:
     """The mask of the tokens with at least one character in one of the spans.
 
-    So a token with the end of the prompt and the start of the answer is learned, and no part of an answer is lost.
+    A token that holds the end of the prompt and the start of the answer is learned, so that no part of an answer is
+    lost.
     """
     edges = [edge for span in spans for edge in span]
     starts, ends = _token_positions(text, ids, encoding, tokenizer, edges)
@@ -225,7 +226,7 @@ def _token_positions(
         return np.minimum(starts, np.concatenate([[0], ends[:-1]])), ends
     if list(tokenizer.encode(text, add_special_tokens=False)) != ids:
         raise Unrenderable(
-            "this tokenizer makes other tokens from the chat template's text than from the messages, so that answers "
+            "this tokenizer makes other tokens from the chat template's text than from the messages, so the answers "
             "cannot be located: use the model's fast tokenizer (tokenizer.json)"
         )
     # Slow tokenizers give no offsets. A token starts after an edge if the text before the edge, tokenized alone, has

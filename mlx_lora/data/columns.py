@@ -1,11 +1,11 @@
-"""A prompt and a completion made of the columns of a data set, by templates in the ``hf_dataset`` section.
+"""Make a prompt and a completion from the columns of a data set, with templates in the ``hf_dataset`` section.
 
     prompt: "Is this sentence acceptable?\\n{sentence}\\nAnswer:"
     completion: "{label}"
     labels: {label: {0: unacceptable, 1: acceptable}}
 
-A template holds names of columns in braces, as ``str.format`` has them, but nothing else of it: no attributes, indices
-or formats. ``{{`` and ``}}`` stand for a brace. ``labels`` names the values of a column; in a list, of 0, 1 and so on.
+A template contains column names in braces, as in ``str.format``, but without attributes, indices or formats. ``{{`` and
+``}}`` stand for a brace. ``labels`` names the values of a column; in a list, of 0, 1 and so on.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _TEMPLATES = KEYS[:2]
 
 
 def check_templates(section: dict[str, Any]) -> list[str]:
-    """What is wrong with the templates and labels of a section, whatever the data."""
+    """What is wrong with a section's templates and labels themselves, independent of the data."""
     given = [key for key in KEYS if key in section]
     if not given:
         return []
-    faults = [f"needs {key} beside {given[0]}" for key in _TEMPLATES if key not in section]
+    faults = [f"has {given[0]}, so it needs {key} too" for key in _TEMPLATES if key not in section]
     features = [key for key in section if str(key).endswith("_feature")]
-    faults += [f"has {key} beside {given[0]}, which says already what to read" for key in features]
+    faults += [f"has {key} beside {given[0]}, but the two contradict each other" for key in features]
     for key in _TEMPLATES:
         if key in section:
             faults += [f"{key}: {fault}" for fault in _template_faults(section[key])]
@@ -71,10 +71,10 @@ def _columns(template: Any) -> list[str]:
 
 
 def filled(rows: Iterable[Row], section: dict[str, Any], faults: list[Fault]) -> list[Row]:
-    """Rows with ``prompt`` and ``completion`` as the templates of ``section`` say; the rows themselves without any.
+    """Rows with the ``prompt`` and ``completion`` of ``section``'s templates; without templates, the rows unchanged.
 
-    A null in a prompt counts as empty text. Args: faults: receives columns that there are not, and values that no
-    label names, such as the -1 of a hidden test set.
+    A null in a prompt counts as empty text. Args: faults: receives missing columns, and values that no label names,
+    such as the -1 of a hidden test set.
     """
     rows = list(rows)
     if not any(key in section for key in KEYS):
@@ -104,7 +104,7 @@ def filled(rows: Iterable[Row], section: dict[str, Any], faults: list[Fault]) ->
 
 
 def _by_text(names: dict | list) -> dict[str, str]:
-    """Names by the value as text: a JSON file, such as that of a run to resume, has no other keys."""
+    """The names, keyed by the value as text, because a JSON file (a run's config) has only text keys."""
     pairs = names.items() if isinstance(names, dict) else enumerate(names)
     return {str(value): name for value, name in pairs}
 

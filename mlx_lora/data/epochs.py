@@ -1,4 +1,4 @@
-"""How many batches a run has: ``iters``, or those of its ``epochs``. A packed epoch has a number of its own."""
+"""The number of batches of a run: ``iters``, or those of its ``epochs``; packed epochs differ in number."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def iterations(config: TrainConfig, train_set: Dataset) -> int:
     """The number of batches of a run over ``train_set``. A part of an epoch is rounded up to whole batches."""
     if config.epochs is None or not len(train_set):  # ``train`` refuses an empty set
         return config.iters or 1
-    asked = Fraction(str(config.epochs))  # as written: 0.1 of 30 batches are 3
+    asked = Fraction(str(config.epochs))  # the decimal as written, so that 0.1 of 30 batches is 3
     if not config.pack:
         return math.ceil(asked * batches_per_epoch(train_set, config.batch_size))
     whole = int(asked)

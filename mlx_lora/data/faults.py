@@ -1,4 +1,4 @@
-"""Faults of rows: where they are, and a short list of them that names each kind of fault once."""
+"""Faults of rows, their places, and a short list that names each kind of fault once."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Fault(NamedTuple):
 
     where: Place
     text: str
-    part: str = ""  # of the row, that the text is about, such as "message 3"
-    spot: str = ""  # where in the line it is, such as "column 8"
+    part: str = ""  # the part of the row that has the fault, such as "message 3"
+    spot: str = ""  # the place in the line, such as "column 8"
 
 
 def listing(faults: Sequence[Fault], most: int = MOST_LINES) -> str:
@@ -64,7 +64,7 @@ def printable(text: str) -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as "1-3, 7, 9-12"; where there are many ranges, the first ones."""
+    """Ascending numbers as "1-3, 7, 9-12"; only the first ranges if there are many."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:

@@ -1,7 +1,7 @@
 """Rows of one file: JSON lines, JSON, CSV, TSV, Parquet or Arrow, each also compressed with gzip.
 
-Numbers of rows count lines in JSON lines, and rows elsewhere; a CSV header is not counted. Parquet and Arrow fill keys
-that a nested object does not have with null, so null is taken as "no such key" there.
+Row numbers count lines in JSON lines files, and rows in other formats; a CSV header is not counted. Parquet and Arrow
+fill keys that a nested object does not have with null, so null is taken as "no such key" there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from .faults import Fault, Place, counted
 from .shapes import CHATS
 
-_FIRST_ROWS = 50  # of a CSV file, to find what separates its cells
+_FIRST_ROWS = 50  # characters of a CSV file to read when looking for its delimiter
 
 
 class Row(NamedTuple):
@@ -37,7 +37,7 @@ def file_format(name: str) -> str | None:
 
 
 def read_file(path: Path, faults: list[Fault], notes: list[str]) -> list[Row]:
-    """The rows of a file; what cannot be read is added to ``faults``, what was decided to ``notes``."""
+    """The rows of a file; ``faults`` receives what cannot be read, ``notes`` how ambiguous files were read."""
     name, data = str(path), path.read_bytes()
     try:
         if data[:2] == b"\x1f\x8b":
@@ -81,7 +81,7 @@ Values = list[tuple[int, Any]]
 
 
 def _json_lines(data: bytes, name: str, faults: list[Fault], notes: list[str]) -> Values:
-    if data.lstrip()[:1] == b"[":  # a JSON list under the other name
+    if data.lstrip()[:1] == b"[":  # a JSON list in a file named .jsonl
         return _json(data, name, faults, notes)
     rows = []
     # Not splitlines(): it also splits at U+2028 and others, which JSON strings may contain unescaped.
@@ -95,7 +95,7 @@ def _json_lines(data: bytes, name: str, faults: list[Fault], notes: list[str]) -
 
 
 def _json(data: bytes, name: str, faults: list[Fault], notes: list[str]) -> Values:
-    """A list of rows, an object that holds one list of rows, one row, or JSON lines under this name."""
+    """A list of rows, an object that holds one list of rows, one row, or JSON lines in a file named .json."""
     try:
         value = json.loads(data)
     except json.JSONDecodeError as error:
@@ -117,7 +117,7 @@ def _json(data: bytes, name: str, faults: list[Fault], notes: list[str]) -> Valu
     if not lists:
         return _columns(value, name, faults, notes)
     if len(lists) > 1:
-        text = f"holds several lists ({', '.join(lists)}): save the rows of each set as a file of their own"
+        text = f"holds several lists ({', '.join(lists)}): save each list in its own file"
         faults.append(Fault(Place(name), text))
         return []
     notes.append(f"Reading the rows in {lists[0]!r} of {name}")
@@ -132,7 +132,7 @@ def _columns(value: dict, name: str, faults: list[Fault], notes: list[str]) -> V
     first = next(iter(columns.values()))
     if any(column.keys() != first.keys() for column in columns.values()):
         lengths = ", ".join(f"{key}: {len(column)}" for key, column in columns.items())
-        text = f"holds columns of different rows ({lengths}): write a list of rows, [{{...}}, {{...}}]"
+        text = f"holds columns whose rows differ ({lengths}): write a list of rows, [{{...}}, {{...}}]"
         faults.append(Fault(Place(name), text))
         return []
     rows = [{key: column[row] for key, column in columns.items()} for row in first]
@@ -174,7 +174,7 @@ def _csv(data: bytes, name: str, faults: list[Fault], notes: list[str], delimite
         found = max((delimiter, *";\t|,"), key=lambda mark: _consistency(text, mark))
         if found != delimiter:
             delimiter = found
-            notes.append(f"Reading {name} with {delimiter!r} between its cells")
+            notes.append(f"Reading {name} with {delimiter!r} as the delimiter")
         # strict: otherwise a quote that is never closed takes the rest of the file into one cell.
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header = next(lines, [])
@@ -197,10 +197,10 @@ def _csv(data: bytes, name: str, faults: list[Fault], notes: list[str], delimite
 
 
 def _consistency(text: str, delimiter: str) -> tuple[bool, float, bool]:
-    """How well a delimiter explains a file, to compare with others.
+    """How well a delimiter fits a file, for comparison with other delimiters.
 
-    Returns: whether the header has several cells, the share of the first rows that have as many cells as it, and
-    whether none of its cells begins with a blank, as after a comma in a text.
+    Returns: whether the header has several cells, the share of the first rows with as many cells as the header, and
+    whether no header cell begins with a blank, as it would after a comma inside a text.
     """
     head: list[str] = []
     rows: list[bool] = []

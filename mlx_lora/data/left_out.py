@@ -1,8 +1,8 @@
 """What a chat template leaves out of the rows: tools, whole messages, keys of messages, parts of a text.
 
-A value that does not change the template's text when it changes itself was left out. This is tried once for each kind
-of message: its role, its keys, and where it is in the chat, because templates treat earlier turns and the last one
-differently. Every text is looked for in the template's text, and the rows where it is not there are looked at closer.
+A value was left out if changing it does not change the template's text. This is tried once for each kind of
+message: its role, its keys, and where it is in the chat, because templates treat earlier turns and the last one
+differently. Rows whose own text is not found in the template's text are checked more closely.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from .faults import Place
 from .template import Template
 
-_LINKS = ("role", "tool_calls", "tool_call_id")  # tried apart, or only there to link a result to its call
-_CLOSER = 100  # messages of each role to look at closer for parts of texts
+_LINKS = ("role", "tool_calls", "tool_call_id")  # tried separately, or only used to link a result to its call
+_CLOSER = 100  # how many messages of each role to check for partly dropped text
 
 
 class LeftOut:
-    """Collects what the template leaves out, over the rows of a data set."""
+    """Collects what the template leaves out of a data set's rows."""
 
     def __init__(self, template: Template):
         self._template = template
@@ -27,7 +27,7 @@ class LeftOut:
         self._closer = defaultdict(lambda: _CLOSER)
 
     def look(self, where: Place, messages: list[dict], tools: list | None, text: str) -> None:
-        """Look at one row and ``text``, which the template makes of it."""
+        """Check one row; ``text`` is the template's text for it."""
         if tools and ("tools",) not in self._seen:
             self._seen.add(("tools",))
             if self._shows_nothing(messages, None, text):
@@ -87,7 +87,7 @@ class LeftOut:
 
 
 def _changes(message: dict, text: str) -> list[tuple[str, dict]]:
-    """What can be left out of a message, and the message with that changed."""
+    """Parts of a message that a template may leave out, each with a message in which that part is changed."""
     mark, role = _mark(text), message["role"]
     out: list[tuple[str, Any]] = []
     if calls := message.get("tool_calls"):
@@ -107,5 +107,5 @@ def _changes(message: dict, text: str) -> list[tuple[str, dict]]:
 
 
 def _mark(text: str) -> str:
-    """A character that is not in the text, from those for private use."""
+    """A private-use character that the text does not contain."""
     return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)

@@ -19,7 +19,7 @@ from .template import template_of
 
 @dataclass
 class Splits:
-    """The data sets; None for a split that was not asked for or is not there.
+    """The data sets; None for a split that was not requested or does not exist.
 
     ``warnings`` and ``notes`` are about the splits. Those about the rows of a set are in its summary.
     """
@@ -28,7 +28,7 @@ class Splits:
     valid: Dataset | None = None
     test: Dataset | None = None
     warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what was decided for the user: no fault, but worth a line
+    notes: list[str] = field(default_factory=list)  # decisions made for the user, such as which file is read
 
     def all_warnings(self) -> list[str]:
         """The warnings about the splits and about the rows of each set."""
@@ -84,7 +84,7 @@ def load_dataset(
 def tokenize(
     rows: Iterable[dict], tokenizer: Any, config: DataConfig, source: str = "rows", kind: str = TOKENS
 ) -> Dataset:
-    """A dataset from rows in memory. Errors name them ``source:1``, ``source:2`` and so on. kind: as above."""
+    """A dataset from rows in memory. Errors name them ``source:1``, ... ``kind``: as in ``load_dataset``."""
     faults: list[Fault] = []
     numbered = [Row(Place(source, i), row) for i, row in enumerate(rows, 1)]
     drafts, left_out, reading = _encode_all(numbered, tokenizer, config, faults, kind)
@@ -112,7 +112,7 @@ def _encode_all(
 
 
 def _build(drafts: list[Any], limit: int, source: str, left_out: list[str], reading: list[str], kind: str) -> Dataset:
-    """Truncate to ``limit`` tokens, and drop the rows that then have no token to learn, in one of their answers."""
+    """Truncate to ``limit`` tokens, and drop rows in which an answer has no token left to learn."""
     if not drafts:
         raise DataError(f"{source} has no rows.", "Write one JSON object on each line.")
     kept = [row for row in (draft.cut(limit) for draft in drafts) if all(s.mask.any() for s in row.sequences)]

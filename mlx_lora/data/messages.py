@@ -29,7 +29,7 @@ _PLAIN = frozenset({"system", "user", "assistant"})
 
 
 class BadPart(Unreadable):
-    """What is wrong with one message, and the fix; ``part`` is which one."""
+    """What is wrong with one message, and the fix; ``part`` names the message."""
 
     def __init__(self, text: str, part: str):
         super().__init__(text)
@@ -66,7 +66,7 @@ def read_messages(value: Any, key: str, template: str, renamed: dict[str, str]) 
             message = _message(message, template, renamed)
             if "function_call" in message:
                 message["tool_calls"] = _old_calls(message.pop("function_call"), number, message.get("tool_calls"))
-                calls = list(message["tool_calls"])  # that the following results answer
+                calls = list(message["tool_calls"])  # the calls whose results follow
             elif message["role"] in ("tool", "function") and calls and "tool_call_id" not in message:
                 message["tool_call_id"] = calls.pop(0)["id"]
         except Unreadable as fault:
@@ -76,7 +76,7 @@ def read_messages(value: Any, key: str, template: str, renamed: dict[str, str]) 
 
 
 def _turns(value: list, renamed: dict[str, str]) -> list:
-    """The messages, where a list has one object for a question and its answer (XTuner's way, and Capybara's)."""
+    """The messages of a list whose objects hold a question and its answer each (XTuner's and Capybara's format)."""
     if not all(isinstance(turn, dict) and {"input", "output"} <= set(turn) and "role" not in turn for turn in value):
         return value
     renamed |= {"input": "user", "output": "assistant"}
@@ -100,7 +100,9 @@ def _message(message: Any, template: str, renamed: dict[str, str]) -> dict:
     if role == "function_call":
         message["role"] = "assistant"
         if "function_call" in message:
-            raise Unreadable("has a call as its role says, and another one in function_call: keep one of them")
+            raise Unreadable(
+                "has a call in its content (role function_call) and another one in function_call: keep one of them"
+            )
         message["function_call"] = message.pop("content", None)
     elif "function_call" in message:
         renamed["function_call"] = "tool_calls"
@@ -120,7 +122,7 @@ def _message(message: Any, template: str, renamed: dict[str, str]) -> dict:
 def _role(role: Any, template: str, renamed: dict[str, str]) -> str:
     """The role's name in chat templates. "function_call" is a turn whose content is a call."""
     if not isinstance(role, str):
-        raise Unreadable(f"has {type_name(role)} as its role: write one of {', '.join(ROLES[:5])}")
+        raise Unreadable(f"has a role that is {type_name(role)}: write one of {', '.join(ROLES[:5])}")
     name = role.strip().lower()
     known = f"'{role}'" in template or f'"{role}"' in template
     new = _ALIASES.get(name) or (_KNOWN_TO_SOME.get(name) if not known else None)
@@ -142,7 +144,7 @@ def joined(content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise Unreadable(f"has {type_name(content)} as its content: write a string (json.dumps where it is data)")
+        raise Unreadable(f"has content that is {type_name(content)}: write a string (json.dumps for data)")
     texts = []
     for part in content:
         kind = part.get("type") or "text" if isinstance(part, dict) else type_name(part)
@@ -182,12 +184,12 @@ def _arguments(value: Any) -> dict:
 
 
 def _old_calls(value: Any, number: int, beside: list[dict] | None) -> list[dict]:
-    """Tool calls from one or several functions' names and arguments, as objects or JSON text.
+    """Tool calls made from the names and arguments of functions, given as objects or JSON text.
 
-    They have no ids, and some templates require them, of nine letters and digits (Mistral's).
+    These calls have no ids, but some templates require ids; Mistral's requires nine letters and digits.
 
     Args:
-        beside: the message's ``tool_calls``, which must be the same calls, and are then returned.
+        beside: the message's ``tool_calls``, if it has both; they must be the same calls, and are returned.
     """
     value = from_json(value)
     calls = value if isinstance(value, list) else [value]
@@ -223,12 +225,12 @@ def read_tools(value: Any) -> list[dict] | None:
     if value is None or value == "":
         return None
     if not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
-        raise Unreadable(f"has {type_name(value)} as its tools: write a list of objects")
+        raise Unreadable(f"has tools that are {type_name(value)}: write a list of objects")
     return value
 
 
 def from_json(value: Any) -> Any:
-    """The list or object that a text is as JSON; other values as they are."""
+    """Parse text that holds a JSON list or object; return other values unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)

@@ -1,4 +1,4 @@
-"""Whether the numbered files of a split, such as ``train-00000-of-00002.parquet``, are all there."""
+"""Check that all numbered files of a split exist, such as ``train-00000-of-00002.parquet``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST_NAMED = 5
 
 
 def check_parts(files: Iterable[Path], faults: list[Fault]) -> None:
-    """Refuse numbered files of which one is missing, is there twice, or has another total than the others."""
+    """Refuse numbered files if one is missing or duplicated, or if their totals differ."""
     sets: dict[str, dict[str, dict[int, Path]]] = {}  # name -> total as written -> number -> file
     for file in files:
         if match := re.match(r"(.*?)-?(\d+)-of-(\d+)\b", file.name):

@@ -5,8 +5,8 @@ from the longest to the shortest, each into the first sequence that has room for
 sequence with the most room left is taken apart again, and its rows go into the next window. The sequences are shuffled
 and cut into batches.
 Widths: all batches are as wide as the longest row that the data set may have, ``max_seq_length`` tokens. Only the
-batch that is left at the end of an epoch is narrower: its rows are spread over all its sequences, and its width is the
-least multiple of an eighth of the full one that holds them. So a compiled step is traced for a few shapes.
+last batch of an epoch may be narrower: its rows are spread over all its sequences, and its width is the smallest
+multiple of an eighth of the full width that holds them. So a compiled step is traced for few shapes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def capacity(dataset: Dataset) -> int:
 
 
 def _epoch(lengths: np.ndarray, most: int, batch_size: int, seed: int, epoch: int) -> list[tuple[list[list[int]], int]]:
-    """The batches of an epoch: the rows of each of their sequences, and the tokens for which a sequence has room."""
+    """The batches of an epoch: the rows of each sequence of a batch, and the width of the batch in tokens."""
     random = np.random.RandomState([seed, epoch])
     order, full, left = random.permutation(len(lengths)), [], []
     window = min(WINDOW, -(-len(order) // 2))  # at least two, else rows of unequal lengths are always packed alike
@@ -86,7 +86,7 @@ def _epoch(lengths: np.ndarray, most: int, batch_size: int, seed: int, epoch: in
 
 
 def first_fit_decreasing(rows: list[int], lengths: np.ndarray, most: int) -> list[list[int]]:
-    """Sequences of at most ``most`` tokens that have every row once."""
+    """Sequences of at most ``most`` tokens that contain every row once."""
     room = np.full(len(rows), most)
     sequences: list[list[int]] = [[] for _ in rows]
     for row in sorted(rows, key=lambda row: -lengths[row]):  # a stable sort: equal lengths stay in their order
@@ -99,7 +99,7 @@ def first_fit_decreasing(rows: list[int], lengths: np.ndarray, most: int) -> lis
 def _narrowest(
     sequences: list[list[int]], lengths: np.ndarray, most: int, batch_size: int
 ) -> tuple[list[list[int]], int]:
-    """The rows of ``sequences`` in at most ``batch_size`` sequences with the least room, among those planned."""
+    """The rows of ``sequences`` in at most ``batch_size`` sequences of the smallest planned width that is enough."""
     rows = [row for sequence in sequences for row in sequence]
     for part in range(1, NARROWER):
         room = -(-most * part // NARROWER)
@@ -119,6 +119,6 @@ def _collate(dataset: Dataset, sequences: list[list[int]], size: int, room: int)
             example = dataset[row]
             place = np.s_[k, at : at + len(example.tokens)]
             tokens[place], mask[place], segments[place] = example.tokens, example.mask, number
-            mask[k, at] = False  # the last token of the row before does not predict it
+            mask[k, at] = False  # the previous row's last token does not predict this row's first token
             at += len(example.tokens)
     return PackedBatch(tokens, mask[:, 1:], segments)

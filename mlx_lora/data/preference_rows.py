@@ -1,10 +1,9 @@
 """Rows with preferences: which columns are read, and the row as samples. The formats are TRL's.
 
-Pairs: ``prompt``, ``chosen`` and ``rejected``, each a text or messages. Without ``prompt``, it is what ``chosen`` and
-``rejected`` have in common at their beginning. Labels: ``prompt``, ``completion`` and ``label`` (true for a good
-answer); pairs are read as one good and one bad answer.
-As in rows with a prompt and a completion, texts become turns where there is a chat template. Texts without ``prompt``
-have the turns written into them, so they are tokenized as they are.
+Pairs: ``prompt``, ``chosen`` and ``rejected``, each a text or messages. Without ``prompt``, the prompt is the common
+beginning of ``chosen`` and ``rejected``. Labels: ``prompt``, ``completion`` and ``label`` (true for a good answer);
+pairs are read as one good and one bad answer. As in rows with a prompt and a completion, texts become turns if there is
+a chat template. Texts without ``prompt`` already contain the template's markers, so they are tokenized unchanged.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def _shape(columns: dict[str, type], config: DataConfig, kind: str) -> Shape:
 
 
 def _named(columns: dict[str, type], config: DataConfig, part: str) -> str:
-    """The column that ``--prompt-feature`` or ``--completion-feature`` names, where the row has it."""
+    """The column that ``--prompt-feature`` or ``--completion-feature`` names, if the row has it."""
     name = getattr(config, f"{part}_feature")
     if name not in columns and name != getattr(DataConfig, f"{part}_feature"):
         raise Unreadable(f"has no column {name!r} for --{part}-feature {name}: name one of its columns")
@@ -70,7 +69,8 @@ def pair_sample(where: Place, row: dict, shape: Shape, template: str | None, ren
     chosen, rejected = from_json_list(row[shape.main]), from_json_list(row[shape.answer])
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise Unreadable(
-            f"{shape.main!r} is {type_name(chosen)} and {shape.answer!r} {type_name(rejected)}: write both alike"
+            f"{shape.main!r} is {type_name(chosen)} and {shape.answer!r} {type_name(rejected)}: write both as the "
+            "same type"
         )
     prompt = from_json_list(row[shape.context]) if shape.context and row.get(shape.context) is not None else None
     if isinstance(chosen, list):
@@ -130,7 +130,7 @@ def _sample(
         )
     sample = weighed(Sample(where, messages=(*before, *after), tools=tools_of(row, shape), first=len(before)))
     if sample.unlearned:
-        raise Unreadable("has messages of weight 0, which preferences do not know: remove the weights")
+        raise Unreadable("has messages of weight 0, which preference losses do not support: remove the weights")
     return sample
 
 
@@ -146,9 +146,9 @@ def _needed(template: str | None) -> str:
 def _shared_messages(
     prompt: Any, chosen: tuple, rejected: tuple, shape: Shape, template: str | None, renamed: dict
 ) -> tuple:
-    """(prompt, chosen, rejected), the messages at the beginning of both answers taken off and read as the prompt."""
+    """(prompt, chosen, rejected), with the common first messages of both answers as the prompt."""
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    if shared is None:  # equal, or one goes on where the other ends: the last message of the shorter one is its answer
+    if shared is None:  # equal, or one begins with the other: the shorter one's last message is its answer
         shared = min(len(chosen), len(rejected)) - 1
     if isinstance(prompt, list):
         before = read_messages(prompt, shape.context, _needed(template), renamed)
@@ -163,7 +163,7 @@ def _shared_messages(
             raise Unreadable(f"has no prompt: add {'prompt'!r}, or write the whole chat in both answers")
         return prompt, chosen, rejected
     if not shared:
-        raise Unreadable("has answers without a common first message, so that there is no prompt: add 'prompt'")
+        raise Unreadable("has answers without a common first message, so there is no prompt: add 'prompt'")
     asked = chosen[shared - 1].get("content")
     if isinstance(prompt, str) and prompt.strip() not in (str(asked).strip(), str(chosen[0].get("content")).strip()):
         raise Unreadable(
@@ -175,12 +175,12 @@ def _shared_messages(
 def _shared_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     """(prompt, chosen, rejected): the prompt ends where the texts differ, before a blank."""
     if chosen == rejected:
-        raise Unreadable("has equal answers and no prompt, so that its end cannot be told: remove the row")
+        raise Unreadable("has equal answers and no prompt, so the prompt cannot be separated from them: remove the row")
     length = next(
         (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
     )
     if length and chosen[length - 1] == " ":
         length -= 1
     if not length:
-        raise Unreadable("has answers without a common beginning, so that there is no prompt: add 'prompt'")
+        raise Unreadable("has answers without a common beginning, so there is no prompt: add 'prompt'")
     return chosen[:length], chosen[length:], rejected[length:]

@@ -88,7 +88,7 @@ class PairDataset(Dataset):
         return found
 
     def with_batches(self, batches: Iterable[Sequence[int]]) -> PairDataset:
-        """The data set for use in these batches of rows: the same, because pairs do not depend on each other."""
+        """Return the data set unchanged, because pairs do not depend on the other rows of a batch."""
         return self
 
     def collate(self, rows: np.ndarray, size: int, rank: int = 0, world: int = 1) -> PairBatch:
@@ -108,9 +108,9 @@ class PairDataset(Dataset):
 class LabelDataset(PairDataset):
     """Answers with labels. reference: [N, 2] float32, the log-probabilities of each answer and of its other answer.
 
-    The other answer is that of the row before, in the batch, as in TRL; in some one row of a hundred it is an answer to
-    the same prompt. So that its log-probability is known, the rows of a batch
-    stay together: later epochs have the batches of the first one in another order.
+    The other answer is the answer of the previous row in the batch, as in TRL. In about one row of a hundred it answers
+    the same prompt. The rows of a batch stay together, so that its log-probability stays valid: later epochs have the
+    same batches in another order.
     """
 
     kind = LABELS
@@ -120,9 +120,9 @@ class LabelDataset(PairDataset):
         self.other = np.roll(np.arange(len(self)), 1)  # [N] the row whose answer follows the row's prompt
 
     def with_batches(self, batches: Iterable[Sequence[int]]) -> LabelDataset:
-        """A copy in which the other answer of a row is that of the row before it in its batch, the last for the first.
+        """A copy in which a row's other answer is that of the previous row in its batch (the last, for the first row).
 
-        A row that is alone in its batch keeps the one it has. Log-probabilities of other answers are dropped.
+        A row that is alone in its batch keeps its other answer. Log-probabilities of other answers are dropped.
         """
         found = copy.copy(self)
         for name in ("widths", "_room"):  # they follow from the other answers
@@ -173,7 +173,7 @@ def as_dataset(rows: Sequence[Any]) -> Dataset:
 
 
 class AnswerEncoder:
-    """Makes pairs and labelled answers of samples.
+    """Makes pairs and labelled answers from samples.
 
     Args:
         kind: PAIRS or LABELS. With LABELS, a sample of a pair becomes a good and a bad answer.
@@ -183,11 +183,11 @@ class AnswerEncoder:
         self._tokenizer, self._kind = tokenizer, kind
         self._template = Template(tokenizer)
         self._left_out = LeftOut(self._template)
-        self._differs: list[Place] = []  # rows whose prompt alone has other tokens than with the answer
+        self._differs: list[Place] = []  # rows whose prompt has other tokens alone than with the answer
         self._equal: list[Place] = []  # rows with the same answer twice
 
     def encode(self, sample: Sample) -> list[Pair] | list[Labelled]:
-        """The row or rows of a sample, not cut. Raises: Unrenderable."""
+        """The row or rows of a sample, not truncated. Raises: Unrenderable."""
         answers = [sample] if sample.rejected is None else [sample, sample.rejected]
         prompt = self._prompt(sample)
         tokens = [self._tokens(answer) for answer in answers]
@@ -207,12 +207,12 @@ class AnswerEncoder:
         return [Pair(*chosen, rejected)]
 
     def warnings(self) -> list[str]:
-        """What was found in all the samples."""
+        """Warnings about all samples encoded so far."""
         lines = self._left_out.warnings()
         if self._differs:
             lines.append(
-                f"{_numbered(self._differs)}: the tokens of the prompt alone are not those before the answer; "
-                "the answer begins where they differ"
+                f"{_numbered(self._differs)}: the prompt has other tokens alone than before the answer; "
+                "the answer begins at the first difference"
             )
         if self._equal:
             lines.append(f"{_numbered(self._equal)}: the chosen and the rejected answer are the same")
@@ -248,6 +248,6 @@ def _example(ids: Sequence[int], start: int) -> Example:
 
 
 def _numbered(places: Sequence[Place]) -> str:
-    """Where rows are, in one file: its name, how many, and their numbers."""
+    """The name of the rows' file, how many rows there are, and their numbers."""
     numbers = ranges(sorted({place.number for place in places if place.number is not None}))
     return f"{places[0].name}, {counted(len(places), 'row')} ({numbers})"

@@ -28,7 +28,7 @@ def questions(
 
     Args:
         count: how many rows to take, evenly spread over the split; -1 for all.
-        kind: what the rows are read as, see ``load_dataset``. Of preferences, the chosen answers are expected.
+        kind: the kind of rows, see ``load_dataset``. With preferences, the expected answers are the chosen ones.
 
     Raises: DataError: bad rows, or rows without answers.
     """
@@ -59,11 +59,15 @@ def _question(sample: Sample, template: Template, faults: list[Fault]) -> Questi
         return None
     *before, last = sample.messages
     if last["role"] != "assistant" or not isinstance(last.get("content"), str) or not before:
-        faults.append(Fault(sample.where, "does not end with an assistant's answer as text: remove what follows it"))
+        faults.append(
+            Fault(
+                sample.where, "does not end with an assistant's answer in text: remove the messages after that answer"
+            )
+        )
         return None
     try:
         ids = template.prompt(before, sample.tools)
-    except Exception as error:  # templates raise jinja's own errors at what they refuse
+    except Exception as error:  # a template that refuses a row raises one of jinja's errors
         faults.append(Fault(sample.where, f"the chat template rejects this row: {said_by(error)}"))
         return None
     text = before[-1].get("content")

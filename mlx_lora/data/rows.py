@@ -19,11 +19,11 @@ from .preference_rows import label_sample, pair_sample, preference_shape
 from .samples import Sample, from_json_list, optional, string, tools_of, turns, weighed
 from .shapes import CHATS, PROMPT_PARTS, Shape, Unreadable, reading, shape_of
 
-_NO_INPUT = ("", "<noinput>", "<no input>")  # how Alpaca files say that there is no input
+_NO_INPUT = ("", "<noinput>", "<no input>")  # values in Alpaca files that stand for an empty input
 
 
 class Checked(NamedTuple):
-    """The valid rows of a file, a line about how they were read where that is not plain, and warnings."""
+    """The valid rows of a file, warnings, and a line about how the rows were read unless that is obvious."""
 
     samples: list[Sample]
     reading: list[str]
@@ -36,17 +36,17 @@ def check(
     """Check the rows of one file.
 
     Args:
-        template: the tokenizer's chat template; None where it has none.
-        faults: receives all that is wrong.
+        template: the tokenizer's chat template; None if it has none.
+        faults: receives everything that is wrong.
         kind: what the loss takes, see ``config.preference``.
     """
     rows = list(rows)
-    shapes: dict[tuple, Shape | Unreadable] = {}  # by the columns of a row and the types of their values
+    shapes: dict[tuple, Shape | Unreadable] = {}  # keyed by the columns of a row and the types of their values
     found = [_shape_of_row(value, config, kind, shapes) for _, value in rows]
     main = _most_common([shape for shape in found if isinstance(shape, Shape)])
     samples: list[Sample] = []
     renamed: dict[str, str] = {}
-    left_out: set[str] = set()  # columns that belong to the prompt, and that mlx-lm's keys leave out of it
+    left_out: set[str] = set()  # columns of the prompt that are not read with mlx-lm's keys
     strings = template is not None  # whether these rows could be read as instructions instead
     seen = next((row.where for row, shape in zip(rows, found, strict=True) if shape is main), None)
     if main is not None:
@@ -103,13 +103,13 @@ def _kind(key: Any, value: Any) -> type:
 
 
 def _most_common(shapes: list[Shape]) -> Shape | None:
-    """The first shape of the kind that most rows have: one odd row at the top does not condemn the others."""
+    """The first shape of the most common kind, so that one odd first row does not make the others faults."""
     counts = Counter(shape.key for shape in shapes)
     return max(shapes, key=lambda shape: counts[shape.key], default=None)
 
 
 def _odd_one(value: Any, shape: Shape | Unreadable, main: Shape | None, seen: Place | None) -> Unreadable:
-    """What is wrong with a row that cannot be read, or not as the ``main`` shape, which the row ``seen`` has."""
+    """What is wrong with a row that has no shape, or another shape than ``main``, the shape of the row ``seen``."""
     needed = (main.main, main.answer) if main and isinstance(value, dict) else ()
     if empty := [repr(key) for key in needed if key in value and value[key] is None]:
         return Unreadable(
@@ -118,7 +118,7 @@ def _odd_one(value: Any, shape: Shape | Unreadable, main: Shape | None, seen: Pl
     if isinstance(shape, Unreadable):
         return shape
     article = "an" if shape.name[:1].lower() in "aeiou" else "a"
-    return Unreadable(f"{article} {shape.name} row among {main.name} rows (first: {seen}): use one kind a file")
+    return Unreadable(f"{article} {shape.name} row among {main.name} rows (first: {seen}): use one kind per file")
 
 
 def _check_text(value: Any) -> None:
@@ -181,7 +181,7 @@ def _completion(where: Place, row: dict, shape: Shape, template: str | None, ren
 
 
 def _instruction(where: Place, row: dict, shape: Shape, template: str | None, renamed: dict) -> Sample:
-    if isinstance(row[shape.main], list):  # TRL's conversational prompt and completion under other names
+    if isinstance(row[shape.main], list):  # TRL's conversational prompt and completion, under other column names
         if beside := [key for key in (shape.context, shape.system, shape.history) if key and row.get(key)]:
             raise Unreadable(
                 f"has messages in {shape.main!r} and more of the prompt in {', '.join(beside)}: "

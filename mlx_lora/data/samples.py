@@ -1,4 +1,4 @@
-"""A checked row, and how the parts of one are read: texts, messages, tools."""
+"""A checked row, and functions that read its texts, messages and tools."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Sample(NamedTuple):
     text: str = ""
     messages: tuple[dict, ...] = ()
     tools: list[dict] | None = None
-    first: int = 0  # messages before this index are the prompt, whatever their role
+    first: int = 0  # messages before this index are the prompt, in any role
     unlearned: tuple[int, ...] = ()  # the assistant's turns of weight 0
     pair: tuple[str, str] | None = None
-    rejected: Sample | None = None  # the same prompt with the worse answer, in rows of pairs
-    label: bool | None = None  # whether the answer is good, in rows with labels
+    rejected: Sample | None = None  # in rows with pairs: the same prompt with the worse answer
+    label: bool | None = None  # in rows with labels: whether the answer is good
 
 
 def from_json_list(value: Any) -> Any:
-    """Messages that a CSV cell holds as JSON; other values as they are."""
+    """Parse messages that a CSV cell holds as JSON; return other values unchanged."""
     parsed = from_json(value)
     messages = isinstance(parsed, list) and parsed and all(isinstance(item, dict) and "role" in item for item in parsed)
     return parsed if messages else value

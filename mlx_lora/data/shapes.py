@@ -1,10 +1,10 @@
 """Which columns of a row are its prompt, its answer or its messages.
 
 mlx-lm's own keys come first: ``prompt`` with ``completion``, then ``messages``, or the names that the ``*_feature``
-options give instead. Then the columns of well-known data sets are recognised, in capitals, too:
-``instruction``, ``input`` and ``output`` (Alpaca), ``instruction``, ``context`` and ``response`` (Dolly), other pairs
-of a question and an answer, and ``conversations`` or ``dialog`` (ShareGPT). A ``text`` is read
-where a row has nothing of these. A row that can be read in two ways is refused.
+options give instead. Then the columns of well-known data sets are recognised, in any case: ``instruction``, ``input``
+and ``output`` (Alpaca), ``instruction``, ``context`` and ``response`` (Dolly), other pairs of a question and an answer,
+and ``conversations`` or ``dialog`` (ShareGPT). A ``text`` column is read if a row has none of these. A row that can be
+read in two ways is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ..config import PAIRS, PREFERENCES, DataConfig
 from .faults import printable
 
-# In groups: the columns of the first group that a row has. Two columns of one group are ambiguous.
+# The first group with a column in the row is used. Two columns of one group are an error.
 QUESTIONS = (("instruction", "prompt", "question", "query", "problem"), ("input", "inputs"), ("user", "human"))
 ANSWERS = (("output", "response", "answer", "completion", "solution", "target", "targets"), ("assistant",))
 CONTEXTS = ("input", "context")  # text that belongs to the question
@@ -28,11 +28,11 @@ _PAIRS = (("prompt", "completion"), ("instruction", "output"), ("instruction", "
 
 
 class Unreadable(Exception):
-    """The columns of a row do not tell what to learn. The message has the fix."""
+    """The columns of a row do not determine what to learn. The message has the fix."""
 
 
 class Shape(NamedTuple):
-    """The columns to read, "" for those that there are not."""
+    """The columns to read; "" for a column that the rows do not have."""
 
     kind: str  # "text", "completion" (mlx-lm's), "instruction", "chat", or "pairs" and "labels" of preferences
     name: str  # what to call these rows
@@ -46,7 +46,7 @@ class Shape(NamedTuple):
     texts: bool = False  # of preferences: prompt and answers are strings, not messages
 
     def same(self, other: Shape) -> bool:
-        """Whether rows of both may be in one file: the columns that every row needs are the same."""
+        """Whether rows of both shapes may be in one file: their required columns are the same."""
         return self.key == other.key
 
     @property
@@ -80,7 +80,7 @@ def shape_of(columns: dict[str, type], config: DataConfig) -> Shape:
 
 
 def _own_keys(columns: dict[str, type], lower: dict[str, str], names: dict[str, str], tools: str) -> Shape | None:
-    """The shape by mlx-lm's keys, in its order. A ``text`` beside other columns is left to the shapes of these."""
+    """The shape by mlx-lm's keys, in mlx-lm's order. Rows with ``text`` and other columns are left to later rules."""
     if names["prompt"] in columns and names["completion"] in columns:
         return Shape("completion", "prompt and completion", names["prompt"], names["completion"], tools=tools)
     if names["chat"] in columns:
@@ -102,7 +102,7 @@ def _check_chosen(chosen: dict[str, str], shape: Shape | None, columns: Iterable
             wrong.append(f"has no column {names[other]!r} beside {option} (it has {have}): add --{other}-feature")
         elif shape is None or shape.kind != ("completion" if other else kind):
             read = f"is read by {' and '.join(filter(None, [shape.main, shape.answer]))}, not by"
-            wrong.append(f"{read} {option}: leave the option out, or remove the columns that are not meant")
+            wrong.append(f"{read} {option}: leave the option out, or remove the other columns")
     if wrong:
         raise Unreadable("; ".join(wrong))
 
@@ -123,7 +123,7 @@ def _instruction(lower: dict[str, str], tools: str) -> Shape | None:
 
 
 def _fallback(columns: dict[str, type], lower: dict[str, str], tools: str) -> Shape:
-    """A conversation as JSON text, or a text whose key has capitals; else raises with the reason."""
+    """The shape of a conversation stored as JSON text or of a text key with capitals; else raises with the reason."""
     if chat := one_column(lower, (CHATS,), "the conversation"):
         return _chat(chat, lower, tools)
     if "text" in lower:
@@ -146,7 +146,7 @@ def _fallback(columns: dict[str, type], lower: dict[str, str], tools: str) -> Sh
 
 
 def one_column(lower: dict[str, str], groups: Iterable[Iterable[str]], what: str) -> str:
-    """The column with a name in the first group of which there is one; "" where there is none."""
+    """The column that the first matching group names; "" if no group matches."""
     for names in groups:
         found = [lower[name] for name in names if name in lower]
         if len(found) > 1:
@@ -168,7 +168,7 @@ def reading(shapes: Iterable[Shape], columns: Iterable[str], renamed: dict[str, 
     Args:
         shapes: all shapes of the rows of a file (they agree but for optional columns).
         columns: all columns of its rows.
-        renamed: keys and roles of messages that have another name in the chat, with that name.
+        renamed: keys and roles of messages that were renamed, with the new names.
         template: whether the tokenizer has a chat template.
     """
     shapes = list(shapes)

@@ -1,7 +1,7 @@
-"""Finds the rows of each split: in a folder with a file for each, in one file, or in a dataset of the Hub.
+"""Finds the rows of each split: in a folder with one file per split, in a single file, or in a dataset on the Hub.
 
 A split's rows are ``train.jsonl`` or another format of ``files.py``, several files ``train-00000-of-00002.parquet``, or
-a folder ``train`` of files, as ``datasets`` saves them. Where there is no validation split, a part of the training rows
+a folder ``train`` of files, as ``datasets`` saves them. If there is no validation split, a part of the training rows
 is held out, always the same rows of the same data. ``rows.py`` checks the values.
 """
 
@@ -24,7 +24,7 @@ from .faults import Fault, Place, counted
 from .files import FORMATS, Row, file_format, read_file, without_nulls
 from .numbered import check_parts
 
-# The names of a split's files and of a split on the Hub, those of datasets. The first one is ours.
+# Names of a split's files and of a split on the Hub, as in datasets. The first one is mlx-lora's name.
 NAMES = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test", "testing")}
 _SECTION = ("path", "config", "train_split", "valid_split", "test_split")
 _FEATURES = ("text_feature", "prompt_feature", "completion_feature", "chat_feature")
@@ -42,7 +42,7 @@ class Part:
 
 @dataclass
 class Source:
-    """The rows found for the splits, and what to say about them."""
+    """The rows found for the splits, with notes, warnings and faults."""
 
     parts: list[Part] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Source:
 
 
 def find(config: DataConfig, splits: Sequence[str], faults: list[Fault]) -> Source:
-    """Read the rows that ``config.hf_dataset``, or else ``config.data``, names; what cannot be read is a fault."""
+    """Read the rows that ``config.hf_dataset``, or else ``config.data``, names; unreadable rows become faults."""
     if config.valid_split is not None and "valid" not in splits:
         raise ConfigError("valid_split is for training: there is no validation set here", "Leave it out.")
     if config.hf_dataset:
@@ -126,7 +126,7 @@ def _files(path: Path, split: str, faults: list[Fault]) -> list[Path]:
     return groups[0] if groups else []
 
 
-_NO_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json")  # what datasets saves beside them
+_NO_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json")  # other files that datasets saves
 
 
 def _missing(path: Path, split: str) -> DataError:
@@ -142,7 +142,7 @@ def _missing(path: Path, split: str) -> DataError:
 def _from_file(path: Path, config: DataConfig, splits: Sequence[str], faults: list[Fault]) -> Source:
     if not file_format(path.name):
         raise DataError(
-            f"{path} is not in a format that is read here.",
+            f"{path} has a format that mlx-lora does not read.",
             f"Write it as {', '.join(FORMATS)}, or one of these with .gz.",
         )
     source = Source()
@@ -177,7 +177,7 @@ def _hold_out(source: Source, train: Part, config: DataConfig) -> None:
         return
     count = min(max(1, round(len(rows) * share)), len(rows) - 1)
     count = count if asked else min(count, HOLD_OUT_MOST)
-    # A seed of its own: runs with different seeds are compared on the same rows.
+    # A fixed seed, so that runs with different seeds are compared on the same rows.
     out = set(np.random.RandomState(0).permutation(len(rows))[:count].tolist())
     train.rows = [row for i, row in enumerate(rows) if i not in out]
     held = [row for i, row in enumerate(rows) if i in out]
@@ -192,7 +192,7 @@ def _check_no_hold_out(config: DataConfig, valid: str) -> None:
     if config.valid_split is not None:
         raise ConfigError(
             f"valid_split {config.valid_split} contradicts the validation set {valid}",
-            "Leave valid_split out to validate on that set, or take the set away.",
+            "Leave valid_split out to validate on that set, or remove that set.",
         )
 
 
@@ -280,7 +280,7 @@ def _load(path: str, options: dict, split: str | None) -> Any:
         ) from None
     try:
         return datasets.load_dataset(path, split=split, **options)
-    except Exception as error:  # of many types: no network, no such name, no such split, a gated set
+    except Exception as error:  # the errors have many types: no network, no such name, no such split, a gated data set
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"There is no folder or file {path!r}, and the dataset of that name cannot be loaded: {said}",

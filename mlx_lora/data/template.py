@@ -1,8 +1,8 @@
-"""A tokenizer's chat template: what it needs, and its text and tokens for a chat. Data and prompts both come here.
+"""A tokenizer's chat template: what it requires, and the text and tokens it makes. Training data and prompts use it.
 
-Templates differ in what they accept. One call on a made-up chat tells whether this one needs a list of tools, reads
-content as a list of parts only, or writes "None" for a call without content; chats are given to it that way. A text
-is tokenized with one BOS and one EOS, whether the row, the template or the tokenizer writes them.
+Templates differ in what they accept. Calls on a made-up chat find out whether this one needs a list of tools, reads
+content only as a list of parts, or writes "None" for a call without content. Messages are then passed in that form. A
+text is tokenized with one BOS and one EOS, whether the row, the template or the tokenizer writes them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 from .messages import joined
 
-_MARK = "\ue000"  # for private use, so in no one's data
+_MARK = "\ue000"  # a private-use character, which no data contains
 _CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
 def template_of(tokenizer: Any) -> str | None:
-    """The text of the tokenizer's chat template; "" where it is not text, None where there is no template."""
+    """The text of the tokenizer's chat template; "" if it is not text, None if there is no template."""
     template = getattr(tokenizer, "chat_template", None)
     if template is None:
         return "" if getattr(tokenizer, "has_chat_template", False) else None
@@ -26,7 +26,7 @@ def template_of(tokenizer: Any) -> str | None:
 
 
 def said_by(error: Exception) -> str:
-    """What a template's error says, in one line."""
+    """A template's error message, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -48,7 +48,7 @@ class Template:
         return self._apply(messages, tools, add_generation_prompt, tokenize=False)
 
     def tokens(self, messages: Sequence[dict], tools: list | None, text: str) -> tuple[list[int], Any]:
-        """The token ids of ``text``, and the tokenizer's encoding with offsets (None where it has none)."""
+        """The token ids of ``text``, and the tokenizer's encoding with offsets (None if it has none)."""
         ids, encoding = self._encode(text)
         if self._same_tokens is None:
             self._same_tokens = ids == self._apply_ids(messages, tools)
@@ -99,7 +99,7 @@ class Template:
         if content is None:
             return {**message, "content": self._no_content} if message.get("tool_calls") else message
         bos, eos = self._edges
-        # The template writes them; a second one, from text that was exported with them, would be learned.
+        # The template writes BOS itself; a second one, from text exported with it, would be learned.
         if bos and (begin := content.lstrip()).startswith(bos):
             content = begin[len(bos) :]
         if eos and (end := content.rstrip()).endswith(eos):
@@ -110,7 +110,7 @@ class Template:
 
     @cached_property
     def _no_tools(self) -> list | None:
-        """An empty list of tools, where the template cannot do without one."""
+        """An empty list of tools if the template fails without a list."""
         none = self._try([_user(_MARK)], None)
         return [] if none is None and self._try([_user(_MARK)], []) is not None else None
 
@@ -122,7 +122,7 @@ class Template:
 
     @cached_property
     def _no_content(self) -> str | None:
-        """The content to give with a tool call alone: None, as OpenAI does, or "" where that would be "None"."""
+        """Content for a message with only a tool call: None, as OpenAI writes, or "" if that prints "None"."""
         texts = [
             self._try([_user(_MARK), {"role": "assistant", "content": content, "tool_calls": [_CALL]}], self._no_tools)
             for content in (None, "")
@@ -143,17 +143,17 @@ def _user(content: Any) -> dict:
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text, with one BOS, also where both the tokenizer and the text have it, and one EOS."""
+    """The tokens of a text, with exactly one BOS and one EOS, even if both the tokenizer and the text add them."""
     ids, eos = _one_bos(tokenizer, text), tokenizer.eos_token_id
     if eos is None or (_ends(tokenizer, text.rstrip()) and not _ends(tokenizer, text)):
-        return ids  # its own EOS and blanks, such as the newline that chat templates write after it
+        return ids  # the text's own EOS, and blanks such as the newline that chat templates write after it
     while len(ids) > 1 and ids[-2:] == [eos, eos]:
         ids.pop()
     return ids if ids and ids[-1] == eos else [*ids, eos]
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text to continue: BOS once, and no EOS but the text's own."""
+    """The tokens of a text to continue: one BOS, and no EOS unless the text has one."""
     ids, eos = _one_bos(tokenizer, text), tokenizer.eos_token_id
     if eos is not None and ids[-1:] == [eos] and not _ends(tokenizer, text):
         ids.pop()

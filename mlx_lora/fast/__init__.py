@@ -1,11 +1,11 @@
-"""Optional acceleration: fewer launches and less memory for the same numbers.
+"""Optional acceleration: fewer launches and less memory, with the same results.
 
 ``accelerate`` changes the classes of some modules of a model in place, ``restore`` changes them back, and ``explain``
-tells what was done to which module and, for the rest, why not. ``MLX_LORA_FAST=off`` leaves every model as it is: the
-layers then compute by the formulas they are written as, to the same numbers within the tolerance of the dtype.
+lists what was done to which module, and why the others were not changed. ``MLX_LORA_FAST=off`` leaves every model as it
+is: the layers then compute by their written formulas, with the same results within the dtype's tolerance.
 
-Everything is decided when ``accelerate`` is called: whether kernels are used (``MLX_LORA_KERNELS``), the device, and
-what is on the model. ``attach``, ``mount`` and ``load`` call it.
+``accelerate`` decides everything when it is called, from ``MLX_LORA_KERNELS``, the device and the adapters on the
+model. ``attach``, ``mount`` and ``load`` call it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .shared_input import SharesInput, families
 from .swap import address, is_swapped, plain_class, swap, undo
 
 _ADAPTERS = (AdapterLayer, MultiLoRALinear)
-_DECODE = ("lora_shrink", "lora_qmv")  # what a decoded adapter cannot do without
+_DECODE = ("lora_shrink", "lora_qmv")  # kernels that decoding an adapter requires
 _TODO = "call accelerate(model)"
 _AGAIN = "activation recomputation in training"
 _CHUNKS = "gated delta rule in chunks in training"
@@ -40,13 +40,13 @@ _DORA = (DoRALinear, DoRAEmbedding, DoRASwitchLinear)
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was done to one module, or why not."""
+    """What was done to one module, or the reason why nothing was."""
 
     path: str
     module: str  # its class
     what: str  # "float32 BLAS", "decode kernels", "shared input", "one launch of SwiGLU", ...
     done: bool
-    reason: str = ""  # why not
+    reason: str = ""  # why nothing was done
 
 
 def accelerate(model: nn.Module) -> list[nn.Module]:
@@ -83,7 +83,7 @@ def restore(model: nn.Module) -> None:
 
 
 def explain(model: nn.Module) -> list[Explanation]:
-    """What was done to which module of ``model``, and for the others what stands in the way; in the model's order."""
+    """What was done to each module of ``model``, and for the others the obstacle; in the model's order."""
     return [row for path, module in reversed(model.named_modules()) for row in _explained(path, module)]
 
 
@@ -126,7 +126,7 @@ def _has_adapted_experts(module: nn.Module) -> bool:
 
 
 def _make_contiguous(layer: nn.Module) -> None:
-    """PEFT's matrices come transposed, GPT-2's weights too: a kernel would copy them, DoRA's norms not be kept."""
+    """Copy transposed matrices (PEFT, GPT-2): a kernel would copy them at each call, and norms could not be kept."""
     names = [name for name in ("lora_a", "lora_b") if name in layer]
     for module, name in [(layer, name) for name in names] + [(layer.base, "weight")]:
         if not is_quantized(module) and address(module[name]) is None:
@@ -144,7 +144,7 @@ def _explained(path: str, module: nn.Module) -> Iterator[Explanation]:
         done = isinstance(module, tuple(blas.BY_KIND.values()))
         reason = off or (None if no_kernels else "kernels are on")
         yield row(
-            "float32 BLAS", done, reason or (_TODO if blas.knows(module) else "its class computes in its own way")
+            "float32 BLAS", done, reason or (_TODO if blas.knows(module) else "its class is not MLX's or mlx-lm's")
         )
     if isinstance(module, _ADAPTERS):
         done = isinstance(module, decode.Decodes)

@@ -1,4 +1,4 @@
-"""mlx-lm's attention layers train in blocks of queries, where the mask empties enough of the blocks to pay for it.
+"""Train mlx-lm's attention layers in blocks of queries, if the mask empties enough blocks to make up for the cost.
 
 Such a layer calls mlx-lm's ``scaled_dot_product_attention``, or MLX's function of this name. Here its code runs as
 mlx-lm wrote it, with this name (or ``mx``) replaced, so that the call reaches ``block_attention.attention``.
@@ -25,7 +25,7 @@ from .swap import plain_class
 _NAME, _BASE = "scaled_dot_product_attention", "mlx_lm.models.base"
 _METHODS = ("__call__", "attention")  # that read the name; the second in iquestloopcoder
 # (the fewest queries that are split, queries in a block). Measured on a CPU: below 640 queries, blocks take longer than
-# plain attention. On a GPU each block is some 25 more launches, so these numbers are larger; they are estimates.
+# plain attention. On a GPU each block adds about 25 launches, so these numbers are larger; they are estimates.
 _ON_CPU, _ON_GPU = (640, 128), (1024, 256)
 # Weights are computed twice, so leaving out a quarter of the keys makes up for it.
 _MOST_SEEN = 0.75
@@ -36,7 +36,7 @@ def sizes() -> tuple[int, int]:
 
 
 def _in_blocks(queries, keys, values, *, scale, mask=None, sinks=None, causal=False, **more) -> mx.array:
-    """MLX's function, in blocks where that pays. ``causal``: whether an array mask is known to be causal."""
+    """MLX's function, in blocks if that saves enough. ``causal``: whether an array mask is known to be causal."""
     shortest, size = sizes()
     # A mask of numbers may have a gradient, which is as large as the weights.
     numbers = isinstance(mask, mx.array) and mask.dtype != mx.bool_
@@ -58,7 +58,7 @@ def _keeps_no_weights(queries: mx.array, values: mx.array) -> bool:
 
 
 def _of_mlx_lm(queries, keys, values, cache, scale, mask, sinks=None) -> mx.array:
-    """mlx-lm's function, in blocks where that pays."""
+    """mlx-lm's function, in blocks if that saves enough."""
     if hasattr(cache, "bits"):
         plain = getattr(sys.modules[_BASE], _NAME)
         return plain(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
@@ -70,7 +70,7 @@ def _of_mlx_lm(queries, keys, values, cache, scale, mask, sinks=None) -> mx.arra
 
 
 def _scores(q: mx.array, scale: float, k: mx.array) -> Scores | mx.array:
-    """The product that a latent attention passes as a mask; not computed where there are many queries."""
+    """The product that a latent attention passes as a mask; not computed if there are many queries."""
     return Scores(q, scale, k) if q.shape[2] >= sizes()[0] else (q * scale) @ k.swapaxes(-1, -2)
 
 
@@ -83,7 +83,7 @@ def _mlx() -> SimpleNamespace:
 
 
 def _replaced(method: Callable) -> Callable | None:
-    """The method with attention in blocks; None where it calls another function of this name, or none."""
+    """The method with attention in blocks; None if it calls another function of this name, or none."""
     if not inspect.isfunction(method) or _NAME not in method.__code__.co_names:
         return None
     if _NAME not in method.__globals__:
@@ -108,7 +108,7 @@ def has_attention(kind: type) -> bool:
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """Why a module with attention cannot train in blocks; None where it can."""
+    """Why a module with attention cannot train in blocks; None if it can."""
     kind = plain_class(module)
     if any(_replaced(getattr(kind, name, None)) for name in _METHODS):
         return None

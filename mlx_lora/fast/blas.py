@@ -1,7 +1,7 @@
 """Quantized base layers on a CPU: float32 products of the dequantized weights.
 
 MLX's quantized matmul runs at 0.1 to 6 GFLOP/s on a CPU; a float32 product through a real BLAS runs at 350 (4 cores).
-The numbers are those of the quantized weights. A layer's float32 copy is made on first use and kept until one of the
+The results are those of the quantized weights. A layer's float32 copy is made on first use and kept until one of the
 layer's arrays is set.
 """
 
@@ -16,7 +16,7 @@ from .swap import computed, plain_class
 
 
 def knows(module: nn.Module) -> bool:
-    """Whether a quantized layer computes what MLX's and mlx-lm's own do: a subclass may add something to it."""
+    """Whether a quantized layer is exactly MLX's or mlx-lm's class: a subclass may compute something else."""
     owner = next(c for c in plain_class(module).__mro__ if "__call__" in vars(c))
     return owner.__module__.startswith(("mlx.nn.layers.", "mlx_lm.models.switch_layers", "mlx_lora."))
 

@@ -1,9 +1,9 @@
-"""Attention in blocks of queries, so that the memory of its training grows with the length and not with its square.
+"""Attention in blocks of queries, so that training memory grows with the length and not with its square.
 
-MLX keeps the weights [B, H, L, S] of every attention layer for the backward pass; on Metal too, where it takes plain
-operations to train. Here both passes compute the weights of one block of queries at a time, and nothing is kept but
-queries, keys, values and the result (arXiv:2205.14135). The weights are computed twice. Keys that no query of a block
-sees are left out, which pays for that: with a causal mask they are nearly half of them.
+MLX keeps the weights [B, H, L, S] of every attention layer for the backward pass; also on Metal, where training uses
+plain operations. Here both passes compute the weights of one block of queries at a time, and only queries, keys,
+values and the result are kept (arXiv:2205.14135). The weights are computed twice. Keys that no query of a block
+sees are left out, which makes up for it: with a causal mask these are nearly half of the keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Block(NamedTuple):
 
     rows: slice
     keys: slice
-    clear: int  # how many of the first keys all of the queries see
+    clear: int  # number of first keys that all of the queries see
     mask: mx.array | None  # for the other keys; None: a part of the mask that is an argument, if there is one
 
 
@@ -65,9 +65,9 @@ def _operation(blocks: list[Block], scale: float, masks: int):
     """The operation on q [B, Hk, H/Hk, L, D], k, v, ``masks`` masks (one or none) and sinks [1, Hk, H/Hk, 1, 1]."""
 
     def part(block: Block, after: list[mx.array], q, k, v, *rest) -> list[mx.array]:
-        """What a block needs of the arguments, to be computed after other arrays."""
-        # Waiting keeps the weights of two blocks from being in memory at once, and `mx.compile` from keeping those of
-        # the forward pass for the backward pass.
+        """The block's parts of the arguments, to be computed after other arrays."""
+        # Waiting prevents the weights of two blocks from being in memory at once, and `mx.compile` from keeping those
+        # of the forward pass for the backward pass.
         q, k, v, *rest = mx.depends([q, k, v, *rest], after) if after else [q, k, v, *rest]
         own = [_slice(m, -2, block.rows, -1, block.keys) for m in rest[:masks]] or [block.mask]
         return [q[..., block.rows, :] * scale, k[:, :, block.keys], v[:, :, block.keys], *own, *rest[masks:]]
@@ -144,7 +144,7 @@ def _with_groups(mask: mx.array, heads: tuple[int, int]) -> mx.array:
 def blocks_of(
     length: int, keys: int, mask: mx.array | str | None, size: int = 256, causal: bool = False
 ) -> list[Block]:
-    """``size`` queries at a time, by what is known of the mask [..., L, S] while the graph is built.
+    """``size`` queries at a time, from what is known about the mask [..., L, S] while the graph is built.
 
     A mask that depends on the arguments of a function being traced is not known; ``causal``: whether each query is
     known to see its own key and none after it.
@@ -178,7 +178,7 @@ def blocks_of(
 
 
 def share_seen(blocks: list[Block], keys: int) -> float:
-    """The part of all weights that is computed."""
+    """The share of all weights that is computed."""
     computed = sum((b.rows.stop - b.rows.start) * (b.keys.stop - b.keys.start) for b in blocks)
     return computed / (blocks[-1].rows.stop * keys)
 
@@ -190,7 +190,7 @@ def _band(library, rows: int, keys: int, before: int, window: int):
 
 
 def _window(seen: np.ndarray) -> int | None:
-    """How many keys up to its own each query sees at most; None where it sees others."""
+    """How many keys up to its own each query sees at most; None if it sees other keys."""
     length, keys = seen.shape
     window = int(seen[-1].sum())
     found = window > 0 and keys >= length and np.array_equal(seen, _band(np, length, keys, keys - length, window))

@@ -24,7 +24,7 @@ from .swap import GROUP, Changes, keep, kept, plain_class
 
 
 def obstacle(layer: nn.Module) -> str | None:
-    """Why the kernels cannot decode this adapter layer; None where they can."""
+    """Why the kernels cannot decode this adapter layer; None if they can."""
     kind = plain_class(layer)
     if kind not in MIXINS:
         return f"{kind.__name__} has no kernel"

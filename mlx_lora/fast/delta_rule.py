@@ -1,17 +1,17 @@
 """The gated delta rule in chunks of tokens, so that it can be trained (arXiv:2412.06464, arXiv:2406.06484).
 
 mlx-lm trains it by a Python loop over the tokens, and autograd keeps a state [Dv, Dk] of every head for every token.
-Here a chunk of ``CHUNK`` tokens is a few matrix products; one triangular system gives what each of its tokens writes. A
-segment of ``SEGMENT`` tokens keeps nothing but its inputs and its first state, and is computed again in the backward
+Here a chunk of ``CHUNK`` tokens takes a few matrix products; a triangular system gives the values that its tokens
+write. A segment of ``SEGMENT`` tokens keeps only its inputs and its first state, and is computed again in the backward
 pass.
 
-Two choices keep float32 accurate, whatever the gates are:
+Two choices keep float32 accurate for any gates:
 
 * A decay is only ever a product of gates. There are no logarithms, no divisions and no cumulative sums whose difference
   is taken: these lose digits next to a strong gate, and gates that are zero have no logarithm. A product over
   the tokens between two positions is put together from the products over blocks of 1, 2, 4, ... tokens.
 * The triangular matrix is inverted by blocks of 1, 2, 4, ... rows, as forward substitution does. The product
-  (I - L)(I + L^2)(I + L^4)... has fewer steps, but its powers grow like binomial coefficients where keys repeat.
+  (I - L)(I + L^2)(I + L^4)... has fewer steps, but its powers grow like binomial coefficients if keys repeat.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def gated_delta(
         g: [B, T, Hv], or [B, T, Hv, Dk] with a gate for each channel; from 0 to 1.
         beta: [B, T, Hv].
         state: [B, Hv, Dv, Dk]; zeros by default.
-        mask: [B, T]; False leaves the state as it is.
+        mask: [B, T]; False leaves the state unchanged.
 
-    Returns: y [B, T, Hv, Dv] in the dtype of q, and the last state, in float32 (float64 where q is float64).
+    Returns: y [B, T, Hv, Dv] in the dtype of q, and the last state, in float32 (float64 if q is float64).
     """
     (batch, length, key_heads, key_dim), (heads, value_dim) = k.shape, v.shape[2:]
     dtype = mx.float64 if q.dtype == mx.float64 else mx.float32
@@ -112,7 +112,7 @@ def _split_chunks(x: mx.array) -> list[mx.array]:
 
 
 def _backward(primals, cotangents, _):
-    # Waiting for the gradients keeps `mx.compile` from reusing what the forward pass computed, and so from storing it.
+    # Waiting for the gradients prevents `mx.compile` from reusing, and so storing, results of the forward pass.
     return tuple(mx.vjp(_compute_segment, mx.depends(list(primals), list(cotangents)), list(cotangents))[1])
 
 

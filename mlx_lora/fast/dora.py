@@ -1,4 +1,4 @@
-"""DoRA's norms kept between calls: ||W||^2 while the base stays as it is, and m / norm while decoding.
+"""DoRA's norms kept between calls: ||W||^2 while the base is unchanged, and m / norm while decoding.
 
 ||W||^2 costs a pass over W, and <W, BA> another; a token costs one. Where kernels are used, ``dora_norm`` computes
 the squared norms without writing W + scale * BA out.

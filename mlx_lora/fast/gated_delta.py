@@ -1,8 +1,8 @@
-"""mlx-lm's layers with a gated delta rule (Qwen3.5, Qwen3-Next, Kimi Linear, ...) train in chunks instead of a loop.
+"""Train mlx-lm's gated delta layers (Qwen3.5, Qwen3-Next, Kimi Linear, ...) in chunks instead of a loop.
 
 Such a layer calls mlx-lm's ``gated_delta_update``, which computes the gates and, in training, calls ``gated_delta_ops``
 for the loop over the tokens. Here the code of both runs as mlx-lm wrote it, with one global name of each replaced, so
-that the last call reaches ``delta_rule.gated_delta``. mlx-lm's modules and other models stay as they are.
+that the last call reaches ``delta_rule.gated_delta``. mlx-lm's modules and other models are unchanged.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _calls_update(kind: type) -> bool:
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """Why a module with a gated delta rule cannot train in chunks; None where it can."""
+    """Why a module with a gated delta rule cannot train in chunks; None if it can."""
     call = plain_class(module).__call__
     if not inspect.isfunction(call) or _UPDATE not in call.__code__.co_names:
         return f"its class does not call {_UPDATE} in __call__"
@@ -45,7 +45,7 @@ def obstacle(module: nn.Module) -> str | None:
     if not inspect.isfunction(update) or call.__globals__.get(_UPDATE) is not update:
         return f"{call.__module__}.{_UPDATE} is not the function of {_MODULE}"
     if _OPS not in update.__code__.co_names or not _takes_the_same(ops):
-        return f"this mlx-lm writes {_MODULE} differently"
+        return f"this version of mlx-lm has another {_MODULE}"
     return None
 
 

@@ -1,13 +1,13 @@
 """Multi-head latent attention of mlx-lm's models (arXiv:2405.04434) without an array of scores.
 
-Models such as DeepSeek-V3 and Kimi Linear compute the scores of the rotary part of queries and keys by themselves, and
+Models such as DeepSeek-V3 and Kimi Linear compute the scores of the rotary part of queries and keys separately, and
 pass them to attention as a mask of numbers [B, H, L, S]::
 
     pe_scores = (q_pe * self.scale) @ k_pe.swapaxes(-1, -2)
     pe_scores = mx.where(mask, pe_scores, lowest)
     output = scaled_dot_product_attention(q_nope, k, v, cache=cache, scale=self.scale, mask=pe_scores)
 
-Here this method is compiled anew with ``Scores(q_pe, self.scale, k_pe)`` in place of the product. It holds the two
+Here this method is recompiled with ``Scores(q_pe, self.scale, k_pe)`` in place of the product. It holds the two
 factors, which attention in blocks appends to its queries and keys.
 """
 
@@ -35,7 +35,7 @@ class Scores:
 
 
 def where(condition, x, y, **options):
-    """``mx.where``, which masks scores too."""
+    """``mx.where`` that also masks ``Scores``."""
     if isinstance(x, Scores) and x.mask is None:
         return Scores(x.q, x.scale, x.k, condition)
     return mx.where(condition, x, y, **options)
@@ -43,7 +43,7 @@ def where(condition, x, y, **options):
 
 @functools.cache
 def rewritten(method: Callable, name: str) -> Callable | None:
-    """The method with ``Scores`` for the scores that it passes to the function ``name``; None where it passes none.
+    """The method with ``Scores`` for the scores that it passes to the function ``name``; None if it passes none.
 
     Its globals are a new dictionary, in which ``_scores`` is to be set to a function with the arguments of ``Scores``.
     """

@@ -2,7 +2,7 @@
 
 For SwiGLU, autograd keeps three arrays of the widest size in the model: the sigmoid, its product with the gate, and the
 result, which the last projection's adapter needs. Here it keeps only the outputs of the first projections. Both need to
-know what an MLP computes between its projections, so they apply to the classes of mlx-lm in ``KNOWN``. For the experts
+know what an MLP computes between its projections, so they apply only to mlx-lm's classes in ``KNOWN``. For the experts
 of a mixture only the activation is recomputed, and its result is kept.
 """
 
@@ -82,13 +82,13 @@ _CLASSES = {
     Form(("up_proj",), "down_proj", nn.relu2): "nemotron_h.NemotronHMLP",
 }
 KNOWN = {f"mlx_lm.models.{name}": form for form, names in _CLASSES.items() for name in names.split()}
-# Names in the code of these classes besides their projections. If a version of mlx-lm uses others, its class is not
-# known.
+# Names in the code of these classes besides their projections. If a version of mlx-lm uses other names, the class is
+# unknown.
 _WORDS = {"swiglu", "silu", "gelu", "gelu_approx", "relu2", "nn", "mx", "split"}
 
 
 def form_of(mlp: nn.Module) -> Form | None:
-    """What an MLP computes; None for a class that is not known, or that this mlx-lm writes differently."""
+    """What an MLP computes; None for an unknown class, or if this version of mlx-lm has another code."""
     return _form(plain_class(mlp))
 
 
@@ -101,7 +101,7 @@ def _form(kind: type) -> Form | None:
 
 
 def swiglu_obstacle(mlp: nn.Module, form: Form) -> str | None:
-    """Why gate, up and SwiGLU are not one launch when decoding; None where they are."""
+    """Why gate, up and SwiGLU are not one launch when decoding; None if they are."""
     if form.f is not swiglu:
         return "the activation is not SwiGLU of two projections"
     if not enabled("lora_swiglu"):

@@ -1,8 +1,8 @@
 """Adapters that read the same array share one product with A: q, k, v of an attention; gate and up of an MLP.
 
 While the module above them runs, the first layer called computes the product for the whole group in one launch. The
-others take their columns when they are called with the same array; with another array a layer computes its own. Nothing
-is kept when that module has returned. Decoding only: in training a layer's product is a matrix product of its own.
+others take their columns if they are called with the same array; with another array a layer computes its own. Nothing
+is kept after that module has returned. Decoding only: in training each layer computes its own matrix product.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAME_INPUT = (
 
 @functools.cache
 def changes_in_place(kind: type) -> bool:
-    """Whether a module's forward pass changes something in place between its projections: one array, several inputs."""
+    """Whether a module's forward pass changes an array in place between its projections."""
     names = {name for family in SAME_INPUT for name in family}
     steps = list(dis.get_instructions(kind.__call__))
     places = [i for i, step in enumerate(steps) if step.argval in names] or [0]
@@ -75,10 +75,10 @@ class Group:
         self.close()
 
     def close(self) -> None:
-        self.running, self._product = False, (None, None)  # one pair, so that threads cannot mix x and u
+        self.running, self._product = False, (None, None)  # stored as one pair, so that threads cannot mix x and u
 
     def part(self, place: int, x: mx.array, index: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
-        """(u, where the columns of the layer at ``place`` begin in it)."""
+        """(u, the first column of the layer at ``place``)."""
         known, u = self._product
         if x is not known:
             u = self.layers[place].decoder().shrink(x, [layer["lora_a"] for layer in self.layers], *index)

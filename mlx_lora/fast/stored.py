@@ -1,4 +1,4 @@
-"""What the kernels read of a base layer."""
+"""The parts of a base layer that the kernels read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .swap import plain_class
 
 
 def stored(base: nn.Module) -> Stored | None:
-    """A base layer's weight as the kernels read it; None for a class that the kernels do not know."""
+    """A base layer's weight as the kernels read it; None for a class that the kernels do not support."""
     call = plain_class(base).__call__
     if call is nn.Linear.__call__:
         return Stored(base.weight)
@@ -24,7 +24,7 @@ def stored(base: nn.Module) -> Stored | None:
 
 
 def computes_in(base: Stored) -> mx.Dtype | None:
-    """The dtype of x that a kernel takes with this weight; None: of any."""
+    """The dtype of x that a kernel accepts with this weight; None for any dtype."""
     if base.mode == "nf4":
         return None
     dtype = (base.weight if base.mode == "dense" else base.scales).dtype
@@ -32,9 +32,9 @@ def computes_in(base: Stored) -> mx.Dtype | None:
 
 
 def reader(base: nn.Module, found: Stored) -> Callable[[], list[mx.array]]:
-    """A function that gives the arrays of ``base`` in the order of ``found.arrays()``, as they are when it is called.
+    """A function that returns the current arrays of ``base`` in the order of ``found.arrays()``.
 
-    Read at each call, so that new weights are never missed, and cheaply, for the sake of small models.
+    It reads at each call, so that new weights are never missed, and is fast enough for small models.
     """
     if found.mode == "nf4":
         return lambda: list(found.form().arrays(stored(base).arrays()).values())

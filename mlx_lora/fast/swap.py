@@ -1,9 +1,9 @@
 """Changing a module's class in place, and changing it back.
 
-A module keeps its parameters, its name and its place in the model; only ``__call__`` and the like differ. The new class
-derives from the old one, so ``isinstance`` still holds, and such a module can be copied and pickled. What the new class
-keeps between calls lies in private attributes: ``keep`` for what follows from the module's attributes, ``computed`` for
-arrays that follow from the numbers in other arrays.
+A module keeps its parameters, its name and its place in the model; only methods such as ``__call__`` differ. The new
+class derives from the old one, so ``isinstance`` still holds, and such a module can be copied and pickled. Data kept
+between calls is in private attributes: ``keep`` stores data derived from the module's attributes, ``computed`` arrays
+derived from the values of other arrays.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def is_traced_only() -> bool:
 
 
 class Changes:
-    """Mixin that forgets what ``keep`` stored with a module whenever one of its attributes is set."""
+    """Mixin that drops the data stored by ``keep`` whenever one of the module's attributes is set."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
@@ -51,7 +51,7 @@ class Changes:
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)
-        if not key.startswith("_"):  # such as MLX's `_training`, which says nothing of the numbers
+        if not key.startswith("_"):  # such as MLX's `_training`, which does not affect the values
             self.__dict__.pop(_KEPT, None)
 
 
@@ -62,7 +62,7 @@ def keep(module: nn.Module, name: str, value: Any) -> Any:
 
 
 def kept(module: nn.Module, name: str) -> Any:
-    """What ``keep`` stored; None where there is nothing, or no longer."""
+    """The data stored by ``keep``; None if there is none."""
     found = module.__dict__.get(_KEPT)
     return None if found is None else found.get(name)
 
@@ -70,7 +70,7 @@ def kept(module: nn.Module, name: str) -> Any:
 def computed(
     module: nn.Module, name: str, arrays: list[mx.array], compute: Callable[[], mx.array], key: Any = None
 ) -> mx.array:
-    """``compute()``, kept with the module for as long as ``arrays`` and ``key`` stay what they are.
+    """``compute()``, kept with the module while ``arrays`` and ``key`` are unchanged.
 
     An array counts as changed if it is another object, or if its data lies elsewhere: MLX gives the result of an
     operation in place (``m *= 2``, ``m[0] = 1``, also through another name) a new buffer. While a function is traced,
@@ -95,7 +95,7 @@ def computed(
 
 
 def address(array: mx.array) -> int | None:
-    """Where the data of an array lies; None while a function is traced, or where it is not contiguous."""
+    """The address of an array's data; None while a function is traced, or if the array is not contiguous."""
     if _stand_in.get() is not None:
         return id(array)
     try:
@@ -105,7 +105,7 @@ def address(array: mx.array) -> int | None:
 
 
 def evaluated(array: mx.array) -> bool:
-    """Evaluate ``array``. False where it depends on arguments of a function being traced."""
+    """Evaluate ``array``. False if it depends on arguments of a traced function."""
     try:
         mx.eval(array)
     except ValueError:
@@ -141,7 +141,7 @@ def _derived(plain: type, mixin: type) -> type:
     def __reduce_ex__(self, protocol: int) -> tuple:
         found = plain.__reduce_ex__(self, protocol)
         state = found[2]
-        if isinstance(state, dict):  # a copy or a pickle makes what it keeps anew
+        if isinstance(state, dict):  # a copy or a pickle recomputes its kept data
             state = {name: value for name, value in state.items() if name not in _OWN}
         return (_blank, (plain, mixin), state, *found[3:])
 

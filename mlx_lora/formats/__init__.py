@@ -61,7 +61,7 @@ def detect_format(path: str | Path) -> str:
     if kind := unsupported_kind(path):
         raise FormatError(f"{path}: is {kind}, which is not converted", known)
     if path.is_file():
-        raise FormatError(f"{path}: is a file of no supported format", known)
+        raise FormatError(f"{path}: is a file of an unsupported format", known)
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     raise FormatError(f"{path}: has no adapter of a supported format; it has {inside}", known)
 
@@ -84,14 +84,15 @@ def load_adapter(
         base: the model that the adapter is for: a folder, its ``config.json`` or a repository. It gives mlx-lm's names
             of the modules, and the sizes that some formats do not store.
         alpha: the adapter's alpha (scale * rank), for formats that do not store it.
-        adapter: the name of the adapter, where a PEFT folder has several.
-        legacy_scale: ``scale`` or ``alpha``: what scale means in an old mlx-lm folder, see ``formats/mlx_lm.py``.
+        adapter: the name of the adapter, if a PEFT folder has several.
+        legacy_scale: ``scale`` or ``alpha``: the meaning of scale in an old mlx-lm folder, see ``formats/mlx_lm.py``.
         enabled: loralib's ``enable_lora`` of merged layers.
-        checkpoint: of a run's folder: ``last``, ``best`` or an iteration; by default the best where there is one.
+        checkpoint: which checkpoint of a run's folder: ``last``, ``best`` or an iteration. The default is the best one,
+            if any.
 
     Raises:
-        FormatError: the files are damaged, not of this format, or lack a fact. AdapterError: the arrays are damaged or
-        incomplete. ConfigError: an option that this format does not use, or no such checkpoint.
+        FormatError: the files are damaged, not of this format, or lack information. AdapterError: the arrays are
+        damaged or incomplete. ConfigError: an option that this format does not use, or no such checkpoint.
     """
     path = choose(path, checkpoint)
     name, form = _format(path, format)
@@ -115,14 +116,14 @@ def save_adapter(
     allow_lossy: bool = False,
     lost: list[str] | None = None,
 ) -> Path:
-    """Write ``adapter`` to ``path``, a folder or, for formats of one file, a file. Each file appears complete or not.
+    """Write ``adapter`` to ``path``, a folder or, for formats of one file, a file. Each file is written atomically.
 
     Args:
         format: one of ``FORMATS``.
         overwrite: replace an adapter of that format that is already there.
         base: the model that the adapter is for; see ``load_adapter``.
         moe: PEFT's layout of experts, ``per_expert`` or ``target_parameters``.
-        profile: ``serving``: PEFT's folder as servers want it (one rank, integer alpha, keys for each expert).
+        profile: ``serving``: a PEFT folder for servers (one rank, integer alpha, keys for each expert).
         alpha: the alpha to write; the adapter's scale is folded into its arrays accordingly.
         allow_lossy: leave out what the format cannot hold, and list it in ``lost``.
 
@@ -145,7 +146,7 @@ def save_adapter(
 def check_destination(path: str | Path, format: str, overwrite: bool = False) -> ModuleType:
     """The row of ``format``, if an adapter of it can be written to ``path``; nothing is written.
 
-    Raises: ConfigError: an unknown format. FormatError: it can only be read, or ``path`` is taken or no place for it.
+    Raises: ConfigError: an unknown format. FormatError: it can only be read, or ``path`` exists or cannot hold it.
     """
     form, path = _row(format), Path(path)
     if not hasattr(form, "write"):
@@ -170,7 +171,7 @@ def check_destination(path: str | Path, format: str, overwrite: bool = False) ->
 
 
 def _check_sizes(adapter: Adapter, base: BaseModel | None) -> None:
-    """Refuse a base whose weights, where its folder holds them as floats, have other sizes than the adapter."""
+    """Refuse a base with weights of other sizes than the adapter (checked if its folder has float weights)."""
     faults = []
     for path in adapter.modules if base is not None and base.folder is not None else ():
         a, b = (adapter.weights.get(f"{path}.{leaf}") for leaf in ("lora_a", "lora_b"))
@@ -193,7 +194,7 @@ def _row(format: str) -> ModuleType:
 
 
 def _format(path: str | Path, format: str | None) -> tuple[str, ModuleType]:
-    """The format given, else the format detected: its name and its row."""
+    """The name and the row of the given format, else of the detected one."""
     name, path = format or detect_format(path), Path(path)
     form = _row(name)
     if format and not path.exists():
@@ -208,7 +209,7 @@ def _base(base: str | Path | BaseModel | None) -> BaseModel | None:
 
 
 def describe(path: str | Path, format: str | None = None, base: str | Path | None = None) -> dict[str, Any]:
-    """What an adapter is, from its files alone: format, method, rank, scale, modules, sizes, base, problems.
+    """Describe an adapter from its files alone: format, method, rank, scale, modules, sizes, base, problems.
 
     ``problems`` lists the faults of the adapter, and facts that its files do not store. Raises: FormatError: the files
     cannot be read.

@@ -1,7 +1,7 @@
-"""The checkpoints in the folder of a run: the last one, the best one and the numbered ones, and which of them is read.
+"""The checkpoints in a run's folder (last, best and numbered), and the choice of the one to read.
 
-The last checkpoint is the adapter in the folder itself. That of the best validation is in ``best``, an adapter folder
-like any other. A numbered file holds the weights of an iteration; its config is the folder's. mlx-lm's own runs have
+The last checkpoint is the adapter in the folder itself. The checkpoint of the best validation is in ``best``, a normal
+adapter folder. A numbered file holds the weights of an iteration; its config is the folder's. mlx-lm's own runs have
 the last and the numbered ones.
 """
 
@@ -38,20 +38,20 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def iteration(file: Path) -> int:
-    """The iteration in a numbered file's name; -1 where there is none."""
+    """The iteration in a numbered file's name; -1 if there is none."""
     number = file.name.partition("_")[0]
     return int(number) if number.isdecimal() else -1
 
 
 def choose(path: str | Path, checkpoint: str | int | None = None) -> Path:
-    """What to read for ``path``: an adapter's folder or file.
+    """The adapter's folder or file to read for ``path``.
 
     Args:
-        checkpoint: ``last``, ``best`` or an iteration of the run whose folder ``path`` is. By default it is the best
-            where there is one; but where the adapter in the folder is not the one that the run saved, it is that one.
+        checkpoint: ``last``, ``best`` or an iteration of the run whose folder ``path`` is. The default is the best one,
+            if any, or the adapter in the folder if it is not the one that the run saved.
 
-    Raises: ConfigError: ``path`` is not the folder of a run, or it does not have this checkpoint. FormatError: there is
-        no such path.
+    Raises: ConfigError: ``path`` is not the folder of a run, or it does not have this checkpoint. FormatError: ``path``
+        does not exist.
     """
     found = checkpoints(path)
     if checkpoint is None:
@@ -71,13 +71,13 @@ def choose(path: str | Path, checkpoint: str | int | None = None) -> Path:
 
 
 def is_own(folder: str | Path) -> bool:
-    """Whether the adapter in a run's folder is the one that the run saved there, and not a copy or a merged one."""
+    """Whether the adapter in a run's folder is the one that the run saved, not a copied or merged one."""
     weights = Path(folder) / mlx_lm.WEIGHTS
     return not weights.is_file() or facts(folder).get("weights") == file_digest(weights)
 
 
 def facts(folder: str | Path) -> dict[str, Any]:
-    """What the run wrote about the checkpoint in ``folder``; empty where it wrote nothing."""
+    """The run's record about the checkpoint in ``folder``; empty if there is none."""
     try:
         found = read_json(Path(folder) / mlx_lm.CONFIG).get(ENTRY)
     except FormatError:
@@ -86,7 +86,7 @@ def facts(folder: str | Path) -> dict[str, Any]:
 
 
 def said_of(path: str | Path, checkpoint: str | int | None, chosen: Path) -> str:
-    """A line about a choice that the user did not make; empty where there was none, or nothing to choose from."""
+    """A line about the chosen checkpoint; empty if the user chose it or there was only one."""
     if checkpoint is not None or BEST not in checkpoints(path):
         return ""
     if chosen == Path(path):

@@ -20,7 +20,7 @@ from ..adapter import FINGERPRINT, Adapter, raise_faults
 from ..base.writing import sync, writing
 from ..errors import FormatError, MLXLoRAError
 
-_UNPACKED = 1 << 30  # bytes that a small archive may unpack to
+_UNPACKED = 1 << 30  # most bytes that a small archive may unpack to
 _YAML_DEPTH = 32
 TEMPORARY = ".writing-"  # how the names of temporary folders begin
 AGAIN = "Save or download the file again."
@@ -193,13 +193,13 @@ def array_bytes(array: mx.array) -> memoryview:
 
 
 def fingerprint_text(adapter: Adapter) -> dict[str, str]:
-    """The fingerprint of an adapter's base as an entry of a file's text metadata; none where it is not known."""
+    """The fingerprint of an adapter's base as an entry of a file's text metadata; empty if it is unknown."""
     found = adapter.metadata.get(FINGERPRINT)
     return {FINGERPRINT: json.dumps(found)} if found else {}
 
 
 def stored_fingerprint(text: Any) -> dict[str, Any]:
-    """The entry of ``Adapter.metadata`` for what ``fingerprint_text`` made; none for anything else."""
+    """The entry of ``Adapter.metadata`` made from ``fingerprint_text``'s entry; empty for anything else."""
     try:
         found = json.loads(text)
     except (TypeError, ValueError, RecursionError):
@@ -217,7 +217,7 @@ def write_folder(
 ) -> None:
     """Call ``write`` with a temporary folder, then move its files into ``folder``, each by an atomic rename.
 
-    If ``write`` raises, ``folder`` stays as it was. The files, also those in sub-folders, are renamed in the order of
+    If ``write`` raises, ``folder`` is unchanged. The files, also those in sub-folders, are renamed in the order of
     their paths.
 
     Args:
@@ -234,7 +234,8 @@ def write_folder(
             write(temporary)
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
             targets = {file: folder / file.relative_to(temporary) for file in files}
-            for file, target in targets.items():  # before the first rename: all of them or none
+            # checked before the first rename, so that either all files are moved or none
+            for file, target in targets.items():
                 if target.is_dir():
                     raise IsADirectoryError(f"{target.name} is a folder")
                 if target.parent.exists() and not target.parent.is_dir():
@@ -271,6 +272,6 @@ def file_digest(path: Path, whole: int = 1 << 26, pieces: int = 1024) -> str:
 def write_file(path: Path, write: Callable[[Path], None], *, needed: int | None = None) -> None:
     """Call ``write`` with a temporary path, then move that file to ``path`` by an atomic rename. Makes the folder.
 
-    If ``write`` raises, a file that was at ``path`` stays as it was.
+    If ``write`` raises, an existing file at ``path`` is unchanged.
     """
     write_folder(path.parent, lambda temporary: write(temporary / path.name), needed=needed)

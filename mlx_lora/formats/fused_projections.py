@@ -1,7 +1,7 @@
 """Fused projections (q, k and v in one matrix; gate and up in one) and the row orders of rotary embeddings.
 
-Some systems store as one matrix what others store as several. Everything here is about ``lora_b`` [r, out] and ``m``
-[out], whose last axis is the layer's outputs (the rows of W). Knows no format.
+Some systems store one matrix where others store several. This module changes ``lora_b`` [r, out] and ``m`` [out],
+whose last axis is the layer's outputs (the rows of W). It knows no format.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Pair = tuple[mx.array, mx.array]  # lora_a [in, r], lora_b [r, out]
 
 
 def split_outputs(pair: Pair, sizes: list[int]) -> list[Pair]:
-    """The adapter of a fused projection as one adapter for each of its projections, which have ``sizes`` outputs.
+    """Split a fused projection's adapter into one adapter per projection, with ``sizes`` outputs.
 
     All share A, unless each rank acts on one projection only: then each gets its own ranks (the inverse of
     ``join_outputs``).
@@ -30,7 +30,7 @@ def split_outputs(pair: Pair, sizes: list[int]) -> list[Pair]:
     a, b = pair
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
     pieces = mx.split(b, ends, axis=1)
-    used = [piece.any(axis=1) for piece in pieces]  # the ranks that act on a projection
+    used = [piece.any(axis=1) for piece in pieces]  # which ranks act on which projection
     mx.eval(used)
     times_used = sum(u.astype(mx.int32) for u in used)
     if (times_used > 1).any().item() or not (times_used > 0).any().item():
@@ -44,7 +44,7 @@ def split_outputs(pair: Pair, sizes: list[int]) -> list[Pair]:
 
 
 def join_outputs(pairs: list[Pair | None], sizes: list[int]) -> Pair:
-    """Adapters of projections as one of the fused projection: one A where all share it, else a block-diagonal B.
+    """Join adapters of projections into one for the fused projection: one A if all share it, else a block-diagonal B.
 
     A projection without an adapter (None) gets zeros.
     """
@@ -69,7 +69,7 @@ def same_array(a: mx.array, b: mx.array) -> bool:
 
 
 def to_interleaved(array: mx.array, heads: int) -> mx.array:
-    """Rows (the last axis) from transformers' order, where a rotated pair is half a head apart, to Meta's adjacent."""
+    """Rows (the last axis) from transformers' order (rotated pairs half a head apart) to Meta's (adjacent pairs)."""
     return _transpose_heads(array, heads, (2, -1))
 
 
@@ -140,7 +140,7 @@ def _sizes(fused: str, base: BaseModel) -> list[int]:
 
 
 def fuse_projections(adapter: Adapter, base: BaseModel | None) -> Adapter:
-    """An adapter of q, k, v, gate and up as one of ``base``'s own modules, where these are fused (Phi-3)."""
+    """An adapter of q, k, v, gate and up as one for ``base``'s own modules, if these are fused (Phi-3)."""
     if base is None or base.model_type != "phi3":
         return adapter
     weights, scales = dict(adapter.weights), {path: adapter.config.scale_of(path) for path in adapter.modules}

@@ -1,8 +1,8 @@
 """GGUF LoRA adapters, for llama.cpp and Ollama: one file.
 
-Tensors are ``blk.N.attn_q.weight.lora_a`` [r, in] and ``.lora_b`` [out, r], of experts [experts, r, in] and [experts,
-out, r], of the embedding [vocabulary, r] and [dim, r]. llama.cpp multiplies by alpha / r, with one
-``adapter.lora.alpha`` for the file and the r of each tensor; an alpha of 0 means a multiplier of 1. Scales that differ
+Tensors are ``blk.N.attn_q.weight.lora_a`` [r, in] and ``.lora_b`` [out, r], for experts [experts, r, in] and [experts,
+out, r], for the embedding [vocabulary, r] and [dim, r]. llama.cpp multiplies by alpha / r, with one
+``adapter.lora.alpha`` for the file and the r of each tensor; an alpha of 0 means a multiplier of 1. Different scales
 are folded into B. In the ``llama`` architecture the rows of q and k are in Meta's order. GGUF has LoRA only: DoRA, full
 parameters, biases and trained tokens are refused by name.
 """
@@ -76,7 +76,7 @@ _MODULES = {
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
     "self_attn.kv_b_proj": "attn_kv_b",
 }
-# mlx-lm's names for architectures that differ from the first ones above.
+# mlx-lm's names for architectures with other names than the first ones above.
 _FAMILY = {
     "phi3": ("self_attn.qkv_proj", "mlp.gate_up_proj"),
     "phi2": ("self_attn.dense", "mlp.fc1", "mlp.fc2"),
@@ -159,7 +159,7 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> None:
     base = options.base_for("GGUF's architecture and order of rows")
     architecture = ARCHITECTURES.get(base.model_type)
     if architecture is None:
-        raise FormatError(f"llama.cpp's names for {base.model_type} are not known", _MERGE)
+        raise FormatError(f"llama.cpp's names are unknown for {base.model_type}", _MERGE)
     adapter = uniform(low_rank_only(adapter, options, "GGUF", hint=_MERGE), alpha=options.alpha, pad=False)
     weights, tensors, faults = adapter.weights, {}, []
     if architecture == "llama":
@@ -193,7 +193,7 @@ def write(adapter: Adapter, path: Path, options: WriteOptions) -> None:
 
 
 def _to_gguf(module: str) -> str | None:
-    """GGUF's name of mlx-lm's module; None where it has none."""
+    """GGUF's name of mlx-lm's module; None if it has none."""
     bare = module.removeprefix("language_model.")
     if bare in ("lm_head", "model.embed_tokens", "model.wte"):
         return "output" if bare == "lm_head" else "token_embd"

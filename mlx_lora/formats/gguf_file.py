@@ -1,8 +1,8 @@
 """The GGUF container (version 3): key-value pairs and tensors, read and written. Knows no adapters.
 
 The ``gguf`` package writes. Its reader follows the sizes that a file declares without checking them (an array that
-declares 2^50 items occupies it without end), so reading is done here: every size is checked against the file's length
-before it is used. Tensors are float32, float16, bfloat16 or Q8_0 (blocks of 32 signed bytes with a float16 scale).
+declares 2^50 items blocks it forever), so this module reads: every size is checked against the file's length before it
+is used. Tensors are float32, float16, bfloat16 or Q8_0 (blocks of 32 signed bytes with a float16 scale).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MOST_PAIRS, _MOST_TENSORS, _MOST_ITEMS = 100_000, 200_000, 5_000_000
 _F32, _F16, _Q8_0, _BF16 = 0, 1, 8, 30
-TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # our name: the gguf package's
+# {mlx-lora's name: the name in the gguf package}
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 
 
 class _Cursor:
@@ -105,7 +106,8 @@ def _tensor(path: Path, length: int, start: int, name: str, sizes: list[int], ki
         raise ValueError(f"{name} is of kind {kind}; only float32, float16, bfloat16 and Q8_0 are read")
     if start + offset + size > length:
         raise ValueError(f"{name} of shape {list(shape)} lies outside the file")
-    part = np.fromfile(path, np.uint8, size, offset=start + offset)  # read, not mapped: mapped and copied counts twice
+    # read, not mapped: a mapped copy would use the memory twice
+    part = np.fromfile(path, np.uint8, size, offset=start + offset)
     if not count:
         return mx.zeros(shape)
     if kind == _Q8_0:
@@ -125,8 +127,8 @@ def write_gguf(
     Args:
         pairs: strings, booleans, integers (stored as uint32), floats (as float32), and lists of one of these (integers
             as int32). ``general.architecture`` is required.
-        tensors: float arrays by name. Each is computed when it is written and then removed from ``tensors``, so that
-            arrays that are still lazy need memory one after the other.
+        tensors: float arrays by name. Each is computed when it is written and then removed from ``tensors``, so only
+            one lazy array is in memory at a time.
         types: the name in ``TYPES`` that a tensor is stored as; by default its own dtype.
 
     Raises: FormatError: a number is too large for float16.

@@ -1,7 +1,7 @@
 """Checkpoints of PyTorch Lightning, read only: ``{"state_dict": ...}``, with the module's prefix before every name.
 
 Lightning has no LoRA of its own: the names after the prefix are PEFT's or loralib's. The frozen model, the optimizer
-and the loops in the checkpoint are not read. Alpha is taken from ``hyper_parameters`` where it is there.
+and the loops in the checkpoint are not read. Alpha is taken from ``hyper_parameters`` if it is stored.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _prefix(names: list[str]) -> str:
 
 
 def _read_peft(state: dict[str, mx.array], settings: dict[str, Any], path: Path, options: ReadOptions) -> Adapter:
-    """PEFT's tensors, with a config made of their shapes and the checkpoint's hyper_parameters."""
+    """PEFT's tensors, with a config made from their shapes and the checkpoint's hyper_parameters."""
     renamed = {_PEFT.sub(PREFIX, name): array for name, array in state.items()}
     tensors = {n: array for n, array in renamed.items() if n.startswith(PREFIX) and _PEFT_LEAF.search(n)}
     if options.alpha is None:

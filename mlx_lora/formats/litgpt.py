@@ -94,7 +94,7 @@ def _split_qkv(a: mx.array, b: mx.array, settings: dict[str, Any], file: Path, o
         raise FormatError(
             f"{file}: qkv: lora_A {list(a.T.shape)} and lora_B {list(b.T.shape)} are not those of "
             f"{', '.join(adapted)} with {sizes} rows",
-            f"{SETTINGS} says which of q, k and v are adapted; {MODEL} or the base gives their sizes.",
+            f"{SETTINGS} lists which of q, k and v are adapted; {MODEL} or the base gives their sizes.",
         )
     found, start = {}, 0
     for i, name in enumerate(adapted):
@@ -104,7 +104,7 @@ def _split_qkv(a: mx.array, b: mx.array, settings: dict[str, Any], file: Path, o
 
 
 def _stored_sizes(config: Path) -> dict[str, int] | None:
-    """Rows of q, k and v by litgpt's model config; None where it does not give them."""
+    """Rows of q, k and v by litgpt's model config; None if it does not give them."""
     if not config.exists():
         return None
     settings = read_yaml(config)
@@ -140,7 +140,7 @@ def write(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
         a, b = [], []
         for name in adapted:
             path = f"model.layers.{layer}.self_attn.{name}"
-            # Adapted in another layer only: zeros here.
+            # Adapted only in another layer: zeros here.
             a.append(weights.get(f"{path}.lora_a", mx.zeros((base.hidden_size, rank))).T)
             b.append(weights.get(f"{path}.lora_b", mx.zeros((rank, sizes[name]))).T)
         state[f"transformer.h.{layer}.attn.qkv.lora_A"] = mx.concatenate(a)

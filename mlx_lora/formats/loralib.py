@@ -1,6 +1,6 @@
 """microsoft/LoRA's ``loralib``: ``torch.save(lora_state_dict(model))``, one file.
 
-Keys are ``<module>.lora_A`` [r, in] and ``.lora_B`` [out, r], of embeddings [r, vocabulary] and [dim, r]. Neither rank
+Keys are ``<module>.lora_A`` [r, in] and ``.lora_B`` [out, r], for embeddings [r, vocabulary] and [dim, r]. Neither rank
 nor alpha is stored; the multiplier is alpha / r. ``MergedLinear`` adapts some of the n equal blocks of rows of one
 matrix (``enable_lora``), such as q and v of GPT-2's c_attn: with k blocks adapted, ``lora_A`` is [r * k, in] and
 ``lora_B`` [out / n * k, r]. Each adapted block has its own r rows of ``lora_A``.
@@ -50,7 +50,7 @@ def from_state(state: dict[str, mx.array], path: Path, options: ReadOptions) -> 
             biases[f"{options.to_mlx(name.removesuffix('.bias'))}.bias"] = array
         else:
             faults.append(f"{path}: {name}: not an array of loralib")
-    merged, enabled = {}, None  # merged: rank of a block, by our path
+    merged, enabled = {}, None  # merged layers: the rank of one block, by our path
     for name, pair in pairs.items():
         if pair.keys() != {"lora_A", "lora_B"} or any(array.ndim != 2 for array in pair.values()):
             shapes = ", ".join(f"{leaf} {list(array.shape)}" for leaf, array in sorted(pair.items()))

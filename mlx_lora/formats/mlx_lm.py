@@ -1,12 +1,12 @@
 """mlx-lm's adapter folder, the native format: ``adapters.safetensors`` and ``adapter_config.json``.
 
-mlx-lm has one rank and one scale for all modules. Where modules differ, the smaller ranks are padded with zeros and the
-scales folded into ``lora_b``, so that mlx-lm computes the same function. ``rank_pattern`` and ``scale_pattern``, which
-mlx-lm ignores, let this reader undo that.
+mlx-lm has one rank and one scale for all modules. If modules differ, smaller ranks are padded with zeros and the
+scales are folded into ``lora_b``, so that mlx-lm computes the same function. ``rank_pattern`` and ``scale_pattern``,
+which mlx-lm ignores, let this reader undo that.
 
 What mlx-lm cannot express (VeRA, biases, full parameters, rows of embeddings, an embedding's update on the input side
 only) is written unchanged, with the whole config in an entry ``mlx_lora``, and with ``lora_parameters`` null: every
-version of mlx-lm then stops with an error, where it would otherwise silently compute something else.
+version of mlx-lm then stops with an error, instead of silently computing something else.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _NO_CONFIG = (
     "(mlx-lm's scale was 20: --alpha 160 at rank 8)."
 )
 _AS_TRAINED = 'Write there how it was trained, such as "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0}.'
-PEFT = "peft"  # the entry for what only a PEFT folder needs: fields of its config that have no meaning here
-_FILE = re.compile(rf"(\d+_)?{re.escape(WEIGHTS)}")  # the weights, or those of a numbered checkpoint
+PEFT = "peft"  # the entry for what only a PEFT folder needs: fields of its config without meaning here
+_FILE = re.compile(rf"(\d+_)?{re.escape(WEIGHTS)}")  # the weights, or a numbered checkpoint's weights
 _WRITTEN = {"checkpoint", "fine_tune_type", "num_layers", "lora_parameters", "model", OWN, PEFT, FINGERPRINT}
 
 
@@ -46,7 +46,7 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, options: ReadOptions) -> Adapter:
-    """Of a file of weights, such as a numbered checkpoint, the config is beside it."""
+    """For a file of weights, such as a numbered checkpoint, the config is in the same folder."""
     folder, file = (path.parent, path) if path.is_file() else (path, path / WEIGHTS)
     weights = read_safetensors(file) if file.exists() else read_npz(folder / ARCHIVE)
     if not (folder / CONFIG).exists():  # mlx-lm before March 2024 wrote none
@@ -55,7 +55,8 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     if options.alpha is not None:
         raise ConfigError(f"--alpha: {folder / CONFIG} already stores the scale", "Leave --alpha out.")
     if not raw.keys() & {OWN, "fine_tune_type", "full_state_modules"} and weights and not _has_updates(weights):
-        raw = {**raw, "fine_tune_type": "full"}  # mlx-lm-lora says it as train_type, or not, and gives a rank anyway
+        # mlx-lm-lora writes train_type or nothing, and gives a rank in any case
+        raw = {**raw, "fine_tune_type": "full"}
     config = parse_config(raw, folder / CONFIG, options)
     weights = {name: _unflatten(name, array, weights) for name, array in weights.items()}
     metadata = {"mlx-lm": {k: v for k, v in raw.items() if k not in _WRITTEN and not k.startswith("unsloth_")}}
@@ -69,7 +70,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
 
 
 def _has_updates(weights: dict[str, mx.array]) -> bool:
-    """Whether an array belongs to an update, and not only to parameters of the model itself."""
+    """Whether an array belongs to an update, not to parameters of the model itself."""
     leaves = {leaf for method in LEAVES.values() for leaf in method}
     return any(name.rpartition(".")[2] in leaves for name in weights)
 
@@ -109,7 +110,7 @@ def parse_config(raw: dict[str, Any], source: Path, options: ReadOptions | None 
     if alpha is not None and "lora_layers" in raw:
         if options.legacy_scale is None:
             options.need(
-                f"{source}: lora_layers with alpha: versions of mlx-lm that wrote this differ in what scale means",
+                f"{source}: lora_layers with alpha: the mlx-lm versions that wrote this give scale different meanings",
                 "Give --legacy-scale alpha if the adapter was made from 2024-01-24 to 2024-06-02 (scale * alpha / "
                 "rank), else --legacy-scale scale.",
             )
@@ -173,7 +174,7 @@ def stored_weights(adapter: Adapter) -> dict[str, mx.array]:
 
 
 def _for_peft(adapter: Adapter) -> dict[str, Any]:
-    """What a PEFT folder made of this one needs: the config's other fields, and embeddings that names do not tell."""
+    """What a PEFT folder made from this one needs: other config fields, and embeddings that names do not reveal."""
     found = {k: v for k, v in adapter.metadata.get(PEFT, {}).items() if k != "saved"}  # arrays, equal to the base's
     said = adapter.metadata.get(EMBEDDINGS)
     if said is not None and any(

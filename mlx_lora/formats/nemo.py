@@ -38,7 +38,7 @@ from .uniform import low_rank_only, uniform
 
 READS, WRITES, SUFFIXES, FILES = {"alpha"}, {"alpha"}, (".nemo", ".pt"), ()
 CONFIG, WEIGHTS, METADATA = "model_config.yaml", "model_weights.ckpt", "adapter_metadata.json"
-_EXPORT = "Export the adapter from NeMo again, LoRA alone."
+_EXPORT = "Export only the LoRA adapter from NeMo again."
 _KEY = re.compile(
     r"(?:^|\.)(?:decoder|encoder)\.layers\.(?P<layer>\d+)\.(?P<slot>"
     r"(?:self_attention|mlp)\.(?:adapter_layer\.lora_\w+?_adapter|linear_\w+\.adapter)"
@@ -81,7 +81,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         tuning = _find(read_json(metadata), "alpha") if metadata.exists() else {}
     alpha = tuning.get("alpha")
     if tuning and alpha is None:
-        alpha = tuning.get("adapter_dim", tuning.get("dim"))  # NeMo takes the rank where no alpha is set
+        alpha = tuning.get("adapter_dim", tuning.get("dim"))  # without an alpha, NeMo uses the rank
     alpha = options.alpha_from(alpha, path)
     heads = _heads(config, state, path, options)
     weights, faults = {}, []
@@ -117,7 +117,7 @@ def _read_tar(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, mx.
 
 
 def _heads(config: dict[str, Any], state: dict[str, mx.array], path: Path, options: ReadOptions) -> Heads | None:
-    """The heads by the file's config or, where a fused qkv needs them, the base's; None in lenient reading."""
+    """The heads by the file's config or, if a fused qkv needs them, the base's; None in lenient reading."""
     count, groups = config.get("num_attention_heads"), config.get("num_query_groups")
     if isinstance(count, int) and count > 0:
         return count, groups if isinstance(groups, int) and groups > 0 else count
@@ -128,7 +128,7 @@ def _heads(config: dict[str, Any], state: dict[str, mx.array], path: Path, optio
 
 
 def _find(value: Any, key: str, depth: int = 0) -> dict[str, Any]:
-    """The first mapping in nested JSON that has ``key``; empty where there is none."""
+    """The first mapping in nested JSON that has ``key``; empty if there is none."""
     if not isinstance(value, dict) or depth > 8:
         return {}
     return value if key in value else next((f for v in value.values() if (f := _find(v, key, depth + 1))), {})

@@ -1,6 +1,6 @@
-"""Options of reading and writing: facts that a format does not store, and choices in how to write it.
+"""Options of reading and writing: information that a format does not store, and choices for writing.
 
-A format names the options it takes (``READS``, ``WRITES``). Any other option that is given is refused by name.
+A format names the options it takes (``READS``, ``WRITES``). Any other given option is refused by name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Options:
 
     @property
     def known_base(self) -> BaseModel | None:
-        """The base, where its config can be read without a download."""
+        """The base, if its config can be read without a download."""
         return self.base if self.base is not None and self.base.known else None
 
     def to_mlx(self, path: str) -> str:
@@ -41,16 +41,16 @@ class _Options:
 
 @dataclass(frozen=True)
 class ReadOptions(_Options):
-    """Facts for reading.
+    """Information for reading.
 
     Args:
         base: the model that the adapter was made for.
-        alpha: the adapter's alpha, where the files do not store it; scale = alpha / rank.
+        alpha: the adapter's alpha, if the files do not store it; scale = alpha / rank.
         adapter: the name of one of several adapters in subfolders.
-        legacy_scale: what ``scale`` meant to the mlx-lm that wrote an old folder: ``scale``, or ``alpha``
+        legacy_scale: the meaning of ``scale`` in the mlx-lm version that wrote an old folder: ``scale``, or ``alpha``
             (scale * alpha / rank).
         enabled: loralib's ``enable_lora`` of merged layers, such as (True, False, True).
-        lenient: collect missing facts in ``unknown`` instead of raising an error; for ``describe``.
+        lenient: collect missing information in ``unknown`` instead of raising an error; for ``describe``.
     """
 
     alpha: float | None = None
@@ -61,17 +61,17 @@ class ReadOptions(_Options):
     unknown: list[str] = field(default_factory=list)
 
     def need(self, message: str, hint: str) -> None:
-        """Raise an error for a missing fact or, in lenient reading, add it to ``unknown``."""
+        """Raise an error for missing information or, in lenient reading, add it to ``unknown``."""
         if not self.lenient:
             raise FormatError(message, hint)
         if message not in self.unknown:
             self.unknown.append(message)
 
     def base_for(self, what: str) -> BaseModel | None:
-        """The base, its config read. In lenient reading, None where there is no base or its config cannot be read."""
+        """The base, its config read. In lenient reading, None if there is no base or its config cannot be read."""
         if self.base is not None:
             try:
-                self.base.config  # noqa: B018  (raises where it cannot be read)
+                self.base.config  # noqa: B018  (raises if it cannot be read)
                 return self.base
             except ModelError:
                 if not self.lenient:
@@ -80,7 +80,7 @@ class ReadOptions(_Options):
         return None
 
     def alpha_from(self, stored: Any, source: Any) -> float | None:
-        """``stored``, the alpha in the files, where it is a number, else the caller's. Both at once is an error."""
+        """``stored``, the alpha in the files, if it is a number, else the caller's. Giving both is an error."""
         if isinstance(stored, bool) or not isinstance(stored, (int, float)):
             return self.alpha
         if self.alpha is not None:
@@ -107,7 +107,7 @@ class WriteOptions(_Options):
     lost: list[str] = field(default_factory=list)
 
     def leave_out(self, faults: list[str], hint: str) -> None:
-        """Refuse to write what the format cannot hold or, where losses are allowed, list it in ``lost``."""
+        """Refuse to write what the format cannot hold or, if losses are allowed, list it in ``lost``."""
         if self.allow_lossy:
             self.lost.extend(faults)
         else:
@@ -118,7 +118,7 @@ class WriteOptions(_Options):
         """The base, its config read."""
         if self.base is None:
             raise FormatError(f"{what}: writing this needs the base model's config", NAME_BASE)
-        self.base.config  # noqa: B018  (raises where it cannot be read)
+        self.base.config  # noqa: B018  (raises if it cannot be read)
         return self.base
 
 
@@ -129,7 +129,7 @@ _EMBEDDING = re.compile(r"(^|\.)(?!embed_(out|q)$)(wte|wpe|\w*emb\w*)$")
 def is_embedding(path: str, adapter: Adapter, base: BaseModel | None = None) -> bool:
     """Whether the module at ``path`` is an embedding.
 
-    The adapter says so where its files did, or the model that it was taken from; else ``base`` does, else the name.
+    Decided by the adapter's files or original model, if they say so, else by ``base``, else by the name.
     """
     if (said := adapter.metadata.get(EMBEDDINGS)) is not None and f"{path}.lora_a" in adapter.weights:
         return path in said
@@ -162,7 +162,7 @@ _CHOICES = {"moe": MOE_LAYOUTS, "profile": PROFILES, "legacy_scale": LEGACY_SCAL
 
 
 def refuse_unused(options: ReadOptions | WriteOptions, taken: set[str], format: str) -> None:
-    """Raise a ``ConfigError`` that names every option that is given and not in ``taken``, or has an unknown value."""
+    """Raise a ``ConfigError`` that names every given option that is not in ``taken`` or has an unknown value."""
     flags, verb = (_READ_FLAGS, "reading") if isinstance(options, ReadOptions) else (_WRITE_FLAGS, "writing")
     given = {f.name: getattr(options, f.name) for f in fields(options) if f.name in flags}
     given = {name: value for name, value in given.items() if value is not None}

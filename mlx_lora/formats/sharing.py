@@ -1,7 +1,7 @@
 """Copies of an adapter's files without paths of this machine, for uploading them. Nothing is changed in place.
 
 JSON, YAML, Markdown and the metadata of safetensors files are rewritten. Other files (pickles, GGUF, archives) are
-searched, and refused where they hold a path.
+searched, and refused if they contain a path.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LEFT_OUT = object()
 
 
 def hub_name(name: str | None) -> str | None:
-    """The repository that ``name`` is, or whose cached download it is; None for any other path, and for None."""
+    """The repository that ``name`` is, or whose cached download it is; None for any other path or None."""
     if not name or name == "unknown":
         return None
     if cached := _CACHED.search(name):
@@ -50,11 +50,11 @@ def is_local(name: str) -> bool:
 
 
 def shareable(files: Iterable[Path], target: Path, base: str | None, notes: list[str]) -> list[Path]:
-    """The files to upload: the ones given or, where one names a path of a machine, a copy without it in ``target``.
+    """The files to upload: the given files; for a file that contains a local path, a copy without it in ``target``.
 
     Args:
         base: the base model's name on the Hub, which replaces its path; None if it is not known.
-        notes: filled with what was replaced or left out.
+        notes: a list that receives what was replaced or left out.
 
     Raises: FormatError: a file that cannot be rewritten names a path.
     """
@@ -83,7 +83,7 @@ def _as_yaml(file: Path, base: str | None, notes: list[str]) -> bytes | None:
 
 
 def _as_text(file: Path, base: str | None, notes: list[str]) -> bytes | None:
-    """Markdown. A line of the head that names the base by a path, as PEFT's cards do, gets ``base`` or is left out."""
+    """Markdown. A front-matter line that names the base by a path, as in PEFT's cards, gets ``base`` or is left out."""
     lines, text = [], file.read_text(encoding="utf-8")
     for line in text.splitlines():
         key, _, value = line.partition(":")
@@ -126,7 +126,7 @@ def _searched(file: Path, base: str | None, notes: list[str]) -> None:
         name = found and found[0].decode(errors="replace")
     if name:
         raise FormatError(
-            f"{file}: names a path of this machine ({name}), which cannot be taken out of this kind of file",
+            f"{file}: names a path of this machine ({name}), which cannot be removed from this kind of file",
             "Convert the adapter to a format with a readable config: mlx-lora convert SRC DST --to peft, and push DST.",
         )
 
@@ -143,7 +143,7 @@ _COPIES = {
 def _clean(value: Any, base: str | None, notes: list[str], where: str, key: str = "") -> Any:
     """``value``, the entry ``key``, without paths.
 
-    Those of the base are replaced by ``base``, others are left out or, within texts, shortened.
+    The base's path is replaced by ``base``; other paths are left out or, inside texts, shortened.
     """
     if isinstance(value, dict):
         named = {key: item for key, item in value.items() if not _PATH.fullmatch(str(key))}
@@ -175,7 +175,7 @@ def _entry(key: str, value: Any, base: str | None, notes: list[str], where: str)
 
 
 def _hub_data(value: Any, notes: list[str], where: str) -> Any:
-    """mlx-lm's ``hf_dataset`` with the names of data sets on the Hub alone: its other entries may name local files."""
+    """mlx-lm's ``hf_dataset`` with only the names of data sets on the Hub: other entries may name local files."""
     sections = value if isinstance(value, list) else [value]
     paths = [section.get("path") for section in sections if isinstance(section, dict)]
     names = [{"path": path} for path in paths if isinstance(path, str) and data_name(path)]

@@ -1,4 +1,4 @@
-"""State dicts in PyTorch's and safetensors files: their tensor names, their tensors, adapters made of them.
+"""State dicts in PyTorch's and safetensors files: their tensor names, tensors, and adapters made from them.
 
 Formats are recognised by the names of their tensors. ``tensor_names`` gets them without reading an array.
 """
@@ -36,7 +36,7 @@ def tensor_names(path: Path) -> tuple[str, frozenset[str]]:
     return _tensor_names(path, stat.st_mtime_ns, stat.st_size)
 
 
-@functools.lru_cache(maxsize=32)  # every format looks at the same file
+@functools.lru_cache(maxsize=32)  # cached, because every format looks at the same file
 def _tensor_names(path: Path, _modified: int, _size: int) -> tuple[str, frozenset[str]]:
     if path.suffix.lower() == ".safetensors":
         return "", frozenset(read_safetensors(path))
@@ -97,7 +97,7 @@ def low_rank_adapter(
         source: names the file in errors.
         alpha: the alpha of all modules (scale = alpha / rank); ``options.alpha`` by default. One of them is needed.
         scales: scales by module, in place of alpha.
-        alpha_hint: what to do where there is no alpha.
+        alpha_hint: hint if there is no alpha.
         settings: further fields of ``AdapterConfig``.
     """
     paths = sorted({name.removesuffix(".lora_b") for name in weights if name.endswith(".lora_b")})

@@ -3,7 +3,8 @@
 Keys are ``layers.N.attn.q_proj.lora_a.weight`` [r, in], ``.lora_b.weight`` [out, r], DoRA's ``.magnitude`` [out].
 torchtune rotates adjacent pairs in Llama's rotary embeddings, as Meta does: the rows of q and k, of B and of the
 magnitudes, are in another order than transformers'. Qwen and Phi-3 keep transformers' order. The PEFT files that
-torchtune writes beside the ``.pt`` are partly wrong (the order of q's and k's magnitudes, Qwen's rows) and not read.
+torchtune writes next to the ``.pt`` are partly wrong (the order of q's and k's magnitudes, Qwen's rows) and are not
+read.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _TRANSFORMERS_ORDER = ("qwen2", "qwen3", "phi3")
 
 
 def _file(path: Path) -> Path | None:
-    """The file of the weights; of several epochs the last."""
+    """The file of the weights; with several epochs, the last one's."""
     if path.is_file():
         return path if path.suffix.lower() == ".pt" else None
     if (path / WEIGHTS).exists():
@@ -86,10 +87,10 @@ def read(path: Path, options: ReadOptions) -> Adapter:
 
 
 def _is_interleaved(base: BaseModel, source: Path | str) -> bool:
-    """Whether torchtune has the rows of q and k in Meta's order for this family."""
+    """Whether torchtune stores the rows of q and k in Meta's order for this family."""
     if base.model_type not in _INTERLEAVED + _TRANSFORMERS_ORDER:
         raise FormatError(
-            f"{source}: torchtune's order of rows for {base.model_type} is not known",
+            f"{source}: torchtune's order of rows is unknown for {base.model_type}",
             f"The order is known for {', '.join(_INTERLEAVED + _TRANSFORMERS_ORDER)}.",
         )
     return base.model_type in _INTERLEAVED

@@ -1,4 +1,4 @@
-"""Adapters of one rank and one scale that compute the same function, for systems that can store only that.
+"""Convert adapters to one rank and one scale with the same function, for systems that cannot store more.
 
 Smaller ranks are padded with zeros, and differing scales are folded into ``lora_b``. Knows no format.
 """
@@ -28,7 +28,7 @@ def fold(adapter: Adapter, config: AdapterConfig) -> dict[str, mx.array]:
 
 
 def unfold(adapter: Adapter) -> Adapter:
-    """The inverse of ``fold``. Ranks come back exactly; scales to a rounding in float32, below half precision's."""
+    """The inverse of ``fold``. Ranks come back exactly; scales up to float32 rounding."""
     weights, config = dict(adapter.weights), adapter.config
     for path in adapter.modules:
         a, b = f"{path}.lora_a", f"{path}.lora_b"
@@ -47,9 +47,9 @@ def uniform(adapter: Adapter, alpha: float | None = None, *, integer: bool = Fal
     """``adapter`` with one alpha (scale * rank) for all modules and, with ``pad``, one rank.
 
     Args:
-        alpha: the alpha to have; by default the commonest scale times the rank.
-        integer: take the rank as alpha where that default is not a whole number.
-        pad: pad every module to the largest rank. Without it ranks stay as they are.
+        alpha: the alpha to have; by default the most common scale times the rank.
+        integer: use the rank as alpha if that default is not a whole number.
+        pad: pad every module to the largest rank. Otherwise ranks stay unchanged.
     """
     ranks = {path: adapter.rank_of(path) for path in adapter.modules}
     largest = max(ranks.values())
@@ -78,8 +78,8 @@ def low_rank_only(
 ) -> Adapter:
     """``adapter`` for a system that stores low-rank matrices alone.
 
-    VeRA becomes the LoRA that it is. Other methods than ``methods`` are refused. Full parameters, trained tokens,
-    lora_bias and a tied head by itself are refused too, or left out where ``options`` allows losses.
+    VeRA becomes the equivalent LoRA. Methods that are not in ``methods`` are refused. Full parameters, trained tokens,
+    lora_bias and the adapter of a tied head alone are refused too, or left out if ``options`` allows losses.
     """
     adapter = vera_as_lora(adapter, options.base)
     if adapter.config.method not in methods:
@@ -104,7 +104,7 @@ def vera_as_lora(adapter: Adapter, base: BaseModel | None) -> Adapter:
     """A VeRA adapter (arXiv:2310.11454) as LoRA: A' = diag(lambda_d) A, B' = diag(lambda_b) B, scale 1.
 
     Args:
-        base: gives the sizes of the modules' inputs. The projections are drawn for these sizes where the adapter does
+        base: gives the sizes of the modules' inputs. The projections are drawn for these sizes if the adapter does
             not store them.
     """
     if adapter.config.method != "vera":
@@ -122,7 +122,7 @@ def vera_as_lora(adapter: Adapter, base: BaseModel | None) -> Adapter:
 
 
 def integral(alpha: float) -> int | float:
-    """``alpha`` as an int where it is one up to rounding: readers in Go and C want an integer."""
+    """``alpha`` as an int if it is one up to rounding, because readers in Go and C require an integer."""
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
 
 
@@ -143,6 +143,6 @@ def _pad(weights: dict[str, mx.array], path: str, rank: int) -> None:
     """Pad the matrices of a module with zeros to ``rank``."""
     a, b = weights[f"{path}.lora_a"], weights[f"{path}.lora_b"]
     more, experts = rank - a.shape[1], a.ndim == 3
-    if more > 0:  # a: [in, r], of experts [experts, r, in]; b: [r, out], of experts [experts, out, r]
+    if more > 0:  # a: [in, r], for experts [experts, r, in]; b: [r, out], for experts [experts, out, r]
         weights[f"{path}.lora_a"] = mx.pad(a, [(0, 0), (0, more), (0, 0)] if experts else [(0, 0), (0, more)])
         weights[f"{path}.lora_b"] = mx.pad(b, [(0, 0), (0, 0), (0, more)] if experts else [(0, more), (0, 0)])

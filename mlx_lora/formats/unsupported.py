@@ -1,4 +1,4 @@
-"""Adapters that are recognised only to name them in an error: those of image models, and of methods not implemented."""
+"""Adapters that are recognised only to name them in an error: adapters of image models and unsupported methods."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TENSORS = (
 
 
 def unsupported_kind(path: Path) -> str | None:
-    """The kind of the unsupported adapter at ``path``, a file or a folder; None where it is not recognised."""
+    """The kind of the unsupported adapter at ``path``, a file or a folder; None if it is not recognised."""
     files = [path] if path.is_file() else [p for p in sorted(path.iterdir()) if p.is_file()]
     if any(f.name == "xlora_config.json" for f in files):
         return "an X-LoRA adapter"

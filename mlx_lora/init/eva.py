@@ -2,7 +2,7 @@
 
 For each layer an incremental SVD of its inputs is updated batch by batch until its directions stop changing. Then the
 total of all ranks is distributed over the layers: the directions that explain the largest shares of their layer's
-variance are used, wherever they are. A layer without such a direction gets no adapter.
+variance are used, in whichever layer. A layer without such a direction gets no adapter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RHO, TAU, BATCHES = 2.0, 0.99, 32
 
 
 class IncrementalSVD:
-    """The ``size`` leading principal directions of rows that arrive in portions.
+    """The ``size`` leading principal directions of rows that arrive in batches.
 
     ``components``: [size, in]; ``ratio``: [size], the share of the total variance that each explains.
     """

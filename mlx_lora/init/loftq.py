@@ -74,7 +74,7 @@ def quantize_with_loftq(
     group_size: int | None = None,
     double_quant: bool = False,
 ) -> tuple[Quantized, Adapter]:
-    """Quantize ``model`` in place, and compute the LoftQ adapter (scale 1) that belongs to the result.
+    """Quantize ``model`` in place, and compute the LoftQ adapter (scale 1) for the result.
 
     Args:
         modules: the linears and experts of ``model`` to adapt, by path.

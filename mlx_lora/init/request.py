@@ -1,4 +1,4 @@
-"""The arguments of an initialisation, in one value for all of them."""
+"""The arguments of all initialisations, as one value."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Request:
     reference: nn.Module | None = None
 
     def first_batches(self, default: int) -> Iterator:
-        """The first ``config.init_batches`` batches, or ``default`` many."""
+        """The first ``config.init_batches`` batches (default: ``default``)."""
         return itertools.islice(self.batches, self.config.init_batches or default)
 
     def peeked(self) -> tuple[list[int], Request]:
-        """The tokens of the first row of the batches, empty without one, and the request with all batches."""
+        """(tokens of the batches' first row, or empty; the request with all batches)."""
         batches = iter(self.batches)
         first = list(itertools.islice(batches, 1))
         row = np.array(first[0].tokens)[0].tolist() if first else []

@@ -1,7 +1,7 @@
 """Fused array functions for the low-rank path, each with a reference in MLX's own operations.
 
-A function here takes arrays and knows no layer. One that has a Metal kernel (its source is in ``metal/`` under the same
-name) runs it where ``registry.enabled`` says so, and its reference everywhere else.
+These functions take arrays and know nothing about layers. One that has a Metal kernel (its source is in ``metal/``
+under the same name) runs it if ``registry.enabled`` is true, else its reference.
 """
 
 from .dora_norm import dora_norm

@@ -1,4 +1,4 @@
-"""``chunked_sum`` and ``chunked_losses``: losses of many tokens without ever holding all their logits.
+"""``chunked_sum`` and ``chunked_losses``: losses of many tokens without holding all logits in memory.
 
 MLX's own operations only.
 """
@@ -76,7 +76,7 @@ def chunked_losses(
 def _forward(losses: Losses, names: tuple[str, ...], rows: int, gradients: bool) -> Callable:
     def piece(values, hidden, targets, mask):
         found = losses(dict(zip(names, values, strict=True)), hidden, targets)
-        # `where`, not a product: whatever a masked token holds, inf included, must not reach the sum.
+        # `where`, not a product: a masked token's value, which may be inf, must not reach the sum.
         return mx.where(mask != 0, found if mask.dtype == mx.bool_ else mask * found, 0).sum()
 
     def forward(hidden, targets, mask, *values):
@@ -119,5 +119,5 @@ def _no_second(primals, cotangents, _):
     )
 
 
-# Gradients computed together with the loss. Without this their own gradient would silently be zero.
+# The gradients are computed with the loss. Without this error, their own gradient would silently be zero.
 _once = with_backward(lambda *gradients: gradients, _no_second)

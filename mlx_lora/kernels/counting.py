@@ -17,7 +17,8 @@ _FREE = """AsStrided Broadcast BroadcastAxes Copy CustomTransforms Depends Expan
 def launches(f: Callable, *args: mx.array) -> Counter[str]:
     """How often ``f(*args)`` launches each primitive, by MLX's name for it. Nothing is evaluated.
 
-    Our own kernels are ``CustomKernel``; with ``MLX_LORA_KERNELS=on`` they are counted on a machine without Metal too.
+    mlx-lora's kernels are ``CustomKernel``; with ``MLX_LORA_KERNELS=on`` they are counted on a machine without Metal
+    too.
     """
     found: Counter[str] = Counter()
 

@@ -4,7 +4,7 @@
 because CUDA's own ``__device__`` is a macro that contains the word ``device``. A kernel follows these rules:
 
 - ``threadgroup`` variables and program-scope ``constant`` tables begin a line. Other address spaces stand before the
-  type of a pointer. Any that is left over does not compile.
+  type of a pointer. Any that remains does not compile.
 - Every input has at least one dimension: Metal would pass a scalar by reference and CUDA by pointer, without a shape.
 - A threadgroup is a whole number of simdgroups: CUDA runs every block in full, while Metal cuts the ones at the edge.
 """

@@ -22,7 +22,7 @@ def dora_norm(base: Stored, a: mx.array | None = None, b: mx.array | None = None
     Args:
         base: W [N, K]. a: [K, r]; b: [r, N].
 
-    Returns: [N] float32, without a gradient: the backward pass takes the norm for a constant (section 4.3).
+    Returns: [N] float32, without a gradient: the backward pass treats the norm as a constant (section 4.3).
     """
     if a is not None:
         a, b = mx.stop_gradient(a), mx.stop_gradient(b)

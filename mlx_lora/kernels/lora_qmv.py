@@ -101,7 +101,7 @@ def qmv_launch(
     """The launch for inputs of these names and sizes.
 
     Args:
-        make: ``maker()``, so that an emulator gets launches of its own. sizes: (rows of x, in, rank, out).
+        make: ``maker()``, so that an emulator gets its own launches. sizes: (rows of x, in, rank, out).
         splits: of ``lora_shrink``.
     """
     N = sizes[3]

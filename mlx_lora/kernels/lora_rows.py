@@ -26,7 +26,7 @@ def lora_rows(
     order = mx.argsort(index)
     chosen = index[order]
     safe = mx.maximum(chosen, 0)
-    wide = mx.float32 if is_cpu() else x.dtype  # on a CPU gather_mm takes nothing else
+    wide = mx.float32 if is_cpu() else x.dtype  # on a CPU, gather_mm supports only this
     u = mx.gather_mm(x[order][:, None].astype(wide), a.astype(wide), rhs_indices=safe, sorted_indices=True)[:, 0]
     counts = (mx.arange(a.shape[-1]) < ranks[safe][:, None]) & (chosen >= 0)[:, None]
     u = mx.where(counts, scale[safe][:, None] * u, 0).astype(wide)

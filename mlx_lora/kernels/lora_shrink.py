@@ -75,7 +75,7 @@ def tiles(M: int) -> tuple[int, int]:
 
 
 def splits(K: int) -> int:
-    """Into how many parts K is split, so that a few columns keep enough threads busy."""
+    """The number of parts of K, chosen so that a few columns keep enough threads busy."""
     return max(1, min(8, K // 1024))
 
 

@@ -1,4 +1,4 @@
-"""Cheap functions of which the backward pass keeps only the inputs and computes the rest again (arXiv:1604.06174)."""
+"""Cheap functions that keep only their inputs, so the backward pass computes the rest again (arXiv:1604.06174)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def recomputed(f: Callable[..., mx.array], inputs: list[mx.array], a: mx.array |
         return (y,) if a is None else (y, y @ a)
 
     Args:
-        f: elementwise or nearly so, and the same whenever it is called; the backward pass calls it once more.
-            What it uses beside ``inputs`` is a constant.
+        f: elementwise or nearly so, and deterministic; the backward pass calls it once more. Other values that it uses
+            are constants.
         inputs: arrays of any shapes that f takes; y: [..., K].
         a: [K, r].
     """

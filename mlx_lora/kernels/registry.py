@@ -3,9 +3,9 @@
 A file ``metal/NAME.metal`` opens with ``//`` comments, followed by ``//@include OTHER``, ``//@header`` (functions) and
 ``//@body`` (the kernel; MLX writes its signature). ``MLX_LORA_KERNELS`` decides whether kernels are used:
 
-- ``auto``: where MLX computes on Metal. Building a token's graph takes no longer with the kernels than with plain
-  operations (``mlx-lora bench kernels``, host us), and it holds fewer launches.
-  On CUDA, the kernels in ``TAKEN_ON_CUDA``.
+- ``auto``: if MLX computes on Metal. Building a token's graph takes no longer with the kernels than with plain
+  operations (``mlx-lora bench kernels``, host us), and it holds fewer launches. On CUDA, the kernels in
+  ``TAKEN_ON_CUDA``.
 - ``off``: never.
 - ``on``: all of them on CUDA too, where the same source, rewritten by ``cuda.py``, has not run on a GPU yet; and, on a
   machine with neither, while a graph is traced to count its launches.
@@ -31,13 +31,13 @@ from . import cuda
 
 _HERE = Path(__file__).resolve()
 _differentiable = True
-# Inside the wheel metal/ lies in the package, in a checkout beside it.
+# metal/ is inside the package in a wheel, and next to the package in a checkout.
 _FOLDERS = (_HERE.parents[1] / "metal", _HERE.parents[2] / "metal")
 
 
 # Kernels that ``auto`` takes on CUDA: name -> the report in scripts/benchmarks/reports/ in which all kernel tests pass
-# on a GPU and the kernel is at least as fast as plain operations at all sizes. A test reads that report. None so far:
-# nobody has run ``scripts/check_gpu`` on CUDA.
+# on a GPU and the kernel is at least as fast as plain operations at all sizes. A test reads that report. Empty so far,
+# because nobody has run ``scripts/check_gpu`` on CUDA.
 TAKEN_ON_CUDA: dict[str, str] = {}
 
 
@@ -88,13 +88,13 @@ def with_backward(forward: Callable, backward: Callable) -> Callable:
     return operation
 
 
-# While a plan traces a step: called as tracer(forward, backward, arrays) in place of an operation with its own vjp.
+# While a plan traces a step: called as tracer(forward, backward, arrays) instead of an operation with a custom vjp.
 _tracer: ContextVar[Callable | None] = ContextVar("tracer", default=None)
 
 
 @contextlib.contextmanager
 def traced_by(tracer: Callable) -> Iterator[None]:
-    """A context in which ``tracer`` replaces operations with a vjp of their own, which MLX cannot export."""
+    """A context in which ``tracer`` replaces operations with custom vjps, which MLX cannot export."""
     token = _tracer.set(tracer)
     try:
         yield
@@ -112,7 +112,7 @@ def _as_list(arrays: Any) -> list[mx.array]:
 
 
 def checkpointed(function: Callable) -> Callable:
-    """`mx.checkpoint`: the backward pass computes ``function`` again, for which only its arguments are kept."""
+    """`mx.checkpoint`: the backward pass computes ``function`` again from its arguments, which are all that is kept."""
 
     def operation(*args: Any, **kwargs: Any) -> Any:
         tracer = _tracer.get()
@@ -180,7 +180,7 @@ def _on_cuda() -> bool:
 
 
 class Launch:
-    """A kernel ready to run: everything is fixed but the input arrays and the output's shape.
+    """A kernel ready to run: everything is fixed except the input arrays and the output's shape.
 
     Args:
         name: of ``metal/name.metal``.
@@ -212,7 +212,7 @@ class Launch:
     def __call__(self, inputs: list[mx.array], shape: tuple[int, ...]) -> mx.array:
         """Run it on Metal or CUDA. ``shape``: of the output.
 
-        Raises: ConfigError: MLX has neither here, or computes on the CPU.
+        Raises: ConfigError: MLX has neither on this machine, or computes on the CPU.
         """
         try:
             return self._run(inputs=inputs, output_shapes=(shape,))[0]
@@ -230,7 +230,7 @@ _CUDA_TYPES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfl
 @functools.cache
 def _kernel(name, inputs, output, defines, constants, make):
     header, body = source(name)
-    # Constants stand in the text: MLX's own `template` argument costs 2 microseconds a call.
+    # Constants are written into the source: MLX's own `template` argument costs 2 microseconds a call.
     types = _CUDA_TYPES if _on_cuda() else _METAL_TYPES
     lines = [
         f"using {n} = {types[v]};" if isinstance(v, mx.Dtype) else f"constexpr int {n} = {v};" for n, v in constants

@@ -1,4 +1,4 @@
-"""How a base layer stores its weight, as a value: all that the kernels know of a layer."""
+"""How a base layer stores its weight, as a value: everything that the kernels know about a layer."""
 
 from __future__ import annotations
 

@@ -46,10 +46,11 @@ def make_layers(
 
     Args:
         ranks: of each layer.
-        dtype: of the adapter's arrays where a base's storage does not tell one.
+        dtype: of the adapter's arrays if a base's storage does not determine one.
         shared: VeRA's projections, float32.
-        difference: layers of ``DIFFERENCES``, whose initial pair is still to be set.
-        key: of every layer's random start, for callers who replace it; MLX's global random state by default.
+        difference: make layers of ``DIFFERENCES``, whose initial pair is set later.
+        key: random key for all layers' initial values, if the caller replaces them; by default MLX's global state is
+            used.
 
     Raises: AdapterError: naming every module that the method, or a setting, cannot adapt.
     """

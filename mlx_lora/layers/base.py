@@ -1,7 +1,7 @@
-"""What every adapter method shares: the frozen base layer, the multiplier and the dropout.
+"""Shared by all adapter methods: the frozen base layer, the multiplier and the dropout.
 
-A method lives in a file of its own and adds three things: its parameters, ``__call__`` and ``merged_weight``. What can
-be asked of the base layer itself is in ``base/modules.py``.
+Each method has its own file, which adds its parameters, ``__call__`` and ``merged_weight``. Functions about the base
+layer itself are in ``base/modules.py``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def merged_bias(self) -> mx.array | None:
-        """The bias with the update added, [out] or [experts, out]; None where there is no bias."""
+        """The bias with the update added, [out] or [experts, out]; None if there is no bias."""
         return self.base.get("bias")
 
     def adapter_weights(self) -> dict[str, mx.array]:
@@ -63,7 +63,7 @@ class AdapterLayer(nn.Module):
 
 
 def check_rank(base: nn.Module, rank: int) -> None:
-    """Refuse a new low-rank update with a rank above its layer's. (An adapter made elsewhere may have one.)
+    """Refuse a new low-rank update with a rank above its layer's. (Adapters from other tools may have such a rank.)
 
     Raises: AdapterError.
     """

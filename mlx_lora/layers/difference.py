@@ -1,14 +1,13 @@
 """LoRA with a non-zero initial update over an unchanged base: PiSSA, OLoRA and LoRA-GA.
 
-These initialisations start from a pair A0, B0 that is not zero, and their papers subtract it from the base,
-W - scale B0 A0, so that the model computes at first what it did before. A changed base would have to travel with the
-adapter, or the adapter means nothing. Here W stays as it is, dense or quantized, and the frozen pair is subtracted in
-the forward pass:
+These initialisations start from a pair A0, B0 that is not zero, and their papers subtract it from the base, W - scale
+B0 A0, so that the model first computes the same as before. A changed base would have to be distributed with the
+adapter. Here W is unchanged, dense or quantized, and the frozen pair is subtracted in the forward pass:
 
     y = W x + b + scale (x A) B - scale (x A0) B0
 
 The gradients are the same. The layer is saved as one plain LoRA adapter of rank 2 r, [A A0] and [B; -B0], over the
-unchanged base: every format holds it and every loader computes it.
+unchanged base, which every format can store and every loader can compute.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class _Difference:
     def start_from(self, a: mx.array, b: mx.array, frozen: tuple[mx.array, mx.array] | None = None) -> None:
         """Start from a pair in the shapes of ``lora_a`` and ``lora_b``, and subtract ``frozen``, or the pair itself.
 
-        Rounded to the layer's dtype first: what is subtracted must be what is added.
+        The pair is first rounded to the layer's dtype, so that the subtracted and the added pair are equal.
         """
         dtype = self.lora_a.dtype
         self.lora_a, self.lora_b = a.astype(dtype), b.astype(dtype)
@@ -60,7 +59,7 @@ class DifferenceLinear(_Difference, LoRALinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: [..., in] -> [..., out]."""
-        # Dropout applies to the update alone: the frozen pair stands for a part of W.
+        # Dropout applies only to the update: the frozen pair stands for a part of W.
         return mx.addmm(super().__call__(x), x @ self.frozen_a, self.frozen_b, alpha=-self.scale)
 
     def merged_weight(self, weight: mx.array) -> mx.array:
@@ -74,7 +73,7 @@ class DifferenceSwitchLinear(_Difference, LoRASwitchLinear):
     rank_axis = (1, 2)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or as mlx-lm gathers them, with sorted indices."""
+        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or mlx-lm's sorted form."""
         gather = {"rhs_indices": indices, "sorted_indices": sorted_indices}
         u = mx.gather_mm(x, self.frozen_a.swapaxes(-1, -2), **gather)
         frozen = mx.gather_mm(u, self.frozen_b.swapaxes(-1, -2), **gather)

@@ -2,7 +2,7 @@
 
 W' = m * (W + scale * BA) / ||W + scale * BA||, the norm taken over each output row and held constant in the backward
 pass (section 4.3 of the paper). Its square is ||W||^2 + 2 scale <W, BA> + scale^2 ||BA||^2, so that W + scale * BA is
-never written out: <W, BA> takes one product of W with the r columns of A, through the quantized base where it is
+never written out: <W, BA> takes one product of W with the r columns of A, through the quantized weight if the base is
 quantized.
 """
 
@@ -17,7 +17,7 @@ from .lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 
 class _Magnitude:
-    """What is the same for every kind of base: ``m``, the norms and the factor m / norm."""
+    """Shared by all kinds of bases: ``m``, the norms and the factor m / norm."""
 
     method = "dora"
     leaves = LEAVES["dora"]
@@ -111,7 +111,7 @@ class DoRASwitchLinear(_Magnitude, LoRASwitchLinear):
         return y - mx.expand_dims(self.linear.bias[indices], -2) if "bias" in self.linear else y
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or as mlx-lm gathers them, with sorted indices."""
+        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or mlx-lm's sorted form."""
         gain = mx.expand_dims(self.gain()[indices], -2).astype(x.dtype)
         y, dropped = self._project(x, indices, sorted_indices), self.dropout(x)
         base = y if dropped is x else self._project(dropped, indices, sorted_indices)

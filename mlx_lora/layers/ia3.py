@@ -1,4 +1,4 @@
-"""(IA)^3: one trained vector per layer that scales what enters or leaves it (arXiv:2205.05638).
+"""(IA)^3: one trained vector per layer that scales its input or output (arXiv:2205.05638).
 
 Attention's layers scale their outputs, y = l * (W x + b), and the last layer of a feed-forward block its inputs,
 y = W (l * x) + b. There is no rank and no multiplier.

@@ -21,8 +21,8 @@ class LoRALinear(AdapterLayer):
     ``lora_a``: [in, r], U(-1/sqrt(in), 1/sqrt(in)); ``lora_b``: [r, out].
 
     Args:
-        dtype: of ``lora_a`` and ``lora_b`` where the base's storage does not tell one. The low-rank matrices compute in
-            the base's dtype, so that the forward pass needs no casts.
+        dtype: of ``lora_a`` and ``lora_b`` if the base's storage does not determine it. The low-rank matrices compute
+            in the base's dtype, so that the forward pass needs no casts.
         key: of the random start; MLX's global random state by default.
     """
 
@@ -55,7 +55,7 @@ class LoRALinear(AdapterLayer):
 
 
 class LoRAEmbedding(LoRALinear):
-    """y = W[x] + scale * A[x] B, and as a tied output head y = x W^T + scale * (x B^T) A^T, as in mlx-lm.
+    """y = W[x] + scale * A[x] B, and, as a tied output head, y = x W^T + scale * (x B^T) A^T, as in mlx-lm.
 
     ``lora_a``: [vocabulary, r]; ``lora_b``: [r, dim]. On a model with tied embeddings the update acts on both sides.
     """
@@ -109,7 +109,7 @@ class LoRASwitchLinear(AdapterLayer):
         return mx.gather_mm(u, self.lora_b.swapaxes(-1, -2), **gather)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or as mlx-lm gathers them, with sorted indices."""
+        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or mlx-lm's sorted form."""
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         return y + self.scale * self.low_rank(self.dropout(x), indices, sorted_indices)
 

@@ -18,9 +18,9 @@ class Rows:
         self.choose([-1])
 
     def choose(self, adapters: Sequence[int]) -> None:
-        """Set the adapter of each row, negative for none; a single one is for all rows."""
+        """Set the adapter of each row, negative for none; a single value applies to all rows."""
         self.index: mx.array = mx.array(adapters, mx.int32)  # [B], or [1] for all rows alike
-        self.only = adapters[0] if len(set(adapters)) == 1 else None  # where all rows have the same
+        self.only = adapters[0] if len(set(adapters)) == 1 else None  # the adapter, if all rows have the same
 
     def of(self, x: mx.array) -> mx.array:
         """The adapter of each row of ``x`` flattened to [rows, in]. x: [B, ..., in] -> int32 [rows].
@@ -36,7 +36,7 @@ class Rows:
 
 
 class MultiLoRALinear(nn.Module):
-    """y = W x + b + scale[i] * (x A[i]) B[i], i being the adapter of the row; no update where i is negative.
+    """y = W x + b + scale[i] * (x A[i]) B[i], where i is the row's adapter; no update if i is negative.
 
     Args:
         a: [adapters, in, R]. b: [adapters, R, out]. Both are zero beyond an adapter's own rank.
@@ -47,7 +47,7 @@ class MultiLoRALinear(nn.Module):
     def __init__(self, base: nn.Module, a: mx.array, b: mx.array, scale: mx.array, ranks: mx.array, rows: Rows):
         super().__init__()
         self.linear, self.lora_a, self.lora_b = base, a, b
-        # The underscore keeps them out of the parameters: scales stay float32 whatever dtype the model is set to.
+        # The underscore keeps them out of the parameters: scales stay float32 when the model's dtype is set.
         self._scale, self._ranks, self._rows = scale, ranks, rows
         # Views of each adapter's own part, outside the module's parameters and submodules.
         pairs = zip(ranks.tolist(), scale.tolist(), strict=True)

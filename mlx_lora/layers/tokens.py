@@ -21,7 +21,7 @@ class TokenRows(nn.Module):
     Args:
         base: the embedding or the head, frozen here.
         ids: the tokens, all different.
-        dtype: of the rows where the base's storage does not tell.
+        dtype: of the rows if the base's storage does not determine it.
     """
 
     def __init__(self, base: nn.Module, ids: tuple[int, ...], dtype: mx.Dtype = mx.float32):
@@ -36,7 +36,7 @@ class TokenRows(nn.Module):
         base.freeze()
         self.embedding = base
         self.ids = tuple(ids)
-        # Position of a token among the rows, -1 where it has none. An underscore keeps it out of the parameters.
+        # Position of a token among the rows, -1 if it has none. An underscore keeps it out of the parameters.
         self._position = mx.full((vocabulary,), -1, mx.int32).at[mx.array(ids)].add(mx.arange(1, len(ids) + 1))
         mx.eval(self._position)
         self.trainable_tokens = dense_weight(base)[mx.array(ids)].astype(base_dtype(base) or dtype)
@@ -46,7 +46,7 @@ class TokenRows(nn.Module):
         return self.embedding
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x: [...] tokens -> [..., dim]; of a head, [..., dim] -> logits [..., vocabulary]."""
+        """x: [...] tokens -> [..., dim]; for a head, [..., dim] -> logits [..., vocabulary]."""
         if self._is_head:
             return self._replace_logits(self.embedding(x), x)
         y, position = self.embedding(x), self._position[x]
@@ -62,7 +62,7 @@ class TokenRows(nn.Module):
         return mx.where(self._position >= 0, spread, logits)
 
     def merged_weight(self, weight: mx.array) -> mx.array:
-        """The base's float32 ``weight`` with the rows in it."""
+        """The base's float32 ``weight`` with the trained rows inserted."""
         weight = mx.array(weight)
         weight[mx.array(self.ids)] = self.trainable_tokens.astype(mx.float32)
         return weight
@@ -72,7 +72,7 @@ class TokenRows(nn.Module):
 
 
 class SplitEmbedding(nn.Module):
-    """An embedding that is tied to the output head, with a module of its own for each of its two uses.
+    """A tied embedding with a separate module for each of its two uses.
 
     ``embedding`` looks tokens up; ``lm_head`` is a linear layer that computes the logits. Both share the base's arrays
     until one of them is trained or gets an adapter: PEFT adapts and trains them separately, too.

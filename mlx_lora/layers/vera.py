@@ -24,14 +24,14 @@ class Projections(nn.Module):
         self.freeze()
 
     def unfreeze(self, *args, **kwargs):
-        return self  # frozen for good, as the weights of MLX's quantized layers are
+        return self  # always frozen, like the weights of MLX's quantized layers
 
 
 class _VeRA(AdapterLayer):
-    """What linear and switch layers have in common: the projections and the trained vectors.
+    """Shared by linear and switch layers: the projections and the trained vectors.
 
     Args:
-        shared: the model's projections; drawn for this layer alone by default.
+        shared: the model's projections; by default drawn for this layer alone.
         d_initial: the initial value of ``vera_lambda_d``.
     """
 
@@ -76,7 +76,7 @@ class VeRASwitchLinear(_VeRA):
     """Vectors for each expert over one pair: ``vera_lambda_d`` [experts, r], ``vera_lambda_b`` [experts, out]."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or as mlx-lm gathers them, with sorted indices."""
+        """x: [..., 1, in], indices: [..., k] -> [..., k, 1, out]; or mlx-lm's sorted form."""
         a, b = self.projections()
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         d, scale = (mx.expand_dims(v[indices], -2) for v in (self.vera_lambda_d, self.vera_lambda_b))

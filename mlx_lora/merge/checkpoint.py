@@ -1,4 +1,4 @@
-"""Merging updates of modules that only the checkpoint has, because mlx-lm splits or joins their weights.
+"""Merge updates of modules that exist only in the checkpoint, because mlx-lm splits or joins their weights.
 
 DeepSeek's ``kv_b_proj``, for instance, becomes ``embed_q`` and ``unembed_out``. Such an update cannot be mounted, but
 its weight can be merged under the name that the checkpoint and PEFT give it.
@@ -20,7 +20,7 @@ from .fuse import FusedLayer, fuse_layer
 
 
 def split_adapter(adapter: Adapter, paths: list[str]) -> tuple[Adapter, Adapter]:
-    """(``adapter`` without the modules ``paths``, these modules alone)."""
+    """(``adapter`` without the modules ``paths``, an adapter of only these modules)."""
     inside = {name: name.rpartition(".")[0] in paths for name in adapter.weights}
     rest = {name: array for name, array in adapter.weights.items() if not inside[name]}
     own = {name: array for name, array in adapter.weights.items() if inside[name] or name in SHARED}
@@ -40,7 +40,7 @@ def merge_into_checkpoint(adapter: Adapter, base: BaseModel) -> tuple[dict[str, 
         if (bias := base.tensor(base.weight_name(path).removesuffix("weight") + "bias")) is not None:
             linear.bias = bias
         if weight.ndim != 2 or not mx.issubdtype(weight.dtype, mx.floating):
-            faults.append(f"{path}: the checkpoint's weight is no matrix of floats")
+            faults.append(f"{path}: the checkpoint's weight is not a float matrix")
     if adapter.config.method == "vera" and SHARED[0] not in adapter.weights:
         faults.append(f"{', '.join(adapter.modules)}: VeRA without its stored projections")
     raise_faults(faults, "Merge this adapter in PEFT.", AdapterError)

@@ -10,8 +10,8 @@
     <any of the last four>_svd   on the products B_i A_i instead of A and B, then as svd
 
 Random drops use torch's generator: seeded with ``seed``, PEFT would draw the same masks, module by module, for every A
-and then for every B. (PEFT itself draws from the global generator, after drawing an initialisation that it discards.)
-Works on arrays only; the result's scale is 1.
+and then for every B. (PEFT itself uses the global generator, after drawing an initialisation that it discards.) Works
+on arrays only; the result's scale is 1.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def check_settings(
 
 
 def _check_rank(adapters: Sequence[Adapter], method: str, rank: int | None) -> None:
-    """Refuse a rank that adds nothing: the sum of updates has at most the sum of their ranks. Raises: ConfigError."""
+    """Refuse a rank above the sum of the updates' ranks, which would add nothing. Raises: ConfigError."""
     paths = dict.fromkeys(path for adapter in adapters for path in adapter.modules)
     have = {path: [a for a in adapters if f"{path}.lora_a" in a.weights] for path in paths}
     most = max(sum(a.rank_of(path) for a in some) for path, some in have.items())
@@ -285,7 +285,7 @@ def _check_rank(adapters: Sequence[Adapter], method: str, rank: int | None) -> N
 
 
 def _sides(adapters: Sequence[Adapter]) -> set[str]:
-    """``embedding_side`` of the adapters that it matters to: those of an embedding or an output head."""
+    """``embedding_side`` of the adapters that have an embedding or an output head."""
     heads = [a for a in adapters if any(p.endswith(HEAD) or is_embedding(p, a) for p in a.modules)]
     return {adapter.config.embedding_side for adapter in heads}
 
@@ -302,5 +302,5 @@ def _check_adapters(adapters: Sequence[Adapter]) -> None:
         elif not adapter.modules:
             faults.append(f"adapter {i} contains no low-rank update")
     if len(_sides(adapters)) > 1:
-        faults.append("the adapters differ in embedding_side, which says what the update of a tied embedding acts on")
+        faults.append("the adapters differ in embedding_side, the side on which a tied embedding's update acts")
     raise_faults(faults, "Merge plain LoRA adapters of one base.")

@@ -60,8 +60,8 @@ def export_merged(
         target: a folder, or a file that ends in ``.gguf``.
         dtype: ``float32``, ``float16``, ``bfloat16`` or, for GGUF, ``q8_0`` for all weights; by default as in the base.
         overwrite: replace an existing folder or file.
-        notes: filled with what llama.cpp does differently with the GGUF file.
-        modelfile: write Ollama's ``Modelfile`` beside the GGUF file.
+        notes: a list that receives what llama.cpp computes differently.
+        modelfile: write Ollama's ``Modelfile`` next to the GGUF file.
 
     Returns: a report for each merged layer; see ``fuse``.
 
@@ -189,7 +189,7 @@ def _changed(model: nn.Module, facts: BaseModel, adapter: Adapter, names: set[st
 
 
 def _packed_experts(path: str, modules: dict[str, nn.Module], facts: BaseModel) -> dict[str, mx.array]:
-    """gpt-oss's experts as transformers stores them: [experts, in, out], with the columns of gate and up in turn."""
+    """gpt-oss's experts as transformers stores them: [experts, in, out], with alternating columns of gate and up."""
     if not facts.experts_in_out:
         return {}
     block, _, leaf = path.rpartition(".")
@@ -213,7 +213,7 @@ def _from_model(model: nn.Module, facts: BaseModel) -> Iterator[tuple[str, mx.ar
     """The weights of a model in MLX's layout, by transformers' names. Raises: ModelError."""
     if not facts.same_names and (facts.model_type not in _STACKED or "text_config" in facts.config):
         raise ModelError(
-            f"{facts.name}: transformers' names for the weights of an MLX {facts.model_type} model are not known",
+            f"{facts.name}: transformers' weight names are unknown for MLX {facts.model_type} models",
             "Give the original transformers model with --model, or fuse the adapter for mlx-lm (mlx-lora fuse).",
         )
     for name, array in tree_flatten(model.parameters()):

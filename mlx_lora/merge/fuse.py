@@ -1,4 +1,4 @@
-"""Merging an adapter into the weights, and measuring how much of the update is left after rounding.
+"""Merging an adapter into the weights, and measuring how much of the update survives rounding.
 
 Storing a merged weight rounds it. 4-bit steps are larger than most updates, so requantizing to 4 bits returns the base
 model without the adapter. The loss is measured for every layer in float32: with the update D = W' - W and the stored
@@ -66,13 +66,13 @@ def fuse(
     Args:
         bits: bits of the adapted layers of a quantized base. By default a layer is stored at 8 bits if its update
             survives that, otherwise as floats. Fewer than 8 bits lose the adapter and need ``force``.
-        dtype: of layers stored as floats; the model's own by default.
-        dequantize: store all quantized layers of the model as floats, also those without an adapter.
+        dtype: dtype of layers stored as floats; the model's own by default.
+        dequantize: store all quantized layers of the model as floats, including layers without an adapter.
         force: allow ``bits`` below 8.
 
-    Returns: a report for each adapted layer; ``survives`` says whether the stored weight contains its update.
+    Returns: a report for each adapted layer; ``survives`` is True if the stored weight contains its update.
 
-    Raises: ConfigError: the arguments contradict each other or the model.
+    Raises: ConfigError: the arguments contradict each other or do not suit the model.
     """
     checked(model)
     check_options(bits, dtype, dequantize, force)
@@ -128,9 +128,9 @@ def check_options(bits: int | None, dtype: str | None, dequantize: bool, force: 
 
 
 def check_biases(model: nn.Module) -> None:
-    """Refuse an adapter with biases (``lora_bias``) where the model's layers have none: no model folder can hold them.
+    """Refuse an adapter with biases (``lora_bias``) if the model's layers have none: a model folder cannot hold them.
 
-    ``fuse`` merges them in memory all the same. Raises: AdapterError.
+    ``fuse`` still merges them in memory. Raises: AdapterError.
     """
     refuse_biases(_new_biases(model))
 
@@ -204,9 +204,9 @@ def _quantized_module(
 
 
 def _untie(model: nn.Module) -> None:
-    """Join a split embedding again or, where it and the head are trained apart, give the model a head of its own.
+    """Join a split embedding again or, if it and the head were trained separately, give the model its own head.
 
-    Raises: ConfigError: the model's class has no head of its own.
+    Raises: ConfigError: the model's class cannot have its own head.
     """
     split = split_of(model)
     if split is None:
@@ -217,6 +217,6 @@ def _untie(model: nn.Module) -> None:
         raise ConfigError(
             f"{path}, {HEAD}: the adapter changes the embedding and the output head differently, and "
             f"{type(model).__module__.rpartition('.')[2]} models have one matrix for both in mlx-lm",
-            "Keep the adapter separate: generate, chat and serve take it as it is.",
+            "Keep the adapter separate: generate, chat and serve use it unmerged.",
         )
     join_head(model)

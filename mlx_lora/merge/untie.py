@@ -1,7 +1,7 @@
-"""Giving a model whose output head is tied to the embedding a head of its own, where its class can have one.
+"""Give a model with a tied output head its own head, if its class can have one.
 
-mlx-lm's classes read ``tie_word_embeddings`` from their arguments or keep it as an attribute; some (Gemma, GPT-2) have
-no head of their own at all. Whether the class uses the new head is tried, not looked up.
+mlx-lm's classes read ``tie_word_embeddings`` from their arguments or keep it as an attribute; some (Gemma, GPT-2)
+never have a separate head. Whether the class uses the new head is found by running the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..model.state import HEAD
 
 
 def untie(model: nn.Module, head: nn.Module) -> bool:
-    """Make ``head`` the output head of ``model``. False, and nothing is changed, where the model does not use it."""
+    """Make ``head`` the output head of ``model``. Returns False, and changes nothing, if the model does not use it."""
     owner = model
     while isinstance(owner.get("language_model"), nn.Module):
         owner = owner["language_model"]
@@ -28,8 +28,8 @@ def untie(model: nn.Module, head: nn.Module) -> bool:
     for holder in flags:
         setattr(holder, FLAG, False)
     owner[HEAD] = probe = _Probe(head)
-    with contextlib.suppress(Exception):  # of a model that wants further inputs
-        model(mx.zeros((1, 1), mx.int32))  # nothing of it is computed
+    with contextlib.suppress(Exception):  # an error of a model that needs further inputs
+        model(mx.zeros((1, 1), mx.int32))  # the result is never evaluated
     if not probe.called:
         del owner[HEAD]
         for holder in flags:

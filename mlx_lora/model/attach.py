@@ -59,8 +59,8 @@ from .state import (
 )
 from .targets import check_patterns, check_side, names_head, select, select_named
 
-# For rows of tokens on a tied embedding whose head is trained by itself: before training, and of a trained adapter.
-_TRAIN_ONE = "Leave out trainable_token_indices, or what is trained of the head or the embedding."
+# Hints for token rows of a tied embedding whose head is trained separately: before training, and for trained adapters.
+_TRAIN_ONE = "Leave out trainable_token_indices, or do not train the head or the embedding."
 _BOTH_TRAINED = "Use this adapter in PEFT, and do not merge it there: PEFT's merge of such an adapter is wrong."
 
 
@@ -74,11 +74,11 @@ def attach(
 
     The model computes the same as before until the adapters are trained (except with ``init`` "loftq"). Modules to
     save, biases and rows of embeddings that ``config`` names become trainable, too. With ``method="full"`` no layers
-    are added: the parameters of the selected layers become trainable. ``unmount`` undoes all of it. Draws from
-    ``mx.random``: seed it for reproducible runs.
+    are added: the parameters of the selected layers become trainable. ``unmount`` undoes all of this. Random numbers
+    come from ``mx.random``: seed it for reproducible runs.
 
     Args:
-        config: or a dict of its fields.
+        config: the settings, or a dict of them.
         batches: training data for ``init`` "eva" and "lora_ga": objects with ``tokens`` [B, T] and ``mask`` [B, T-1],
             such as ``mlx_lora.data.train_batches`` yields.
         reference: the model before quantization, for ``init`` "loftq".
@@ -114,7 +114,7 @@ def _attach_layers(
         raise AdapterError(f"{', '.join(both)}: both adapted and trained in full", "Choose one of the two.")
     raise_faults(
         [
-            f"{p}: is no embedding or head, so it has no rows of tokens"
+            f"{p}: is not an embedding or head, so it has no token rows"
             for p in tokens
             if not has_token_rows(p, bare[p])
         ],
@@ -150,9 +150,9 @@ def _attach_layers(
 
 
 def extract(model: nn.Module) -> Adapter:
-    """The adapter on ``model`` as a value. Its arrays are shared with the model, not copied.
+    """Return the adapter on ``model`` as a value. Its arrays are shared with the model, not copied.
 
-    On a model without an adapter that is partly trainable, the trainable parameters are the adapter (method "full").
+    If the model has no adapter but some trainable parameters, these are the adapter (method "full").
     Raises: AdapterError: the model has no adapter.
     """
     checked(model)
@@ -195,12 +195,12 @@ def extract(model: nn.Module) -> Adapter:
 
 
 def mount(model: nn.Module, adapter: Adapter | str | Path, *, difference: bool = False) -> None:
-    """Put ``adapter`` on ``model`` in place of the one that is there. The base is frozen and otherwise unchanged.
+    """Put ``adapter`` on ``model``, replacing any present adapter. The base is frozen and otherwise unchanged.
 
-    Warns where the adapter was trained on a base with other weights.
+    Warns if the adapter was trained on a base with other weights.
 
     Args:
-        adapter: or the path of one, which is read.
+        adapter: the adapter, or a path to read it from.
         difference: the adapter was extracted from a run with ``init`` "pissa", "olora" or "lora_ga". The second half of
             its rank is the subtracted initial pair, which stays frozen. Only needed to continue such a run.
 
@@ -216,7 +216,7 @@ def mount(model: nn.Module, adapter: Adapter | str | Path, *, difference: bool =
     adapter.check()
     state = State(adapter.config, frozen_parameters(model))
     with _replacing(model, state) as previous:
-        if previous is not None:  # base layers keep their class, and with it their dequantized weights
+        if previous is not None:  # base layers keep their class and thus their dequantized weights
             state.frozen = previous.frozen
             state.accelerated = [module for module in previous.accelerated if kind(module)]
             undo([module for module in previous.accelerated if not kind(module)])
@@ -243,7 +243,7 @@ def _layers_of(model: nn.Module, adapter: Adapter, state: State, difference: boo
                 tuple(adapter.weights[name] for name in SHARED) if stored else _projections(config, bases)
             )
         ranks = {path: adapter.rank_of(path) // (2 if difference else 1) for path in bases}
-        # A key of its own, so that the initial values, which are replaced, are not drawn from mx.random's state.
+        # A separate key, so that the initial values, which are replaced, do not advance mx.random's state.
         key = mx.random.key(0)
         layers = make_layers(bases, config, ranks, dtype, shared=state.projections, difference=difference, key=key)
         for path, layer in layers.items():
@@ -263,7 +263,7 @@ def _layers_of(model: nn.Module, adapter: Adapter, state: State, difference: boo
 
 
 def unmount(model: nn.Module) -> None:
-    """Undo ``attach`` or ``mount``: adapters, trained parameters, frozen parameters and classes are as before.
+    """Undo ``attach`` or ``mount``: restore adapters, trained parameters, frozen parameters and classes.
 
     Does nothing on a model without an adapter.
     """
@@ -288,14 +288,14 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     removed, dtype = take_off(model), model_dtype(model)
     accelerated = removed.state.accelerated if removed.state is not None else []
     outside = {id(inner) for wrapper in removed.modules.values() for inner in wrapper.modules()}
-    # Classes for modules with adapters (MLPs, attention), which have none now; base layers keep theirs.
+    # Remove the classes for modules with adapters (MLPs, attention); base layers keep theirs.
     classes = [(m, type(m)) for m in accelerated if not kind(m) and id(m) not in outside]
     undo([module for module, _ in classes])
     try:
         yield
     finally:
         unmount(model)
-        if (now := model_dtype(model)) != dtype:  # model.set_dtype does not reach what is taken off
+        if (now := model_dtype(model)) != dtype:  # model.set_dtype does not reach the removed arrays
             _cast(removed, now)
         put_back(model, removed)
         for module, changed in classes:
@@ -330,7 +330,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 @contextmanager
 def _replacing(model: nn.Module, state: State) -> Iterator[State | None]:
-    """A context in which ``state`` replaces the present state, which it yields. An error restores the model."""
+    """A context in which ``state`` replaces the current state, which it yields. An error restores the model."""
     bare_modules(model)  # raises for MultiLoRA
     frozen, classes = frozen_parameters(model), [(module, type(module)) for module in model.modules()]
     removed = take_off(model)
@@ -367,13 +367,13 @@ def _place(
 
 
 def _set_sides(model: nn.Module, state: State, trained: set[str], tokens: set[str], hint: str) -> None:
-    """Split an embedding tied to the head where the two are not trained alike, and refuse settings that disagree.
+    """Split a tied embedding if head and embedding are trained differently; refuse contradicting settings.
 
-    ``embedding_side`` of ``state`` becomes "input" where the head has an adapter or weights of its own.
+    ``embedding_side`` of ``state`` becomes "input" if the head has its own adapter or weights.
 
     Args:
         trained: paths of the modules that are adapted or saved. tokens: paths of the embeddings with trained rows.
-        hint: what to do where the head is trained and has trained rows as well.
+        hint: for the error if the head is trained and also has trained rows.
     """
     bare = bare_modules(model)
     if split_of(model) is None:
@@ -384,10 +384,10 @@ def _set_sides(model: nn.Module, state: State, trained: set[str], tokens: set[st
             return
     path = split_of(model)[0]
     if path in tokens and HEAD not in tokens:
-        message = f"{path}: trained rows of tokens act on the tied output head, too, which here is trained by itself"
+        message = f"{path}: trained token rows also act on the tied output head, which is trained separately here"
         raise AdapterError(message, hint)
     if HEAD in trained and path in trained and state.config.embedding_side == "both":
-        message = f"{HEAD} and {path} are one matrix, and embedding_side both trains the two alike"
+        message = f"{HEAD} and {path} are one matrix, and embedding_side both trains them together"
         raise AdapterError(message, f"Set embedding_side to input to train them separately, or leave {HEAD} out.")
     state.config = replace(state.config, embedding_side="input")
 

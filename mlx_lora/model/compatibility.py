@@ -1,6 +1,6 @@
-"""Whether an adapter can be mounted on a model: every incompatibility, one sentence each, and what to do about it.
+"""Check whether an adapter can be mounted on a model: one sentence per incompatibility, and a hint.
 
-Changes nothing. ``bare`` maps paths to the model's modules as they are without adapters.
+Changes nothing. ``bare`` maps paths to the model's modules without adapters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .state import HEAD, bare_modules
 
 
 def incompatibilities(model: nn.Module, adapter: Adapter) -> tuple[list[str], str]:
-    """(everything in ``adapter``, which must be valid itself, that ``model`` cannot take; what to do about it)."""
+    """(incompatibilities of ``adapter``, which must be valid itself, with ``model``; a hint)."""
     bare = bare_modules(model)
     layers = [] if adapter.config.method == "full" else _in_layers(bare, adapter)
     faults = [*layers, *_in_tokens(bare, adapter), *_in_full_parameters(bare, adapter)]
@@ -47,7 +47,7 @@ def incompatibilities(model: nn.Module, adapter: Adapter) -> tuple[list[str], st
 
 
 def _why(base: Base | None, adapter: Adapter) -> str:
-    """What to do about an adapter that is not for this model, by what is known of the two."""
+    """The hint for an adapter that is not for this model, from what is known about both."""
     trained, task = adapter.base, adapter.metadata.get("peft", {}).get("fields", {}).get("task_type")
     if task not in (None, "CAUSAL_LM"):
         return f"The adapter's task_type is {task}: only adapters of language models (CAUSAL_LM) can be used here."
@@ -63,12 +63,12 @@ def _why(base: Base | None, adapter: Adapter) -> str:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two names of models, folders or repositories, are alike: equal, or of the same last part."""
+    """Whether two names of models (folders or repositories) are equal or have the same last part."""
     return one == other or Path(one).name.lower() == Path(other).name.lower()
 
 
 def only_in_checkpoint(bare: dict[str, nn.Module], adapter: Adapter, base: BaseModel) -> list[str]:
-    """Modules of the adapter that the model lacks, but whose weight the model's checkpoint has."""
+    """Modules of the adapter that the model lacks although its checkpoint has their weight."""
     missing = [path for path in _paths(adapter) if path not in bare and path != HEAD and path not in adapter.tokens]
     return [path for path in missing if base.weight_name(path) is not None]
 
@@ -87,7 +87,7 @@ def _layer_exists(path: str, bare: dict[str, nn.Module], base: BaseModel) -> boo
 
 
 def warn_of_another_base(adapter: Adapter, here: Fingerprint | None, base: Base | None) -> None:
-    """Warn where ``adapter`` was trained on another base than the model with the fingerprint ``here``."""
+    """Warn if ``adapter`` was trained on another base than the model with the fingerprint ``here``."""
     trained_on = Fingerprint.from_stored(adapter.metadata.get(FINGERPRINT))
     if trained_on is None or here is None or trained_on.matches(here):
         return
@@ -100,7 +100,7 @@ def warn_of_another_base(adapter: Adapter, here: Fingerprint | None, base: Base 
 
 
 def own_parameters(module: nn.Module) -> list[str]:
-    """Names of the module's own parameters; for a quantized module those of its dense equivalent."""
+    """Names of the module's own parameters; for a quantized module, the names in its dense equivalent."""
     if is_quantized(module):
         return ["weight", "bias"] if "bias" in module else ["weight"]
     return [name for name, value in module.items() if isinstance(value, mx.array) and not name.startswith("_")]

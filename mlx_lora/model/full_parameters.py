@@ -1,4 +1,4 @@
-"""Full parameters that are trained: modules_to_save and biases besides an adapter, whole layers with "full".
+"""Training full parameters: modules_to_save and biases together with an adapter, or layers with "full".
 
 A quantized module whose weight is trained is replaced by a dense one; ``State`` keeps the original.
 """
@@ -70,9 +70,9 @@ def train_full_parameters(
 
 
 def remember_original(state: State, module: nn.Module, leaf: str) -> None:
-    """Store a parameter in ``state``; the module gets another object with the same data.
+    """Store a parameter in ``state``, and give the module another array object with the same data.
 
-    An operation in place on the trained parameter then does not reach the original.
+    In-place operations on the trained parameter then do not change the original.
     """
     original = module[leaf]
     state.original_arrays.append((module, leaf, original))

@@ -32,14 +32,14 @@ def load(
     Args:
         path_or_repo: a local folder, or a repository on the Hugging Face Hub.
         adapter_path: an adapter's folder or file.
-        dtype: ``auto``: as stored, but float32 on a CPU, where MLX's half-precision and quantized products are about a
-            hundred times slower (quantized weights keep their values). ``stored``: as in the files on every device.
-            Otherwise ``float32``, ``float16`` or ``bfloat16``.
+        dtype: ``auto``: as stored, but float32 on a CPU, because MLX's half-precision and quantized products are about
+            a hundred times slower there (quantized weights keep their values). ``stored``: as in the files, on every
+            device. Otherwise ``float32``, ``float16`` or ``bfloat16``.
         revision: of the repository.
         trust_remote_code: allow the model folder's Python files to run.
         lazy: read weights from disk only when they are used.
-        checkpoint: where ``adapter_path`` is the folder of a run: ``last``, ``best`` or an iteration; by default the
-            best where there is one.
+        checkpoint: if ``adapter_path`` is the folder of a run: ``last``, ``best`` or an iteration. The default is the
+            best one, if any.
 
     Returns:
         The model, in evaluation mode, and the tokenizer.

@@ -1,4 +1,4 @@
-"""Several LoRA adapters on one model, one per row of a batch. The base is in memory once for all of them."""
+"""Several LoRA adapters on one model, one per row of a batch. All share the base in memory."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class MultiLoRA:
         return any(module_at(self._model, path) is layer for path, layer in self._layers.items())
 
     def mount(self) -> None:
-        """Put the adapters on the model again after ``unmount``. Does nothing if they are on it.
+        """Put the adapters back on the model after ``unmount``. Does nothing if they are already on it.
 
         Raises: AdapterError: another adapter is on the model.
         """

@@ -18,19 +18,19 @@ from ..layers import AdapterLayer, MultiLoRALinear, SplitEmbedding, TokenRows
 
 _STATE, _CHANGED, _BIASES = "_mlx_lora_state", "_mlx_lora_changed", "_mlx_lora_biases"
 _WRAPPERS = (AdapterLayer, TokenRows)
-HEAD = "lm_head"  # the path of an output head that is tied to the embedding, while the embedding is split
+HEAD = "lm_head"  # the path of a tied output head while the embedding is split
 
 
 @dataclass(eq=False)
 class State:
-    """What is on a model besides its adapter layers, and the values from before. Two states are never equal."""
+    """Everything on a model besides its adapter layers, and the original values. Two states are never equal."""
 
     config: AdapterConfig
     frozen: Frozen  # the frozen parameters of each module before
     projections: tuple[mx.array, mx.array] | None = None  # VeRA's, as drawn or loaded, float32
     full_parameters: list[tuple[str, str]] = field(default_factory=list)  # (module path, name) of trained parameters
     original_arrays: list[tuple[nn.Module, str, mx.array]] = field(default_factory=list)  # their values before
-    original_modules: dict[str, nn.Module] = field(default_factory=dict)  # modules that others replace, by path
+    original_modules: dict[str, nn.Module] = field(default_factory=dict)  # original modules that were replaced, by path
     accelerated: list[nn.Module] = field(default_factory=list)  # modules whose class fast.accelerate changed
     fingerprint: Fingerprint | None = None  # of the base
 
@@ -62,7 +62,7 @@ def discard_state(model: nn.Module) -> State | None:
 
 
 def mark_changed(model: nn.Module, biases: list[str] | None = None) -> None:
-    """Record that the weights of the model are no longer those it was loaded with.
+    """Record that the model's weights have changed since it was loaded.
 
     Args:
         biases: paths of layers that got a bias, which the model's class does not have.
@@ -81,13 +81,13 @@ def refuse_biases(paths: Iterable[str], error: type[MLXLoRAError] = AdapterError
     if paths := sorted(paths):
         named = f"{', '.join(paths[:3])}{', ...' * (len(paths) > 3)}"
         raise error(
-            f"{named}: the adapter has biases (lora_bias) where this model has none, and no model folder can hold them",
-            "Keep the adapter separate: generate, chat and serve take it as it is.",
+            f"{named}: the adapter has biases (lora_bias) for layers without a bias, which a model folder cannot hold",
+            "Keep the adapter separate: generate, chat and serve use it unmerged.",
         )
 
 
 def identity(model: nn.Module) -> tuple:
-    """What the model computes with now: differs after every ``attach``, ``mount``, ``unmount`` and ``fuse``."""
+    """Identifies the model's current weights; changes with every ``attach``, ``mount``, ``unmount`` and ``fuse``."""
     return state_of(model), model.__dict__.get(_CHANGED)
 
 
@@ -139,13 +139,13 @@ def place(model: nn.Module, modules: dict[str, nn.Module]) -> None:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path of ``named_modules``, without a walk through the model; None where there is none."""
+    """The module at a path of ``named_modules``, without walking through the model; None if there is none."""
     try:
         found = model
         for name in path.split("."):
             found = found[int(name)] if isinstance(found, list) else found[name]
         return found
-    except (KeyError, IndexError, ValueError, TypeError):  # also where an embedding is split
+    except (KeyError, IndexError, ValueError, TypeError):  # also for a split embedding
         return next((module for name, module in named_modules(model) if name == path), None)
 
 
@@ -155,14 +155,14 @@ def _update(model: nn.Module, modules: dict[str, nn.Module]) -> None:
 
 
 def split_of(model: nn.Module) -> tuple[str, SplitEmbedding] | None:
-    """The path and module of the embedding that ``split_head`` split; None where there is none."""
+    """The path and module of the embedding that ``split_head`` split; None if there is none."""
     return next(((p, m) for p, m in model.named_modules() if isinstance(m, SplitEmbedding)), None)
 
 
 def split_head(model: nn.Module) -> bool:
     """Split the embedding that is tied to the output head, so that the head is a module at ``lm_head``.
 
-    The model computes the same as before. Returns False, and changes nothing, where the head is not tied.
+    The model computes the same as before. Returns False, and changes nothing, if the head is not tied.
     """
     if split_of(model) is not None:
         return True
@@ -174,13 +174,13 @@ def split_head(model: nn.Module) -> bool:
 
 
 def join_head(model: nn.Module) -> None:
-    """Undo ``split_head``: the embedding, with what is on it, takes the place of both parts."""
+    """Undo ``split_head``: the embedding, with its adapter, replaces both parts."""
     if (split := split_of(model)) is not None:
         _update(model, {split[0]: split[1].embedding})
 
 
 def tied_embedding(model: nn.Module) -> str | None:
-    """The path of the embedding that also computes the model's logits; None where the head has its own weight."""
+    """The path of the embedding that also computes the model's logits; None if the head has its own weight."""
     for path, module in bare_modules(model).items():
         if kind(module) == "embedding" and _is_called(model, module):
             return path
@@ -198,7 +198,7 @@ def _is_called(model: nn.Module, embedding: nn.Module) -> bool:
     embedding.__dict__["as_linear"] = as_linear
     try:
         model(mx.zeros((1, 1), mx.int32))
-    except Exception:  # a model that wants further inputs
+    except Exception:  # the model needs further inputs
         return bool(called)
     finally:
         del embedding.__dict__["as_linear"]
@@ -206,7 +206,7 @@ def _is_called(model: nn.Module, embedding: nn.Module) -> bool:
 
 
 def set_mode(layer: nn.Module, training: bool) -> None:
-    """Put a new layer into training or evaluation mode, but not the base layer in it, which has its own."""
+    """Put a new layer into training or evaluation mode, but not its base layer, which has its own mode."""
     inside = {id(module) for module in layer.base.modules()}
     for module in layer.modules():
         if id(module) not in inside:
@@ -216,7 +216,7 @@ def set_mode(layer: nn.Module, training: bool) -> None:
 def take_off(model: nn.Module) -> Removed:
     """Remove everything that ``attach`` or ``mount`` put on the model, which then computes as its base.
 
-    Which parameters are frozen and the classes that fast.accelerate changed stay as they are.
+    Frozen parameters stay frozen, and the classes that fast.accelerate changed stay.
     """
     layers, state = wrappers(model), discard_state(model)
     base = {path: layer.base for path, layer in layers.items()}
@@ -227,7 +227,7 @@ def take_off(model: nn.Module) -> Removed:
         return Removed(None, layers, [], model.training, split)
     present = dict(named_modules(model))
     for path, original in state.original_modules.items():
-        # The trained replacement may have been cast by set_dtype since; the original was not in the model then.
+        # set_dtype may have cast the trained replacement, but not the original, which was not in the model.
         dtype, before = base.get(path, present[path]).weight.dtype, base_dtype(original)
         if before is not None and before != dtype:
             original.set_dtype(dtype)

@@ -1,4 +1,4 @@
-"""Which modules of a model are adapted. Reads the model, changes nothing."""
+"""Choose the modules of a model to adapt. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALL_LINEAR = "all-linear"
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that can be adapted, by path, in the model's order. Adapters already on the model do not matter."""
+    """Every module that can be adapted, by path, in the model's order. Existing adapters on the model are ignored."""
     return {path: module for path, module in bare_modules(model).items() if kind(module)}
 
 
@@ -84,7 +84,7 @@ def select(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
 
 
 def names_head(config: AdapterConfig) -> bool:
-    """Whether ``config`` may mean the output head: only then does a head that is tied become a module."""
+    """Whether ``config`` may name the output head: only then does a tied head become a module."""
     return any(
         HEAD in name
         for name in (*(config.keys or ()), *(config.modules_to_save or ()), *config.trainable_token_indices)
@@ -94,7 +94,7 @@ def names_head(config: AdapterConfig) -> bool:
 def check_patterns(config: AdapterConfig, chosen: dict[str, nn.Module]) -> None:
     """Refuse settings that act on none of the modules ``chosen``: patterns, and the side of an embedding.
 
-    Raises: AdapterError: naming each, with the modules that a pattern may have meant.
+    Raises: AdapterError that names each, with the modules that a pattern may have meant.
     """
     faults, decided = [], {}
     for name in ("rank_pattern", "scale_pattern", "alpha_pattern"):
@@ -116,7 +116,7 @@ def check_patterns(config: AdapterConfig, chosen: dict[str, nn.Module]) -> None:
 
 
 def check_side(config: AdapterConfig, embeddings: list[str]) -> None:
-    """Refuse ``embedding_side`` where none of a model's ``embeddings`` is trained. Raises: AdapterError."""
+    """Refuse ``embedding_side`` if none of a model's ``embeddings`` is trained. Raises: AdapterError."""
     if config.embedding_side != "both" and not embeddings:
         raise AdapterError(
             f"embedding_side {config.embedding_side!r} has no effect: no embedding or head is trained",
@@ -125,7 +125,7 @@ def check_side(config: AdapterConfig, embeddings: list[str]) -> None:
 
 
 def _near(name: str, modules: dict[str, nn.Module]) -> str | None:
-    """The module's name or its last part that is spelled most like ``name``."""
+    """The module name, or last part of one, whose spelling is closest to ``name``."""
     names = _names(modules)
     found = difflib.get_close_matches(name, [*names, *(n.rpartition(".")[2] for n in names)], n=1)
     return found[0] if found else None
@@ -160,7 +160,7 @@ _EXPERT_PARAMETERS = {
 
 
 def _parameters(name: str, modules: dict[str, nn.Module]) -> set[str]:
-    """Paths of the modules with the parameter that PEFT's ``target_parameters`` calls ``name``.
+    """Paths of the modules with the parameter called ``name`` in PEFT's ``target_parameters``.
 
     Such as ``mlp.experts.gate_up_proj``, a router's ``mlp.gate.weight``, or any ``<module>.weight``.
     """

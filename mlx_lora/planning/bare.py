@@ -1,4 +1,4 @@
-"""A base model as it will be loaded, with its adapter, whose arrays are never computed: only their shapes are used."""
+"""A base model with its adapter whose arrays are never computed: only their shapes are used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bare_model(base: BaseModel, quantize: bool, full_precision: bool) -> nn.Modu
 
     Args:
         quantize: to 4 bits, if it is not quantized already.
-        full_precision: floats in float32, as on a CPU, instead of as stored.
+        full_precision: floats in float32, as on a CPU, instead of the stored dtype.
     """
     model, config = base._build(), base.config
     if not full_precision:
@@ -60,7 +60,7 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any] | str | None:
         return _METHODS[method]
     if method in ("awq", "gptq"):
         return {"group_size": given.get("group_size", 128), "bits": given.get("bits", 4)}
-    raise ModelError(f"weights quantized by {method} are not known to the plan", "Use a model of mlx-community.")
+    raise ModelError(f"a plan does not support weights quantized by {method}", "Use a model of mlx-community.")
 
 
 def stored_dtype(base: BaseModel) -> str:
@@ -73,13 +73,13 @@ def stored_dtype(base: BaseModel) -> str:
 
 
 def _scaled(base: BaseModel) -> set[str]:
-    """The modules with scales in the checkpoint's headers; empty where there are no headers."""
+    """The modules with scales in the checkpoint's headers; empty if there are no headers."""
     return {name.removesuffix(".scales") for name in base.dtypes if name.endswith(".scales")}
 
 
 def _quantize(model: nn.Module, quantization: dict[str, Any], scaled: set[str]) -> None:
     arguments = {name: quantization[name] for name in ("group_size", "bits", "mode") if name in quantization}
-    known = {path for path, _ in model.named_modules()} & scaled  # names that ``sanitize`` changes are not known
+    known = {path for path, _ in model.named_modules()} & scaled  # names that ``sanitize`` changes are unknown
 
     def chosen(path: str, module: nn.Module) -> Any:
         if not hasattr(module, "to_quantized") or module.weight.shape[-1] % arguments["group_size"]:
@@ -108,9 +108,9 @@ def _to_nf4(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def flops_per_token(model: nn.Module, config: dict[str, Any]) -> float:
-    """Floating-point operations of a token's forward pass: two for each weight of a matrix that it is multiplied with.
+    """Floating-point operations of a token's forward pass: two for each matrix weight that it is multiplied by.
 
-    Attention's own products are left out. Of the experts, only those count that a token is sent to.
+    Attention's own products are left out. Only the experts that a token is sent to count.
     """
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
@@ -122,7 +122,7 @@ def flops_per_token(model: nn.Module, config: dict[str, Any]) -> float:
         which = kind(module)
         size = dims(module)[0] * dims(module)[1] if which else 0
         if which == "embedding":
-            head = max(head, size)  # a tied head; where it is not tied, the linear counts
+            head = max(head, size)  # a tied head; otherwise the linear layer counts
         elif which == "switch":
             total += size * chosen
         elif which == "linear":
@@ -132,7 +132,7 @@ def flops_per_token(model: nn.Module, config: dict[str, Any]) -> float:
 
 
 def base_named(name: str | Path) -> BaseModel:
-    """The model in a local folder or in the Hub's cache; of another repository only its config and headers are read."""
+    """The model in a local folder or in the Hub's cache; for other repositories, only config and headers are read."""
     from ..base.loading import resolve
 
     if not is_repository(name):
@@ -145,14 +145,14 @@ def base_named(name: str | Path) -> BaseModel:
 
 
 def is_repository(name: str | Path) -> bool:
-    """Whether ``name`` is no local path and can be a repository's."""
+    """Whether ``name`` is not a local path and can be a repository's name."""
     text = str(name)
     named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None
     return named and not Path(text).expanduser().exists()
 
 
 def folder_of(base: BaseModel) -> Path:
-    """The local folder with the tokenizer of ``base``; of a repository only the small files are downloaded."""
+    """The local folder with the tokenizer of ``base``; for a repository, only the small files are downloaded."""
     if base.folder is not None:
         return base.folder
     from huggingface_hub import snapshot_download

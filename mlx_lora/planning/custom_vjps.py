@@ -1,8 +1,8 @@
-"""Traces functions in which operations have a vjp of their own, which `mx.export_function` refuses.
+"""Traces functions whose operations have custom vjps, which `mx.export_function` refuses.
 
 Such an operation ``y = f(x)`` is traced as ``stop_gradient(f(x)) + link``, where the link leads from x to y through a
-maximum with a constant of its own, a tag. MLX differentiates the link. In the exported graph the tags show where the
-cotangent of y arrives and where that of x is expected; the operation's own vjp, traced alone, is put in between.
+maximum with a unique constant, the tag. MLX differentiates the link. In the exported graph the tags show where the
+cotangent of y arrives and where the cotangent of x is expected; the custom vjp, traced separately, is put in between.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _FIRST_TAG = 7_654_321  # exact in float32, and in no model
 
 @dataclass
 class _Call:
-    """One call of an operation with its own vjp, in the function that is traced."""
+    """One call of an operation with a custom vjp, in the traced function."""
 
     backward: Callable
     arguments: list[mx.array]
     outputs: list[mx.array]  # of f
     results: list[mx.array]  # y
-    single: bool  # f returns an array, not several
+    single: bool  # f returns one array, not several
     argument_tags: list[int | None]  # None for integers
     result_tags: list[int]
     names: list[str] = field(default_factory=list)  # of arguments, outputs and results in the graph
 
 
 def trace_with_vjps(function: Callable[..., list[mx.array]], inputs: list[mx.array], complete: bool = True) -> Graph:
-    """The simplified graph of ``function(*inputs)``; without the vjps of its operations unless ``complete``."""
+    """The simplified graph of ``function(*inputs)``; includes custom vjps if ``complete``."""
     tags = itertools.count(_FIRST_TAG)
     graph = _trace(function, inputs, tags, itertools.count(), complete)
     simplify(graph)
@@ -83,7 +83,7 @@ def _exportable_products() -> Iterator[None]:
     def _sorted_backward(primals: tuple, cotangent: mx.array, _: Any) -> tuple:  # as in mlx/primitives.cpp
         a, b, indices = primals
         of_a = own(cotangent, b.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=True)
-        # Not the values, but the inputs and the shape of the segmented product: its rows are multiplied once.
+        # Only the inputs and the shape of the segmented product matter, not its values: its rows are multiplied once.
         first = mx.zeros(b.shape[:-2], mx.uint32)
         left, right = cotangent.flatten(0, -2).swapaxes(0, 1)[None], a.flatten(0, -2)[None]
         of_b = own(left, right, lhs_indices=first, rhs_indices=first).swapaxes(-1, -2)
@@ -143,7 +143,7 @@ class _Splicing:
         self.graph.index()
 
     def _replace_forward(self, calls: list[_Call]) -> None:
-        """One operation for each call that passes its outputs on, as MLX has it, in place of the links."""
+        """Replace the links by one operation per call that passes on its outputs, as in MLX."""
         made = {name for call in calls for name in _split(call)[2]}
         self.graph.operations = [op for op in self.graph.operations if made.isdisjoint(op.outputs)]
         for call in calls:
@@ -152,7 +152,7 @@ class _Splicing:
             self.graph.operations.append(Operation("CustomTransforms", inputs, results, [next(self._numbers)]))
 
     def _mask(self, tag: int | None) -> Operation | None:
-        """The product with the mask that belongs to the maximum with a tag, where there is a gradient through it."""
+        """The product with the mask of the maximum with a tag, if a gradient passes through it."""
         name = self._tag_names.get(tag)
         above = next((op for op in self._readers.get(name, ()) if op.name == "Greater"), None)
         if above is None:

@@ -1,4 +1,4 @@
-"""The memory of a training step of a base model that is not loaded: from its config and its files' headers."""
+"""Estimate the memory of a training step without loading the base model: its config and file headers suffice."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .step import Parts, Traced
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step takes, in bytes, and the sizes of the model."""
+    """The memory of a step in bytes, and the sizes of the model."""
 
     parts: Parts
     trainable: int  # parameters
@@ -57,13 +57,13 @@ class Frozen:
 
 
 class Estimator:
-    """Traces steps of variants of a run, in a thread of its own, where random states and tracers stay.
+    """Traces steps of variants of a run, in its own thread, so that random states and tracers stay there.
 
     A context manager. Called with the same settings again, it returns the same estimate; variants with the same adapter
     share a model.
 
     Args:
-        processes: of a distributed run, which divide a batch among themselves.
+        processes: number in a distributed run; a batch is divided among them.
     """
 
     def __init__(self, base: BaseModel, optimizer: OptimizerConfig, processes: int = 1):
@@ -86,9 +86,9 @@ class Estimator:
         """Trace the step of ``variant`` on its widest batch.
 
         Args:
-            gpu: as on a GPU, in the dtype of the checkpoint; else as on a CPU, in float32.
+            gpu: whether to estimate for a GPU, in the checkpoint's dtype; else for a CPU, in float32.
 
-        Raises: MLXLoRAError for settings that the model does not have; ModelError where the step cannot be traced.
+        Raises: MLXLoRAError for settings that the model does not have; ModelError if the step cannot be traced.
         """
         key = repr((replace(variant, flags=()), gpu))
         if key not in self._known:
@@ -128,7 +128,7 @@ class Estimator:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without Python's search for unreachable cycles, which takes 40 % of the time of a trace."""
+    """Turn off Python's cyclic garbage collection, which takes 40 % of a trace's time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -139,7 +139,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def estimate(base: BaseModel, optimizer: OptimizerConfig, variant: Variant, gpu: bool, processes: int = 1) -> Estimate:
-    """What an ``Estimator`` returns for a single variant."""
+    """The estimate of an ``Estimator`` for a single variant."""
     with Estimator(base, optimizer, processes) as one:
         return one(variant, gpu)
 
@@ -149,7 +149,7 @@ _UNTRACEABLE = (ValueError, RuntimeError, TypeError, AttributeError, KeyError, I
 
 @dataclass(frozen=True)
 class _Adapted:
-    """A bare model with its adapter, and what does not depend on the batch."""
+    """A bare model with its adapter, and values that do not depend on the batch."""
 
     model: nn.Module
     runs: list[tuple[int, int, int]]  # of equal layers, see ``repeats``
@@ -177,22 +177,23 @@ class _Adapted:
         return cls(model, repeats(model), flops, trainable, parameters, layers, quantized, copies)
 
 
-_WHOLE = 8  # equal layers: as many are traced
+_WHOLE = 8  # equal layers: how many are traced
 
 
 def _extrapolated(traced: Traced, batch: tuple[mx.array, ...], runs: list[tuple[int, int, int]]) -> Parts:
-    """The parts of all layers, from traces of few: in every run of equal layers they grow by the same with each.
+    """The parts of all layers, from traces of few: in a run of equal layers, each layer adds the same.
 
-    Frozen layers that no gradient passes grow by their weights alone, which needs no trace.
+    Frozen layers without gradients add only their weights, which needs no trace.
 
-    With checkpointing, MLX computes some layers again before they are needed, and the work of two or three layers is
-    in memory at once. So few layers grow faster than many: from 2 and 3 layers, Qwen3-8B at 2048 tokens is planned 51 %
-    above the trace of all 36; from 2 and 8, 7 % above. Without it, a layer's arrays are freed some layers later, as the
-    device is behind: from 2 and 3 layers a mixture is planned 20 % too low, from 2 and 6 within 1 %.
+    With checkpointing, MLX computes some layers again before they are needed, and the work of two or three layers is in
+    memory at once. So memory grows faster between few layers than between many: from 2 and 3 layers, the plan of
+    Qwen3-8B at 2048 tokens is 51 % above the trace of all 36; from 2 and 8, 7 % above. Without checkpointing, a layer's
+    arrays are freed some layers later, because the device lags behind: from 2 and 3 layers the plan of a mixture is
+    20 % too low, from 2 and 6 within 1 %.
     """
     added = 6 if traced.config.grad_checkpoint else 4
     runs = [run for run in runs if run[2] > _WHOLE or frozen_bytes(traced.model, run) is not None]
-    frozen = [frozen_bytes(traced.model, run) for run in runs]  # of a period; None where layers must be traced
+    frozen = [frozen_bytes(traced.model, run) for run in runs]  # of a period; None if layers must be traced
 
     def few(counts: list[int]) -> Parts:
         with shortened(traced.model, runs, counts):
@@ -219,7 +220,7 @@ def _frozen(model: nn.Module, base: BaseModel, gpu: bool) -> Frozen:
 
 
 def _batch(variant: Variant, processes: int) -> tuple[mx.array, ...]:
-    """Arrays of the shapes of the loss's batches, in the order of their fields."""
+    """Arrays with the shapes of the loss's batches, in the order of their fields."""
     rows, length = max(1, variant.train.batch_size // processes), max(2, variant.length)
     kind = preference_of(variant.train.loss).rows
     rows *= 2 if kind == PAIRS else 1

@@ -1,8 +1,8 @@
-"""The operations of a training step, as MLX would evaluate them: traced, fused and put in order, without computing any.
+"""The operations of a training step in MLX's order of evaluation: traced, fused and sorted, but never computed.
 
 `mx.export_function` calls back for each primitive of a traced function, with the shapes and dtypes of its inputs and
-outputs. MLX then fuses elementwise operations (mlx/compile.cpp) and evaluates the rest in an order of its own
-(mlx/transforms.cpp). Both are done here in the same way; `memory.py` adds up the bytes.
+outputs. MLX then fuses elementwise operations (mlx/compile.cpp) and evaluates the rest in its own order
+(mlx/transforms.cpp). This module does both in the same way; `memory.py` adds up the bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-# mlx/compile.cpp: what is fused, and how much at most.
+# mlx/compile.cpp: the operations that are fused, and the limits.
 _UNARY = (
     "Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh AsType Ceil Cos Cosh Conjugate Remainder Erf ErfInv Exp Expm1 "
     "Floor Log Log2 Log10 Log1p LogicalNot Negative Round Sigmoid Sign Sin Sinh Square Sqrt Rsqrt Tan Tanh Real Imag "
@@ -46,7 +46,7 @@ class Graph:
 
     inputs: list[str]
     outputs: list[str]
-    operations: list[Operation]  # in an order in which they can be computed
+    operations: list[Operation]  # in a valid order of computation
     shapes: dict[str, tuple[int, ...]]
     itemsizes: dict[str, int]
     constants: dict[str, mx.array] = field(default_factory=dict)
@@ -83,7 +83,7 @@ def trace(function: Callable[..., list[mx.array]], inputs: list[mx.array]) -> Gr
 
 
 def simplify(graph: Graph) -> None:
-    """Compute equal operations once, leave out what no output needs, and order the rest from the outputs."""
+    """Merge equal operations, drop unused ones, and order the rest starting from the outputs."""
     graph.index()
     same: dict[str, str] = {}
     seen: dict[tuple, Operation] = {}
@@ -132,7 +132,7 @@ def fuse(graph: Graph) -> None:
             read += [name for name in one.inputs if place.get(name) not in inside]
             if i == last or one.outputs[0] in results:
                 made.append(one.outputs[0])
-        # A broadcast that others read, too, is computed for them as well.
+        # A broadcast that other operations read is also computed for them.
         shared = {i for i in group if any(r not in inside for r in readers[graph.operations[i].outputs[0]])}
         gone |= inside - shared
         fused = Operation("Compiled", list(dict.fromkeys(read)), made)

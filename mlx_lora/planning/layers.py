@@ -1,4 +1,4 @@
-"""Leaves equal layers out of a model, so that a trace of few layers tells the memory of many."""
+"""Leaves equal layers out of a model, so that the memory of many layers follows from a trace of few."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mlx.utils import tree_flatten
 
 from ..base.modules import layer_paths
 
-_FEW = 8  # layers: as many are traced as they are
+_FEW = 8  # layers: up to this many, all are traced
 _LONGEST_PERIOD = 8
 
 
 def repeats(model: nn.Module) -> list[tuple[int, int, int]]:
-    """(first layer, layers in a period, periods) of the runs in which a pattern of layers repeats.
+    """(first layer, layers per period, periods) of each run of layers in which a pattern repeats.
 
-    Layers are equal if their parameters have the same shapes and dtypes, the same of them are trained, and their other
+    Layers are equal if their parameters have the same shapes and dtypes, the same parameters are trained, and all other
     attributes are equal.
     """
     layers = _layers(model)
@@ -46,7 +46,7 @@ def repeats(model: nn.Module) -> list[tuple[int, int, int]]:
 
 @contextmanager
 def shortened(model: nn.Module, runs: list[tuple[int, int, int]], counts: list[int]) -> Iterator[None]:
-    """A context in which each of ``runs`` has only so many periods."""
+    """A context in which each of ``runs`` has only the given number of periods."""
     if not runs:
         yield
         return

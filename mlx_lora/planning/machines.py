@@ -1,4 +1,4 @@
-"""Macs by their memory: what of it MLX can use, and the settings with which a run fits."""
+"""Macs by memory: how much MLX can use, and the settings with which a run fits."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 
 from ..config import LABELS, AdapterConfig, TrainConfig, preference_of
 
-MARGIN = 0.15  # of a predicted peak: how far the measured one was from it at most, in tests/planning
+MARGIN = 0.15  # the largest deviation of a measured from a predicted peak in tests/planning, as a share
 _SHORTEST = 256  # tokens to which rows are cut
 MACS = (8, 16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a run fits a Mac, and if not, the options with which it does. Estimated: no Mac was asked."""
+    """Whether a run fits a Mac, and if not, the options with which it does. Estimated, not measured on a Mac."""
 
     machine: int  # GB of memory
     working_set: int  # bytes that the GPU may use
-    fits: bool  # as planned, with ``MARGIN`` to spare
-    peak: int  # bytes, with `flags`; of the smallest run tried if none fits
-    flags: tuple[str, ...] | None  # None: nothing that was tried makes it fit
+    fits: bool  # whether the planned run fits, with ``MARGIN`` to spare
+    peak: int  # bytes with `flags`, or of the smallest run tried if none fits
+    flags: tuple[str, ...] | None  # None if no tried options make it fit
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings of a run, as far as they decide on its memory."""
+    """The settings of a run that affect its memory."""
 
     adapter: AdapterConfig
     train: TrainConfig
     quantize: bool = False  # the base, to 4 bits
     length: int = 0  # tokens of the longest row
-    flags: tuple[str, ...] = ()  # in which it differs from what was asked for
+    flags: tuple[str, ...] = ()  # the options in which it differs from the requested run
 
 
 def working_set(gigabytes: int) -> int:
@@ -46,12 +46,12 @@ def working_set(gigabytes: int) -> int:
 
 
 def fits(peak: float, size: int) -> bool:
-    """Whether a run with this predicted peak fits into ``size`` bytes, however wrong the prediction is."""
+    """Whether a run with this predicted peak fits into ``size`` bytes with ``MARGIN`` to spare."""
     return peak * (1 + MARGIN) <= size
 
 
 def variants(asked: Variant, quantized: bool, layers: int, processes: int = 1) -> list[Variant]:
-    """``asked``, and then ever smaller runs, each with all the changes before: the least harmful change comes first.
+    """``asked``, then smaller and smaller runs. Each adds a change to the previous one, the least harmful first.
 
     Args:
         quantized: the base is. layers: of the model.
@@ -85,10 +85,10 @@ def variants(asked: Variant, quantized: bool, layers: int, processes: int = 1) -
 
 
 def verdicts(options: list[Variant], peak: Callable[[Variant], float]) -> list[Verdict]:
-    """One for each of ``MACS``. Each call of ``peak`` takes a second or so, so few of ``options`` are asked.
+    """A verdict for each of ``MACS``. Each call of ``peak`` takes about a second, so few of ``options`` are tried.
 
-    Options become ever smaller, so the first that fits is looked for from the one that fitted the next larger Mac on,
-    in steps that double. Where the last does not fit, none does, nor on any smaller Mac.
+    Options get smaller and smaller. So the search for the first that fits starts at the one that fits the next larger
+    Mac, in doubling steps. If the last does not fit, none does, on this and every smaller Mac.
     """
     found, first, last = [], 0, len(options)
     for gigabytes in reversed(MACS):

@@ -1,7 +1,7 @@
 """The peak of the memory that MLX allocates while it evaluates a graph.
 
 Views take no memory. An operation may write into an input that nothing else needs (donation). MLX prepares operations
-ahead of the device: what an operation reads is freed only when it has been computed, some operations later.
+ahead of the device: an operation's inputs are freed only after it was computed, some operations later.
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ _ALIGNED = 16
 
 @dataclass(frozen=True)
 class Queue:
-    """How far MLX prepares operations ahead of the device: ``groups`` of work, each of so many operations or bytes."""
+    """How far MLX prepares operations ahead of the device: ``groups`` of work, each limited in operations and bytes."""
 
     groups: int
     operations: int
     bytes: float = math.inf
 
 
-CPU = Queue(11, 10)  # mlx/backend/cpu/encoder.h; an operation counts twice, its kernel and the release of its buffers
+# mlx/backend/cpu/encoder.h; an operation counts twice: for its kernel and for releasing its buffers
+CPU = Queue(11, 10)
 GPU = Queue(11, 40, 50 * 2**20)  # mlx/backend/metal/device.cpp, command buffers
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak, and what it consists of, in bytes."""
+    """The peak and its parts, in bytes."""
 
     total: int
     moment: str  # the operation at the peak
-    live: dict[str, int]  # at the peak, what is allocated besides inputs: array -> bytes
+    live: dict[str, int]  # allocated at the peak besides inputs: {array: bytes}
 
 
 class _Arrays:
-    """The buffers and strides of arrays: which are views of which."""
+    """The buffers and strides of arrays, and which arrays are views."""
 
     def __init__(self, graph: Graph):
         self.graph, self.buffer, self.strides = graph, {}, {}
@@ -64,7 +65,7 @@ class _Arrays:
         return all(n == 1 or s == e for n, s, e in zip(shape, strides, _contiguous(shape), strict=True))
 
     def is_dense(self, name: str) -> bool:
-        """Whether the elements fill a buffer without gaps, in whatever order."""
+        """Whether the elements fill a buffer without gaps, in any order."""
         pairs = sorted((s, n) for n, s in zip(self.graph.shapes[name], self.strides[name], strict=True) if n > 1)
         expected = 1
         for stride, count in pairs:
@@ -74,7 +75,7 @@ class _Arrays:
         return True
 
     def view(self, op: Operation) -> bool:
-        """Make the outputs of ``op`` views of its input, if they are. False where it allocates."""
+        """Record the outputs of ``op`` as views of its input if they are views. False if it allocates."""
         if not op.inputs or op.inputs[0] not in self.strides:
             return False
         if op.name in ("CustomTransforms", "Depends"):  # each output is one of the inputs
@@ -100,7 +101,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _view_strides(op: Operation, strides: tuple, shape: tuple, new: tuple) -> tuple | None:
-    """The strides of a view of an array with ``strides`` and ``shape``; None where ``op`` makes no view."""
+    """The strides of a view of an array with ``strides`` and ``shape``; None if ``op`` makes no view."""
     name, arguments = op.name, op.arguments
     if name == "Transpose":
         return tuple(strides[axis] for axis in arguments[0])
@@ -117,7 +118,7 @@ def _view_strides(op: Operation, strides: tuple, shape: tuple, new: tuple) -> tu
 
 
 def _reshaped(strides: tuple, shape: tuple, new: tuple) -> tuple | None:
-    """The strides after a reshape without a copy; None where it needs one."""
+    """The strides after a reshape without a copy; None if it needs one."""
     old = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
     merged: list[list[int]] = []
     for n, s in old:
@@ -144,7 +145,7 @@ def peak_of(graph: Graph, freed: Iterable[str], resident: int, queue: Queue) -> 
     """The peak of evaluating a fused graph.
 
     Args:
-        freed: inputs that nothing else holds, so that they are freed after their last use. The others stay.
+        freed: inputs that nothing else holds; they are freed after their last use. Other inputs stay.
         resident: bytes allocated besides the inputs.
     """
     arrays, freed = _Arrays(graph), set(freed)
@@ -158,7 +159,7 @@ def peak_of(graph: Graph, freed: Iterable[str], resident: int, queue: Queue) -> 
     inputs = set(graph.inputs)
     stays = {*graph.outputs, *(inputs - freed), *graph.constants}
     sizes = {name: graph.bytes(name) for name in graph.inputs}
-    held = {name: 1 for name in graph.inputs if name not in freed}  # holders of a buffer: arrays, and work in flight
+    held = {name: 1 for name in graph.inputs if name not in freed}  # holders of a buffer: arrays and pending work
     for name in (*freed, *graph.constants):
         held[name] = 1
     left = dict(uses)

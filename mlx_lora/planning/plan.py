@@ -1,4 +1,4 @@
-"""``plan``: what a run will take, before a weight is loaded."""
+"""``plan``: estimates of a run, without loading weights."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from .step import Parts
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. Memory in bytes, of each process (each machine of a distributed run)."""
+    """Estimates of a run. Memory is in bytes per process (per machine of a distributed run)."""
 
     model: str
     parameters: int  # of the model with its adapter; a quantized weight counts as one
     trainable: int
     memory: Parts
-    limit: int  # what MLX can use on this machine
-    fits: bool  # on this machine, with ``machines.MARGIN`` to spare
-    epoch: Epoch | None  # None where the data are not known
+    limit: int  # bytes that MLX can use on this machine
+    fits: bool  # whether it fits on this machine, with ``machines.MARGIN`` to spare
+    epoch: Epoch | None  # None if the data are unknown
     length: int  # tokens of the widest batch
-    iters: int | None  # None with ``epochs`` where the data are not known
+    iters: int | None  # None with ``epochs`` if the data are unknown
     epochs: float | None
-    tokens_per_step: int | None  # of an optimizer step, of all processes, padding left out; a mean
+    tokens_per_step: int | None  # mean per optimizer step, over all processes, without padding
     processes: int
     layers: int
-    flops_per_step: float  # of a batch of mean length, without attention; of this process
-    seconds: float | None  # of the whole run; None where this machine has not been measured
+    flops_per_step: float  # of a batch of mean length in this process, without attention
+    seconds: float | None  # of the whole run; None if this machine has not been measured
     prefix: Prefix | None = None  # with ``cache_prefix``
     verdicts: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()
@@ -60,18 +60,18 @@ def plan(
     machines: bool = True,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Plan a run: memory, steps and time, and on which Macs it fits. No weight is loaded.
+    """Plan a run: memory, steps, time, and the Macs that it fits on. No weights are loaded.
 
-    The training step itself is traced, with the model's shapes from its config and its files' headers; so the memory is
-    that of the operations which the run will evaluate.
+    The training step itself is traced, with the model's shapes from its config and its files' headers; so the memory
+    follows from the operations that the run will evaluate.
 
     Args:
-        model: a folder or repository; a folder may hold no more than a ``config.json``.
-        data: a DataConfig or its ``data``; without one the rows are taken to have ``max_seq_length`` tokens.
-        max_seq_length: where there are no data; 2048 by default.
+        model: a folder or repository; a folder with a ``config.json`` is enough.
+        data: a DataConfig or its ``data``; without data, every row counts as ``max_seq_length`` tokens.
+        max_seq_length: used if there are no data; 2048 by default.
         adapter, optimizer, train: the settings of the run, or a dict of them.
-        processes: of a distributed run (``mlx.launch -n``), which divide ``batch_size`` among themselves.
-        machines: whether to say on which Macs the run fits, which takes a few seconds more.
+        processes: number in a distributed run (``mlx.launch -n``); ``batch_size`` is divided among them.
+        machines: whether to find the Macs that the run fits on, which takes a few seconds more.
 
     Raises: ModelError, DataError, ConfigError, AdapterError.
     """
@@ -90,13 +90,13 @@ def plan(
             f"Set batch_size to a multiple of the number of processes, such as {4 * processes}.",
         )
     if max_seq_length is not None:
-        DataConfig(max_seq_length=max_seq_length)  # raises as for the data of a run
+        DataConfig(max_seq_length=max_seq_length)  # raises the same errors as for the data of a run
     if train.cache_prefix != "none":
         check_settings(train.loss, processes)  # as train does
     base, sets, notes = base_named(model), None, []
     if data is None:
         length = DataConfig.max_seq_length if max_seq_length is None else max_seq_length
-        notes.append(f"No data: every row is taken to have {length} tokens (max_seq_length)")
+        notes.append(f"No data: every row counts as {length} tokens (max_seq_length)")
     if data is not None:
         sets = read_sets(folder_of(base), data, trust_remote_code, notes, train.loss)
     return plan_of(
@@ -126,10 +126,10 @@ def plan_of(
     machines: bool = False,
     notes: list[str] | None = None,
 ) -> Plan:
-    """The same with settings that are complete, and ``sets`` as the ``Splits`` of ``mlx_lora.data`` or None.
+    """As ``plan``, with complete settings, and with ``sets`` as the ``Splits`` of ``mlx_lora.data`` or None.
 
     Args:
-        max_seq_length: tokens of a row where there is no data set.
+        max_seq_length: tokens per row if there is no data set.
     """
     rows, notes = sets.train if sets is not None else None, list(notes or ())
     if rows is not None:
@@ -142,7 +142,7 @@ def plan_of(
         found = estimate(asked, here)
         prefix = None
         if rows is None and found.frozen:
-            notes.append("No data: what --cache-prefix keeps of the rows is not counted")
+            notes.append("No data: the states that --cache-prefix keeps are not counted")
         elif found.frozen:
             prefix = prefix_of(found.frozen, sets, train, exact=not here)
         if machines:
@@ -180,7 +180,7 @@ def plan_of(
 
 
 def step_flops(found: Estimate, train: TrainConfig, tokens: float, prefix: Prefix | None = None) -> float:
-    """Operations of a step on ``tokens``, padding included; a mean of all epochs."""
+    """Operations of a step on ``tokens``, padding included; the mean over all epochs."""
     method = "full" if found.trainable > 0.5 * found.parameters else "lora"
     others = preference_of(train.loss).rows == LABELS  # each prompt is also read with another answer, forward only
     saved = found.frozen.flops * tokens * prefix.reused if prefix else 0.0
@@ -188,7 +188,7 @@ def step_flops(found: Estimate, train: TrainConfig, tokens: float, prefix: Prefi
 
 
 def reference_flops(found: Estimate, train: TrainConfig, tokens: float) -> float:
-    """Operations of reading the ``tokens`` of all rows once, before training, for losses with a reference."""
+    """Operations to compute the reference before training: one pass over the ``tokens`` of all rows."""
     needs = preference_of(train.loss)
     return found.flops * tokens * needs.reference * (2 if needs.rows == LABELS else 1)
 
@@ -205,7 +205,7 @@ def _peak(estimate: Estimator, kept: Callable[[Frozen | None], Prefix | None], v
 def suggestion(
     base: BaseModel, adapter: AdapterConfig, optimizer: OptimizerConfig, train: TrainConfig, found: Plan
 ) -> tuple[str, ...]:
-    """The options with which the run of the plan ``found`` fits this machine; none where nothing helps."""
+    """The options with which the run of the plan ``found`` fits this machine; empty if nothing helps."""
     asked = Variant(adapter, train, length=found.length)
     with Estimator(base, optimizer, found.processes) as estimate:
         for variant in variants(asked, quantization_of(base.config) is not None, found.layers, found.processes)[1:]:
@@ -220,11 +220,9 @@ def suggestion(
 def read_sets(
     folder: Path, data: DataConfig, trust_remote_code: bool, notes: list[str], loss: str = TrainConfig.loss
 ) -> Any:
-    """The training and validation sets as ``loss`` reads them; None, with a note, where there is no tokenizer."""
+    """The training and validation sets as ``loss`` reads them; None, with a note, if there is no tokenizer."""
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
-        notes.append(
-            f"{folder} has no tokenizer, so rows are taken to have {data.max_seq_length} tokens (max_seq_length)"
-        )
+        notes.append(f"{folder} has no tokenizer, so every row counts as {data.max_seq_length} tokens (max_seq_length)")
         return None
     from mlx_lm.utils import load_tokenizer
 

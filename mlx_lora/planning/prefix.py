@@ -1,4 +1,4 @@
-"""What ``cache_prefix`` keeps of the frozen layers, and what it saves."""
+"""The frozen layers' output that ``cache_prefix`` keeps: its size and the saved time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Prefix:
     layers: int
     place: str  # memory or disk
     bytes: int
-    reused: float  # share of the rows read in all epochs whose states are found
+    reused: float  # share of the rows read in all epochs whose states are already kept
 
 
 def prefix_of(frozen: Frozen | None, sets: Any, train: TrainConfig, exact: bool) -> Prefix | None:
-    """What a run on ``sets`` keeps; None without ``cache_prefix``.
+    """The kept output of a run on ``sets``; None without ``cache_prefix``.
 
     Args:
         exact: states are kept for each width of a batch, as on a CPU.
@@ -37,7 +37,7 @@ def prefix_of(frozen: Frozen | None, sets: Any, train: TrainConfig, exact: bool)
 
 
 def with_prefix(parts: Parts, prefix: Prefix | None) -> Parts:
-    """The parts with what is kept in memory."""
+    """The parts of the peak, with the kept output if it is in memory."""
     if prefix is None or prefix.place != "memory":
         return parts
     return parts + Parts(0, 0, 0, 0, 0, prefix.bytes, prefix.bytes)

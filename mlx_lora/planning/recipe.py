@@ -11,15 +11,15 @@ from ..config import PREFERENCE_OPTIONS, TOKENS, TrainConfig, chooses_own_rate, 
 from .plan import Plan
 from .rows import Epoch
 
-_PACK_FROM = 0.15  # share of padding that packing must save
-# Rows -> epochs: few rows are seen more often. The first that applies. Preferences are learnt, and overlearnt, sooner.
+_PACK_FROM = 0.15  # minimum share of padding for packing
+# (rows, epochs): the first that applies; few rows are repeated more often. Preferences overfit sooner.
 _EPOCHS = ((500, 5), (2_000, 4), (10_000, 3), (50_000, 2))
 _EPOCHS_OF_PREFERENCES = ((1_000, 3), (5_000, 2))
-# Learning rates of LoRA for losses of preferences: for dpo, orpo and cpo those in TRL's scripts of these names; for ipo
-# and kto that of dpo; for simpo ten times its authors' for full fine-tuning (arXiv:2405.14734).
+# LoRA learning rates for preference losses. dpo, orpo, cpo: from TRL's scripts of these names; ipo and kto: as dpo;
+# simpo: ten times its authors' rate for full fine-tuning (arXiv:2405.14734).
 _RATES = {"dpo": 5e-6, "ipo": 5e-6, "kto": 5e-6, "simpo": 1e-5, "orpo": 8e-5, "cpo": 8e-5}
-_FULL_RATE = 0.1  # of LoRA's learning rate
-# An option that is given -> those that it replaces, so that none is chosen for them.
+_FULL_RATE = 0.1  # as a share of LoRA's learning rate
+# A given option -> the options that it replaces, which are then not chosen.
 _REPLACED = {
     "iters": ("epochs",),
     "scale": ("alpha",),
@@ -30,7 +30,7 @@ _REPLACED = {
 
 
 def epochs_for(rows: int, loss: str) -> int:
-    """How often to see each of ``rows`` rows."""
+    """The number of epochs for ``rows`` rows."""
     table = _EPOCHS_OF_PREFERENCES if preference_of(loss).rows != TOKENS else _EPOCHS
     return next((epochs for most, epochs in table if rows < most), 1)
 
@@ -38,7 +38,7 @@ def epochs_for(rows: int, loss: str) -> int:
 def chosen_settings(
     epoch: Epoch, packs: bool, given: dict[str, dict[str, Any]], loss: str
 ) -> dict[str, dict[str, Any]]:
-    """The settings of ``adapter``, ``optimizer`` and ``train`` that do not depend on memory, as far as none are given.
+    """The settings of ``adapter``, ``optimizer`` and ``train`` that do not depend on memory, except the given ones.
 
     Args:
         packs: the model can train packed rows. given: the fields of these three configs that stay.
@@ -71,11 +71,11 @@ def chosen_settings(
 
 
 def as_yaml(plan: Plan, settings: dict[str, Any], machine: str, given: Collection[str]) -> str:
-    """The configuration, with a reason beside each setting.
+    """The configuration, with a reason next to each setting.
 
     Args:
-        settings: of train, as in YAML. given: the names of those that were not chosen.
-        machine: for which memory it was chosen.
+        settings: train's settings, as in YAML. given: names of settings that the user gave.
+        machine: the machine whose memory it was chosen for.
     """
     own = settings.keys() & set(given)
     why = {
@@ -112,12 +112,12 @@ def _why_rate(settings: dict[str, Any]) -> str:
     if settings.get("fine_tune_type") == "full":
         return "a tenth of LoRA's, because all weights are trained"
     if settings.get("loss") in _RATES:
-        return "lower than for other fine-tuning, because preferences are overlearnt sooner"
+        return "lower than for other fine-tuning, because preferences overfit sooner"
     return "LoRA learns at ten times the rate of full fine-tuning"
 
 
 def rhythm(batches: int, iters: int) -> int:
-    """Iterations between validations: five in an epoch, at least ten iterations apart, and one in the run at least."""
+    """Iterations between validations: five per epoch, at least ten iterations apart, at least one in the run."""
     return max(1, min(iters, max(10, math.ceil(batches / 5))))
 
 

@@ -46,10 +46,10 @@ def recommend(
     """A configuration for ``train -c`` as YAML, and its plan. The run fits into the memory of this machine.
 
     Args:
-        options: of train that stay as they are, as in its YAML.
+        options: train's options that the user gave, as in YAML; they are kept.
         adapter, optimizer, train: the fields of these configs among ``options``.
 
-    Raises: DataError without a tokenizer or training rows; ConfigError where nothing that was tried fits.
+    Raises: DataError without a tokenizer or training rows; ConfigError if nothing that was tried fits.
     """
     base, notes, options = base_named(model), [], options or {}
     given = {"adapter": adapter or {}, "optimizer": optimizer or {}, "train": train or {}}
@@ -109,14 +109,14 @@ def recommend(
 
 
 def _batch_size(rows: Any, loss: str, processes: int) -> int:
-    """4 rows, or 8 short ones; no more than there are; of which every process has the same number."""
+    """4 rows, or 8 short ones, but not more than there are; a multiple of the number of processes."""
     least = processes * (2 if preference_of(loss).rows == LABELS else 1)
     size = min(4 if rows.widths[-1] > 512 else 8, len(rows))
     return max(least, size // least * least)
 
 
 def _given(data: DataConfig) -> dict[str, Any]:
-    """The other settings of the data that are not the default: without them the file would read other rows."""
+    """The other non-default data settings; without them the file would read other rows."""
     names = [
         f.name for f in fields(DataConfig) if f.name not in ("data", "hf_dataset", "mask_prompt", "max_seq_length")
     ]
@@ -129,7 +129,7 @@ def _masks(folder: Path, data: DataConfig, trust_remote_code: bool) -> bool:
 
 
 def _with_prompts(folder: Path, data: DataConfig, trust_remote_code: bool) -> list[Any]:
-    """A few rows read with their prompts masked; none of plain text, whose rows have no prompt."""
+    """A few rows read with masked prompts; none for plain text, whose rows have no prompt."""
     try:
         rows = read_sets(folder, replace(data, mask_prompt=True), trust_remote_code, []).train
     except MLXLoRAError:
@@ -148,14 +148,14 @@ def _packs(base: BaseModel, width: int) -> bool:
 def _fitting(
     base: BaseModel, optimizer: OptimizerConfig, asked: Variant, limit: int, given: Collection[str], processes: int
 ) -> Variant:
-    """The first variant that fits without another base, shorter rows or other values of the options ``given``."""
+    """The first variant that fits with the same base, row lengths and ``given`` options."""
 
     def keeps(variant: Variant) -> bool:
         same = all(getattr(variant.train, name) == getattr(asked.train, name) for name in given)
         return same and variant.length == asked.length
 
     with Estimator(base, optimizer, processes) as estimate:
-        # Neither another base nor fewer layers.
+        # same base, same layers
         for variant in filter(keeps, variants(asked, True, 1, processes)):
             if fits(estimate(variant, not is_cpu()).parts.peak, limit):
                 return variant

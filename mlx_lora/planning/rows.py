@@ -1,4 +1,4 @@
-"""What an epoch of a data set consists of: tokens, padding, batches."""
+"""The tokens, padding and batches of an epoch of a data set."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Epoch:
     """Every row of the training set once."""
 
     rows: int
-    tokens: int  # of both answers of a pair
+    tokens: int  # includes both answers of a pair
     learned_tokens: int
-    padding: float  # share of the tokens computed that are padding
+    padding: float  # share of the computed tokens that are padding
     batches: int
     longest: int  # tokens of the widest batch
-    packed_padding: float | None  # the share with --pack; None for rows that cannot be packed
+    packed_padding: float | None  # that share with --pack; None for rows that cannot be packed
 
 
 def epoch_of(rows: Any, train: TrainConfig) -> Epoch:

@@ -1,7 +1,7 @@
-"""How fast this machine trains: the operations a second of its last runs, kept in the user's cache folder.
+"""How fast this machine trains: operations per second of its last runs, kept in the user's cache folder.
 
-A small step is slower than its operations say, because starting them takes most of its time. So runs are kept by the
-size of their steps, and a plan takes the speed of the run whose steps are nearest in size.
+A small step takes longer than its operations suggest, because launching them takes most of the time. So runs are
+stored by the size of their steps, and a plan uses the run whose steps are nearest in size.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from pathlib import Path
 
 from ..device import cache_folder, chip, is_cpu
 
-_FEWEST = 20  # iterations: in shorter runs compiling the step takes most of the time
+_FEWEST = 20  # iterations: in shorter runs, compiling the step takes most of the time
 
 
 def step_flops(forward: float, tokens: float, method: str, grad_checkpoint: bool) -> float:
-    """Operations of a training step, without attention: forward, backward, and what is computed again.
+    """Operations of a training step, without attention: forward, backward, and recomputation.
 
     Args:
-        forward: operations of a token's forward pass. tokens: of a batch, with padding.
+        forward: operations of a token's forward pass. tokens: number in a batch, with padding.
     """
     passes = 2 + (method == "full") + grad_checkpoint  # the gradient of frozen weights is not computed
     return forward * tokens * passes
 
 
 def measured(flops_per_step: float) -> float | None:
-    """Operations a second of the run on this device whose steps were most like these in size; None without any run."""
+    """Operations per second of this device's run with the most similar step size; None without any run."""
     rates = _known().get(_device())
     if not isinstance(rates, dict):
         return None
@@ -36,7 +36,7 @@ def measured(flops_per_step: float) -> float | None:
 
 
 def keep(flops_per_step: float, iterations: int, seconds: float) -> None:
-    """Remember the speed of a run; of a short one nothing."""
+    """Store the speed of a run, unless the run is short."""
     if iterations < _FEWEST or seconds <= 0 or flops_per_step <= 0:
         return
     known = _known()
@@ -46,7 +46,7 @@ def keep(flops_per_step: float, iterations: int, seconds: float) -> None:
     try:
         _file().parent.mkdir(parents=True, exist_ok=True)
         _file().write_text(json.dumps(known, indent=1), encoding="utf-8")
-    except OSError:  # a cache that cannot be written is no fault of the run
+    except OSError:  # a cache that cannot be written must not stop the run
         return
 
 
@@ -56,7 +56,7 @@ def _size(flops_per_step: float) -> int:
 
 
 def _known() -> dict:
-    """What the file holds: device -> size of a step -> operations a second. Empty where it is unreadable."""
+    """The file's content: {device: {step size: operations per second}}. Empty if it is unreadable."""
     try:
         known = json.loads(_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The peak memory of a training step, from a trace of the step itself on arrays that are never computed."""
+"""The peak memory of a training step, from a trace of the step on arrays that are never computed."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def stand_in(array: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Parts:
-    """What the peak consists of, in bytes."""
+    """The parts of the peak, in bytes."""
 
-    weights: int  # frozen, with the float32 copies that a CPU keeps of quantized ones
-    adapter: int  # trained parameters, as they are and as they were at the start
-    optimizer: int  # state, and the sums of gradients between its steps
+    weights: int  # frozen parameters, with a CPU's float32 copies of quantized ones
+    adapter: int  # trained parameters: current and initial values
+    optimizer: int  # its state, and the sums of gradients between its steps
     logits: int
-    activations: int  # and gradients and all else that a step computes
+    activations: int  # also gradients and everything else that a step computes
     peak: int
     kept: int = 0  # output of frozen layers, with ``cache_prefix`` "memory"
 
@@ -57,7 +57,7 @@ class Traced:
     """Traces steps on ``model``, whose arrays need not be evaluated. The model keeps them.
 
     Args:
-        updates: the traces of the optimizer's part of a step so far, of this model and optimizer: no batch changes it.
+        updates: earlier traces of the optimizer's part of a step, which does not depend on the batch.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Traced:
         return not self._kept_for.isdisjoint(map(id, modules))
 
     def parts(self, *batch: mx.array) -> Parts:
-        """The peak of a step on a batch of such arrays, in a run that has done a step before."""
+        """The peak of a step on a batch of such arrays, after the first step of a run."""
         with _restored(self.model), mode(self.model, training=True), _checkpointing(self.model, self.config):
             trained = dict(tree_flatten(self.model.trainable_parameters()))
             weights = {p: a for p, a in tree_flatten(self.model.parameters()) if p not in trained}
@@ -92,7 +92,7 @@ class Traced:
                 max_grad_norm=self.config.max_grad_norm,
             )
             state = step.state
-            first = _bytes(trained)  # the step keeps the parameters that it began with
+            first = _bytes(trained)  # the step keeps the parameters that it started with
             if self.config.grad_accumulation_steps == 1:
                 sums = {}
                 run = step._train_batch_fn
@@ -123,12 +123,12 @@ class Traced:
         return _Found(peak, sum(peak.live[name] for name in wide), of_weights)
 
     def _graph(self, run: Callable, weights: dict, changing: tuple, batch: tuple) -> tuple[Graph, list]:
-        """The fused graph of ``run(*changing, *batch)``, and the arrays that the model keeps between calls."""
+        """The fused graph of ``run(*changing, *batch)``, and the arrays that the model caches between calls."""
         kept: dict[Any, mx.array] = {}
         flat = [array for _, array in tree_flatten(changing)]
         own = {id(array): array for array in weights.values()}  # several modules may share an array
 
-        known: dict[Any, mx.array] = {}  # what stands for them in the trace
+        known: dict[Any, mx.array] = {}  # their stand-ins in the trace
 
         def keep(module: nn.Module, name: str, compute: Callable[[], mx.array]) -> mx.array:
             key = id(module), name
@@ -149,7 +149,7 @@ class Traced:
         inputs = [*map(stand_in, own.values()), *map(stand_in, flat), *batch]
         with traced_only(keep):  # also while the vjps are traced
             graph = trace_with_vjps(function, inputs)
-            if kept:  # now that their shapes are known, they are inputs
+            if kept:  # now that their shapes are known, they become inputs
                 known.clear()
                 graph = trace_with_vjps(function, [*kept.values(), *inputs])
         fuse(graph)
@@ -174,7 +174,7 @@ def _bytes(tree: Any) -> int:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Put the parameters of ``model`` back at the end: tracing leaves tracers in them."""
+    """Restore the parameters of ``model`` on exit, because tracing leaves tracers in them."""
     before = model.parameters()
     try:
         yield

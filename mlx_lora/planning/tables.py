@@ -205,9 +205,9 @@ def rows() -> list[Row]:
 
 
 def training_bytes(trained: int, half: int = 0) -> dict[str, int]:
-    """The memory that training ``trained`` parameters with Adam needs besides the parameters, in bytes.
+    """Bytes that training ``trained`` parameters with Adam needs in addition to the parameters.
 
     Args:
-        half: how many of them are in half precision; each of these has a float32 master copy.
+        half: number of them in half precision; each has a float32 master copy.
     """
     return {"gradients": 4 * trained, "moments": 8 * trained, "master weights": 4 * half}

@@ -1,4 +1,4 @@
-"""The adapter that a run trains: a new one, one that starts from a file, or that of the run that is resumed."""
+"""The adapter that a run trains: a new one, one that starts from a file, or that of the resumed run."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def attach_for_run(
 
     Args:
         seed: of the initialisation.
-        folder: of the run that is resumed. An initialisation that chooses ranks or freezes a pair of matrices
-            (PiSSA, EVA and their like) is read from there; with any other, the adapter is made again from the seed.
+        folder: folder of the resumed run. An initialisation that chooses ranks or freezes a pair of matrices (such as
+            PiSSA and EVA) is read from there; otherwise the adapter is made again from the seed.
         file: an ``adapters.safetensors`` to take the initial weights from.
         batches, reference: see ``model.attach.attach``.
     """
@@ -55,7 +55,7 @@ def attach_for_run(
 
 
 def _take_weights(model: nn.Module, file: Path) -> None:
-    """Replace the weights of the new adapter on ``model`` by those in ``file``, which must name the same ones."""
+    """Replace the weights of the new adapter on ``model`` by those in ``file``, which must have the same names."""
     new, found = extract(model), read_safetensors(file)
     wanted = {name: array for name, array in new.weights.items() if name not in SHARED}
     faults = [f"{name}: in the file, not in this run" for name in found if name not in (*wanted, *SHARED)]
@@ -73,7 +73,7 @@ def _take_weights(model: nn.Module, file: Path) -> None:
 
 
 def _config_beside(file: Path) -> dict[str, Any]:
-    """The config of the adapter whose weights ``file`` holds; empty where it is not beside them."""
+    """The adapter config in the same folder as ``file``; empty if there is none."""
     try:
         found = read_json(file.with_name("adapter_config.json"))
     except MLXLoRAError:
@@ -83,14 +83,14 @@ def _config_beside(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def weights_of(model: nn.Module, file: Path) -> Iterator[None]:
-    """Give ``model`` the trained weights of a checkpoint of its own run, and its present ones back on exit.
+    """Load the weights of another checkpoint of the same run into ``model``; restore its own on exit.
 
     Raises: ValueError: the file is not there, or is of another adapter.
     """
     present = dict(tree_flatten(model.trainable_parameters()))
     found = mx.load(str(file)) if file.is_file() else {}
     names = {id(array): name for name, array in extract(model).weights.items()}
-    # The file of an initialisation that is subtracted (pissa and its like) holds the frozen pair in a second half.
+    # With an initialisation that is subtracted (such as pissa), the file's second half holds the frozen pair.
     past = {path: found.get(names.get(id(array), path)) for path, array in present.items()}
     cut = {path: tuple(slice(size) for size in array.shape) for path, array in present.items()}
     past = {path: array[cut[path]] for path, array in past.items() if array is not None}

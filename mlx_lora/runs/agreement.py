@@ -1,4 +1,4 @@
-"""Whether all processes of a distributed run train the same: unequal ones would wait for each other or diverge."""
+"""Check that all processes of a distributed run train the same thing: otherwise they would hang or diverge."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..training import TrainingState
 from .group import group
 from .identity import flat
 
-# A path may differ from machine to machine. What is read from it is compared by its hash.
+# Paths may differ from machine to machine. The files' contents are compared by hash.
 _PATHS = ("settings.model", "settings.init_reference", "settings.data.data", "start.file")
 
 
 def check_agreement(identity: dict[str, Any], model: nn.Module, state: TrainingState | None) -> None:
-    """Compare this run with that of every other process.
+    """Compare this process's run with that of every other process.
 
     Args:
         identity: see ``identity.py``. model: with its adapter. state: the training state to continue from.
 
-    Raises: ConfigError: they differ. It is the same one in every process, and lists every difference.
+    Raises: ConfigError: they differ. Every process raises the same error, which lists every difference.
     """
     everyone = group()
     if everyone.size() == 1:

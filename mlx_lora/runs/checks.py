@@ -1,4 +1,4 @@
-"""What can be refused before a model is loaded: settings of a run that contradict each other, or that cannot work."""
+"""Checks before a model is loaded: settings of a run that contradict each other or cannot work."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_settings(settings: Any) -> None:
         raise ConfigError("\n".join(faults), "\n".join(dict.fromkeys(faults.values())))
     if train.iters is not None:  # else it follows from the data
         check_patience(train, train.iters)
-    # On a module without parameters: the optimizer's arguments and the schedule are checked all the same.
+    # A module without parameters is enough to check the optimizer's arguments and the schedule.
     build_optimizer(optimizer, -(-(train.iters or ITERS) // train.grad_accumulation_steps), nn.Module())
     load_metrics(train.metric)
     if settings.resume_adapter_file:
@@ -73,7 +73,7 @@ def check_settings(settings: Any) -> None:
 
 
 def masks_without_effect(data: Any, loss: str) -> dict[str, str]:
-    """Faults, with their hints, of options that mask prompts where the loss takes preferences."""
+    """Faults, with hints, of options that mask prompts although the loss takes preferences."""
     if preference_of(loss).rows == TOKENS or not isinstance(data, DataConfig):
         return {}
     masks = [name for name in ("mask_prompt", "mask_turns") if is_set(data, name)]
@@ -82,7 +82,7 @@ def masks_without_effect(data: Any, loss: str) -> dict[str, str]:
 
 
 def check_packing(settings: Any) -> None:
-    """Refuse to pack rows for a model that does not compute them as alone, from its config; ``train`` checks the rest.
+    """Refuse packing for a model that, by its config, does not support it; ``train`` checks the rest.
 
     Raises: ConfigError.
     """
@@ -92,20 +92,20 @@ def check_packing(settings: Any) -> None:
     if not isinstance(settings.model, tuple):
         try:
             bare = BaseModel(resolve(settings.model)).model
-        except ModelError:  # loading says what is wrong with it
+        except ModelError:  # loading reports what is wrong
             return
         check_model(bare, settings.data.max_seq_length if isinstance(settings.data, DataConfig) else 0)
 
 
 def check_data(data: Any, splits: tuple[str, ...]) -> None:
-    """Refuse data that is neither there nor can be a repository's name. Raises: DataError."""
+    """Refuse data that does not exist and cannot be a repository's name. Raises: DataError."""
     named = isinstance(data, DataConfig) and not data.hf_dataset
     if named and not Path(data.data).expanduser().exists() and data.data.count("/") != 1:
         find(data, splits, [])
 
 
 def check_initial_weights(file: Path, adapter: AdapterConfig) -> None:
-    """Refuse a file that cannot be the start of a run with ``adapter``. Reads names of arrays only."""
+    """Refuse a file that a run with ``adapter`` cannot start from. Reads only names of arrays."""
     if not file.is_file():
         where = f"Name {file / 'adapters.safetensors'}." if (file / "adapters.safetensors").is_file() else ""
         raise ConfigError(f"{file}: no such file", where or "resume_adapter_file takes an adapters.safetensors.")
@@ -120,15 +120,15 @@ def check_initial_weights(file: Path, adapter: AdapterConfig) -> None:
 def check_modules(model: Any, adapter: AdapterConfig) -> None:
     """Refuse a model that cannot be trained, and keys, patterns, ranks and layers that it does not have.
 
-    Reads its config alone. ``attach`` checks the same and more on the loaded model. Where mlx-lm's class cannot be
-    built, or the output head is named, which may be no module of the class, only ``attach`` does.
+    Reads only its config. ``attach`` repeats these and more checks on the loaded model. If mlx-lm's class cannot be
+    built, or if the output head is named, which may not be a module of the class, only ``attach`` checks.
     """
     named = (*(adapter.keys or ()), *(adapter.modules_to_save or ()))
     if isinstance(model, tuple) or any("lm_head" in name for name in named):
         return
     try:
         bare = BaseModel(resolve(model)).model
-    except ModelError:  # loading says what is wrong with it
+    except ModelError:  # loading reports what is wrong
         return
     check_trainable(bare)
     if adapter.method == "full":

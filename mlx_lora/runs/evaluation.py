@@ -52,16 +52,17 @@ def measure(
         model: a folder or repository, or a pair (model, tokenizer).
         data: a DataConfig, or its ``data``.
         adapter_path: an adapter of any format to load with the model; not with a pair.
-        checkpoint: where ``adapter_path`` is the folder of a run: ``last``, ``best`` or an iteration; by default the
-            best where there is one.
+        checkpoint: if ``adapter_path`` is the folder of a run: ``last``, ``best`` or an iteration. The default is the
+            best one, if any.
         test_batches: batches to measure at most; -1 for the whole set.
-        loss: a name in ``LOSSES``. The reference of losses of preferences is what the run of ``adapter_path``
-            began from (``resume_adapter_file``), or the model without its adapter.
+        loss: a name in ``LOSSES``. The reference of a preference loss is the adapter that the run of ``adapter_path``
+            started from (``resume_adapter_file``), or the model without its adapter.
         options: of the loss, such as {"beta": 0.1}.
         exact_match: rows to answer greedily, spread over the set. An ``Answer`` is yielded for each, and the report
-            says how many are exactly the row's last answer.
+            gives the share that equals the row's last answer exactly.
         max_tokens: longest answer.
-        metric: also answer ``metric_rows`` rows (-1: all), and measure the answers by these, see ``metrics.py``.
+        metric: also answer ``metric_rows`` rows (-1: all), and score the answers with these metrics, see
+            ``metrics.py``.
 
     Raises: ConfigError, at once; DataError, ModelError, AdapterError, FormatError while running.
     """
@@ -117,9 +118,9 @@ def _measure(model, data, adapter_path, measured, asked, metrics, trust_remote_c
 
 
 def _with_reference(model: nn.Module, rows: Any, loss: str, batch_size: int, adapter_path: str | Path | None):
-    """``rows`` with their reference: by the adapter that the run of ``adapter_path`` began from, else by the base.
+    """``rows`` with their reference: the adapter that the run of ``adapter_path`` started from, else the base.
 
-    Yields a warning where that adapter is not there, or not known.
+    Yields a warning if that adapter is missing or unknown.
     """
     asked = adapter_path is not None and preference_of(loss).reference
     start = _start_of(adapter_path) if asked else {}
@@ -134,17 +135,17 @@ def _with_reference(model: nn.Module, rows: Any, loss: str, batch_size: int, ada
             with weights_of(model, file):
                 return referenced(model, rows, loss, batch_size)
         yield Warned(
-            f"the reference here is the base model; that of the run was the adapter it began from, {file}, which is "
-            "not there any more or has changed"
+            f"the reference here is the base model; that of the run was the adapter it started from, {file}, which is "
+            "missing or has changed"
         )
     with disable_adapter(model):
         return referenced(model, rows, loss, batch_size)
 
 
 def _start_of(adapter_path: str | Path) -> dict[str, str] | None:
-    """What the run whose checkpoint this is recorded of the adapter it began from.
+    """The record that a checkpoint's run made of the adapter it started from.
 
-    Returns: an empty dict where it began from none; None where that is not recorded, as by older versions.
+    Returns: an empty dict if it started from none; None if older versions did not record it.
     """
     path = Path(adapter_path)
     for state in (path / STATE, path.parent / STATE):
@@ -156,7 +157,7 @@ def _start_of(adapter_path: str | Path) -> dict[str, str] | None:
 def answers(
     model: nn.Module, tokenizer: Any, asked: Sequence[Question], max_tokens: int, batch_size: int = 16
 ) -> Iterator[Answer]:
-    """Answer ``asked`` (see ``data.questions``) greedily, in batches where the model allows it."""
+    """Answer ``asked`` (see ``data.questions``) greedily, in batches if the model allows it."""
     from mlx_lm import batch_generate
 
     batch_size = 1 if why_not_batched(model) else batch_size
@@ -169,7 +170,7 @@ def answers(
 
 
 def load_model(model: Any, adapter_path: str | Path | None = None, trust_remote_code: bool = False):
-    """Yield what is loaded; return (model, tokenizer). A pair of these is returned as it is."""
+    """Yield a report of loading; return (model, tokenizer). A given pair is returned unchanged."""
     if isinstance(model, tuple):
         return model
     yield Loading("model", str(model))
@@ -177,11 +178,11 @@ def load_model(model: Any, adapter_path: str | Path | None = None, trust_remote_
 
 
 def load_sets(data: Any, tokenizer: Any, splits: tuple[str, ...], loss: str = "cross_entropy"):
-    """Yield what is read; return the ``Splits``. Sets that are loaded already are taken as they are.
+    """Yield a report of reading; return the ``Splits``. Loaded sets are returned unchanged.
 
     Args:
         data: a DataConfig or ``Splits``.
-        loss: decides what the rows are read as.
+        loss: decides which kind of rows is read.
     """
     if isinstance(data, DataConfig):
         yield Loading("data", "hf_dataset" if data.hf_dataset else data.data)

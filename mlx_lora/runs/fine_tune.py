@@ -63,44 +63,44 @@ def run(
     trust_remote_code: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[RunReport]:
-    """Fine-tune a model and keep the adapter in ``folder``; the work is done while the reports are iterated over.
+    """Fine-tune a model and keep the adapter in ``folder``. The work happens while the reports are iterated over.
 
     The folder receives the adapter in mlx-lm's format, a numbered copy of its weights for each checkpoint, the training
-    state and, where there is a validation set, the adapter of the best validation in ``best``. The files of an earlier
+    state and, if there is a validation set, the adapter of the best validation in ``best``. The files of an earlier
     run in it are moved to ``earlier-N`` before the first checkpoint.
 
     Args:
         model: a folder or repository, or a pair (model, tokenizer) from ``load`` without an adapter; the model then
-            has the trained adapter on it afterwards. With data sets that are loaded, the model alone is enough.
+            has the trained adapter on it afterwards. With loaded data sets, the model alone is enough.
         data: a DataConfig or its ``data``, ``Splits`` from ``load_dataset``, a data set, or a tuple of data sets:
             training, validation (may be None), test.
         adapter, optimizer, train: the settings, or a dict of them; their defaults if left out.
-        resume: continue the run in ``folder`` exactly where it stopped. Whatever of the arguments above is left out is
-            taken from that run, and so are the fields that a dict leaves out. Fields in ``identity.FREE``, such as
-            ``iters``, may differ from it; those in ``identity.FORCED``, such as ``learning_rate``, with ``force``.
-        force: train although the plan says that the run does not fit into memory; with ``resume`` also continue with
-            other settings of the optimizer, and warn of each.
+        resume: continue the run in ``folder`` exactly where it stopped. Arguments above that are left out are taken
+            from that run, and so are the fields that a dict leaves out. Fields in ``identity.FREE``, such as
+            ``iters``, may differ; those in ``identity.FORCED``, such as ``learning_rate``, with ``force``.
+        force: train even if, by the plan, the run does not fit into memory; with ``resume`` also continue with other
+            settings of the optimizer, and warn of each.
         resume_adapter_file: start from the weights in this ``adapters.safetensors``.
         init_reference: the model before it was quantized, for ``init`` "loftq".
         test_batches: measure on the test set afterwards, this many batches at most; -1 for the whole set.
         report_to: also log to these experiment trackers, see ``REPORTERS``, under ``project_name`` (default: the name
             of the current folder). TensorBoard has no projects: its files are in ``folder``.
-        stop: asked after each iteration; when it returns True the run saves and ends.
+        stop: called after each iteration; when it returns True, the run saves and ends.
 
-    Yields: ``Warned`` about settings that are hardly meant; ``Loading``, ``DataLoaded`` and ``Started``, before which
-        ``PrefixCache`` tells the size of what ``cache_prefix`` keeps; the reports of
-        ``train``, with ``EarlierRunMoved`` before the first checkpoint where it applies; ``TestReport`` after ``Done``
-        if ``test_batches`` is given and the run was not stopped.
+    Yields: ``Warned`` about settings that are probably a mistake; ``Loading``, ``DataLoaded`` and ``Started``, before
+        which ``PrefixCache`` gives the size of the states that ``cache_prefix`` keeps; the reports of ``train``, with
+        ``EarlierRunMoved`` before the first checkpoint if there was an earlier run; ``TestReport`` after ``Done`` if
+        ``test_batches`` is given and the run was not stopped.
 
-    Raises: ConfigError at once where settings contradict each other or the folder cannot be used, also because another
-        run or command writes in it; ModelError, DataError, AdapterError, FormatError while running, and TrainingError,
-        where the run to resume is another one, too.
+    Raises: ConfigError on the call if settings contradict each other or the folder cannot be used, for example because
+        another run writes in it. While running: ModelError, DataError, AdapterError, FormatError, and TrainingError,
+        also if the folder's run is another one than the run to resume.
     """
     if resume and resume_adapter_file:
         raise ConfigError("resume and resume_adapter_file contradict each other", "Choose one.")
     if not callable(stop):
         raise ConfigError(
-            f"stop must be a function that says whether to stop, not {stop!r}", "Give one, such as event.is_set."
+            f"stop must be a function that returns whether to stop, not {stop!r}", "Give one, such as event.is_set."
         )
     kept = RunFolder(folder)
     kept.check(resume)
@@ -150,11 +150,11 @@ def _fine_tune(
     check_patience(config, config.iters)
     asked = _questions(settings, tokenizer)
     rhythm = {name: getattr(config, name) for name in RHYTHM}
-    settings = replace(settings, train=replace(settings.train, **rhythm))  # a run that is resumed keeps it
+    settings = replace(settings, train=replace(settings.train, **rhythm))  # a resumed run keeps it
     folder.settings |= {"iters": config.iters, **rhythm}
     folder.identity = {**identify(settings, model, sets), "iters": config.iters}
     if state is None:
-        folder.identity["start"] = {}  # from no adapter; where there is no such key, it is not known
+        folder.identity["start"] = {}  # from no adapter; without this key, it is unknown
     if settings.resume_adapter_file:
         file = Path(settings.resume_adapter_file).resolve()
         folder.identity["start"] = {"file": str(file), "weights": file_digest(file)}
@@ -173,7 +173,7 @@ def _fine_tune(
             prefix = yield from keep_prefix(model, sets, folder.path, folder.identity, config)
             with disable_adapter(model):
                 yield from recorder.prepare(model, tokenizer, sets, state)
-        except (MLXLoRAError, GeneratorExit):  # nothing was trained: a model that the caller loaded is as it was
+        except (MLXLoRAError, GeneratorExit):  # nothing was trained: restore a model that the caller loaded
             unmount(model)
             raise
         yield _started(model, state, config)
@@ -190,7 +190,7 @@ def _fine_tune(
 def _test(
     model: nn.Module, sets: Splits, best: int, last: int, config: TrainConfig, batches: int
 ) -> Iterator[RunReport]:
-    """Measure the adapter of the ``last`` iteration on the test set, and say so where an earlier one was the best."""
+    """Measure the adapter of the ``last`` iteration on the test set, with a warning if an earlier one was the best."""
     if 0 < best < last:
         yield Warned(
             f"the test set is measured with the last adapter (iteration {last}); mlx-lora test measures the best one "
@@ -201,7 +201,7 @@ def _test(
 
 
 def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:
-    """The state to resume from. Read before a model is loaded: it may say that the run is complete."""
+    """The state to resume from. Read before a model is loaded, because the run may already be complete."""
     if not settings.resume:
         return None
     state = folder.load_state()
@@ -212,19 +212,19 @@ def _state(folder: RunFolder, settings: Settings) -> TrainingState | None:
 
 
 def _check_incomplete(folder: RunFolder, state: TrainingState, config: TrainConfig, iters: int | None) -> None:
-    """``check_incomplete``; of a run that was killed when it was complete, first write what its folder lacks."""
+    """Call ``check_incomplete``; if a complete run was killed, first write the files that its folder lacks."""
     try:
         check_incomplete(state, config, iters, folder.path)
     except ConfigError as error:
         done = finish(folder.path, state, folder.numbered(state.iteration)) if is_main_process() else []
         if not done:
             raise
-        said = f"Its last process was killed before it had written everything; now {', and '.join(done)}"
+        said = f"Its last process was killed before it had written all files; now {', and '.join(done)}"
         raise ConfigError(f"{error.message}\n{said}", error.hint) from error
 
 
 def _questions(settings: Settings, tokenizer: Any) -> list[Question]:
-    """The validation rows that metrics are measured on; none without a metric."""
+    """The validation rows for metrics; none without a metric."""
     config = settings.train
     if not config.metric:
         return []
@@ -235,7 +235,7 @@ def _questions(settings: Settings, tokenizer: Any) -> list[Question]:
 def _metrics(
     model: nn.Module, tokenizer: Any, asked: list[Question], config: TrainConfig
 ) -> Callable[[], dict[str, float]] | None:
-    """A function that answers the questions ``asked`` and measures the answers; None without a metric."""
+    """A function that answers the questions ``asked`` and scores the answers; None without a metric."""
     functions = load_metrics(config.metric)
     if not functions:
         return None
@@ -285,7 +285,7 @@ def _train(model, sets, folder: RunFolder, settings: Settings, state, stop, hook
         optimizer = build_optimizer(settings.optimizer, steps, model)
         hooks = {**hooks, "checkpoint": save, "resume": state, "stop": stop}
         reports = train_model(model, optimizer, sets.train, sets.valid, settings.train, **hooks)
-    except MLXLoRAError:  # nothing was trained: a model that the caller loaded is as it was
+    except MLXLoRAError:  # nothing was trained: restore a model that the caller loaded
         unmount(model)
         raise
     with closing(reports):

@@ -1,4 +1,4 @@
-"""The folder of a run: its checkpoints, and the earlier runs that were moved aside. The only writer of these files.
+"""The folder of a run: its checkpoints, and earlier runs that were moved. Only this module writes these files.
 
 adapters.safetensors, adapter_config.json   the adapter of the last checkpoint, in mlx-lm's format
 best/                                       that of the best validation, in the same format
@@ -61,7 +61,7 @@ class RunFolder:
         self._device: int | None = None  # number of the file system
 
     def check(self, resume: bool) -> None:
-        """Raise a ConfigError where a run cannot be written here, or where there is none to resume."""
+        """Raise a ConfigError if a run cannot be written here, or if there is none to resume."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path}: is a file", "Choose another folder for the adapter.")
         if resume and not (self.path / STATE).exists():
@@ -92,11 +92,11 @@ class RunFolder:
             yield
 
     def recorded(self) -> dict[str, Any]:
-        """The settings that the run in this folder was started with; empty where they were not kept."""
+        """The settings that the run in this folder was started with; empty if they were not recorded."""
         return read_run(self.path / STATE).get("settings", {})
 
     def load_state(self) -> TrainingState:
-        """The training state of the last checkpoint. Raises: ConfigError: the adapter beside it is not its own."""
+        """The training state of the last checkpoint. Raises: ConfigError: the adapter next to it is another one."""
         state = TrainingState.load(self.path / STATE)
         self._check_adapter(state)
         self._saved = state.iteration
@@ -121,7 +121,7 @@ class RunFolder:
         )
 
     def restore_best(self, state: TrainingState) -> None:
-        """Make ``best`` what it was when ``state`` was saved: a process that was killed may have left a later one."""
+        """Restore ``best`` to the time of ``state``, because a killed process may have left a later one."""
         best, file = self.path / BEST, self.numbered(state.tally.best_iteration)
         if not is_main_process():
             return
@@ -132,7 +132,7 @@ class RunFolder:
             write_folder(self.path, lambda folder: _write_best(folder, config, file, state.tally))
 
     def save(self, adapter: Adapter, state: TrainingState, move_earlier: bool = False) -> Path | None:
-        """Write a checkpoint: all of its files, or none where that fails.
+        """Write a checkpoint: all of its files, or none on failure.
 
         Args:
             move_earlier: see ``move_earlier_run``; done when the new files are complete.
@@ -158,12 +158,12 @@ class RunFolder:
             replace(state, run=run).write(folder / STATE)
 
         def before() -> None:
-            if self._device not in (None, os.stat(self.path).st_dev):  # an empty mount point is left of the drive
+            if self._device not in (None, os.stat(self.path).st_dev):  # only the drive's empty mount point is left
                 raise OSError(errno.ENODEV, "the drive was removed")
             moved[0] = self.move_earlier_run() if move_earlier and self.earlier else None
             self.before_checkpoint()
 
-        # The state is renamed last: whatever is interrupted, it is complete and not newer than the adapter.
+        # The state is renamed last, so that after an interruption it is complete and not newer than the adapter.
         needed = (3 if best else 2) * adapter.nbytes + state.nbytes
         write_folder(self.path, write, before=before, needed=needed, kept=self._kept())
         self._saved = state.iteration
@@ -177,7 +177,7 @@ class RunFolder:
         return self._saved
 
     def numbered(self, iteration: int) -> Path:
-        """The file that keeps the weights of the checkpoint of this iteration."""
+        """The file with the weights of this iteration's checkpoint."""
         return self.path / f"{iteration:07d}_{mlx_lm.WEIGHTS}"
 
     def _remove_old(self, state: TrainingState) -> None:
@@ -200,7 +200,7 @@ class RunFolder:
         return [*numbered(self.path), *(self.path / name for name in names if (self.path / name).exists())]
 
     def move_earlier_run(self) -> Path | None:
-        """Move the files of an earlier run to ``earlier-N`` and return that folder; None where there are none."""
+        """Move the files of an earlier run to ``earlier-N`` and return that folder; None if there are none."""
         files = self.files()
         if not files or not is_main_process():
             return None

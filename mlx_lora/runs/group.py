@@ -1,4 +1,4 @@
-"""The processes that train together: MLX's group, and a limit to the time until all of them have started."""
+"""The processes that train together: MLX's group, with a time limit for their start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..errors import TrainingError
 
-START = 120.0  # seconds until every process must have started
+START = 120.0  # seconds within which every process must start
 _started = False
 
 
@@ -19,7 +19,8 @@ def group() -> Any:
     """MLX's group of processes: this one alone unless it was started by ``mlx.launch``.
 
     The first call waits until all processes have started, at most ``START`` seconds; then it ends this process with a
-    traceback, because MLX lets no other thread run meanwhile. Raises: TrainingError: the processes cannot connect.
+    traceback, because no other Python thread can run while MLX waits. Raises: TrainingError: the processes cannot
+    connect.
     """
     global _started
     if _started or "MLX_RANK" not in os.environ:

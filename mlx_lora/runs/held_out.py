@@ -1,6 +1,6 @@
-"""A few held-out prompts and the model's greedy answers to them, to read what training changed.
+"""A few held-out prompts and the model's greedy answers to them, which show what training changed.
 
-The prompts are rows of the validation set. Answering draws no random numbers and leaves the model as it was.
+The prompts are rows of the validation set. Answering draws no random numbers and does not change the model.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .evaluation import answers
 from .reports import Answer
 
 MAX_TOKENS = 64  # of an answer
-_TEXT_PROMPT = 48  # tokens of a text row that are its prompt, at most
+_TEXT_PROMPT = 48  # the most tokens of a text row that are its prompt
 
 
 class HeldOut:
-    """Prompts from the validation set. ``why`` says why there are none; "" where there are some.
+    """Prompts from the validation set. ``why`` is the reason if there are none, else "".
 
     Args:
         data: a DataConfig or the loaded ``Splits``.
         sets: the loaded sets.
-        batch_size: prompts to answer at once, which the memory for training rows of that number allows.
+        batch_size: prompts to answer at once; a training batch of this size fits in memory.
     """
 
     def __init__(self, data: Any, sets: Splits, tokenizer: Any, count: int, batch_size: int):
@@ -36,11 +36,12 @@ class HeldOut:
         if not self.why:
             try:
                 self.asked = _questions(data, sets.valid, tokenizer, count)
-            except Exception as problem:  # of a tokenizer or data set of the caller's own; the run goes on without
+            # an error of the caller's own tokenizer or data set; the run goes on without answers
+            except Exception as problem:
                 self.why = f"the validation rows cannot be read as prompts: {_said(problem)}"
 
     def answer(self, model: nn.Module) -> list[Answer]:
-        """The answers of ``model``; none where it cannot generate, and ``why`` then says so."""
+        """The answers of ``model``; none if it cannot generate, and ``why`` then holds the reason."""
         if not self.asked:
             return []
         try:
@@ -60,7 +61,7 @@ def _obstacle(valid: Any, tokenizer: Any, count: int) -> str:
 
 
 def _questions(data: Any, valid: Dataset, tokenizer: Any, count: int) -> list[Question]:
-    """``count`` rows, evenly spread: as the data's files say, or made from the tokens where they hold no answers."""
+    """``count`` rows, evenly spread: from the data's files, or made from the tokens if the files hold no answers."""
     if isinstance(data, DataConfig):
         try:
             found = questions(data, tokenizer, "valid", count, valid.kind)
@@ -69,14 +70,14 @@ def _questions(data: Any, valid: Dataset, tokenizer: Any, count: int) -> list[Qu
         except DataError:  # rows of text, or that end without an answer
             pass
     among: Any = range(len(valid))
-    if getattr(valid, "kind", TOKENS) == LABELS:  # bad answers are not expected ones
+    if getattr(valid, "kind", TOKENS) == LABELS:  # answers labelled bad are not expected answers
         among = [i for i in among if valid[i].label]
     count = min(count, len(among))
     return [_split_row(valid[among[(2 * k + 1) * len(among) // (2 * count)]], tokenizer) for k in range(count)]
 
 
 def _split_row(row: Any, tokenizer: Any) -> Question:
-    """A row's last learned tokens as the answer to what is before them; a text is split where its first part ends."""
+    """A row's last learned tokens as the answer to the tokens before them; a text is split after its first part."""
     tokens, mask = row.tokens.tolist(), row.mask.tolist()
     start = max(i for i, learned in enumerate(mask) if learned and not (i and mask[i - 1]))
     if start <= 1:

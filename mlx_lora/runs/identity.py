@@ -1,4 +1,4 @@
-"""Which run a checkpoint belongs to: what the run was made of, and whether it may continue with what is given now."""
+"""The identity of a checkpoint's run, and whether the run may continue with the current arguments."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ..training.best import measured_by, out_of_patience
 from ..training.checkpoints import OTHER_DATA, another_run, difference
 from .settings import Settings
 
-# The config of a resumed run may differ in FREE at will, and in FORCED with ``force``. Of the data's settings SHAPING
-# are compared by name; what the others do is seen in the tokens.
+# The config of a resumed run may differ in FREE at will, and in FORCED with ``force``. Of the data's settings,
+# SHAPING are compared by name; the others show in the tokens.
 FREE = (
     *("iters", "epochs", "val_batches", "steps_per_report", "steps_per_eval", "save_every"),
     *("grad_checkpoint", "cache_prefix", "clear_cache_threshold", "max_skipped_steps", "keep"),
@@ -50,8 +50,8 @@ _CONFIGS = {"data": DataConfig, "adapter": AdapterConfig, "optimizer": Optimizer
 
 
 def identify(settings: Settings, model: nn.Module, sets: Splits) -> dict[str, Any]:
-    """What a run is made of, as JSON values: its settings, and hashes of the data and of the base ``model``."""
-    arguments = getattr(model, "args", None)  # mlx-lm's parsed config: independent of how config.json is spelled
+    """A run's identity as JSON values: its settings, and hashes of the data and of the base ``model``."""
+    arguments = getattr(model, "args", None)  # mlx-lm's parsed config, independent of the formatting of config.json
     config = asdict(arguments) if is_dataclass(arguments) else {}
     facts = {
         "settings": settings_of(settings),
@@ -66,14 +66,14 @@ def settings_of(settings: Settings) -> dict[str, Any]:
     found = {name: asdict(getattr(settings, name)) for name in _CONFIGS if is_dataclass(getattr(settings, name))}
     if not isinstance(settings.data, DataConfig):
         found.pop("data", None)
-    # AdapterConfig fills in a scale where alpha is given.
+    # AdapterConfig fills in a scale if alpha is given.
     found["adapter"].pop("scale" if settings.adapter.alpha is not None else "alpha")
     names = {name: value for name in ("model", "init_reference") if (value := getattr(settings, name)) is not None}
     return {**found, **{name: str(value) for name, value in names.items() if not isinstance(value, tuple)}}
 
 
 def continued(given: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``Settings`` for a run that is resumed: ``given``, and what is left out as it was ``recorded``.
+    """The arguments of ``Settings`` for a resumed run: ``given``, with missing ones taken from ``recorded``.
 
     A dict of settings is filled up from the record; an argument that is None is taken from there.
     """
@@ -91,7 +91,7 @@ def continued(given: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]
 
 
 def _acting(recorded: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The ``recorded`` options of training without those that have no effect beside the ``given`` ones. Warns of it."""
+    """The ``recorded`` training options without those that have no effect with the ``given`` ones, with a warning."""
     unused = no_effect({**recorded, **given}, given)
     if unused:
         text = f"{', '.join(unused)}: not taken from the record, because of {', '.join(given)}"
@@ -100,12 +100,14 @@ def _acting(recorded: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(saved: dict[str, Any], here: dict[str, Any], force: bool, folder: Any) -> None:
-    """Compare the identity of the run in ``folder`` with that of the run which would continue it.
+    """Compare the identity of the run in ``folder`` with the identity of the run that would continue it.
 
-    Raises: TrainingError: it is another run; lists every difference. Warns of what goes on all the same.
+    Raises: TrainingError: it is another run; lists every difference. Allowed changes give warnings.
     """
     if not saved.get("settings"):
-        text = f"{folder}: its checkpoint was written by an older version. That it belongs to this model, these data "
+        text = (
+            f"{folder}: its checkpoint was written by an older version. Whether it belongs to this model, these data "
+        )
         warnings.warn(text + "and these settings cannot be checked.", MLXLoRAWarning, stacklevel=2)
         return
     changed = _differences(saved["settings"], here["settings"])
@@ -128,18 +130,18 @@ def check(saved: dict[str, Any], here: dict[str, Any], force: bool, folder: Any)
 
 
 def check_processes(before: int | None, now: int) -> None:
-    """Refuse to resume in another number of processes, before any of them waits for another. Raises: TrainingError."""
+    """Refuse to resume with another number of processes, before a process waits for another. Raises: TrainingError."""
     if before not in (None, now):
         how = f"with mlx.launch -n {before}" if before > 1 else "without mlx.launch"
-        hint = f"Resume it {how}; in another number of processes, only a new run can be started."
+        hint = f"Resume it {how}; with another number of processes, only a new run can be started."
         raise another_run([difference("processes", before, now)], hint=hint)
 
 
 def check_incomplete(state: TrainingState, config: TrainConfig, iters: int | None, folder: Path) -> None:
-    """Refuse to resume a run that is complete, or that its patience has ended.
+    """Refuse to resume a run that is complete or was ended by its patience.
 
     Args:
-        iters: the number of iterations of the run that would continue it; None where that is not known yet.
+        iters: the number of iterations of the run that would continue it; None if it is not known yet.
 
     Raises: ConfigError.
     """
@@ -163,7 +165,7 @@ def check_incomplete(state: TrainingState, config: TrainConfig, iters: int | Non
 
 @contextmanager
 def explained(folder: str | Path, recorded: dict[str, Any], given: dict[str, Any]) -> Iterator[None]:
-    """Add to an error about an input that it is the run's record which names it, as a path that is not here."""
+    """Add to an error about an input that its path comes from the run's record and does not exist here."""
     try:
         yield
     except (ModelError, DataError, ConfigError) as error:
@@ -177,7 +179,7 @@ def explained(folder: str | Path, recorded: dict[str, Any], given: dict[str, Any
             raise
         said = [f"{name} {value!r} comes from the record of the run in {folder}" for name, value in named.items()]
         flags = " and ".join("--" + name.replace("_", "-") for name in named)
-        hint = f"If it is a path that was relative to another folder, give it as it is from here, with {flags}."
+        hint = f"If the path was relative to another folder, give its path from here with {flags}."
         raise type(error)("\n".join([error.message, *said]), f"{hint} {error.hint}") from error
 
 
@@ -194,7 +196,7 @@ def _recorded_paths(recorded: dict[str, Any], given: dict[str, Any]) -> Iterator
 
 
 def _data_facts(rows: Any) -> tuple[int, str | None]:
-    """(number of rows, hash of their tokens and masks); a data set of a class of the caller's has no hash."""
+    """(number of rows, hash of their tokens and masks); a data set of the caller's own class has no hash."""
     return (0, None) if rows is None else (len(rows), getattr(rows, "digest", None))
 
 
@@ -221,7 +223,7 @@ def _comparable(section: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stretched(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What a new number of iterations does to a schedule whose length follows from it."""
+    """A warning if a new number of iterations changes the length of the schedule."""
     before, now = (run.get("iters") or run["settings"]["train"]["iters"] for run in (saved, here))
     schedule = here["settings"]["optimizer"]["lr_schedule"]
     mapping = schedule if isinstance(schedule, dict) else {"name": schedule}

@@ -1,8 +1,8 @@
-"""TCP connections between the processes of a distributed run, beside MLX's own. ``peers.py`` decides what they mean.
+"""TCP connections between the processes of a distributed run, besides MLX's own. ``peers.py`` uses them.
 
-Each process is connected to its neighbours. They send each other a line of JSON, at least once in ``BEAT`` seconds,
-with everything that the sender knows; a process that learns something sends it on. So all of them learn it, also where
-only neighbours can reach each other, as in a ring of Thunderbolt cables.
+Each process is connected to its neighbours. They send each other a line of JSON, at least every ``BEAT`` seconds,
+with everything that the sender knows, and pass on what is new to them. So news reaches all processes, even if only
+neighbours can reach each other, as in a ring of Thunderbolt cables.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Link:
     _buffer: bytes = b""
 
     def send(self, news: dict[str, Any]) -> None:
-        with suppress(OSError):  # a full buffer: that process has read nothing for long. A lost one: seen by `receive`
+        with suppress(OSError):  # a full buffer: that process has not read for long. A lost one is noticed by `receive`
             self.socket.send(json.dumps(news).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]]:
-        """What has arrived. Sets ``seen``, and ``closed`` where the connection has ended."""
+        """Return the received text. Sets ``seen``, and ``closed`` if the connection has ended."""
         try:
             data = self.socket.recv(1 << 16)
         except BlockingIOError:
@@ -66,7 +66,7 @@ class Link:
 def hosts(size: int) -> tuple[list[str] | None, bool]:
     """(an address for each rank, whether only neighbours in a ring reach each other), from ``mlx.launch``'s variables.
 
-    The addresses are None where the environment does not tell them.
+    The addresses are None if the environment does not contain them.
     """
     if file := os.environ.get("MLX_HOSTFILE"):
         with suppress(OSError, ValueError, LookupError, AttributeError), open(file) as nodes:
@@ -78,9 +78,9 @@ def hosts(size: int) -> tuple[list[str] | None, bool]:
 
 
 def connect(group: Any) -> list[Link]:
-    """Connect this process to its neighbours: in a ring to the next and the one before, else rank 0 to all.
+    """Connect this process to its neighbours: in a ring to the next and the previous one, else rank 0 to all.
 
-    Every process must call this at the same time: the ports are told through a collective of MLX.
+    Every process must call this at the same time: an MLX collective exchanges the ports.
 
     Raises: OSError: a neighbour cannot be reached.
     """
@@ -127,7 +127,7 @@ def connect(group: Any) -> list[Link]:
 
 
 def _machine() -> int:
-    """A number that two processes share where they run on the same machine."""
+    """A number that is the same for processes on the same machine."""
     import uuid
 
     return uuid.getnode() % (1 << 31)

@@ -1,4 +1,4 @@
-"""``log.jsonl`` in a run's folder: every report of the run except Progress, as one JSON object a line.
+"""``log.jsonl`` in a run's folder: every report of the run except Progress, as one JSON object per line.
 
 Each line has a ``kind``, the class name of the report, a ``time`` in seconds since 1970, and the fields of the report.
 A line of kind ``Run`` begins each call: its settings, data, base model, versions and machine. Lines of kind ``Answers``
@@ -21,14 +21,14 @@ _TEMPORARY = ".log.jsonl.new"
 
 
 class Lines(NamedTuple):
-    """The readable lines of a log, and how many are not: a process that is killed may leave half a line."""
+    """The readable lines of a log, and the number of unreadable ones: a killed process may leave half a line."""
 
     records: list[dict[str, Any]]
     unreadable: int = 0
 
 
 def read_log(folder: str | Path) -> Lines:
-    """Read the log in ``folder``. Raises: OSError where there is none, or it cannot be read."""
+    """Read the log in ``folder``. Raises: OSError if there is none, or it cannot be read."""
     records, unreadable = [], 0
     for line in (Path(folder) / LOG).read_bytes().split(b"\n"):
         record = read_line(line)
@@ -40,7 +40,7 @@ def read_log(folder: str | Path) -> Lines:
 
 
 def read_line(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None where it holds none."""
+    """The record in a line; None if it holds none."""
     try:
         record = json.loads(line, parse_constant=lambda _: None)
     except (ValueError, RecursionError):
@@ -49,7 +49,7 @@ def read_line(line: bytes) -> dict[str, Any] | None:
 
 
 def logged_until(folder: Path, iteration: int) -> list[dict[str, Any]]:
-    """What a run has logged up to ``iteration``, its last checkpoint. It does what came later again when it resumes."""
+    """The lines logged up to ``iteration``, the last checkpoint. Later iterations are repeated on resume."""
     try:
         return [record for record in read_log(folder).records if _iteration(record) <= iteration]
     except OSError:  # an older version wrote no log
@@ -59,7 +59,7 @@ def logged_until(folder: Path, iteration: int) -> list[dict[str, Any]]:
 class RunLog:
     """Writes the log in ``folder``. A write that fails ends the log with a warning; the run goes on.
 
-    Where the folder is gone, the lines wait for the next checkpoint, which makes it again or says why it cannot.
+    If the folder is gone, the lines wait for the next checkpoint, which creates it again or raises an error.
     """
 
     def __init__(self, folder: Path, held_back: bool = False):
@@ -73,7 +73,7 @@ class RunLog:
         return self._held is None and not self._failed
 
     def add(self, kind: str, fields: dict[str, Any]) -> None:
-        """Write a line at once. Values that JSON does not know become text."""
+        """Write a line at once. Values that JSON does not support become text."""
         line = _line({"kind": kind, "time": round(time.time(), 3), **fields})
         if self._held is not None:
             self._held.append(line)
@@ -81,10 +81,10 @@ class RunLog:
             self._write("a", [line])
 
     def release(self) -> None:
-        """Write the lines that were held back. The earlier run's log is no longer in the folder."""
+        """Write the lines that were held back, once the earlier run's log has been moved."""
         if self._gone:
             self._gone = False
-            text = f"{self.folder}: was deleted during the run. Its log begins again before this checkpoint."
+            text = f"{self.folder}: was deleted during the run. Its log starts again before this checkpoint."
             warnings.warn(text, MLXLoRAWarning, stacklevel=2)
         if self._held:
             held, self._held = self._held, None
@@ -101,7 +101,7 @@ class RunLog:
         if self._failed:
             return False
         try:
-            # JSON reads half of a surrogate pair, written as \udc80, as it was.
+            # JSON writes half of a surrogate pair as \udc80 and reads it back unchanged.
             with open(path or self.folder / LOG, how, encoding="utf-8", errors="backslashreplace") as file:
                 file.write("".join(lines))
         except OSError as problem:
@@ -115,7 +115,7 @@ class RunLog:
 
 
 def plain(fields: dict[str, Any]) -> dict[str, Any]:
-    """``fields`` as values of JSON: NaN and infinities become None at every depth, what JSON does not know, text."""
+    """``fields`` as JSON values: at every depth, NaN and infinities become None, and unsupported values text."""
     return json.loads(json.dumps(fields, default=str), parse_constant=lambda _: None)
 
 
@@ -124,6 +124,6 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _iteration(record: dict[str, Any]) -> float:
-    """The iteration of a record; 0 for one that belongs to no iteration, such as a warning."""
+    """The iteration of a record; 0 for a record without one, such as a warning."""
     value = record.get("iteration")
     return value if isinstance(value, (int, float)) else 0

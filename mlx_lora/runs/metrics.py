@@ -1,6 +1,6 @@
 """Metrics of generated answers: functions of the given and the expected answers, two lists of text.
 
-Of all of them higher is better. White space around the answers is removed before.
+For all of them, higher is better. White space around the answers is removed first.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def _rouge() -> ModuleType:
 
 
 def matthews_correlation(given: list[str], expected: list[str]) -> float:
-    """Matthews' correlation of labels, for two classes or more (Gorodkin 2004); 0 where one side has one label only.
+    """Matthews' correlation of labels, for two classes or more (Gorodkin 2004); 0 if one side has only one label.
 
-    An answer that is no label is a class of its own.
+    An answer that is not a label counts as another class.
     """
     total, correct = len(given), sum(a == b for a, b in zip(given, expected, strict=True))
     said, true = Counter(given), Counter(expected)
@@ -65,7 +65,7 @@ METRICS: dict[str, Metric] = {
 
 
 def load_metrics(names: Sequence[str] | None) -> dict[str, Metric]:
-    """The functions that ``names`` stand for, by what they are called in reports.
+    """The functions that ``names`` stand for, by their names in reports.
 
     Args:
         names: of ``METRICS``, or ``path/to/file.py:function``. The code of that file is run.
@@ -111,13 +111,13 @@ def _module(path: Path, _changed: int) -> ModuleType:
         spec.loader.exec_module(module)
     except (KeyboardInterrupt, GeneratorExit):
         raise
-    except BaseException as error:  # whatever the user's code raises, sys.exit() included
+    except BaseException as error:  # any error of the user's code, including sys.exit()
         raise ConfigError(f"metric: {path} fails: {type(error).__name__}: {error}", "Correct that file.") from error
     return module
 
 
 def measured(metrics: dict[str, Metric], answers: Sequence[Answer]) -> dict[str, float]:
-    """The value of each of ``metrics``; in several processes those of the first one.
+    """The value of each of ``metrics``; in a distributed run, the values from rank 0.
 
     Raises: ConfigError: a metric fails, or returns no number.
     """
@@ -128,7 +128,7 @@ def measured(metrics: dict[str, Metric], answers: Sequence[Answer]) -> dict[str,
                 values.append(float(metric([a.given for a in answers], [a.expected for a in answers])))
         except (MLXLoRAError, KeyboardInterrupt, GeneratorExit):
             raise
-        except BaseException as error:  # whatever the user's code raises, sys.exit() included
+        except BaseException as error:  # any error of the user's code, including sys.exit()
             raise ConfigError(f"metric {name} fails: {type(error).__name__}: {error}", _HOW) from error
     group = mx.distributed.init()
     if group.size() > 1:

@@ -1,12 +1,12 @@
-"""Ends a distributed run with a message where one of its processes has died, failed or hangs.
+"""Ends a distributed run with a message if one of its processes has died, failed or hangs.
 
-MLX's collectives wait for ever for a process that was stopped, fell asleep or lost its network, and the main thread
-runs no Python code meanwhile. So a thread of each process exchanges a line a second with its neighbours (``links.py``).
-A process that computes for long, such as a first compiled step, answers all the same.
+MLX's collectives wait forever for a process that was stopped, was suspended or lost its network, and the main thread
+cannot run Python code while it waits. So a thread in each process exchanges a line per second with its neighbours
+(``links.py``). This thread also answers during a long computation, such as the first compiled step.
 
 When a process is lost, the main threads of the others have ``GRACE`` seconds to leave the collective, as MLX's ring
 does when a connection closes. Then the thread itself writes the message and ends the process with exit code 1. The last
-checkpoint is whole whenever that happens: its files are renamed into place.
+checkpoint is always complete, because its files are renamed into place.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from .links import BEAT, connect
 
 GRACE = 2.0  # seconds
 TIMEOUT = 30.0  # seconds without an answer
-# Training makes no progress where no report comes for so many timeouts, and for so many times the longest time so far.
+# Training hangs if no report comes for this many timeouts and for this many times the longest interval so far.
 _TIMEOUTS, _SLOWER = 20, 10
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _watch: Peers | None = None  # of this process
 
 
 def watched(reports: Iterator[Any], folder: Any = None, timeout: float = TIMEOUT) -> Iterator[Any]:
-    """Yield ``reports``; in a distributed run, end where another process is lost, or this one is told to end.
+    """Yield ``reports``; in a distributed run, end if another process is lost or this one receives a signal to end.
 
     Args:
         folder: the ``RunFolder``, whose last checkpoint the message names.
         timeout: seconds without an answer until a process counts as lost. One whose connection is closed is lost at
             once. 0: do not watch.
 
-    Raises: LostProcessError. Where the main thread cannot be reached, the process ends instead.
+    Raises: LostProcessError. If the main thread does not respond, the process exits instead.
     """
     everyone = group()
     if everyone.size() == 1 or not timeout:
@@ -68,7 +68,7 @@ def watched(reports: Iterator[Any], folder: Any = None, timeout: float = TIMEOUT
 
 @contextmanager
 def working() -> Iterator[None]:
-    """A context for long work of this process alone, such as answering prompts: no process takes it for a hang."""
+    """A context for long work in this process only, such as answering prompts, so that it does not count as a hang."""
     peers = _watch
     if peers is not None:
         peers.note(True)
@@ -85,15 +85,15 @@ class Peers:
     def __init__(self, everyone: Any, folder: Any, timeout: float):
         self.rank, self.size = everyone.rank(), everyone.size()
         self.folder, self.timeout = folder, timeout
-        self.lost: tuple[int, str] | None = None  # the rank that ended the run, and what happened to it
+        self.lost: tuple[int, str] | None = None  # the rank that ended the run, and the reason
         self.saved: int | None = None  # iteration of the last checkpoint that any process knows of
         self.done: set[int] = set()  # ranks that have completed the run
         self._leaving = False
         self._signal = self._decided = None  # times
         self._begun = self._training = False
-        self._work: dict[int, list[int]] = {self.rank: [0, 0]}  # by rank: [changes so far, contexts of `working` now]
+        self._work: dict[int, list[int]] = {self.rank: [0, 0]}  # by rank: [changes so far, open contexts of `working`]
         self._last, self._longest = time.monotonic(), 0.0
-        # A collective tells the ports: a process that is lost already must not be waited for without a limit.
+        # A collective exchanges the ports; it needs a time limit in case a process is already lost.
         limit = threading.Timer(START, self._end, [f"another process did not start within {START:.0f} seconds"])
         limit.start()
         try:
@@ -101,7 +101,8 @@ class Peers:
         except (OSError, RuntimeError) as error:
             raise TrainingError(
                 f"rank {self.rank} cannot connect to the other processes: {error}",
-                "Check that all of them run, and that no firewall is between the machines. With --peer-timeout 0 the "
+                "Check that all of them run, and that no firewall blocks the machines from each other. With "
+                "--peer-timeout 0 the "
                 "run needs no such connection, and does not notice a lost process.",
             ) from error
         finally:
@@ -119,7 +120,7 @@ class Peers:
     def progress(self, report: str) -> None:
         """Note that the run goes on. Only training is timed: a model may be downloaded for hours.
 
-        The first validation counts for the longest time, so that the later ones are not taken for a hang.
+        The first validation counts as the longest interval, so that later ones do not count as a hang.
         """
         now = time.monotonic()
         if self._begun:
@@ -128,7 +129,7 @@ class Peers:
         self._training = report != "Done" and (self._training or report == "Progress")
 
     def note(self, begins: bool) -> None:
-        """Note that work which no report tells of begins or ends. The other processes wait for it."""
+        """Note that work without reports begins or ends. The other processes wait for it."""
         changes, busy = self._work[self.rank]
         self._work[self.rank] = [changes + 1, busy + (1 if begins else -1)]
         self._last = time.monotonic()
@@ -145,11 +146,11 @@ class Peers:
         self._stop()
 
     def leave(self, error: BaseException) -> LostProcessError | None:
-        """End the watch after ``error``; return what to raise instead, where another process is the reason."""
+        """Stop watching after ``error``; return the error to raise instead if another process is the cause."""
         expected = isinstance(error, (MLXLoRAError, KeyboardInterrupt, GeneratorExit))
-        if not expected:  # a collective fails shortly before or after the process is known to be lost
+        if not expected:  # a collective may fail shortly before or after the loss is detected
             self._news.wait(GRACE / 2)
-        if self.lost is None and self.rank not in self.done:  # the others do not need a process that has completed
+        if self.lost is None and self.rank not in self.done:  # the others do not need a process that has finished
             text = str(getattr(error, "message", error)).strip().splitlines()
             stopped = isinstance(error, (KeyboardInterrupt, GeneratorExit))
             self.lost = self.rank, "was interrupted" if stopped else f"failed: {text[0] if text else repr(error)}"
@@ -168,7 +169,7 @@ class Peers:
             lines.append(
                 "No checkpoint of this run was written before."
                 if known is None
-                # Rank 0 may have written one more than it could tell.
+                # Rank 0 may have written another one before it could report it.
                 else f"The checkpoint of iteration {known}{', or a later one,' if self.rank and rank == 0 else ''} is "
                 f"complete in {self.folder.path} of rank 0."
             )
@@ -254,7 +255,7 @@ class Peers:
                 self._signal = time.monotonic(), next(n for n in received if n in _ENDING)
 
     def _judge(self, now: float) -> None:
-        """Decide whether a process is lost, and end this one where its main thread did not end it in time."""
+        """Decide whether a process is lost; end this process if its main thread did not do so in time."""
         for link in self._links if self.lost is None else ():
             if link.rank in self.done:
                 continue
@@ -263,7 +264,7 @@ class Peers:
             elif now - link.seen > self.timeout:
                 self.lost = link.rank, f"has not answered for {self.timeout:g} seconds"
         if self.lost is None and self._signal and now - self._signal[0] > GRACE / 2:
-            # `mlx.launch` ends all processes when one has failed: the reason may be on its way
+            # `mlx.launch` ends all processes when one has failed; the reason may still arrive
             self.lost = self.rank, f"was told to end ({signal.Signals(self._signal[1]).name})"
         quiet, limit = now - self._last, max(_TIMEOUTS * self.timeout, _SLOWER * self._longest)
         working = any(busy for _, busy in self._work.values())
@@ -282,7 +283,7 @@ class Peers:
         hint = getattr(failure, "hint", "Look at the output of the other processes.")
         text = f"\nError: {getattr(failure, 'message', failure)}\nHint: {hint}\n"
         with suppress(OSError):
-            if select.select([], [2], [], GRACE)[1]:  # a full pipe that nobody reads would hold this process for ever
+            if select.select([], [2], [], GRACE)[1]:  # a full pipe that nobody reads would block this process forever
                 os.write(2, text.encode())
         for link in getattr(self, "_links", ()):
             if self.lost and link.rank == self.lost[0]:

@@ -1,4 +1,4 @@
-"""The plan of a run before it starts: its report, and the refusal of a run that does not fit into memory."""
+"""The plan of a run before it starts: report it, and refuse a run that does not fit into memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_weights(settings: Settings) -> None:
         return
     try:
         folder = base_named(settings.model).folder
-    except MLXLoRAError:  # loading says what is wrong with it
+    except MLXLoRAError:  # loading reports what is wrong
         return
     if folder is None:  # loading downloads it
         return
@@ -43,7 +43,7 @@ def check_weights(settings: Settings) -> None:
 
 
 def plan_run(settings: Settings, model: nn.Module, sets: Any):
-    """Yield the plan; return it, or None where no plan could be made. Raises: TrainingError where it does not fit."""
+    """Yield the plan; return it, or None if no plan could be made. Raises: TrainingError if the run does not fit."""
     limit, world = memory_limit(), mx.distributed.init().size()
     base = base_of(model)
     if base is None or base.folder is None:
@@ -56,7 +56,7 @@ def plan_run(settings: Settings, model: nn.Module, sets: Any):
     except MLXLoRAError as error:
         yield Planned(None, limit, reason=error.message.splitlines()[0][:200])
         return None
-    except Exception as error:  # a plan that cannot be made must not keep anyone from training
+    except Exception as error:  # a failed plan must not prevent training
         if os.environ.get("MLX_LORA_DEBUG"):
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -68,7 +68,7 @@ def plan_run(settings: Settings, model: nn.Module, sets: Any):
     yield Planned(found.memory.peak, limit, found.trainable, found.iters, found.epochs, padding, found.seconds)
     if found.memory.peak > limit and not settings.force:
         flags = suggestion(name, settings.adapter, settings.optimizer, settings.train, found)
-        advice = f"It fits with {', '.join(flags)}. " if flags else "Nothing that was tried makes it fit here. "
+        advice = f"It fits with {', '.join(flags)}. " if flags else "No setting that was tried makes it fit here. "
         raise TrainingError(
             f"this run needs about {found.memory.peak / 1e9:.1f} GB at its peak, and MLX can use {limit / 1e9:.1f} GB "
             "here",
@@ -83,7 +83,7 @@ def plan_run(settings: Settings, model: nn.Module, sets: Any):
 
 
 def keep_speed(plan: Plan | None, done: Any, state: Any) -> None:
-    """Remember how fast this machine trained, for the time estimate of the next plan."""
+    """Record how fast this machine trained, for the time estimate of the next plan."""
     if plan is None or plan.epoch is None:
         return
     iterations = done.iteration - (state.iteration if state is not None else 0)

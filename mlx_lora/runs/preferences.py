@@ -1,4 +1,4 @@
-"""The reference of a run's data sets, for losses of preferences: computed before training, kept in the checkpoints."""
+"""The reference of a run's data sets for preference losses: computed before training, kept in the checkpoints."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .reports import Loading, Warned
 
 
 def with_references(model: nn.Module, sets: Splits, config: TrainConfig, state: TrainingState | None):
-    """Yield what is computed; return the data sets with the log-probabilities of their answers by ``model``.
+    """Yield a report; return the data sets with the log-probabilities that ``model`` gives their answers.
 
     Args:
         model: as the run begins.
-        state: of the run that is resumed; the log-probabilities are then those of its beginning.
+        state: state of the resumed run; its log-probabilities, from before its first step, are used.
 
-    Raises: TrainingError: a test set that the run which is resumed did not have.
+    Raises: TrainingError: a test set that the resumed run did not have.
     """
     if preference_of(config.loss).rows == LABELS and (text := _unbalanced(sets.train, config)):
         yield Warned(text)
@@ -34,7 +34,7 @@ def with_references(model: nn.Module, sets: Splits, config: TrainConfig, state: 
 
 
 def _unbalanced(rows: LabelDataset, config: TrainConfig) -> str | None:
-    """A warning where good and bad answers weigh too differently (equation 8 of KTO's paper, arXiv:2402.01306)."""
+    """A warning if the weights of good and bad answers differ too much (KTO's paper, arXiv:2402.01306, equation 8)."""
     good = sum(row.label for row in rows)
     bad = len(rows) - good
     by_good, by_bad = good * config.desirable_weight, bad * config.undesirable_weight

@@ -1,7 +1,7 @@
-"""``cache_prefix`` of a run: where the states of frozen layers are kept, how much they take, and whether that fits.
+"""``cache_prefix`` of a run: where the states of frozen layers are kept, their size, and whether they fit.
 
-Nothing is written and no memory is taken before the caller has taken the report ``PrefixCache``: to decline, close the
-run there. A file stays when the run is stopped or killed, for the run that resumes it; a complete run deletes it.
+Nothing is written and no memory is used before the caller receives the report ``PrefixCache``; to decline, close the
+run at that report. The file of a stopped or killed run is kept for resuming; a complete run deletes it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ..training.prefix_states import FileStates
 from .reports import PrefixCache, Warned
 
 FILE = "frozen_prefix.states"
-_SHARE = 0.8  # of the free memory that states may take
+_SHARE = 0.8  # share of the free memory that the states may use
 
 
 def keep_prefix(model: nn.Module, sets: Splits, path: Path, identity: dict[str, Any], config: TrainConfig):
-    """Yield the size and what is hardly meant; return the ``FrozenPrefix`` of a run in the folder ``path``, or None.
+    """Yield the size and warnings; return the ``FrozenPrefix`` of the run in the folder ``path``, or None.
 
-    Raises: ConfigError: the model cannot, or the states do not fit.
+    Raises: ConfigError: the model does not allow it, or the states do not fit.
     """
     if config.cache_prefix == "none":
         return None
@@ -63,7 +63,7 @@ def drop_states(path: Path) -> None:
 
 
 def _owner(prefix: FrozenPrefix, identity: dict[str, Any], config: TrainConfig) -> str:
-    """What the states belong to. The states of one row are part of it: they tell another device, dtype or library."""
+    """The identity of the states. It includes the states of one row, to detect another device, dtype or library."""
     if None in (digests := [digest for rows, digest in identity["data"].values() if rows]):
         raise ConfigError(
             "cache_prefix 'disk' must know whether the data are the same, and a data set here has no digest.",
@@ -82,7 +82,7 @@ def _free_disk(path: Path) -> int:
 
 
 def _free_memory() -> int:
-    """Bytes of memory that states may take."""
+    """Bytes of memory that the states may use."""
     try:
         with open("/proc/meminfo") as file:
             free = next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))

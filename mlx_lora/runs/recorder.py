@@ -1,7 +1,7 @@
 """Records a run: its log, its answers to held-out prompts, its page ``report.html``, and experiment trackers.
 
-One object sees every report. Nothing here changes the run: answers leave the model and the random numbers as they
-were, and what cannot be written is a warning.
+One object sees every report. Nothing here changes the run: answering changes neither the model nor the random
+numbers, and a failed write is a warning.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from .settings import Settings
 from .tracking import Tracker, trackers
 from .unfinished import checkpoint_lines
 
-BETWEEN_PAGES = 60.0  # seconds, at least, from one report.html to the next while the run goes on
+BETWEEN_PAGES = 60.0  # minimum seconds between two versions of report.html during the run
 BASE, FIRST, BEST = "base", "first", "best"  # whose answers
 _SKIPPED = ("Progress", "Loading")
 _ONCE = ("TrainReport", "Checkpoint")  # reports of an iteration, whose lines are written once
 
 
 class Recorder:
-    """Records the run in ``folder``. Processes other than the main one only answer, so that none waits for another."""
+    """Records the run in ``folder``. Other processes than the main one only answer prompts, so that none waits."""
 
     def __init__(self, folder: RunFolder, settings: Settings):
         self.folder, self.settings = folder, settings
         self.main = is_main_process()
-        self.log: RunLog | None = None  # from Started on: until then, the run may be refused
+        self.log: RunLog | None = None  # set at Started; until then, the run may be refused
         self.waiting: list[tuple[str, dict[str, Any]]] = []  # lines from before
-        self.past: list[dict[str, Any]] = []  # what the run that is resumed has logged
+        self.past: list[dict[str, Any]] = []  # what the resumed run has logged
         self.state: TrainingState | None = None  # that it continues from
-        self.answered: dict[str, int] = {}  # iteration of the answers, by whose they are
+        self.answered: dict[str, int] = {}  # iteration of the answers, by the model that gave them
         self.best: int | None = None  # iteration of the best checkpoint
         self.page_at = time.monotonic()
         self.trackers: list[Tracker] = []
@@ -122,7 +122,7 @@ class Recorder:
             self._write_page()
 
     def _logged_before(self, kind: str, iteration: int) -> bool:
-        """Whether the run that is resumed has logged this: its metric failed, so that it ends the iteration again."""
+        """Whether the resumed run has logged this before: after a failed metric, it ends the same iteration again."""
         if self.state is None or iteration != self.resumed:
             return False
         return kind == "Checkpoint" or any((r["kind"], r.get("iteration")) == (kind, iteration) for r in self.past)
@@ -137,7 +137,7 @@ class Recorder:
                 warnings.warn(text, MLXLoRAWarning, stacklevel=2)
 
     def _open(self) -> None:
-        """Open the log. Lines wait for the first checkpoint where they would replace those of an earlier run."""
+        """Open the log. If the folder holds an earlier run, lines wait for the first checkpoint."""
         waiting, self.waiting = self.waiting, []
         if not self.main:
             return
@@ -174,7 +174,7 @@ class Recorder:
             self._write_page()
 
     def _answer(self, of: str, iteration: int) -> None:
-        """Answer the prompts with the model as it is. Without answers, the line of the base says why."""
+        """Answer the prompts with the current model. Without answers, the base's line has the reason."""
         given = [asdict(answer) for answer in self.held_out.answer(self.model)]
         self.answered[of] = iteration
         if given or of == BASE:
@@ -190,14 +190,14 @@ class Recorder:
                 warnings.warn(text, MLXLoRAWarning, stacklevel=2)
 
     def _answer_first_again(self) -> None:
-        """Answer with the first checkpoint where a process was killed between writing it and answering."""
+        """Answer with the first checkpoint if a process was killed between writing it and answering."""
         if self.resumed is None or FIRST in self.answered or self._saved() not in ([], [self.resumed]):
             return
         if self.held_out.asked and self.past:
             self._answer_with(FIRST, self.resumed, self.folder.numbered(self.resumed))
 
     def _answer_best(self, last: int) -> None:
-        """Answer with the best checkpoint, or with the last one where the run chooses none."""
+        """Answer with the best checkpoint, or with the last one if the run has no best one."""
         best = last if self.best is None else self.best
         if not self.held_out.asked or best in (self.answered.get(FIRST), self.answered.get(BEST)):
             return
@@ -220,7 +220,7 @@ class Recorder:
         }
 
     def _write_page(self) -> None:
-        """Write ``report.html``. A run of hours does not end because its page cannot be made."""
+        """Write ``report.html``. A failure gives a warning and does not end the run."""
         if self.log is None or not self.log.written:
             return
         from .report import write_report

@@ -1,4 +1,4 @@
-"""The reports of a run besides those in ``training.reports``. Frozen, without arrays, ready for JSON."""
+"""The reports of a run that are not in ``training.reports``. Frozen, without arrays, ready for JSON."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ class Loading:
 
 @dataclass(frozen=True)
 class Warned:
-    """A setting is valid, and hardly what was meant. The run goes on with it."""
+    """A setting is valid but probably a mistake. The run goes on with it."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What the run will take, before it starts."""
+    """The estimated memory and time of the run, before it starts."""
 
-    peak: int | None  # bytes at the peak; None where no plan could be made
+    peak: int | None  # bytes at the peak; None if no plan could be made
     limit: int  # bytes that MLX can use on this machine
     trainable: int | None = None  # parameters
     iters: int | None = None
     epochs: float | None = None
     padding: float | None = None  # share of the tokens computed
-    seconds: float | None = None  # of the whole run; None where this machine has not been measured
+    seconds: float | None = None  # of the whole run; None if this machine has not been measured
     reason: str = ""  # why there is no plan
 
 
@@ -42,16 +42,16 @@ class DataLoaded:
     rows: dict[str, int]  # by split: "train", "valid", "test"
     learned_tokens: int  # in one epoch of the training set; 0 without one
     warnings: tuple[str, ...]
-    notes: tuple[str, ...] = ()  # what was decided for the user, such as how the rows are read
+    notes: tuple[str, ...] = ()  # decisions made for the user, such as how the rows are read
 
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """The output of the frozen layers will be kept (``cache_prefix``). Closing the run at this report declines."""
+    """The output of the frozen layers will be kept (``cache_prefix``). To decline, close the run at this report."""
 
     layers: int  # whose output is kept
     of: int  # layers of the model
-    bytes: int  # that it will take, about
+    bytes: int  # approximate bytes that the states will take
     free: int  # bytes
     place: str  # "memory", or the file
     reused: float | None  # share of the rows read after the first epoch that need no computing; None: only one epoch
@@ -59,14 +59,14 @@ class PrefixCache:
 
 @dataclass(frozen=True)
 class Started:
-    """The adapter is on the model, and training begins."""
+    """The adapter is attached to the model, and training begins."""
 
-    iteration: int  # already done, by the run that is resumed
+    iteration: int  # already done by the resumed run
     iters: int
     trainable: int  # parameters
     parameters: int  # of the model with its adapter; a quantized weight counts as one
     modules: int  # that hold trainable parameters
-    steps_per_eval: int  # iterations between validations, where there is a validation set
+    steps_per_eval: int  # iterations between validations, if there is a validation set
     save_every: int  # iterations between checkpoints
 
 
@@ -92,12 +92,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class TestReport:
-    """The loss on the test set and, where asked for, the share of exact answers."""
+    """The loss on the test set and, if requested, the share of exact answers."""
 
-    loss: float  # nats a learned token
-    tokens: int  # learned tokens the loss is the mean of
-    perplexity: float | None  # exp(loss); None for losses of preferences
+    loss: float  # nats per learned token
+    tokens: int  # learned tokens in the mean
+    perplexity: float | None  # exp(loss); None for preference losses
     seconds: float
     exact_match: float | None = None  # share of correct answers
     answered: int = 0  # rows answered for exact_match
-    metrics: dict[str, float] = field(default_factory=dict)  # of the loss, such as rewards, and of answered rows
+    metrics: dict[str, float] = field(default_factory=dict)  # of the loss, such as rewards, and of the answered rows

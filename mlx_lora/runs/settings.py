@@ -28,7 +28,7 @@ from .checks import check_settings
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of ``run``, each in one form: a dict becomes a config, a path or name the data's."""
+    """The arguments of ``run``, each in one form: a dict becomes a config, and a path or name a DataConfig."""
 
     model: Any
     data: Any  # a DataConfig or Splits afterwards
@@ -72,22 +72,22 @@ class Settings:
         return ("train", "valid") if self.test_batches is None else ("train", "valid", "test")
 
     def doubts(self) -> list[str]:
-        """Warnings about settings that are valid, and hardly what was meant."""
+        """Warnings about settings that are valid but probably a mistake."""
         optimizer, adapter = self.optimizer, self.adapter
         own_rate = first_rate(optimizer.lr_schedule) is not None or chooses_own_rate(
             optimizer.optimizer, optimizer.optimizer_config
         )
-        preferences = preference_of(self.train.loss).rows != TOKENS  # which are learned at rates of 1e-6 to 5e-5
+        preferences = preference_of(self.train.loss).rows != TOKENS  # their usual learning rates are 1e-6 to 5e-5
         if self._rate_is_given or own_rate or self.resume or adapter.method == "full" or preferences:
             return adapter.doubts()
         return [
             *adapter.doubts(),
-            f"learning_rate is mlx-lm's default of {optimizer.learning_rate:g}, which hardly moves the loss of "
+            f"learning_rate is mlx-lm's default of {optimizer.learning_rate:g}, which is too low for "
             f"{adapter.method}; give 1e-4 to 2e-4 (--learning-rate), or let mlx-lora plan --write choose",
         ]
 
     def record(self) -> dict[str, Any]:
-        """The settings to keep with the adapter: those of data, optimizer and training that are set."""
+        """The settings to keep with the adapter: the non-default ones of data, optimizer and training."""
         configs = [self.data] if isinstance(self.data, DataConfig) else []
         configs += [self.optimizer, self.train]
         unused = set(PREFERENCE_OPTIONS) - set(preference_of(self.train.loss).options)
@@ -133,7 +133,7 @@ def _as_set(rows: Any, name: str) -> Any:
 
 
 def as_model(model: Any, needs_tokenizer: bool) -> Any:
-    """A path or name, or a pair (model, tokenizer); the tokenizer is None where none is needed. Raises: ConfigError."""
+    """A path or name, or a pair (model, tokenizer); the tokenizer is None if none is needed. Raises: ConfigError."""
     pair = "Give the pair that load returns: model=mlx_lora.load(name)."
     if isinstance(model, list):
         model = tuple(model)

@@ -1,6 +1,6 @@
 """Training curves for experiment trackers: TensorBoard, Trackio, Weights & Biases, SwanLab. All packages are optional.
 
-TensorBoard's files are in the folder of the run, under ``tensorboard``; the others have projects of their own.
+TensorBoard's files are in the folder of the run, under ``tensorboard``; the others have their own projects.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .reports import Started
 def trackers(
     names: Iterable[str], project: str | None, settings: dict[str, Any], folder: Path, resume: bool
 ) -> list[Tracker]:
-    """A tracker for each service named. Raises: ConfigError: packages are not installed; names all of them."""
+    """A tracker for each named service. Raises: ConfigError that names all packages that are not installed."""
     kinds, missing = {name: TensorBoard if name == "tensorboard" else Project for name in names}, []
     for name in kinds:
         try:
@@ -45,7 +45,7 @@ def trackers(
 
 
 def values_of(report: TrainReport | ValReport) -> dict[str, float]:
-    """The numbers of a report by name: its fields, as mlx-lm names them, and its metrics after train/ or val/."""
+    """The numbers of a report by name: its fields, as mlx-lm names them, and its metrics as train/... or val/...."""
     fields = asdict(report)
     prefix = "val/" if isinstance(report, ValReport) else "train/"
     metrics = {prefix + name: value for name, value in fields.pop("metrics").items()}
@@ -58,7 +58,7 @@ class Tracker:
     name: str
 
     def see(self, report: Any) -> None:
-        """Log a report of the training or the validation; pass over others."""
+        """Log a report of training or validation; ignore others."""
         if isinstance(report, (TrainReport, ValReport)):
             self.log(values_of(report), report.iteration)
 
@@ -70,7 +70,7 @@ class Tracker:
 
 
 class Project(Tracker):
-    """A service with wandb's ``init``, ``log`` and ``finish``. What these print goes to stderr, which is not data."""
+    """A service with wandb's ``init``, ``log`` and ``finish``. Their prints go to stderr; stdout is for data."""
 
     def __init__(self, name: str, project: str, settings: dict[str, Any], folder: Path, resume: bool):
         self.name, self.module = name, importlib.import_module(name)
@@ -105,7 +105,7 @@ class TensorBoard(Tracker):
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.writer, self._event, self._summary = EventFileWriter(str(self.folder)), Event, Summary
-        if iteration:  # TensorBoard then drops what a killed run logged after its last checkpoint
+        if iteration:  # TensorBoard then drops the points that a killed run logged after its last checkpoint
             start = SessionLog(status=SessionLog.START)
             self.writer.add_event(Event(wall_time=time.time(), step=iteration + 1, session_log=start))
 

@@ -1,4 +1,4 @@
-"""What a process that was killed around a checkpoint did not write any more: lines of the log, the page of the run."""
+"""Write what a process that was killed near a checkpoint did not write: lines of the log and the run's page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .prefix import FILE, drop_states
 
 
 def checkpoint_lines(past: list[dict[str, Any]], state: TrainingState, file: Path) -> Iterator[Any]:
-    """The reports of the checkpoint of ``state`` that are not among the lines ``past`` of its run's log.
+    """The reports about ``state``'s checkpoint that are missing in ``past``, the lines of its run's log.
 
     Args:
         file: the weights of that checkpoint.
@@ -29,11 +29,11 @@ def checkpoint_lines(past: list[dict[str, Any]], state: TrainingState, file: Pat
 
 
 def finish(folder: Path, state: TrainingState, file: Path) -> list[str]:
-    """Write what the complete run of ``state`` lacks in ``folder``, and delete states of frozen layers that it kept.
+    """Write the missing files of ``state``'s complete run into ``folder``, and delete its kept states of frozen layers.
 
-    Answers to held-out prompts are not made: they take the model.
+    Answers to held-out prompts are not made, because they need the model.
 
-    Returns: what was done, in words; empty where nothing was missing, or where the run is not complete.
+    Returns: descriptions of what was done; empty if nothing was missing or the run is not complete.
     """
     reason, tally, done = _ended(state), state.tally, []
     if reason is None:
@@ -70,14 +70,14 @@ def finish(folder: Path, state: TrainingState, file: Path) -> list[str]:
 
 
 def _logged(past: list[dict[str, Any]], kind: str, iteration: int) -> bool:
-    """Whether there is a line of this kind for this iteration; of ``Done``, one that does not say "stopped"."""
+    """Whether there is a line of this kind for this iteration; a ``Done`` with "stopped" does not count."""
     return any(
         record["kind"] == kind and record.get("iteration") == iteration and not record.get("stopped") for record in past
     )
 
 
 def _ended(state: TrainingState) -> str | None:
-    """Why the run ended, see ``Done``; None where it is not complete."""
+    """Why the run ended, see ``Done``; None if it is not complete."""
     tally, run = state.tally, state.run
     patience = run.get("settings", {}).get("train", {}).get("patience") or 0
     if tally.unmeasured:

@@ -1,4 +1,4 @@
-"""Training of the trainable parameters of any `nn.Module` on batches of tokens.
+"""Train the trainable parameters of any `nn.Module` on batches of tokens.
 
 This room knows no adapter method and no adapter format, and prints nothing: `train` yields the reports of `reports.py`.
 """

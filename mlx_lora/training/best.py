@@ -1,4 +1,4 @@
-"""The best validation of a run so far, and how many since were not better. Both are kept in the run's tally.
+"""The best validation of a run so far, and the number of validations since. Both are kept in the run's tally.
 
 A validation before the first step is not counted: a run that only makes a model worse has no best adapter.
 """
@@ -20,7 +20,7 @@ _FIELDS = ("best_by", "best_value", "best_iteration", "not_better", "unmeasured"
 def is_best(tally: Tally, report: ValReport, config: TrainConfig) -> bool:
     """Count a validation in `tally`; return whether it is the best of the run so far.
 
-    The loss is better where it is lower, anything else where it is higher. A value that is not finite never is.
+    A lower loss is better; for other metrics, higher is better. A non-finite value is never the best.
 
     Raises: ConfigError: nothing called `config.best_by` was measured.
     """
@@ -42,7 +42,7 @@ def is_best(tally: Tally, report: ValReport, config: TrainConfig) -> bool:
 
 
 def made_worse(tally: Tally) -> str | None:
-    """A warning where no validation of a complete run had a lower loss than the one before the first step."""
+    """A warning if no validation of a complete run had a lower loss than the one before the first step."""
     first, lowest = tally.first_loss, tally.lowest_loss
     if first is None or lowest is None or lowest < first:
         return None
@@ -58,7 +58,7 @@ def out_of_patience(tally: Tally, config: TrainConfig) -> bool:
 
 
 def check_patience(config: TrainConfig, iters: int) -> None:
-    """Refuse a patience that the run has too few validations for. Raises: ConfigError."""
+    """Refuse a patience that is too large for the run's number of validations. Raises: ConfigError."""
     before_end = (iters - 1) // config.steps_per_eval
     if config.patience and before_end <= config.patience:
         raise ConfigError(
@@ -69,7 +69,7 @@ def check_patience(config: TrainConfig, iters: int) -> None:
 
 
 def measured_by(config: TrainConfig) -> str:
-    """What the best validation is chosen by, in words. Values are only compared with others measured in this way."""
+    """A description of the value that chooses the best validation. Only values with equal descriptions are compared."""
     if config.best_by in map(metric_name, config.metric or ()):
         rows = config.metric_rows or METRIC_ROWS
         return f"{config.best_by} of {rows} answers of at most {config.metric_max_tokens} tokens"
@@ -77,7 +77,7 @@ def measured_by(config: TrainConfig) -> str:
 
 
 def continued(tally: Tally, config: TrainConfig) -> Tally:
-    """A copy of the tally of a run that is resumed. Another measure makes the next validation the best so far."""
+    """A copy of a resumed run's tally. If `best_by` has changed, the next validation is the best so far."""
     now = measured_by(config)
     if not config.val_batches:
         return replace(tally)
@@ -89,5 +89,5 @@ def continued(tally: Tally, config: TrainConfig) -> Tally:
 
 
 def with_validation_of(tally: Tally, other: Tally) -> Tally:
-    """`tally` with what `other` knows of the validations."""
+    """`tally` with the validation results of `other`."""
     return replace(tally, **{name: getattr(other, name) for name in _FIELDS})

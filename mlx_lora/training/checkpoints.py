@@ -1,4 +1,4 @@
-"""The state of a run, as a value and as one file. A run resumed from it equals the run that was not interrupted."""
+"""The state of a run, as a value and as one file. A run resumed from it equals an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OTHER_DATA = "{} data: other rows or another order, or the rows are tokenized or
 
 @dataclass
 class Tally:
-    """What a run has counted so far. The window starts at the last periodic `TrainReport`."""
+    """Counts and totals of a run so far. The window starts at the last periodic `TrainReport`."""
 
     iteration: int = 0  # batches consumed
     trained_tokens: int = 0
@@ -34,14 +34,14 @@ class Tally:
     grad_norm: float | None = None
     window_loss: float = 0.0  # sum over tokens
     window_tokens: int = 0
-    window_count: int = 0  # of what the loss is a mean of
+    window_count: int = 0  # of the units that the loss is a mean over
     window_measured: dict[str, tuple[float, float]] = field(default_factory=dict)  # sums and counts; never changed
     window_iterations: int = 0
     window_seconds: float = 0.0
-    best_by: str = ""  # what the best validation is chosen by, see best.py
+    best_by: str = ""  # the value that chooses the best validation, see best.py
     best_value: float | None = None
     best_iteration: int = 0
-    not_better: int = 0  # validations in a row since the best one
+    not_better: int = 0  # validations since the best one
     unmeasured: bool = False  # a metric failed in the validation at this iteration
     first_loss: float | None = None  # validation loss before the first step
     lowest_loss: float | None = None  # of the validations after it
@@ -49,19 +49,19 @@ class Tally:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that a run needs to continue exactly where it was.
+    """Everything that a run needs to continue exactly.
 
     The order of the data and the random numbers of an iteration follow from the seed and the iteration's number, so
     neither is stored. Between two optimizer steps (`grad_accumulation_steps` > 1) `pending` holds the sums so far.
     The state at the end of a run is the one *before* the last, partial window is applied. Its parameters may then be
-    one step behind the model's, and a resumed run with more `iters` fills the window, as a longer run would have.
+    one step behind the model's. A resumed run with more `iters` completes the window, as a longer run would.
     """
 
     parameters: dict[str, mx.array]  # the trained parameters by path, in the model's dtype
     optimizer: dict[str, mx.array]  # flattened state, the float32 master weights included
     pending: dict[str, mx.array] = field(default_factory=dict)  # sums of gradients, loss and token count
     tally: Tally = field(default_factory=Tally)
-    fingerprint: dict[str, Any] = field(default_factory=dict)  # what must be equal in the resumed run
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # settings that must be equal in the resumed run
     run: dict[str, Any] = field(default_factory=dict)  # JSON values that the caller of `train` keeps with the state
     reference: dict[str, mx.array] = field(default_factory=dict)  # by set: [N, 2] of `referenced`, at the run's start
 
@@ -77,7 +77,7 @@ class TrainingState:
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file. It appears complete or not at all, even after a power failure.
 
-        Raises: FormatError: it cannot be written; a file that was at `path` is as it was.
+        Raises: FormatError: it cannot be written; an existing file at `path` is unchanged.
         """
         path = Path(path)
         # MLX requires this suffix; the leading dot hides the file while it is written.
@@ -95,7 +95,7 @@ class TrainingState:
                 sync(path.parent)
 
     def write(self, path: Path) -> None:
-        """Write the file without these precautions, into a folder that the caller takes care of."""
+        """Write the file directly, into a folder that the caller replaces atomically."""
         arrays = {f"{group}/{name}": array for group in _GROUPS for name, array in getattr(self, group).items()}
         about = {
             "version": _VERSION,
@@ -173,7 +173,7 @@ def fingerprint(
 
 
 def check_fingerprint(saved: dict[str, Any], here: dict[str, Any], most: int = 10) -> None:
-    """Raise a `TrainingError` that lists how `here` differs from the run that `saved` the state."""
+    """Raise a `TrainingError` that lists how `here` differs from `saved`, the run of the state."""
     before, now = _flat(saved), _flat(here)
     before.setdefault(_DATA, now[_DATA])  # older versions did not record these
     before.setdefault(_PACK, 0)
@@ -188,7 +188,7 @@ def check_fingerprint(saved: dict[str, Any], here: dict[str, Any], most: int = 1
 
 
 def difference(name: str, before: Any, now: Any) -> str:
-    """A line about a setting of the run that is resumed, and its value here."""
+    """A line that compares a setting of the resumed run with its value here."""
     before, now = ("absent" if value is None else value for value in (before, now))
     return f"{name}: {before} in the checkpoint, {now} here"
 

@@ -32,24 +32,23 @@ def evaluate(
 ) -> Evaluation:
     """The mean loss of `model` on `dataset`: the sum over all batches and processes, divided by the count.
 
-    A model that computes something else without a cache than it generates is called with one. Dropout is off
-    meanwhile. Afterwards every module is in the mode (training or evaluation) that it had before. No random numbers are
-    drawn.
+    If a model computes something else without a cache than in generation, it is called with a cache. Dropout is off.
+    Afterwards every module is back in its mode (training or evaluation). No random numbers are drawn.
 
     Args:
         limit: batches to measure at most; -1 for the whole set.
         loss: a name in `LOSSES`.
         options: of the loss, `TrainConfig(loss=...).preference_options()`; its defaults if left out.
-        prefix: the open `FrozenPrefix` of this model that keeps the states of `dataset`.
+        prefix: an open `FrozenPrefix` of this model that keeps the states of `dataset`.
 
-    Raises: TrainingError where there is nothing to measure, or no reference to compare with (see `referenced`).
+    Raises: TrainingError if there is nothing to measure, or no reference to compare with (see `referenced`).
         ConfigError for an unknown loss, or one that takes other rows.
     """
     batch_loss = loss_named(loss, TrainConfig(loss=loss).preference_options() if options is None else options)
     check_rows(dataset, loss)
     if preference_of(loss).reference and dataset.reference is None:
         raise TrainingError(
-            f"{loss} compares with a reference, and the log-probabilities of the reference are not there.",
+            f"{loss} compares with a reference, and the data set has no log-probabilities of the reference.",
             "Call mlx_lora.training.referenced(model, dataset, loss, batch_size) with the reference first.",
         )
     group = mx.distributed.init()
@@ -82,7 +81,7 @@ def evaluate(
 
 
 def check_rows(dataset: Dataset, loss: str) -> None:
-    """Raise a ConfigError where the rows of a data set are not of the kind that the loss takes."""
+    """Raise a ConfigError if the data set's rows are not of the kind that the loss takes."""
     kind = preference_of(loss).rows
     if (found := getattr(dataset, "kind", ROWS)) != kind:
         raise ConfigError(

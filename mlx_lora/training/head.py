@@ -1,4 +1,4 @@
-"""The loss in chunks: the output head is applied to a few tokens at a time, so that never all logits exist at once.
+"""The loss in chunks: apply the output head to a few tokens at a time, so that the full logits are never in memory.
 
 The head is separated from the model's body (embedding and layers) by calling the model with the body replaced.
 """
@@ -16,14 +16,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..kernels.chunked_sum import chunked_losses, chunked_sum
 
 # Bytes of float32 logits: above WHOLE they are computed in chunks of PIECE. MLX runs about ten operations at a time, so
-# that a few large chunks would save no memory.
+# a few large chunks would save no memory.
 WHOLE, PIECE = 1 << 29, 1 << 26
 
 
 def loss_in_chunks(
     model: nn.Module, tokens: mx.array, targets: mx.array, mask: mx.array | None, losses: Callable, **options: Any
 ) -> mx.array | None:
-    """The sum of the losses of the learned tokens, in chunks; None where that saves nothing or is not possible.
+    """The sum of the losses of the learned tokens, in chunks; None if that saves nothing or is impossible.
 
     Without a `mask`, the loss of each token [B, T].
 
@@ -33,7 +33,7 @@ def loss_in_chunks(
     Args:
         tokens, targets: [B, T]. mask: [B, T], True where the target is learned.
         losses: function of (logits [..., vocab], targets [...]), returns the losses [...].
-        options: what the model is called with besides tokens, such as its cache.
+        options: further arguments for the model, such as its cache.
     """
     if not type(model).__module__.startswith("mlx_lm.models.") or 4 * tokens.size * _widest(model) <= WHOLE:
         return None
@@ -65,12 +65,12 @@ def loss_in_chunks(
 
 
 def piece_rows(vocabulary: int) -> int:
-    """How many tokens' logits are computed at a time."""
+    """The number of tokens whose logits are computed at a time."""
     return max(64, PIECE // (4 * vocabulary))
 
 
 def _widest(model: nn.Module) -> int:
-    """Rows of the largest embedding, which is the vocabulary's."""
+    """Rows of the largest embedding: the vocabulary size."""
     embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
     return max((m.weight.shape[0] for m in embeddings), default=0)
 
@@ -123,7 +123,7 @@ class _Recorder(_Body):
 
 
 class _Answer(_Body):
-    """Returns given hidden states."""
+    """Stands in for the body and returns the given hidden states."""
 
     def __init__(self, body: nn.Module, hidden: mx.array):
         super().__init__(body)

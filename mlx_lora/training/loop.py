@@ -56,7 +56,7 @@ class Loop:
         mx.reset_peak_memory()
         with ExitStack() as cleanup:
             cleanup.enter_context(memory_limits())
-            # Before the layers are changed for training: the comparison is of the model's own.
+            # Before the layers are changed for training: the comparison needs the model's own layers.
             row, recomputes = self.train_set[0].tokens, self.config.grad_checkpoint
             if cleanup.enter_context(as_generated(self.model, row, recomputes)):
                 warnings.warn(THROUGH_CACHE, MLXLoRAWarning, stacklevel=2)
@@ -75,7 +75,7 @@ class Loop:
             yield Done(tally.iteration, tally.trained_tokens, seconds, stopped, _peak(), tally.skipped_steps, reason)
 
     def _prepare(self, resume: TrainingState | None) -> None:
-        mx.eval(self.model.parameters())  # else each call of the compiled step would compute them again
+        mx.eval(self.model.parameters())  # otherwise each call of the compiled step would compute them again
         kept = resume.reference if resume is not None else None
         self.train_set = ready(self.model, self.train_set, self.config, "train", kept)
         self.valid_set = ready(self.model, self.valid_set, self.config, "valid", kept)
@@ -101,7 +101,7 @@ class Loop:
             self.step.restore(resume.parameters, resume.pending)
 
     def _settle(self) -> None:
-        """Leave no tracer in the model, the optimizer or the random state, whatever ended the run."""
+        """Leave no tracer in the model, the optimizer or the random state, however the run ended."""
         self.step.settle()
         mx.random.seed(self.config.seed)
         mx.eval(self.step.parameters, self.step.state)
@@ -116,7 +116,7 @@ class Loop:
             if due and (ended := (yield from self._pause())):
                 return ended
             if not due:
-                self._measured()  # a metric that fails ends the run now, not hours later
+                self._measured()  # so that a failing metric ends the run now, not hours later
         self.begun = True
         if tally.iteration == config.iters:
             return "complete"
@@ -166,14 +166,14 @@ class Loop:
         best = tally.iteration % config.steps_per_eval == 0 and (yield from self._validate())
         ended = "patience" if out_of_patience(tally, config) else "stopped" if self._stopped() else None
         if best or ended or tally.iteration % config.save_every == 0:
-            state = self._state()  # a partial window goes on in it, and is not applied
+            state = self._state()  # the state keeps a partial window, which is not applied
             if ended == "patience" and tally.window_iterations:
                 yield self._report()
             yield from self._save(state, best)
         return ended
 
     def _finish(self) -> Iterator[Report]:
-        """The end of a complete run: the last, partial window, the last reports, the last checkpoint."""
+        """End a complete run: apply the last, partial window, and yield the last reports and checkpoint."""
         state = self._state()  # before the partial window is applied: a run with more iters would fill it instead
         if self.step.pending:
             self.step.flush()
@@ -231,10 +231,10 @@ class Loop:
     def _validate(self, state: TrainingState | None = None) -> Iterator[Report]:
         """Returns whether this is the best validation so far.
 
-        A metric that fails after a step ends the run saved. The resumed run then validates at this iteration.
+        If a metric fails after a step, the state is saved and the run ends. A resumed run validates at this iteration.
 
         Args:
-            state: to save then; by default that of now.
+            state: the state to save then; by default the current one.
         """
         if self.valid_set is None:
             return False

@@ -7,7 +7,7 @@
     B, no decay  biases and LayerNorms                           rate * ratio             0
 
 Vectors are DoRA's magnitudes, VeRA's lambdas, biases and norms; for experts they are the rows of a matrix. A schedule
-scales all rates in proportion. It works with any optimizer; the optimizer's ``weight_decay`` is that of the group.
+scales all rates in proportion. It works with any optimizer; the optimizer's ``weight_decay`` is set to the group's.
 """
 
 from __future__ import annotations
@@ -110,4 +110,4 @@ def faults_of(config: OptimizerConfig, takes_decay: bool, own_decay: bool, own_r
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm)  # not RMSNorm: PEFT asks transformers, which has LayerNorm only
+    return isinstance(module, nn.LayerNorm)  # not RMSNorm: PEFT uses transformers' list, which has LayerNorm only

@@ -54,7 +54,7 @@ def build_optimizer(config: OptimizerConfig, steps: int, model: nn.Module | None
     for name, given in config.optimizer_config.items():
         if name not in _CLASSES:
             faults.append(f"optimizer_config: unknown optimizer {name!r}; known are {', '.join(OPTIMIZERS)}")
-        else:  # also of optimizers that are not in use, so that no typing error is hidden
+        else:  # also for optimizers that are not used, so that typing errors are found
             arguments[name] = _checked(name, given or {}, faults)
     own_rate = config.optimizer == "adafactor" and arguments["adafactor"].get("relative_step")
     if own_rate and (config.lr_schedule is not None or config.warmup):
@@ -114,14 +114,14 @@ def _checked(name: str, given: Any, faults: list[str]) -> dict[str, Any]:
 
 
 class MasterWeights:
-    """An MLX optimizer (or `MultiOptimizer`) that updates a flat dict of parameters in float32, whatever their dtype.
+    """An MLX optimizer (or `MultiOptimizer`) that updates a flat dict of parameters of any dtype in float32.
 
-    At a learning rate of 1e-5, a step is smaller than half the distance between two bfloat16 numbers, so that an update
-    in bfloat16 rounds it away. So parameters in half precision have a float32 master copy in the state
+    At a learning rate of 1e-5, a step is smaller than half the distance between two bfloat16 numbers, and bfloat16
+    rounding would lose the update. So parameters in half precision have a float32 master copy in the state
     (arXiv:1710.03740). The copy is updated, then rounded into the parameter. Moments are always float32.
 
     Parameters and gradients are dicts `{path: array}`. This class distributes them to the optimizers itself, because
-    `MultiOptimizer`'s merging of trees fails where one group ends in an earlier layer than another.
+    `MultiOptimizer`'s merging of trees fails if one group ends in an earlier layer than another.
 
     state: `{"members": [state of each MLX optimizer], "masters": {path: float32 array}}`.
     """
@@ -133,7 +133,7 @@ class MasterWeights:
         self._masters: dict[str, mx.array] = {}
 
     def init(self, parameters: dict[str, mx.array]) -> None:
-        """Make the state for `parameters`. Moments that a member already has for them are kept."""
+        """Make the state for `parameters`. Moments that a member optimizer already has for them are kept."""
         self._masters = {path: p.astype(mx.float32) for path, p in parameters.items() if p.dtype in _HALF}
         for member, share in self._shares({**parameters, **self._masters}):
             member.init(share)
@@ -148,7 +148,7 @@ class MasterWeights:
         return {path: updated[path].astype(p.dtype) for path, p in parameters.items()}
 
     def _shares(self, arrays: dict[str, mx.array]) -> Iterator[tuple[opt.Optimizer, dict[str, mx.array]]]:
-        """Each optimizer with its arrays: those whose first accepting filter is its own."""
+        """Each optimizer with its arrays: those that its filter is the first to accept."""
         shares: list[dict[str, mx.array]] = [{} for _ in self.members]
         for path, array in arrays.items():
             first = next(i for i, accepts in enumerate(self._filters) if accepts(path, array))
@@ -175,9 +175,9 @@ class MasterWeights:
         return "+".join(type(member).__name__ for member in self.members)
 
     def restore(self, flat: dict[str, mx.array]) -> None:
-        """Replace the state by a flattened one of the same parameters.
+        """Replace the state by a flattened state for the same parameters.
 
-        A constant learning rate stays this optimizer's own, so that a run can be resumed with another rate.
+        A constant learning rate is not restored, so that a run can be resumed with another rate.
         """
         own = {
             f"members.{i}.learning_rate"

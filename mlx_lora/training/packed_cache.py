@@ -1,4 +1,4 @@
-"""Rows side by side in one sequence (packing), each of which attends to itself alone.
+"""Packing: several rows in one sequence, each attending only to itself.
 
 mlx-lm's models ask their cache for the attention mask, for the keys and values and for the offset of the positions. The
 cache here keeps nothing: it returns a block-diagonal causal mask and the new keys and values. That is right for models
@@ -14,14 +14,14 @@ import mlx.nn as nn
 
 from ..errors import ConfigError
 
-HINT = "Leave --pack out (in Python pack=False): without it rows are padded, and the loss of each is the same."
+HINT = "Leave --pack out (in Python pack=False): rows are then padded, and each row's loss is the same."
 
 
 class PackedCache:
     """The cache of a layer of a packed batch. segments: [B, N] integers, equal for the tokens of one row."""
 
-    causal = True  # no mask lets a token see later ones, so attention need not look at them
-    offset = 0  # rotary embeddings are relative, so that the positions need not begin again in each row
+    causal = True  # every mask is causal, so attention need not compute later tokens
+    offset = 0  # rotary embeddings are relative, so positions need not restart in each row
 
     def __init__(self, segments: mx.array):
         self._segments = segments
@@ -39,7 +39,7 @@ class PackedCache:
 def packed_cache(model: nn.Module, segments: mx.array) -> list[Any]:
     """The argument `cache` of a model for rows packed by `segments` [B, N].
 
-    Raises: ConfigError: the model keeps something else than keys and values from token to token.
+    Raises: ConfigError: the model carries other state than keys and values from token to token.
     """
     packed = PackedCache(segments)
 

@@ -1,7 +1,7 @@
-"""Whether packing is right for a model: by its name, by its configuration, and measured on two rows of the data.
+"""Check that packing is correct for a model: by name, by configuration, and by a measurement on two rows of the data.
 
-`FAMILIES` are those for which a test showed the same loss and gradients as for each row alone. A family that is not
-among them may have state that passes from token to token or absolute positions, or was not tried.
+`FAMILIES` lists the families for which a test shows the same loss and gradients as for single rows. Other families may
+pass state from token to token, use absolute positions, or be untested.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FAMILIES = frozenset(_SHOWN_EQUAL.split())
 
 
 def check_model(model: nn.Module, width: int) -> None:
-    """Refuse models that are not known to compute each packed row as alone. Needs no weights. Raises: ConfigError.
+    """Refuse models that are not known to compute packed rows like single rows. Needs no weights. Raises: ConfigError.
 
     Args:
         width: tokens in a packed sequence.
@@ -42,7 +42,7 @@ def check_model(model: nn.Module, width: int) -> None:
     if module != "mlx_lm.models" or family not in FAMILIES or wrong:
         raise ConfigError(
             f"pack: {family if module == 'mlx_lm.models' else type(model).__name__} is not known to compute packed "
-            "rows as it computes each alone. (What does not: state that passes from token to token, as in Mamba, "
+            "rows like single rows. (Unsuitable: state that passes from token to token, as in Mamba, "
             "convolutions and linear attention; absolute positions.)",
             HINT,
         )
@@ -51,12 +51,12 @@ def check_model(model: nn.Module, width: int) -> None:
         if width > limit:
             raise ConfigError(
                 f"pack: {what} beyond {limit} tokens, and a packed sequence has {width}.",
-                f"Set --max-seq-length to {limit} at most, or leave --pack out.",
+                f"Set --max-seq-length to {limit} or less, or leave --pack out.",
             )
 
 
 def _limits(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """What depends on more than the distance of two tokens, and the length up to which it does not."""
+    """Parts that depend on more than the distance of two tokens, with the length up to which they do not."""
     for name, part in model.named_modules():
         if type(part).__name__.startswith("DynamicNTKScaling"):
             yield f"the rotary embedding {name} changes with the length of the sequence", part.max_position_embeddings
@@ -69,10 +69,10 @@ def _limits(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def check_rows(model: nn.Module, rows: Sequence[Any], most: int = 64) -> None:
-    """Compare the loss of the second of two rows packed with that of the row alone. Raises: ConfigError.
+    """Pack two rows and compare the second one's loss with its loss as a single row. Raises: ConfigError.
 
-    The model is in evaluation mode. The difference must be smaller than the one that attending to the first row makes:
-    a tenth of it in float32, which some devices multiply in 10 bits, and half of it in half precision.
+    The model is in evaluation mode. The difference must be smaller than the change from attending to the first row: a
+    tenth of it in float32, which some devices multiply in 10 bits, and half of it in half precision.
     """
     first, second = (mx.array(np.asarray(row.tokens[:most], np.int32)) for row in rows)
     together, begin = mx.concatenate([first, second])[None], first.size
@@ -85,7 +85,7 @@ def check_rows(model: nn.Module, rows: Sequence[Any], most: int = 64) -> None:
     off, leak = ((token_losses(other, second[None, 1:]) - alone).abs().mean().item() for other in (packed, joined))
     if off > max(1e-3, leak * (0.1 if logits.dtype == mx.float32 else 0.5)):
         raise ConfigError(
-            f"pack: the loss of a packed row differs from that of the row alone by {off:.1e} (by {leak:.1e} if it "
+            f"pack: the loss of a packed row differs from its loss as a single row by {off:.1e} (by {leak:.1e} if it "
             "attends to the row before it).",
             HINT,
         )

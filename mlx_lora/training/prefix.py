@@ -1,13 +1,13 @@
 """The output of frozen layers, computed once for each row and kept (`cache_prefix`).
 
-With adapters on the last layers only, the embedding and the layers before them never change, and so neither does what
-the first trained layer receives for a row. The last frozen layer is given a class that returns kept states instead of
-its own output. The model's own code still builds the frozen layers, but nothing reads their result, so MLX never
-computes it. Masks, caches and random keys are made as always.
+With adapters on the last layers only, the embedding and the layers before them never change, so neither does the input
+of the first trained layer for a row. The class of the last frozen layer is replaced by one that returns kept states
+instead of its own output. The model's own code still builds the frozen layers, but nothing reads their result, so MLX
+never computes it. Masks, caches and random keys are made as always.
 
-A matrix product rounds by its shape: a row's states differ in the last bit when the batch is padded to another width,
-yet not with its place in the batch or the other rows. So states are kept for each pair of (row, width) on a CPU, and
-every loss is the same to the bit as without the option. On a GPU (`exact=False`) one width serves for all.
+A matrix product rounds by its shape: a row's states differ in the last bit if the batch is padded to another width,
+but not with the row's place in the batch or with the other rows. So states are kept for each pair of (row, width) on a
+CPU, and every loss has the same bits as without the option. On a GPU (`exact=False`) one width serves for all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .prefix_checks import check_model
 from .prefix_states import MemoryStates
 from .seam import Seam
 
-_EPOCHS = 20  # to simulate for the size; later epochs hardly need other widths
+_EPOCHS = 20  # epochs to simulate for the size; later epochs rarely need other widths
 
 
 class FrozenPrefix:
@@ -35,11 +35,11 @@ class FrozenPrefix:
 
     Args:
         train_set, valid_set: the rows whose states are kept.
-        states: where, a `MemoryStates` (the default) or `FileStates`; it may be set later.
+        states: where to keep them: `MemoryStates` (the default) or `FileStates`; may be set later.
         exact: keep states for each width; None: on a CPU.
 
-    Raises: ConfigError where no layer is frozen before the first trained one, where something trained acts before it,
-        and where later layers read more of the frozen ones than the last one's output.
+    Raises: ConfigError if no layer before the first trained one is frozen, if trained parameters act before it, or if
+        later layers read more of the frozen layers than the last one's output.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class FrozenPrefix:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """The last frozen layer can return kept states while the context is open; then it has its own class again.
+        """While the context is open, the last frozen layer can return kept states; on exit it has its own class again.
 
-        The states are closed with it: those in memory are freed.
+        On exit the states are closed; those in memory are freed.
         """
         try:
             with self._seam.open():
@@ -81,12 +81,12 @@ class FrozenPrefix:
         return from_hidden
 
     def train_batches(self, batches: Iterator[Any], batch_size: int, seed: int, start: int) -> Iterator[tuple]:
-        """The arrays of `batches`, as `data.train_batches` yields them from `start` on, behind their hidden states."""
+        """The arrays of `batches` (from `data.train_batches`, starting at `start`), preceded by their hidden states."""
         dataset = self._sets[0]
         epoch, skip = divmod(start, batches_per_epoch(dataset, batch_size))
         while True:
             upcoming = dataset.epoch(batch_size, seed, epoch)[skip:]
-            waiting: dict[int, list[int]] = {}  # by width: rows of this epoch without states, the last first
+            waiting: dict[int, list[int]] = {}  # by width: rows of this epoch without states, in reverse order
             for rows in reversed(upcoming):
                 waiting.setdefault(dataset.width(rows), []).extend(int(row) for row in rows[::-1])
             for rows in upcoming:
@@ -101,10 +101,10 @@ class FrozenPrefix:
             yield self._hidden(1, rows, arrays[0], {}, self._record), *arrays
 
     def expected(self, batch_size: int, seed: int, iters: int, val_batches: int) -> tuple[int, float | None]:
-        """What a run keeps.
+        """The size and the use of a run's kept states.
 
-        Returns: (about how many bytes, share of the rows that training reads after its first epoch and finds kept;
-            None if the run ends within its first epoch).
+        Returns: (approximate bytes, the share of rows read after the first epoch whose states are kept; None if the
+            run ends within its first epoch).
         """
         tokens, reused = kept_tokens(*self._sets, self.exact, batch_size, seed, iters, val_batches)
         return tokens * self.probe.shape[-1] * self.probe.itemsize, reused
@@ -134,7 +134,7 @@ class FrozenPrefix:
         return mx.array(hidden).view(self.probe.dtype)
 
     def _also_missing(self, which: int, missing: list, waiting: list, kept_for: int, size: int) -> list[int]:
-        """Rows of later batches of this width that are missing as well: they fill the batch that is to be computed."""
+        """Missing rows of later batches of this width, which fill up the batch to be computed."""
         also: list[int] = []
         while waiting and len(missing) + len(also) < size:
             row = waiting.pop()
@@ -151,14 +151,14 @@ class FrozenPrefix:
         hidden = compute(mx.array(tokens))
         bits = {2: mx.uint16, 4: mx.uint32}[hidden.itemsize]
         states = np.array(hidden.view(bits))
-        # A row may have no input but its first token.
+        # A row may have its first token as its only input.
         return {row: states[k, : max(1, len(dataset[row].tokens) - 1)].copy() for k, row in enumerate(rows)}
 
 
 def kept_tokens(
     train_set: Dataset, valid_set: Dataset | None, exact: bool, batch_size: int, seed: int, iters: int, val_batches: int
 ) -> tuple[int, float | None]:
-    """(about how many tokens a run keeps the states of, the share as in `FrozenPrefix.expected`)."""
+    """(approximate number of tokens whose states a run keeps, the share as in `FrozenPrefix.expected`)."""
     pairs: set[tuple[int, int]] = set()
     each, read, new = batches_per_epoch(train_set, batch_size), 0, 0
     for epoch in range(min(-(-iters // each), _EPOCHS)):

@@ -1,4 +1,4 @@
-"""Whether the frozen layers' output can be kept: by the settings, by what is trained, and measured on one row."""
+"""Check whether the frozen layers' output can be kept: settings, trained parameters, and a measurement on one row."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ _MOST = 64  # tokens of the row
 
 
 def check_settings(loss: str, processes: int) -> None:
-    """Refuse a loss that is not one of a batch of single rows, and several processes. Raises: ConfigError."""
+    """Refuse several processes, and losses that do not read each row once. Raises: ConfigError."""
     faults = []
     arguments = inspect.signature(loss_named(loss)).parameters.values()
     if [argument.name for argument in arguments if argument.default is argument.empty] != ["model", "tokens", "mask"]:
         faults.append(f"cache_prefix: the loss {loss!r} does not read each row once")
     if processes > 1:
-        faults.append(f"cache_prefix: each of {processes} processes reads other rows in every epoch and would find few")
+        faults.append(
+            f"cache_prefix: each of {processes} processes reads other rows in every epoch, so few kept states would "
+            "be used"
+        )
     if faults:
         raise ConfigError("\n".join(faults), HINT)
 
@@ -47,7 +50,7 @@ def check_model(model: nn.Module, rows: Any) -> tuple[int, list[nn.Module], mx.a
 def frozen_layers(model: nn.Module) -> int:
     """The number of layers before the first one with trained parameters.
 
-    Raises: ConfigError where there are none, or where what they compute changes; ModelError, see `check_trainable`.
+    Raises: ConfigError if there are none, or if their output changes; ModelError, see `check_trainable`.
     """
     check_trainable(model)
     layers, paths = list(model.layers), layer_paths(model)
@@ -56,13 +59,13 @@ def frozen_layers(model: nn.Module) -> int:
     count = min((i for i in index.values() if i is not None), default=len(layers))
     if count == 0:
         raise ConfigError(
-            "cache_prefix: the first layer is trained, so that no layer before it can be kept.",
+            "cache_prefix: the first layer is trained, so there are no frozen layers before it.",
             f"Train the last layers only, with --num-layers below {len(layers)}, or leave --cache-prefix out.",
         )
     if early := [p for p, i in index.items() if i is None and _in_embedding(model, p)]:
         raise ConfigError(f"cache_prefix: the input of every layer changes with the trained {', '.join(early)}.", HINT)
     if any(isinstance(m, nn.Dropout) and m._p_1 < 1 for layer in layers[:count] for m in layer.modules()):
-        raise ConfigError("cache_prefix: the frozen layers have dropout, which draws anew for each batch.", HINT)
+        raise ConfigError("cache_prefix: the frozen layers have dropout, which is random for each batch.", HINT)
     return count
 
 
@@ -80,7 +83,7 @@ def _measure(model: nn.Module, layers: list[nn.Module], count: int, rows: Any) -
             or seen[0].ndim != 3
             or seen[0].shape[1] != tokens.shape[1]
         ):
-            raise ConfigError(f"cache_prefix: the layers of {name} do not hand on one hidden state a token.", HINT)
+            raise ConfigError(f"cache_prefix: the layers of {name} do not pass on one hidden state per token.", HINT)
         hidden = seen[0]
         mx.eval(plain, hidden)
         try:
@@ -91,7 +94,9 @@ def _measure(model: nn.Module, layers: list[nn.Module], count: int, rows: Any) -
             same = False
         if not same:
             raise ConfigError(
-                f"cache_prefix: the later layers of {name} read more of the first {count} than their last output.", HINT
+                f"cache_prefix: the later layers of {name} read more of the first {count} layers than the last one's "
+                "output.",
+                HINT,
             )
         if not mx.array_equal(_disturbed(model, tokens, seam), hidden).item():
             raise ConfigError(f"cache_prefix: trained parameters of {name} act in the first {count} layers.", HINT)
@@ -99,7 +104,7 @@ def _measure(model: nn.Module, layers: list[nn.Module], count: int, rows: Any) -
 
 
 def _disturbed(model: nn.Module, tokens: mx.array, seam: Seam) -> mx.array:
-    """The states with other trained parameters."""
+    """The states, computed with other values of the trained parameters."""
     before = model.trainable_parameters()
     try:
         model.update(tree_map(lambda p: p + 1, before))

@@ -2,9 +2,9 @@
 
 A key is (data set, row, width); a value is the row's states [tokens, D], half precision as uint16.
 
-The file is a log. It begins with a line that names what the states belong to, and holds one record after another, each
-with a checksum. A process that is killed leaves complete records and at most one incomplete record, which the next
-process cuts off. A file of another base, other data or other layers is deleted.
+The file is a log. Its first line names the run that the states belong to. Then come records, each with a checksum. A
+process that is killed leaves complete records and at most one incomplete record, which the next process cuts off. A
+file of another base, other data or other layers is deleted.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class MemoryStates:
 class FileStates:
     """States in the file `path`, which belong to `owner` (a line of text).
 
-    A full disk ends the keeping with a warning, not the run: states are then computed again.
+    On a full disk, a warning is given and no more states are kept. The run goes on and computes them again.
     """
 
     def __init__(self, path: Path, owner: str, itemsize: int):
         self._kind = {2: np.uint16, 4: np.uint32}[itemsize]
-        self._records: dict[Key, tuple[int, int, int, int | None]] = {}  # place, tokens, bytes, checksum to compare
+        self._records: dict[Key, tuple[int, int, int, int | None]] = {}  # offset, tokens, bytes, checksum to compare
         self._map: mmap.mmap | None = None
         self._full = False
         self.path, head = path, owner.encode() + b"\n"
@@ -97,7 +97,9 @@ class FileStates:
         except OSError as error:
             os.ftruncate(self._file, self._end)
             self._full = True
-            text = f"{self.path}: {error.strerror}. No more states of frozen layers are kept; the run goes on without."
+            text = (
+                f"{self.path}: {error.strerror}. No more states of frozen layers are kept; the run computes them again."
+            )
             warnings.warn(text, MLXLoRAWarning, stacklevel=2)
             return
         self._records[key] = self._end + _RECORD.size, len(states), len(data), None
@@ -131,7 +133,7 @@ class FileStates:
 
 
 def _replace(path: Path, head: bytes) -> None:
-    """Put a new file in the place of the one of another run, complete or not at all."""
+    """Replace another run's file by a new one, atomically."""
     new = path.with_name(path.name + ".new")
     new.write_bytes(head)
     os.replace(new, path)

@@ -23,8 +23,8 @@ from ..kernels import checkpointed
 def recomputed_layers(model: nn.Module) -> Iterator[None]:
     """Recompute the layers of this model (the modules in `model.layers`) while the context is open.
 
-    Only these layers and the dropout modules in them change, by way of their `__class__`. Other models and other
-    threads are not affected.
+    This changes the `__class__` of these layers and their dropout modules only. Other models and other threads are not
+    affected.
     """
     layers = [layer for layer in getattr(model, "layers", None) or [] if isinstance(layer, nn.Module)]
     if not layers:
@@ -48,7 +48,7 @@ def _dropouts(layer: nn.Module) -> list[nn.Dropout]:
 
 
 class _Keys:
-    """An endless supply of keys that follow from a first one."""
+    """An endless sequence of random keys derived from a first one."""
 
     def __init__(self, key: mx.array):
         self._key = key
@@ -59,7 +59,7 @@ class _Keys:
 
 
 def _keyed(own: type) -> type:
-    """A subclass of the dropout class `own` that draws from `self.mask_keys` where a checkpointed layer has set it."""
+    """A subclass of the dropout class `own` that draws from `self.mask_keys` if a checkpointed layer has set it."""
 
     def __call__(self, x):
         if self.mask_keys is None or self._p_1 == 1 or not self.training:
@@ -77,8 +77,8 @@ def _recomputed(own: type) -> type:
         if not self.training:
             return own.__call__(self, *args, **kwargs)
 
-        # Masks have no gradient. As arguments their numbers would be unknown the second time, and attention in blocks
-        # could not leave out what they empty.
+        # Masks have no gradient. As arguments, their values would be unknown in the recomputation, and attention in
+        # blocks could not skip fully masked blocks.
         masks = {place: x for place, x in [*enumerate(args), *kwargs.items()] if _is_mask(x)}
         args = [None if place in masks else x for place, x in enumerate(args)]
         kwargs = {name: None if name in masks else x for name, x in kwargs.items()}

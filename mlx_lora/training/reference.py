@@ -1,7 +1,7 @@
-"""The reference of losses such as DPO: the log-probabilities of all answers by a model, computed once and kept.
+"""The reference of losses such as DPO: log-probabilities of all answers, computed once with a model and kept.
 
-No second model is needed: the reference of a run is its model as training begins. That is the base where the adapter
-begins without an effect, and else the adapter's initial state, such as one that was fine-tuned before.
+No second model is needed: the reference of a run is its own model before the first step. This is the base model if the
+new adapter has no effect yet, or else the base with the adapter that training continues.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def referenced(
     seed: int | None = None,
     known: Any = None,
 ) -> PairDataset:
-    """A copy of `dataset` with the log-probabilities of its answers by `model`, for use in batches of `batch_size`.
+    """A copy of `dataset` with the log-probabilities that `model` gives its answers, for batches of `batch_size`.
 
     Args:
-        seed: of the order in which `train` takes the rows; None for the batches of `evaluate`.
-        known: [N, 2], what an earlier call computed for the same data set and batches; by default what it holds.
+        seed: seed of the order in which `train` takes the rows; None for the batches of `evaluate`.
+        known: [N, 2], the result of an earlier call for the same data set and batches; by default the one in `dataset`.
 
     Dropout is off. Several processes share the work. Raises: ConfigError: rows of another kind than the loss takes.
     """
@@ -50,13 +50,13 @@ def referenced(
 def ready(
     model: nn.Module, dataset: Any, config: TrainConfig, name: str, kept: dict[str, mx.array] | None = None
 ) -> Any:
-    """The data set as the config's loss needs it: of preferences, `referenced`; else as it is, also None.
+    """The data set that the config's loss needs: `referenced` for preferences, else unchanged (also None).
 
     Args:
         name: "train", "valid" or "test".
-        kept: the `reference` of the state that is resumed; None in a new run, whose `model` is the reference.
+        kept: the `reference` of the resumed state; None in a new run, whose `model` is the reference.
 
-    Raises: TrainingError: the run that is resumed did not have this set.
+    Raises: TrainingError: the resumed run did not have this set.
     """
     needs = preference_of(config.loss)
     if dataset is None or needs.rows == TOKENS:
@@ -64,7 +64,8 @@ def ready(
     known = (kept or {}).get(name)
     if needs.reference and kept is not None and known is None and dataset.reference is None and len(dataset):
         raise TrainingError(
-            f"{config.loss} compares with the model as the run began, which is not kept for the {name} set.",
+            f"{config.loss} compares with the model from the start of the run, and the run did not store its results "
+            f"for the {name} set.",
             "Resume without this set, and measure the adapter with mlx-lora test afterwards.",
         )
     seed = config.seed if name == "train" else None
@@ -72,7 +73,7 @@ def ready(
 
 
 def stored(**sets: Any) -> dict[str, mx.array]:
-    """The log-probabilities that these data sets hold, by the names of the sets."""
+    """The stored log-probabilities of these data sets, by the names of the sets."""
     found = {name: getattr(rows, "reference", None) for name, rows in sets.items()}
     return {name: mx.array(array) for name, array in found.items() if array is not None}
 

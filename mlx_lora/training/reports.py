@@ -1,8 +1,7 @@
 """The reports that a run yields: frozen, without arrays, ready for JSON.
 
 Every loss is a mean over the learned tokens (those that the mask selects), in nats for cross entropy, or over the pairs
-or answers for losses of preferences. In a distributed
-run, losses, token counts and rates are those of all processes together.
+or answers for preference losses. In a distributed run, losses, token counts and rates are totals of all processes.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ class Evaluation:
 
     loss: float  # mean over learned tokens
     tokens: int  # learned tokens
-    perplexity: float | None  # exp(loss); None for losses of preferences
+    perplexity: float | None  # exp(loss); None for preference losses
     seconds: float
-    metrics: dict[str, float] = field(default_factory=dict)  # means of what the loss measures besides
+    metrics: dict[str, float] = field(default_factory=dict)  # means of the loss's further metrics
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Progress:
     """One iteration is done. Yielded after every iteration, for a progress bar."""
 
     iteration: int
-    loss: float | None  # of this batch; None where it is not finite or there is no token to learn
+    loss: float | None  # of this batch; None if it is not finite or there is no token to learn
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,14 @@ class TrainReport:
     """The last `steps_per_report` iterations (fewer at the end of the run). The rates exclude validation and saving."""
 
     iteration: int
-    train_loss: float  # mean over the tokens of these iterations; nan where no batch was finite
+    train_loss: float  # mean over the tokens of these iterations; nan if no batch was finite
     learning_rate: float  # of the last optimizer step
     iterations_per_second: float
     tokens_per_second: float  # learned tokens
     trained_tokens: int  # learned tokens since the start of the run, including those before a resume
     peak_memory: float  # GB, since the start of this call
     grad_norm: float | None  # of the last optimizer step, before clipping; None before the first
-    metrics: dict[str, float] = field(default_factory=dict)  # means of what the loss measures besides, such as rewards
+    metrics: dict[str, float] = field(default_factory=dict)  # means of the loss's further metrics, such as rewards
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Done:
     iteration: int
     trained_tokens: int
     seconds: float  # of this call, including validation and saving
-    stopped: bool  # True where `stop` ended the run: it is not complete
+    stopped: bool  # True if `stop` ended the run before it was complete
     peak_memory: float  # GB
     skipped_steps: int
     reason: str = "complete"  # why it ended: "complete" (all iterations), "patience" or "stopped"

@@ -1,4 +1,4 @@
-"""Learning rate schedules: a name, whose arguments follow from the run, or mlx-lm's mapping, with its exact meaning."""
+"""Learning rate schedules: a name, whose arguments follow from the run, or mlx-lm's mapping with mlx-lm's meaning."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def build_schedule(spec: Any, learning_rate: float, steps: int, warmup: int = 0)
         warmup: steps of a linear rise from 0 before the schedule. The rise takes `warmup + 1` steps, the first at rate
             0, and the schedule starts after it, as in mlx-lm.
 
-    Returns: the rate itself where it never changes, else a function of the step. Raises: ConfigError.
+    Returns: the rate itself if it never changes, else a function of the step. Raises: ConfigError.
     """
     mapping = spec if isinstance(spec, dict) else {"name": "constant" if spec is None else spec}
     name, given = mapping.get("name"), mapping.get("arguments")
@@ -87,7 +87,7 @@ def _arguments(name: str, make: Callable, given: Any) -> list:
 
 
 def number(value: Any, what: str, faults: list[str], whole: bool = False) -> Any:
-    """`value` as a number, also from a string: YAML reads 1e-5 as one. A value that is no number goes to `faults`."""
+    """`value` as a number, also from text (YAML reads 1e-5 as text). `faults` receives what is not a number."""
     try:
         made = float(value) if isinstance(value, str) else value
     except ValueError:

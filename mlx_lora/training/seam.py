@@ -1,4 +1,4 @@
-"""The place between two layers where hidden states are read, or replaced by given ones."""
+"""A point between two layers at which hidden states are recorded or replaced."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 
 class Seam:
-    """The output of `layer`. Only this module changes, by way of its `__class__`, while `open` is."""
+    """The output of `layer`. While `open` is active, the `__class__` of this module (only) is changed."""
 
     def __init__(self, layer: nn.Module):
         self._layer = layer
@@ -54,7 +54,7 @@ class Seam:
 
 @contextmanager
 def skipped(layers: list[nn.Module]) -> Iterator[None]:
-    """The layers return their first argument as it is while the context is open."""
+    """While the context is open, the layers return their first argument unchanged."""
 
     def __call__(self, *args, **kwargs):
         return [*args, *kwargs.values()][0]

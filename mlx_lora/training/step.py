@@ -21,22 +21,20 @@ from .optimizers import MasterWeights
 
 
 class Outcome(NamedTuple):
-    """The result of one batch. grad_norm and finite are None where the batch did not complete an optimizer step."""
+    """The result of one batch. grad_norm and finite are None if the batch did not complete an optimizer step."""
 
-    loss: float  # sum over what the loss counts, such as the learned tokens of the batch
-    count: int  # of what the loss counts
+    loss: float  # summed over the units that the loss counts, such as the learned tokens of the batch
+    count: int  # number of these units
     tokens: int  # learned tokens
     grad_norm: float | None = None  # of the mean gradient, before clipping
     finite: bool | None = None  # False: the optimizer step was skipped
-    measured: Mapping[str, tuple[float, float]] = MappingProxyType(
-        {}
-    )  # what the loss measures besides: sums and counts
+    measured: Mapping[str, tuple[float, float]] = MappingProxyType({})  # the loss's further metrics: sums and counts
 
 
 class Step:
     """Trains the trainable parameters of `model`, batch by batch.
 
-    Between calls the model holds the current parameters. After a failure, `settle` puts them back.
+    Between calls the model holds the current parameters. After a failure, `settle` restores them.
 
     The random numbers of an iteration depend only on (seed, iteration, rank), because `run` seeds MLX's random state
     with these. So a resumed run draws the same numbers as an uninterrupted one, and draws by the caller between two
@@ -66,7 +64,7 @@ class Step:
         self._sums: dict[str, Any] | None = None
         self._fused = fused
         self._batch: mx.array | None = None  # loss and count of the current batch, then sums and counts of `_names`
-        self._names: list[str] = []  # what the loss measures besides
+        self._names: list[str] = []  # the loss's further metrics
         self._step: mx.array | None = None  # [gradient norm, finite] of the current step
         # The random state is an output so that no tracer stays in it; `run` seeds it before every call.
         random = {"inputs": mx.random.state, "outputs": mx.random.state}
@@ -75,7 +73,7 @@ class Step:
         self._update = mx.compile(self._update_fn)
 
     def run(self, iteration: int, *batch: mx.array, ends_window: bool) -> None:
-        """Start computing a batch, whose arrays the loss takes after the model; `outcome` waits for the result."""
+        """Start computing a batch (the loss's arguments after the model); `outcome` waits for the result."""
         size, rank = (self._group.size(), self._group.rank()) if self._group else (1, 0)
         mx.random.seed((self._seed << 32) | (iteration * size + rank))
         if self._fused:
@@ -97,7 +95,7 @@ class Step:
         self.settle()
 
     def outcome(self) -> Outcome:
-        """Wait for what was started, and return its result."""
+        """Wait for the started computation, and return its result."""
         loss, count, *rest = self._batch.tolist() if self._batch is not None else (0.0, 0)
         norm, finite = self._step.tolist() if self._step is not None else (None, None)
         self._batch = self._step = None
@@ -165,8 +163,8 @@ class Step:
             shrink = self._max_norm / mx.maximum(norm, self._max_norm)
             mean = {path: g * shrink for path, g in mean.items()}
         finite = mx.isfinite(norm) & mx.isfinite(sums["loss"])
-        good = finite & (count > 0)  # without a learned token, momentum must not move the weights either
-        # The optimizer writes into the dicts of its state, so it works on copies of them.
+        good = finite & (count > 0)  # without learned tokens there is no update, not even by momentum
+        # The optimizer modifies the dicts of its state, so it gets copies of them.
         self._optimizer.state = tree_map(lambda x: x, state)
         updated = self._optimizer.apply_gradients(mean, parameters), self._optimizer.state
         parameters, state = tree_map(lambda new, old: mx.where(good, new, old), updated, (parameters, state))

@@ -1,4 +1,4 @@
-"""`train`, a generator of reports: what it refuses, before the loop in loop.py. Saving is up to the caller."""
+"""`train`, a generator of reports: checks the arguments and runs the loop in loop.py. The caller saves."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def train(
     Args:
         optimizer: one of MLX's, or from `build_optimizer`. Parameters in half precision are trained through float32
             master weights in its state.
-        train_set, valid_set: datasets of `mlx_lora.data`. There is no validation without a `valid_set`, with an empty
-            one, and with `val_batches` 0.
+        train_set, valid_set: datasets of `mlx_lora.data`. There is no validation if `valid_set` is None or empty, or if
+            `val_batches` is 0.
         config: the loss, the number of iterations, the batch size and so on; `TrainConfig()` by default. The batches
             of its `epochs` are `mlx_lora.data.iterations(config, train_set)`.
         checkpoint: called with the state of the run every `save_every` iterations, at the end, on `stop`, after the
@@ -57,20 +57,21 @@ def train(
             window of `grad_accumulation_steps` are then part of the state, and are not applied.
         metrics: called at every validation, with the model in evaluation mode; its values go into the report. It must
             return the same in every process.
-        prefix: the frozen layers of `model` and where their states are kept, for `cache_prefix` "disk" (in memory
-            without it, whatever they take: `prefix.expected` tells how much; `mlx_lora.run` refuses what does not fit).
+        prefix: the frozen layers of `model` and where their states are kept, for `cache_prefix` "disk" (by
+            default in memory, whatever their size: `prefix.expected` estimates it; `mlx_lora.run` refuses what does not
+                fit).
 
     Yields: the reports of `reports.py`, in the order of the events; `Done` comes last.
 
     While it runs, the model is in training mode, MLX's random state is seeded from `config.seed`, and MLX's memory
-    limits are set for training. When it ends, also by an error or by closing the generator, the model has evaluated
-    parameters and its own layers, each module is in the mode it had, and the memory limits are what they were.
+    limits are set for training. When it ends (also by an error, or because the generator is closed), the model has
+    evaluated parameters and its own layers, each module is back in its mode, and the memory limits are restored.
 
-    Raises: at once, ConfigError for an unknown loss or rows of another kind than it takes, and TrainingError where
-        there is nothing to train, no training data, or where `resume` is the state of another run; when the iteration
-        begins at the latest, ConfigError where the model does not compute packed rows (`config.pack`) as each alone,
-        and ModelError where no training computes what the model generates (see `base.forward_paths`); while running,
-        TrainingError after `max_skipped_steps` steps in a row with non-finite gradients.
+    Raises: on the call, ConfigError for an unknown loss or rows of another kind than it takes, and TrainingError if
+        there is nothing to train, no training data, or `resume` is the state of another run. Before the first step,
+        ConfigError if the model computes packed rows (`config.pack`) differently from single rows, and ModelError if
+        training cannot compute what the model generates (see `base.forward_paths`). During the run, TrainingError
+        after `max_skipped_steps` steps in a row with non-finite gradients.
     """
     config = config or TrainConfig()
     loss_named(config.loss)
@@ -119,7 +120,7 @@ def train(
 
 
 def check_validated(config: TrainConfig, valid_set: Dataset | None) -> None:
-    """Refuse settings that need a validation set where there is none. Raises: ConfigError."""
+    """Refuse settings that need a validation set if there is none. Raises: ConfigError."""
     given = {"patience": config.patience, "best_by": config.best_by != VAL_LOSS, "metric": config.metric}
     if names := [name for name, value in given.items() if value and not valid_set]:
         raise ConfigError(f"{', '.join(names)}: there is no validation set", "Add one, or leave these options out.")

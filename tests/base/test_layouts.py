@@ -207,7 +207,7 @@ def test_text_parts_are_read_by_the_class_of_the_whole_model():
 
 def test_missing_fields_of_a_class_are_named():
     _, arguments = model_classes({"model_type": "llama"})
-    with pytest.raises(ModelError, match=r"needs config fields that are not there: .*hidden_size.*vocab_size"):
+    with pytest.raises(ModelError, match=r"needs config fields that are missing: .*hidden_size.*vocab_size"):
         arguments.from_dict({"model_type": "llama"})
 
 
@@ -348,7 +348,7 @@ def test_shards_that_are_missing_or_cut_are_all_named(tmp_path):
         ({"model_type": "nothing"}, "mlx-lm has no nothing"),
         ({"model_type": "nothing", "auto_map": {"AutoModel": "code.Model"}}, "the code that comes with the model"),
         ({"model_type": "nothing", "text_config": {"model_type": "qwen3"}}, "whose language model is a qwen3"),
-        ({"model_type": "llama"}, "needs config fields that are not there"),
+        ({"model_type": "llama"}, "needs config fields that are missing"),
     ],
 )
 def test_configs_that_mlx_lm_cannot_read(config, message, tmp_path):

@@ -35,7 +35,7 @@ def test_a_config_with_the_text_fields_beside_those_of_images_is_read(kind, tmp_
 
 
 def test_a_config_without_the_fields_names_them(tmp_path):
-    with pytest.raises(ModelError, match=r"llama needs config fields that are not there: .*hidden_size"):
+    with pytest.raises(ModelError, match=r"llama needs config fields that are missing: .*hidden_size"):
         base(tmp_path, {"model_type": "llama", "vocab_size": 64}).model  # noqa: B018
 
 

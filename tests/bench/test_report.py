@@ -95,7 +95,7 @@ def test_all_faults_are_named_at_once(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 99}'])
 def test_what_is_no_report_is_refused(text, tmp_path):
     (tmp_path / "report.json").write_text(text)
-    with pytest.raises(FormatError, match="is no report"):
+    with pytest.raises(FormatError, match="is not a report"):
         read_report(tmp_path / "report.json")
 
 
@@ -136,7 +136,7 @@ def test_markdown_shows_the_estimate_and_how_far_off_it_was():
 
 def test_markdown_of_a_dry_run_claims_nothing():
     text = markdown(report(emulated=True))
-    assert "A dry run" in text and "| no: a dry run says nothing |" in text
+    assert "A dry run" in text and "| no: a dry run measures nothing |" in text
 
 
 def test_gathered_takes_the_newest_report_of_a_chip():
@@ -160,7 +160,7 @@ def test_estimates_made_again_from_a_report():
     assert CHIP in given.source
     assert assumptions_of([]) == Assumptions() == assumptions_of([report(emulated=True)])
     cuda = report(machine=dataclasses.replace(report().machine, backend="CUDA"))
-    assert assumptions_of([cuda]) == Assumptions(), "the table is one of Macs"
+    assert assumptions_of([cuda]) == Assumptions(), "the table is about Macs"
     unknown = assumptions_of([report(machine=dataclasses.replace(report().machine, chip="Apple M9"))])
     assert unknown.efficiency == 0.8 and unknown.microseconds == pytest.approx(4.0)
 
@@ -235,7 +235,7 @@ def test_a_kernel_is_taken_where_all_tests_pass_and_it_is_never_slower():
     failing = KernelTests("CUDA", 3, 2, 5.0, [Failure("t", "", "", "")], {})
     assert set(verdicts(report(tests=failing)).values()) == {"1 kernel tests fail"}
     assert set(verdicts(report(tests=KernelTests("CUDA", 3, 2))).values()) == {"2 of 3 kernel tests have run"}
-    assert set(verdicts(report(parts=[])).values()) == {"not all of its parts are measured"}
+    assert set(verdicts(report(parts=[])).values()) == {"some of its parts are not measured"}
     without = [f for f in report().figures if f.what != "MLP"]
     assert [k for k, why in verdicts(report(figures=without)).items() if why] == ["lora_swiglu"]
 

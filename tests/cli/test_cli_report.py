@@ -167,10 +167,10 @@ def test_only_a_report_is_replaced(tmp_path, capsys):
     (run / "mine.html").write_text("<!doctype html>my page")
     before = (run / "log.jsonl").read_bytes()
     for output, text in (
-        (run / "log.jsonl", "is no name of a page"),
-        (run / "adapters.safetensors", "is no name of a page"),
+        (run / "log.jsonl", "does not end in .html"),
+        (run / "adapters.safetensors", "does not end in .html"),
         (run, "is a folder"),
-        (run / "mine.html", "is no report"),
+        (run / "mine.html", "is not a report"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["report", str(run), "--output", str(output)])

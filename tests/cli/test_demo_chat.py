@@ -86,7 +86,11 @@ def test_a_port_that_is_taken_is_told_before_the_training(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(["--chat", "--json"], "takes no --json"), (["--port", "1"], "belong to --chat"), (["--no-browser"], "belong to")],
+    [
+        (["--chat", "--json"], "has no --json output"),
+        (["--port", "1"], "need --chat"),
+        (["--no-browser"], "need --chat"),
+    ],
 )
 def test_options_that_do_not_go_together_are_refused(arguments, told):
     result = CliRunner().invoke(demo, arguments)

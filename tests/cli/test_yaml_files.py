@@ -99,7 +99,7 @@ def test_older_names_are_taken_for_what_they_mean(text, expected, tmp_path):
     ("text", "said"),
     [
         ("train_mode: grpo", "on preferences (dpo, ipo, orpo, kto, simpo, cpo)"),
-        ("train_mode: dpo\ndpo_cpo_loss_type: hinge", "dpo_cpo_loss_type: 'hinge' is no option"),
+        ("train_mode: dpo\ndpo_cpo_loss_type: hinge", "dpo_cpo_loss_type: 'hinge' is not an option"),
         ("train_mode: dpo\nreference_model_path: other", "its adapter off"),
         ("train_mode: cpo\nis_reference_free: true", "is_reference_free: True"),
         ("train_mode: dpo\nloss: ipo", "contradicts loss 'ipo'"),

@@ -86,8 +86,8 @@ def test_a_column_that_is_no_text_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "section, said",
     [
-        ({"prompt": "{a}"}, "needs completion beside prompt"),
-        ({"labels": {}}, "needs prompt beside labels"),
+        ({"prompt": "{a}"}, "has prompt, so it needs completion too"),
+        ({"labels": {}}, "has labels, so it needs prompt too"),
         ({"prompt": "{a}", "completion": "{b}", "text_feature": "t"}, "has text_feature beside prompt"),
         ({"prompt": "{a.__class__}", "completion": "{b}"}, "prompt: {a.__class__} is not the plain name of a column"),
         ({"prompt": "{a[0]}", "completion": "{b}"}, "{a[0]} is not the plain name"),

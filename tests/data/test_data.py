@@ -351,12 +351,12 @@ BAD_ROWS = [
     ({"messages": [{"content": "hi"}]}, "message 1 has no role"),
     ({"messages": [{"role": "asistant", "content": "hi"}]}, "unknown role 'asistant': write assistant"),
     ({"messages": [{"role": "narrator", "content": "hi"}]}, "unknown role 'narrator': write one of system, developer"),
-    ({"messages": [{"role": 1, "content": "hi"}]}, "a number as its role"),
+    ({"messages": [{"role": 1, "content": "hi"}]}, "has a role that is a number"),
     ({"messages": [{"role": "user"}]}, "neither content nor tool_calls"),
-    ({"messages": [{"role": "user", "content": {"a": 1}}]}, "an object as its content"),
+    ({"messages": [{"role": "user", "content": {"a": 1}}]}, "has content that is an object"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part that is not text"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}]}, "a tool call without a name"),
-    ({**chat("a", "b"), "tools": "none"}, "has a string as its tools"),
+    ({**chat("a", "b"), "tools": "none"}, "has tools that are a string"),
     ({"text": 3}, "'text' is a number"),
     ({"text": ""}, "'text' is empty"),
     ({"prompt": 3, "completion": "x"}, "'prompt' is a number"),
@@ -513,7 +513,7 @@ def test_the_share_that_is_held_out(tmp_path, tokenizer):
 
 def test_files_of_other_kinds(tmp_path, tokenizer):
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
-    with pytest.raises(DataError, match=r"not in a format that is read here"):
+    with pytest.raises(DataError, match=r"has a format that mlx-lora does not read"):
         load_dataset(DataConfig(data=str(tmp_path / "rows.xlsx")), tokenizer)
     with pytest.raises(DataError) as error:
         load_dataset(DataConfig(data=str(tmp_path)), tokenizer)

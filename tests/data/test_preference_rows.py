@@ -135,7 +135,7 @@ def test_an_answer_begins_where_the_tokens_differ(plain):
     data = tokenize([{"prompt": "ah", "chosen": "e", "rejected": "x"}], merged, DataConfig(), kind="pairs")
     (pair,) = data
     assert [parts(example, merged)[1] for example in pair.sequences] == ["he<|im_end|>", "hx<|im_end|>"]
-    assert any("the tokens of the prompt alone are not those before the answer" in w for w in data.summary.warnings())
+    assert any("the prompt has other tokens alone than before the answer" in w for w in data.summary.warnings())
 
 
 def test_truncation_keeps_the_start_and_drops_rows_without_an_answer(tokenizer):
@@ -166,7 +166,7 @@ FAULTS = [
     ("pairs", {"prompt": "a", "chosen": "b"}, "has no 'chosen' and 'rejected'"),
     ("pairs", {"prompt": "a", "chosen": "b", "rejected": None}, "'rejected' is null"),
     ("pairs", {"prompt": "a", "chosen": "b", "rejected": ""}, "'rejected' is empty"),
-    ("pairs", {"prompt": "a", "chosen": "b", "rejected": [bot("c")]}, "write both alike"),
+    ("pairs", {"prompt": "a", "chosen": "b", "rejected": [bot("c")]}, "write both as the same type"),
     ("pairs", {"chosen": "b", "rejected": "c"}, "add 'prompt'"),
     ("pairs", {"chosen": "b", "rejected": "b"}, "equal answers and no prompt"),
     ("pairs", {"chosen": [bot("b")], "rejected": [bot("c")]}, "has no prompt"),

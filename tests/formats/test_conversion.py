@@ -264,7 +264,7 @@ def test_other_methods_without_one_of_their_arrays(name, tmp_path):
     gone = sorted(arrays)[-1]
     mx.eval(arrays)
     mx.save_safetensors(str(folder / "adapter_model.safetensors"), {k: v for k, v in arrays.items() if k != gone})
-    with pytest.raises(FormatError, match="no whole"):
+    with pytest.raises(FormatError, match="not a complete"):
         load_adapter(folder)
 
 
@@ -673,7 +673,7 @@ def test_biases_that_the_base_does_not_have_are_refused(model, keys, tmp_path):
         export_merged(base(model), adapter, tmp_path / "merged")
     fuse(live)
     assert_equal(logits(live), expected)  # in memory it can be merged
-    with pytest.raises(ModelError, match="no model folder can hold them"):
+    with pytest.raises(ModelError, match="a model folder cannot hold"):
         save_model(live, tmp_path / "fused")
     assert not list(tmp_path.iterdir())
 

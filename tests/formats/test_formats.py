@@ -592,7 +592,7 @@ def replaced(name: str, array: mx.array):
         (added(f"{Q}.ia3_l", 64), "ia3_l: lora has no such array"),
         (added(f"{Q}.lora_magnitude_vector", 64), "magnitudes are there"),
         (added(f"{Q}.lora_A.default.weight", 8, 32), "a second array"),
-        (added("base_model.model.model.layers.0.mlp.experts.lora_A.weight", 8, 32), "target_parameters does not say"),
+        (added("base_model.model.model.layers.0.mlp.experts.lora_A.weight", 8, 32), "target_parameters does not name"),
         (added("base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_A.weight", 8, 32), "experts 0, 1, 2 are"),
         (renamed("base_model.model.", ""), "not an array of"),
         (lambda arrays: {k: v for k, v in arrays.items() if k != f"{Q}.lora_B.weight"}, "q_proj: lora_b missing"),
@@ -695,7 +695,7 @@ def test_a_folder_of_two_formats_needs_the_format_named(tmp_path):
 def test_paths_that_hold_no_adapter(tmp_path):
     for path, said in [
         (tmp_path / "none", "does not exist"),
-        (Path(__file__), "a file of no"),
+        (Path(__file__), "a file of an unsupported format"),
         (tmp_path, "it has nothing"),
     ]:
         with pytest.raises(FormatError, match=said):

@@ -160,8 +160,8 @@ def first_row(ending: str, axis: int = 0):
         ("llama/loha", first_row("hada_w2_b", axis=1), {}, "their input size differs"),
         ("llama/loha", None, {"r": 0}, "a rank of 0"),
         ("llama/lokr", None, {"r": 0}, "a rank of 0"),
-        ("mixtral/experts", None, {"target_parameters": None}, "target_parameters does not say"),
-        ("mixtral/experts", None, {"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters does not say"),
+        ("mixtral/experts", None, {"target_parameters": None}, "target_parameters does not name"),
+        ("mixtral/experts", None, {"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters does not name"),
     ],
 )
 def test_damaged_adapters_are_refused_by_name(name, change, changes, said, tmp_path):

@@ -123,7 +123,7 @@ def test_types_of_tensors(dtype, kinds, tmp_path):
     read = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert set(read.values()) == kinds
     assert {kind for name, kind in read.items() if "norm" in name} == {"F32"}
-    narrow = [note for note in notes if "no multiples of 32" in note]
+    narrow = [note for note in notes if "not multiples of 32" in note]
     assert bool(narrow) == (dtype == "q8_0")  # ffn_down has rows of 48
     assert (read["blk.0.ffn_down.weight"], read["blk.0.ffn_up.weight"]) != ("Q8_0", "F16")
 

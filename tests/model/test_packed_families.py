@@ -113,5 +113,5 @@ def test_other_families_are_refused_by_name_and_absolute_positions_by_measuring(
     if WRONG[family][0] != "absolute positions":
         return
     examples = [Example(row, np.ones(len(row), bool)) for row in rows()[:3:2]]
-    with pytest.raises(ConfigError, match="differs from that of the row alone"):
+    with pytest.raises(ConfigError, match="differs from its loss as a single row"):
         check_rows(model.eval(), examples)

@@ -28,7 +28,7 @@ from mlx_lora.errors import AdapterError, ConfigError
             dict(method="dora", projection_prng_key=3, save_projection=False),
             "save_projection is for vera, not for dora",
         ),
-        (dict(layers_to_transform=[1], num_layers=16), "num_layers has no effect beside layers_to_transform"),
+        (dict(layers_to_transform=[1], num_layers=16), "num_layers has no effect with layers_to_transform"),
         (dict(init="pissa", eva_rho=2), "eva_rho is for init eva, not for 'pissa'"),
     ],
 )
@@ -47,7 +47,7 @@ def test_python_configs_refuse_what_contradicts(config, said):
         ),
         (OptimizerConfig, dict(learning_rate=1e-3, lr_schedule={"name": "constant", "arguments": [1e-4]}), "no effect"),
         (DataConfig, dict(mask_turns="last"), "no effect without mask_prompt"),
-        (DataConfig, dict(data="mine", hf_dataset={"path": "a/b"}), "no effect beside hf_dataset"),
+        (DataConfig, dict(data="mine", hf_dataset={"path": "a/b"}), "no effect with hf_dataset"),
         (TrainConfig, dict(val_batches=0, steps_per_eval=10), "no effect where val_batches is 0"),
     ],
 )

@@ -81,7 +81,11 @@ def test_python_replaces_no_file_but_a_report(tmp_path):
     run.mkdir()
     (run / "log.jsonl").write_text('{"kind": "Run", "time": 1}\n')
     (run / "mine.html").write_text("my page")
-    for name, text in (("mine.html", "is no report"), ("adapters.safetensors", "no name of a page"), ("", "a folder")):
+    for name, text in (
+        ("mine.html", "is not a report"),
+        ("adapters.safetensors", "does not end in .html"),
+        ("", "a folder"),
+    ):
         with pytest.raises(ConfigError, match=text):
             write_report([run], run / name)
     assert (run / "mine.html").read_text() == "my page" and not (run / "adapters.safetensors").exists()

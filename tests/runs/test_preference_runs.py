@@ -116,7 +116,7 @@ def test_the_test_set_has_the_reference_of_the_run(data, tmp_path):
 
 def test_a_resumed_run_cannot_test_what_it_has_no_reference_for(data, tmp_path):
     fine_tune(tmp_path / "a", data, iters=2)
-    with pytest.raises(TrainingError, match="is not kept for the test set"):
+    with pytest.raises(TrainingError, match="did not store its results for the test set"):
         fine_tune(tmp_path / "a", data, iters=4, resume=True, test_batches=-1)
     fine_tune(tmp_path / "b", data, iters=2, test_batches=-1, train={"val_batches": 0})  # free to change
     (report,) = of(fine_tune(tmp_path / "b", data, resume=True, test_batches=-1), reports.TestReport)

@@ -153,7 +153,7 @@ def test_the_command_line_shows_the_size_and_asks(data, tmp_path, monkeypatch):
     base = ["train", "--model", str(PATH), "--data", str(data), "--adapter-path", str(tmp_path / "run")]
     base += ["--num-layers", "1", "--iters", "4", "--batch-size", "2", "--cache-prefix", "disk"]
     found = CliRunner().invoke(cli, base)
-    assert found.exit_code != 0 and "asks before it starts" in str(found.output) + str(found.exception)
+    assert found.exit_code != 0 and "asks for confirmation" in str(found.output) + str(found.exception)
     found = CliRunner().invoke(cli, [*base, "--yes"])
     assert found.exit_code == 0 and "layers will be kept in" in found.output
     assert "of the rows after the first epoch" in found.output

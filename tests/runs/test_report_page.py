@@ -185,7 +185,7 @@ def test_a_preference_run_that_ended_early(tmp_path):
     checked(text, page)
     said = " ".join(" ".join(page.text).split())
     for part in (
-        *("Ended early after 6 of 40 iterations in 10 s: 2 validations in a row were not better than the best one",),
+        *("Ended early after 6 of 40 iterations in 10 s: 2 validations in a row brought no improvement",),
         *("Best validation 0.75 rewards/accuracies, at iteration 2", "Test loss 0.6 Test 1e-4 rewards/accuracies"),
         *("Peak memory 3.25 GB planned 2.50 GB", "peak memory, planned 2.50 GB peak memory, measured 3.25 GB"),
         *(

@@ -78,7 +78,7 @@ def test_what_is_no_cache_or_of_another_model_is_said(tmp_path, monkeypatch, cap
         (("--model", str(PATH), "--prompt-cache-file", packed, "--kv-bits", "4"), "and --kv-group-size is 64"),
         (("--model", str(PATH), "--draft-model", str(PATH)), "draft-model"),
         (("--model", "another"), "was made with"),
-        (("--model", str(PATH), "--prompt-cache-file", str(PATH / "config.json")), "is no prompt cache"),
+        (("--model", str(PATH), "--prompt-cache-file", str(PATH / "config.json")), "is not a prompt cache"),
     ):
         with pytest.raises(SystemExit):
             main(["generate", "--prompt", "x", "--prompt-cache-file", file, *options])

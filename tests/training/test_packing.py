@@ -293,7 +293,7 @@ def test_the_first_rows_are_measured_before_training(monkeypatch):
     """A model whose mask does not look at the cache is refused before the first step."""
     monkeypatch.setattr(PackedCache, "make_mask", lambda self, *_, **__: "causal")
     reports = train(adapted(), opt.Adam(1e-3), rows(), None, config())
-    with pytest.raises(ConfigError, match="differs from that of the row alone"):
+    with pytest.raises(ConfigError, match="differs from its loss as a single row"):
         next(reports)
 
 

@@ -236,7 +236,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(loss, accumulation, tmp_path):
 def test_a_resumed_run_has_no_new_validation_set():
     states = []
     run("dpo", adapted(), rows("dpo"), states=states, iters=2)
-    with pytest.raises(TrainingError, match="is not kept for the valid set"):
+    with pytest.raises(TrainingError, match="did not store its results for the valid set"):
         run("dpo", adapted(), rows("dpo"), rows("dpo", 5, 3), resume=states[-1], iters=4)
 
 

@@ -24,6 +24,6 @@ READS, WRITES, FILES = {"adapter"}, {"moe", "profile"}, (CONFIG, WEIGHTS, PICKLE
 
 
 def detect(path: Path) -> bool:
-    # torchtune writes a PEFT folder's files, partly wrong, beside its own, which are the ones to read.
+    # torchtune also writes a PEFT folder's files, which are partly wrong; its own files are the ones to read.
     torchtune = (path / "adapter_model.pt").exists()
     return path.is_dir() and not torchtune and (has_weights(path) or bool(named_adapters(path)))

@@ -1,11 +1,11 @@
 """PEFT's methods whose update is LoRA in another form, rewritten as PEFT's LoRA: the same numbers, exactly.
 
-    AdaLoRA (arXiv:2303.10512)   scale B diag(E) A, scale = lora_alpha / init_r whatever rank is left; E goes into A
-    LoHa (arXiv:2108.06098)      scale (B1 A1) * (B2 A2), elementwise: rank r^2, the columns of B are those of B1 times
-                                 those of B2, the rows of A likewise
+    AdaLoRA (arXiv:2303.10512)   scale B diag(E) A, scale = lora_alpha / init_r for any remaining rank; E goes into A
+    LoHa (arXiv:2108.06098)      scale (B1 A1) * (B2 A2), elementwise: rank r^2; each column of B is a column of B1
+                                 times a column of B2, and each row of A likewise
     LoKr (arXiv:2309.14859)      scale kron(W1, W2): the Kronecker products of their factors
 
-The rank of the result is at most the smaller side of the layer: a larger one is replaced by the product itself.
+The rank of the result is at most the smaller side of the layer: otherwise the product itself is factored.
 Convolutions are refused. Dropout of LoHa and LoKr (of whole ranks and modules) acts in training only and has no
 counterpart in LoRA.
 """
@@ -46,7 +46,7 @@ def _loha(t: dict[str, mx.array]) -> Factors:
 
 
 def _check_equal(what: str, *sizes: int) -> None:
-    """Raise a ``ValueError`` for sizes that differ: MLX would repeat a single row or column."""
+    """Raise a ``ValueError`` if sizes differ, because MLX would broadcast a single row or column."""
     if len(set(sizes)) > 1:
         raise ValueError(f"their {what} differs: {', '.join(map(str, dict.fromkeys(sizes)))}")
 
@@ -102,7 +102,7 @@ _OF_A_METHOD = re.compile(r"\.(lora|vera|hada|lokr|ia3)_\w+(\.weight)?$")
 def as_lora(
     tensors: dict[str, mx.array], raw: dict[str, Any], source: Path
 ) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """(tensors, config) of LoRA for those of ``raw["peft_type"]``; of another type, as they are."""
+    """(tensors, config) as LoRA for the types above; unchanged for other types."""
     kind = raw["peft_type"]
     if kind not in _METHODS:
         return tensors, raw
@@ -113,7 +113,7 @@ def as_lora(
     for name, array in tensors.items():
         if match := pattern.fullmatch(without_adapter_name(name)):
             modules.setdefault(match["path"], {})[match["leaf"]] = array
-        elif not name.endswith(".ranknum"):  # a count of AdaLoRA's, which older versions saved
+        elif not name.endswith(".ranknum"):  # AdaLoRA's counter, which older versions saved
             found[name] = array
     ranks, alphas = {}, {}
     faults = [f"{source}: {name}: not an array of {kind}" for name in found if _OF_A_METHOD.search(name)]
@@ -126,9 +126,9 @@ def as_lora(
         try:
             b, a = factors({leaf: array.astype(mx.float32) for leaf, array in arrays.items()})
         except (KeyError, ValueError) as error:
-            faults.append(f"{source}: {path}: {', '.join(sorted(arrays))} are no whole {kind} ({error})")
+            faults.append(f"{source}: {path}: {', '.join(sorted(arrays))} are not a complete {kind} ({error})")
             continue
-        if not a.shape[0]:  # AdaLoRA gave the module no rank: no update
+        if not a.shape[0]:  # AdaLoRA gave the module rank 0: no update
             continue
         try:
             scale = scale_of(raw, path)

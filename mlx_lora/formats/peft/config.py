@@ -20,7 +20,7 @@ from . import as_lora
 from .names import CONFIG
 
 _TYPES = ("LORA", "DORA", "VERA", "IA3", "TRAINABLE_TOKENS", "LN_TUNING", *as_lora.TYPES)
-# Methods that are no update of weights: PEFT cannot merge them either.
+# Methods that do not update weights: PEFT cannot merge them either.
 _PROMPTS = (
     "PROMPT_TUNING",
     "PREFIX_TUNING",
@@ -30,11 +30,11 @@ _PROMPTS = (
     "CPT",
     "CARTRIDGE",
 )
-_ROUTED = ("XLORA", "POLY", "MIXED")  # several adapters, chosen anew for every input
+_ROUTED = ("XLORA", "POLY", "MIXED")  # several adapters, chosen for every input
 _MERGE = "Merge it in PEFT (model.merge_and_unload(), then model.save_pretrained) and use the merged model."
 _NOT_MERGED = "It depends on the input, so it cannot be merged either: use it in PEFT."
-# Settings that change what the tensors mean, and are not converted, unless their value switches them off: their names,
-# and what to do. (VeLoRA changes the backward pass alone.)
+# Settings that change the meaning of the tensors and are not converted, unless their value turns them off, and what
+# to do. (VeLoRA only changes the backward pass.)
 _VARIANTS = {
     "layer_replication": ("layer replication, which makes a model of more layers", _MERGE),
     "use_qalora": ("QA-LoRA, which averages the inputs of groups", _MERGE),
@@ -130,8 +130,8 @@ def adapter_config(
     """``raw`` as an ``AdapterConfig`` for the arrays ``weights``.
 
     Args:
-        ranks, scales: by our module path.
-        peft_paths: PEFT's module path by ours; also of tensors that repeat others.
+        ranks, scales: keyed by our module path.
+        peft_paths: {our module path: PEFT's}, including tensors that repeat others.
         source: the folder, for errors.
         sides: the ``embedding_side``.
     """
@@ -162,7 +162,7 @@ def adapter_config(
 
 
 def _full_modules(raw, weights, peft_paths, source: Path) -> tuple[str, ...]:
-    """The modules whose own parameters are saved: ``modules_to_save``, and those with a bias where ``bias`` is none."""
+    """The modules whose own parameters are saved: ``modules_to_save``, and modules with a bias if ``bias`` is none."""
     paths = {n.rpartition(".")[0] for n in weights if n.endswith((".weight", ".bias"))}
     theirs = set(peft_paths.values())
     absent = [n for n in raw.get("modules_to_save") or [] if not any(f".{n}." in f".{path}." for path in theirs)]

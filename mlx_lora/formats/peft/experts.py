@@ -1,7 +1,7 @@
 """Mixtures of experts in PEFT's folders: keys for each expert, or one pair of matrices over a parameter of all experts.
 
 PEFT packs a parameter's experts into two-dimensional matrices: A [experts * r, in], where the expert is the slow index,
-and B [out, r * experts], where it is the fast one. PEFT 0.17 and 0.18 exchanged in and out for parameters stored
+and B [out, r * experts], where it is the fast one. PEFT 0.17 and 0.18 swapped in and out for parameters stored
 [experts, out, in] (huggingface/peft#3083): A [experts * r, out], B [in, r * experts]. ``gate_up_proj`` is one parameter
 in PEFT and two modules in mlx-lm.
 """
@@ -61,7 +61,7 @@ def exchanged(
     version: str | None,
     in_out: bool,
 ) -> bool:
-    """Whether PEFT 0.17 or 0.18 packed a block: by the shapes where they differ, else by PEFT's version.
+    """Whether PEFT 0.17 or 0.18 packed a block: by the shapes if they differ, else by PEFT's version.
 
     Args:
         hidden: the model's hidden size, if known: the input of gate_up and the output of down.
@@ -70,7 +70,7 @@ def exchanged(
     """
     if in_out:
         return False
-    new, old = [], []  # what holds of the shapes if they are packed as now, and as then
+    new, old = [], []  # whether the shapes match the current packing, and the old one
     if gate_up and down:
         reads, writes = gate_up.a.shape[1], gate_up.b.shape[0]
         inner, outer = down.a.shape[1], down.b.shape[0]
@@ -91,7 +91,7 @@ def exchanged(
 def split_gate_up(a: mx.array, b: mx.array, interleaved: bool) -> dict[str, tuple[mx.array, mx.array]]:
     """``gate_up_proj`` as gate_proj and up_proj, which share A and have half of B's rows each.
 
-    Where ``fuse_gate_up`` made a block-diagonal B of twice the rank, each gets its own half of the ranks back.
+    If ``fuse_gate_up`` made a block-diagonal B of twice the rank, each gets its own half of the ranks back.
     """
     rows = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
     if not interleaved:
@@ -108,7 +108,7 @@ def split_gate_up(a: mx.array, b: mx.array, interleaved: bool) -> dict[str, tupl
 def fuse_gate_up(
     gate: tuple[mx.array, mx.array], up: tuple[mx.array, mx.array], interleaved: bool
 ) -> tuple[mx.array, mx.array]:
-    """The inverse of ``split_gate_up``: one A where both share it, else both A and a block-diagonal B."""
+    """The inverse of ``split_gate_up``: one A if both share it, else both A and a block-diagonal B."""
     (gate_a, gate_b), (up_a, up_b) = gate, up
     if gate_a.shape == up_a.shape and mx.array_equal(gate_a, up_a).item():
         a, halves = gate_a, (gate_b, up_b)
@@ -123,7 +123,7 @@ def fuse_gate_up(
 
 
 def stack_experts(parts: dict[int, mx.array], name: str) -> mx.array:
-    """Arrays by expert, of one shape each, as one array [experts, ...]."""
+    """Stack one array per expert, all of the same shape, into one array [experts, ...]."""
     if sorted(parts) != list(range(len(parts))) or len(parts) > _LARGEST_STACK:
         missing = sorted(set(range(min(max(parts) + 1, _LARGEST_STACK))) - set(parts))[:4]
         raise FormatError(f"{name}: experts {', '.join(map(str, missing))} are missing", "Download the adapter again.")

@@ -1,7 +1,7 @@
-"""Fields of PEFT's config that mean nothing here: kept with the adapter, and written back into a PEFT folder.
+"""Fields of PEFT's config without meaning here: kept with the adapter, and written back into a PEFT folder.
 
-Those that describe the arrays are written anew from the adapter as it then is, and those of another method are left
-out: a config never says what is no longer true.
+Fields that describe the arrays are written from the current adapter, and fields of another method are left out, so
+that a config is never out of date.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from ...adapter import Adapter
 
-# Read into the adapter, or true of the old arrays only.
+# Read into the adapter, or only valid for the old arrays.
 _OWN = {
     *("peft_type", "peft_version", "base_model_name_or_path", "inference_mode", "bias", "fan_in_fan_out"),
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -28,7 +28,7 @@ def unused_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def kept_fields(adapter: Adapter, peft_type: str) -> dict[str, Any]:
-    """The fields to write back into a config of ``peft_type``; ``task_type`` is CAUSAL_LM where none was read."""
+    """The fields to write back into a config of ``peft_type``; ``task_type`` is CAUSAL_LM if none was read."""
     peft = adapter.metadata.get("peft", {})
     fields = peft.get("fields", {})
     if peft.get("type") != peft_type:

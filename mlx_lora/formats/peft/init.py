@@ -3,7 +3,7 @@
 Both subtract W0 = s B0 A0 from the base's weight and train B0 and A0, so that the adapter is valid only on the changed
 base. Here it becomes an adapter for the published base, with the update s (B A - B0 A0) and twice the rank: A' = [A;
 A0], B' = [B, -B0], as PEFT's ``path_initial_model_for_weight_conversion`` does. W0 is computed from the base's weights.
-Initialisations that cannot be computed again (randomized, quantized, from data or gradients) are refused by name.
+Initialisations that cannot be recomputed (randomized, quantized, from data or gradients) are refused by name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def for_published_base(adapter: Adapter, init: str, source: Path, options: ReadO
     reason = f"{source}: init_lora_weights {init!r} changed the base model"
     if init.lower() not in _COMPUTED:
         raise FormatError(
-            f"{reason}, and the change cannot be computed again",
+            f"{reason}, and the change cannot be recomputed",
             "Save it from PEFT as a plain LoRA (path_initial_model_for_weight_conversion=...), or merge it there.",
         )
     if adapter.config.method != "lora":
@@ -50,7 +50,7 @@ def for_published_base(adapter: Adapter, init: str, source: Path, options: ReadO
         if base is not None and adapter.metadata["peft"].get("fan_in_fan_out"):
             base = base.T
         if base is None or base.ndim != 2 or not mx.issubdtype(base.dtype, mx.floating):
-            faults.append(f"{path}: {options.base.name} has no matrix of floats for it")
+            faults.append(f"{path}: {options.base.name} has no float matrix for it")
             continue
         if base.shape != (b.shape[1], a.shape[0]):
             faults.append(f"{path}: the base's weight is {list(base.shape)}, the adapter's {[b.shape[1], a.shape[0]]}")

@@ -20,7 +20,7 @@ LEAVES = {
     "ia3_l": ("ia3_l", False),
     "token_adapter.trainable_tokens_delta": ("trainable_tokens", False),
 }
-# Further names that are read and never written.
+# Further names that are read but never written.
 READ_LEAVES = {
     **LEAVES,
     "lora_magnitude_vector.weight": ("m", False),

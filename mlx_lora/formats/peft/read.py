@@ -38,7 +38,8 @@ def _adapter_folder(folder: Path, adapter: str | None) -> Path:
     if adapter is None and has_weights(folder):
         return folder
     names = named_adapters(folder)
-    if adapter == "default" and adapter not in names and has_weights(folder):  # PEFT's name for the one of no subfolder
+    # PEFT's name for the adapter without a subfolder
+    if adapter == "default" and adapter not in names and has_weights(folder):
         return folder
     if adapter is not None:
         names += ["default"] * has_weights(folder)
@@ -88,7 +89,7 @@ def from_tensors(tensors: dict[str, mx.array], raw: dict[str, Any], source: Path
     reader.set_ranks_and_scales()
     reader.check_magnitudes()
     reader.drop_tied_copies()
-    # Kept by ``write`` for the way back.
+    # Kept so that ``write`` can write them back.
     peft = {"saved": reader.pop_base_weights(), "type": original["peft_type"], "fields": unused_fields(original)}
     if raw.get("fan_in_fan_out"):
         peft["fan_in_fan_out"] = raw["fan_in_fan_out"]
@@ -127,7 +128,7 @@ class _Reader:
         self._packed: dict[str, dict[bool, dict[str, mx.array]]] = {}  # block: {below base_layer?: {leaf: array}}
 
     def add(self, name: str, array: mx.array) -> None:
-        """Take in one tensor of PEFT's, or note why it cannot be converted."""
+        """Add one of PEFT's tensors, or record why it cannot be converted."""
         if name in SHARED_KEYS:
             return self._put(SHARED_KEYS[name], array, name)
         if ".lora_velora_" in name:  # VeLoRA's, for the backward pass
@@ -207,7 +208,7 @@ class _Reader:
                     self.ranks[ours], self.scales[ours] = a.shape[1], self.scale_of(f"{block}.experts.{kind}")
 
     def _parameters(self, block: str, layers: dict[bool, dict[str, mx.array]]) -> dict[str, dict[str, mx.array]]:
-        """The packed matrices of a block by the parameter that they belong to.
+        """The packed matrices of a block, keyed by the parameter that they belong to.
 
         PEFT wraps the parameters in the order of ``gate_up_proj``, ``down_proj``: the last one is outermost, the other
         one below ``base_layer``.
@@ -218,7 +219,7 @@ class _Reader:
         kinds = dict(zip([len(names) == 2, False], names, strict=False))  # below base_layer? -> the parameter
         if layers.keys() != kinds.keys() or any(pair.keys() != {"lora_a", "lora_b"} for pair in layers.values()):
             raise FormatError(
-                f"{self.source}: {block}.experts: target_parameters does not say what its matrices belong to",
+                f"{self.source}: {block}.experts: target_parameters does not name the parameters of its matrices",
                 "Write there what was trained: mlp.experts.gate_up_proj, mlp.experts.down_proj or both.",
             )
         return {kinds[inner]: pair for inner, pair in layers.items()}
@@ -238,7 +239,7 @@ class _Reader:
                 self.ranks[ours], self.scales[ours] = self.rank_of(path), self.scale_of(path)
 
     def embedding_side(self, metadata: dict[str, Any]) -> str:
-        """What the update of an embedding that is tied to the output head acts on.
+        """The side on which the update of a tied embedding acts: both, or only the input.
 
         PEFT adapts and trains the embedding and the head separately, except with ``ensure_weight_tying``.
         """
@@ -257,7 +258,7 @@ class _Reader:
         if (method == "lora" and present) or (method == "dora" and self.weights and not present):
             raise FormatError(
                 f"{self.source}: use_dora is {method == 'dora'} but magnitudes are {'' if present else 'not '}there",
-                f"Write use_dora as it was trained into {CONFIG}, or save or download the adapter again.",
+                f"Write use_dora with its value during training into {CONFIG}, or save or download the adapter again.",
             )
 
         if both := sorted(path for path in self.embeddings if f"{path}.m" in self.weights):
@@ -268,7 +269,7 @@ class _Reader:
             )
 
     def drop_tied_copies(self) -> None:
-        """Drop what PEFT repeats on an output that is tied to the embedding.
+        """Drop tensors that PEFT repeats for an output head tied to the embedding.
 
         These are the trained rows of tokens and, with ``ensure_weight_tying``, the matrices of the embedding, exchanged
         and transposed, and its weight.
@@ -296,7 +297,7 @@ class _Reader:
         self.weights = {n: w for n, w in weights.items() if n not in copies}
 
     def pop_base_weights(self) -> dict[str, mx.array]:
-        """Take out, and return, saved embeddings that are equal to the base's.
+        """Remove and return saved embeddings that equal the base's.
 
         PEFT saves the weight of an adapted embedding too, changed or not.
         """

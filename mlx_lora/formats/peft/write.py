@@ -1,8 +1,8 @@
 """PEFT's adapter folder, written.
 
 The config is short on purpose: older versions of PEFT refuse settings that they do not know. It names exactly the
-modules that have an adapter, and has ``init_lora_weights: true`` whatever the initialisation was, because PEFT would
-apply another one to the base again.
+modules that have an adapter, and always has ``init_lora_weights: true``, because PEFT would apply another
+initialisation to the base again.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _write_files(adapter: Adapter, folder: Path, tensors: dict[str, mx.array], c
 
 
 def _to_hf(path: str, base: BaseModel | None) -> str:
-    """transformers' path. Without a base, GPT-2 is recognised by mlx-lm's names; other paths are taken as they are."""
+    """transformers' path. Without a base, GPT-2 is recognised by mlx-lm's names; other paths stay unchanged."""
     if base is not None:
         return base.to_hf(path)
     if re.match(r"model\.(h\.\d+\.(attn\.c_|mlp\.c_)|wte$|wpe$)", path):
@@ -82,9 +82,9 @@ def _expert_stacks(adapter: Adapter) -> list[str]:
 
 
 def _write_tokens(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
-    """Write an adapter that is trained rows of one embedding and nothing else."""
+    """Write an adapter that has only trained rows of one embedding."""
     if len(adapter.tokens) != 1 or adapter.full_parameters or options.profile or options.moe:
-        fault = "PEFT has no adapters of the rows of several embeddings without LoRA, nor of rows and full modules"
+        fault = "PEFT has no adapters with only the rows of several embeddings, or with rows and full modules"
         raise FormatError(fault, MERGE)
     (path, (ids, rows)) = next(iter(adapter.tokens.items()))
     base = options.known_base
@@ -105,11 +105,11 @@ def _write_tokens(adapter: Adapter, folder: Path, options: WriteOptions) -> None
 
 
 def _write_modules(adapter: Adapter, folder: Path, options: WriteOptions) -> None:
-    """Write an adapter of full modules alone as LN_TUNING (arXiv:2312.11420), which holds copies of any modules."""
+    """Write an adapter of only full modules as LN_TUNING (arXiv:2312.11420), which holds copies of any modules."""
     base = options.known_base
     paths = sorted({name.rpartition(".")[0] for name in adapter.full_parameters})
     faults = [
-        f"{path}: PEFT trains an embedding in full only besides LoRA"
+        f"{path}: PEFT trains an embedding in full only together with LoRA"
         for path in paths
         if is_embedding(path, adapter, base)
     ]
@@ -131,7 +131,7 @@ def _write_modules(adapter: Adapter, folder: Path, options: WriteOptions) -> Non
 
 
 def _for_serving(adapter: Adapter, options: WriteOptions) -> Adapter:
-    """``adapter`` as vLLM and similar servers take it: LoRA only, one rank, one integer alpha."""
+    """Convert ``adapter`` for vLLM and similar servers: LoRA only, one rank, one integer alpha."""
     config, faults = adapter.config, []
     if config.method in ("dora", "ia3"):
         faults.append(f"{config.method}: vLLM and similar servers take LoRA only")
@@ -148,8 +148,8 @@ def _for_serving(adapter: Adapter, options: WriteOptions) -> Adapter:
 def _for_single_experts(adapter: Adapter, stacks: list[str]) -> Adapter:
     """``adapter`` with one rank and alpha for experts and routers.
 
-    Where there are keys for each expert, PEFT converts these and the router's with the config's ``r`` and
-    ``lora_alpha``, whatever the patterns say.
+    PEFT converts keys for single experts and the router's keys with the config's ``r`` and ``lora_alpha``, and ignores
+    the patterns.
     """
     blocks = {path.rpartition(".")[0] for path in stacks}
     same = [p for p in adapter.modules if p in stacks or p in {f"{b.rpartition('.')[0]}.gate" for b in blocks}]
@@ -159,7 +159,7 @@ def _for_single_experts(adapter: Adapter, stacks: list[str]) -> Adapter:
     for block in blocks:
         _complete(block, weights)
         a, b = f"{block}.gate_proj.lora_a", f"{block}.gate_proj.lora_b"
-        if a in weights and f"{block}.down_proj.lora_a" not in weights:  # PEFT assumes that both are there
+        if a in weights and f"{block}.down_proj.lora_a" not in weights:  # PEFT requires both
             count, rank, hidden = weights[a].shape
             weights[f"{block}.down_proj.lora_a"] = mx.zeros((count, rank, weights[b].shape[1]), weights[a].dtype)
             weights[f"{block}.down_proj.lora_b"] = mx.zeros((count, hidden, rank), weights[b].dtype)
@@ -312,7 +312,7 @@ class _Writer:
                 self.tensors[theirs] = adapter.weights[ours]
 
     def _named(self, field: str, paths: Iterable[str]) -> list[str] | str:
-        """The modules at our ``paths`` for ``field``: by the names that were read if these are the same modules."""
+        """The modules at our ``paths`` for ``field``: by the original file's names if they mean the same modules."""
         names, selected = self.adapter.metadata.get("peft", {}).get("names", {}).get(field, (None, None))
         return names if selected == sorted(paths) else sorted(_to_hf(path, self.base) for path in paths)
 
@@ -381,8 +381,8 @@ class _Writer:
 def _targets(modules: list[str]) -> tuple[list[str], list[int] | None]:
     """``target_modules`` and ``layers_to_transform`` that select exactly ``modules`` in any base.
 
-    These are names relative to a layer where every adapted layer has the same ones, else full paths. PEFT would put an
-    adapter on every further match, and warn of missing keys.
+    These are names relative to a layer if every adapted layer has the same ones, else full paths. PEFT would put an
+    adapter on every further match and warn about missing keys.
     """
     split = [split_layer(path) for path in modules]
     layers = sorted({layer for layer, _ in split if layer is not None})

@@ -254,7 +254,7 @@ class Interpreter:
 
 
 def replace_tensors(value: Any, change: Callable[[TensorRef], Any], count: list[int], depth: int = 0) -> Any:
-    """``value`` with ``change(ref)`` in the place of every ``TensorRef``.
+    """``value`` with every ``TensorRef`` replaced by ``change(ref)``.
 
     Containers that contain each other many times could grow without bound: ``count[0]`` counts the items visited, and
     too many are refused.

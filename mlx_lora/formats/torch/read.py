@@ -21,9 +21,9 @@ from ..files import AGAIN
 from .pickles import Interpreter, replace_tensors
 from .tensors import STORAGES, Storage, to_array
 
-_MAX_STREAM = 16 << 30  # bytes; streams are read into memory as a whole
+_MAX_STREAM = 16 << 30  # bytes; streams are read into memory completely
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# What a damaged file may raise.
+# Errors that a damaged file may raise.
 _DAMAGED = (
     *(OSError, ValueError, KeyError, IndexError, TypeError, EOFError, OverflowError, struct.error),
     *(zipfile.BadZipFile, NotImplementedError, MemoryError, RecursionError, RuntimeError),
@@ -141,7 +141,7 @@ class _Stored:
         if at + info.file_size > self._window.size:
             raise ValueError(f"storage {key} lies outside the file")
         self._last = None  # freed before the next is read
-        # Read, not mapped: mapped and copied counts twice.
+        # Read, not mapped: a mapped copy would use the memory twice.
         flat = np.fromfile(self._path, np.uint8, info.file_size, offset=self._start + at)
         if flat.size != info.file_size or zlib.crc32(flat) != info.CRC:
             raise ValueError(f"storage {key} is damaged")

@@ -25,7 +25,9 @@ def members(path: Path) -> dict[str, tuple[int, int]]:
                     raise FormatError(f"{path}: holds more than {_MOST} members", _EXPORT)
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
-                    raise FormatError(f"{path}: the member {member.name!r} leads out of the archive; refused", _EXPORT)
+                    raise FormatError(
+                        f"{path}: the member {member.name!r} has a path outside the archive; refused", _EXPORT
+                    )
                 if member.isdir():
                     continue
                 if not member.isreg():

@@ -1,4 +1,4 @@
-"""PyTorch's tensors as a pickle describes them: a storage of numbers, and the shape and strides of a view of it.
+"""PyTorch's tensors as described in a pickle: a storage of numbers, and the shape and strides of a view of it.
 
 Declared sizes are checked against the storage. Reads no file.
 """
@@ -37,7 +37,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor as the pickle describes it: a view of a storage."""
+    """A tensor as described in the pickle: a view of a storage."""
 
     storage: Storage
     offset: int
@@ -46,7 +46,7 @@ class TensorRef:
 
 
 def checked(ref: TensorRef) -> TensorRef:
-    """``ref`` itself. Raises ValueError for a tensor beyond its storage, or with more numbers than its storage."""
+    """Return ``ref``. Raises ValueError for a tensor outside its storage, or with more numbers than its storage."""
     sizes = (ref.offset, *ref.shape, *ref.strides)
     if not isinstance(ref.storage, Storage) or len(ref.shape) != len(ref.strides) or len(ref.shape) > 8:
         raise ValueError("a tensor without storage or strides")

@@ -1,7 +1,7 @@
 """A merged model as one GGUF file for llama.cpp and Ollama.
 
 ``GGUFModel`` checks the model's settings and tokenizer before any weights are loaded, then writes them: its tensors by
-``architectures.py``, its tokenizer by ``tokenizer.py``. ``modelfile.py`` writes Ollama's file beside it.
+``architectures.py``, its tokenizer by ``tokenizer.py``. ``modelfile.py`` writes Ollama's file next to it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _FLOAT32 = ("_norm.weight", ".bias", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.
 
 
 class GGUFModel:
-    """What is known of a GGUF file before the weights are.
+    """The checks and settings of a GGUF file that need no weights.
 
     Args:
         base: a model folder.
         adapter: what will be merged.
         name: the model's name.
-        dtype: a name in ``TYPES``, or None for that of most of the model's weights.
+        dtype: a name in ``TYPES``, or None for the most common dtype of the model's weights.
 
     Raises: ConfigError, FormatError: llama.cpp cannot compute or tokenize what this model does.
     """
@@ -55,8 +55,8 @@ class GGUFModel:
         """Write the merged model.
 
         Args:
-            parameters: of mlx-lm's model, by name; each is taken out of the dict when it is written.
-            dtype: of weights that the caller's ``dtype`` leaves open.
+            parameters: of mlx-lm's model, by name; each is removed from the dict when it is written.
+            dtype: of the weights if the caller gave no ``dtype``.
 
         Raises: FormatError: the file cannot be written, or a number is too large for float16.
         """
@@ -69,7 +69,7 @@ class GGUFModel:
         narrow = [name for name in tensors if dtype == "q8_0" and types[name] == "float16"]
         if narrow:
             self.notes.append(
-                f"{len(narrow)} tensors are float16: their rows are no multiples of {BLOCK} numbers ({narrow[0]}, ...)"
+                f"{len(narrow)} tensors are float16: their row lengths are not multiples of {BLOCK} ({narrow[0]}, ...)"
             )
         pairs = {
             "general.architecture": self.architecture.name,
@@ -84,7 +84,7 @@ class GGUFModel:
 
 
 def rounded(report: FusedLayer, weight: mx.array) -> FusedLayer:
-    """``report`` of a merged layer, with the rounding of ``weight`` [.., in] to q8_0 added to what is lost."""
+    """``report`` of a merged layer, with the rounding error of ``weight`` [.., in] in q8_0 added."""
     blocks = weight.astype(mx.float32).reshape(-1, BLOCK)
     scale = (abs(blocks).max(axis=1, keepdims=True) / 127).astype(mx.float16).astype(mx.float32)
     scale = mx.maximum(scale, 1e-30)

@@ -1,7 +1,7 @@
 """An mlx-lm model's settings and parameters as llama.cpp's: key-value pairs, names, types and orders of tensors.
 
-Settings come from the arguments that mlx-lm's class computes with, defaults included. Everything that llama.cpp's graph
-of an architecture fixes, and the model does otherwise, is refused by name. Nothing here reads weights.
+Settings come from the arguments that mlx-lm's class computes with, defaults included. A model that differs from what
+llama.cpp's graph of its architecture fixes is refused, and the differences are named. Nothing here reads weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...formats.fused_projections import to_interleaved
 from ...formats.gguf import ARCHITECTURES
 from .tokenizer import ELSEWHERE
 
-# Families whose models are written: those whose graphs in llama.cpp and mlx-lm have been compared.
+# Supported families: those whose graphs in llama.cpp and mlx-lm have been compared.
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2")
 FAMILIES += ("gemma3", "gemma3_text", "phi3")
 _LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B model, for which llama.cpp scales attention differently
@@ -34,7 +34,7 @@ class Parameter:
     """One parameter of the model as a GGUF tensor."""
 
     tensor: str  # GGUF's name
-    heads: int = 0  # of rows that llama.cpp expects in Meta's order; 0 for none
+    heads: int = 0  # heads of rows that llama.cpp expects in Meta's order; 0 for none
     plus_one: bool = False  # norms that multiply by 1 + weight
 
     def converted(self, array: mx.array) -> mx.array:
@@ -45,7 +45,7 @@ class Parameter:
 
 
 class Architecture:
-    """What llama.cpp is told of the model ``base`` with ``adapter`` merged.
+    """The settings and tensors for llama.cpp of the model ``base`` with ``adapter`` merged.
 
     Raises: FormatError: llama.cpp computes something else; every reason is named.
     """
@@ -63,7 +63,7 @@ class Architecture:
         self._model = getattr(model, "language_model", model)
         self.args = self._model.args
         self.head_dim = getattr(self.args, "head_dim", None) or self.args.hidden_size // self.args.num_attention_heads
-        self.extra: dict[str, mx.array] = {}  # tensors beside the parameters
+        self.extra: dict[str, mx.array] = {}  # tensors in addition to the parameters
         self.pairs = {f"{self.name}.{key}": value for key, value in (self._sizes() | self._rope()).items()}
         self._check()
         self.parameters = self._parameters(adapter)
@@ -71,7 +71,7 @@ class Architecture:
             self.notes.append("only the language model is written, without the part that sees images")
         if self._faults:
             raise FormatError(
-                f"{base.name}: llama.cpp computes {self.name} otherwise: {'; '.join(self._faults)}", ELSEWHERE
+                f"{base.name}: llama.cpp computes {self.name} differently: {'; '.join(self._faults)}", ELSEWHERE
             )
 
     @property
@@ -80,7 +80,7 @@ class Architecture:
         return self._model.model.embed_tokens.weight.shape[0]
 
     def _get(self, *names: str) -> Any:
-        """The first argument of ``names`` that mlx-lm's class has, or that the config states."""
+        """The first of ``names`` that is an argument of mlx-lm's class or a field of the config."""
         for name in names:
             if (value := getattr(self.args, name, self.base.text.get(name))) is not None:
                 return value
@@ -157,7 +157,7 @@ class Architecture:
         return {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": factor}
 
     def _check(self) -> None:
-        """Name what mlx-lm computes and llama.cpp's graph cannot."""
+        """Add a fault for everything that mlx-lm computes and llama.cpp's graph cannot."""
         get = self._get
         self._faults += [f"mlx-lm {cause}" for cause in other_numbers(self.base.config)]
         if get("rope_traditional"):
@@ -208,11 +208,12 @@ class Architecture:
         found = {
             self.parameters[name].tensor: self.parameters[name].converted(array) for name, array in parameters.items()
         }
-        if self.name == "qwen2moe" and "output.weight" not in found:  # the only one that cannot share the embedding
+        # the only architecture whose head cannot share the embedding
+        if self.name == "qwen2moe" and "output.weight" not in found:
             found["output.weight"] = found["token_embd.weight"]
         return {**self.extra, **found}
 
 
 def _as_known(name: str) -> str:
-    """mlx-lm's names of experts as the gguf package knows them."""
+    """mlx-lm's names of experts in the spelling of the gguf package."""
     return name.replace("block_sparse_moe.switch_mlp.", "mlp.experts.").replace(".switch_mlp.", ".experts.")

@@ -1,8 +1,8 @@
-"""Ollama's ``Modelfile`` for a GGUF file: where the model is, how a chat is written, where an answer ends.
+"""Ollama's ``Modelfile`` for a GGUF file: the model's path, the chat template, and the stop words.
 
-Ollama's templates are Go's, a model's are Jinja's, and neither can be turned into the other. So a template is written
-for a few common ways of writing chats, after the model's own template has been seen to write probe chats exactly so.
-For others Ollama is left to read the chat template in the GGUF file.
+Ollama's templates are Go's and a model's are Jinja's; neither can be converted to the other. So a Go template is
+written for a few common chat formats, if the model's own template renders probe chats identically. For other formats,
+Ollama reads the chat template in the GGUF file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ChatFormat:
         return "".join(self._turn(role, content) for role, content in messages) + self._opening()
 
     def go(self, default_system: str | None) -> str:
-        """The Go template; ``default_system`` is the message that the model's template adds where there is none."""
+        """The Go template; ``default_system`` is the system message that the model's template adds by default."""
         turn = self.turn.format(role="{{ .Role }}", content="{{ .Content }}")
         if self.system_in_user:
             role = '{{ if eq .Role "assistant" }}' + self.assistant + "{{ else }}user{{ end }}"
@@ -79,7 +79,7 @@ def chat_format(tokenizer: Any) -> tuple[ChatFormat, str | None] | None:
         start = plain[: -len(expected)] if plain.endswith(expected) else None
         default = start[len(before) : -len(after)] if start else None
         told = start is not None and (not start or start == before + default + after)
-        # A template that refuses system messages is no reason to go without one.
+        # A template that refuses system messages still gets a Go template.
         if (
             told
             and system in (None, one.write([("system", _SYSTEM), *chat]))
@@ -90,19 +90,19 @@ def chat_format(tokenizer: Any) -> tuple[ChatFormat, str | None] | None:
 
 
 def _rendered(tokenizer: Any, messages: list[tuple[str, str]]) -> str | None:
-    """The chat without bos, which Ollama adds itself; None where the template refuses it."""
+    """The chat without bos, which Ollama adds itself; None if the template refuses it."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     rows = [{"role": role, "content": content} for role, content in messages]
     try:
         text = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
-    except Exception:  # templates raise what they like
+    except Exception:  # templates raise errors of any type
         return None
     return text.removeprefix(getattr(tokenizer, "bos_token", None) or "")
 
 
 def check_modelfile(file: Path, overwrite: bool) -> Path:
-    """The path of the Modelfile beside ``file``. Raises: FormatError: one is there."""
+    """The path of the Modelfile next to ``file``. Raises: FormatError: it exists already."""
     path = file.parent / NAME
     if path.exists() and not overwrite:
         raise FormatError(f"{path}: already exists", "Choose another folder, or add --force.")
@@ -116,7 +116,7 @@ def write_modelfile(path: Path, model: str, tokenizer: Any, adapter: str | None 
         model: Ollama's name or the path of the model, relative to the Modelfile or absolute.
         adapter: the path of a GGUF adapter.
 
-    Returns: what the user should know of it.
+    Returns: notes for the user.
     """
     lines, notes, found = [f"FROM {model}"], [], chat_format(tokenizer)
     if adapter:
@@ -125,7 +125,9 @@ def write_modelfile(path: Path, model: str, tokenizer: Any, adapter: str | None 
         lines.append(f'TEMPLATE """{found[0].go(found[1])}"""')
         lines += [f'PARAMETER stop "{text}"' for text in found[0].stop]
     elif getattr(tokenizer, "chat_template", None):
-        notes.append(f"{path}: has no TEMPLATE: the model's chats have a form of their own, which Ollama has to know")
+        notes.append(
+            f"{path}: has no TEMPLATE: the model's chats have an unusual format, which Ollama must support itself"
+        )
     write_file(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n", encoding="utf-8"))
     return notes
 
@@ -153,7 +155,7 @@ def ollama_base(base: BaseModel) -> Path:
         folder = Path(try_to_load_from_cache(base.name, "config.json")).parent
     if folder is None or not any(folder.glob("*.safetensors")):
         raise ConfigError(
-            f"a Modelfile names the base model, and {base.name} is not on this machine",
+            f"a Modelfile needs the base model's folder, and {base.name} is not on this machine",
             f"Download it first (hf download {base.name}), or give its folder with --model.",
         )
     if base.config.get("quantization") or base.config.get("quantization_config"):

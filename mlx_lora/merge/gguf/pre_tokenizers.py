@@ -1,9 +1,9 @@
-"""The pre-tokenizers that llama.cpp has a name for: how a byte-level BPE tokenizer splits text into words.
+"""The pre-tokenizers that llama.cpp supports by name: how a byte-level BPE tokenizer splits text into words.
 
-llama.cpp knows a set of splittings by name (``tokenizer.ggml.pre``) and cannot take another one from the file. Here a
-tokenizer is recognised by what its ``tokenizer.json`` says, whatever its vocabulary: the steps of its pre-tokenizer and
-``ignore_merges`` (whether a word that is a token is never split). The patterns are those that llama.cpp's
-``src/llama-vocab.cpp`` names as the originals of its own.
+llama.cpp knows a set of splittings by name (``tokenizer.ggml.pre``) and cannot read another one from the file. Here a
+tokenizer is recognised by its ``tokenizer.json``, independent of its vocabulary: the steps of its pre-tokenizer and
+``ignore_merges`` (whether a word that is a token is never split). The patterns are the originals that llama.cpp's
+``src/llama-vocab.cpp`` cites for its own patterns.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     (("[\\r\\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, DIGITS, BYTES), False): "deepseek-coder",
     ((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_V3, BYTES), False): "deepseek-v3",
 }
-# Those in whose patterns llama.cpp takes capitals beyond A to Z for small letters.
+# Names whose patterns in llama.cpp treat capitals beyond A to Z as small letters.
 ROUGH = {"tekken", "gpt-4o"}
 
 
@@ -54,7 +54,7 @@ def pre_tokenizer_name(tokenizer: dict[str, Any]) -> str | None:
 
 
 def parts(node: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, with sequences taken apart."""
+    """The steps of a normalizer or pre-tokenizer, with sequences flattened."""
     if node is None:
         return []
     return [step for part in node[key] for step in parts(part, key)] if node["type"] == "Sequence" else [node]
@@ -75,7 +75,7 @@ def _step(part: dict[str, Any]) -> str:
         return WORDS if part.get("use_regex", True) else BYTES
     if kind == "Digits" and part.get("individual_digits"):
         return DIGITS
-    # Keeping the matches apart, and keeping the matches while dropping the (empty) rest, are the same.
+    # Isolating the matches is the same as keeping the matches and dropping the (empty) rest.
     if kind == "Split" and (part["behavior"], part["invert"]) in (("Isolated", False), ("Removed", True)):
         pattern = part["pattern"].get("Regex")
         return pattern.replace("\r", r"\r").replace("\n", r"\n") if pattern else kind

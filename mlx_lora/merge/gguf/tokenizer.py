@@ -1,10 +1,10 @@
 """A transformers tokenizer as GGUF's key-value pairs: tokens, types, merges or scores, special ids, chat template.
 
-The tokenizer is read as transformers loads it, which is how the model was trained. llama.cpp has two kinds that matter
+The tokenizer is read as transformers loads it, because the model was trained that way. Two kinds of llama.cpp matter
 here. Byte-level BPE is ``gpt2`` with merges and the name of a pre-tokenizer. BPE with byte fallback, as in
 SentencePiece, is ``llama``: it joins the two neighbours whose union has the best score, so that the scores are the
-order of the merges. What these two cannot express is refused by name; small differences are returned as notes. One
-difference has no note: text that begins with a space, in a tokenizer that adds one only where there is none.
+order of the merges. Features that neither can express are refused by name; small differences are returned as notes. One
+difference has no note: text that begins with a space, if the tokenizer adds a space only to text without one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ ELSEWHERE = "Write a folder (a name without .gguf), and convert it with llama.cp
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types, as in SentencePiece
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-# llama.cpp marks tokens of these forms as control tokens by itself, whatever the tokenizer says.
+# llama.cpp always marks tokens of these forms as control tokens.
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
-# Tokens at whose text llama.cpp stops, whatever the tokenizer and the model say.
+# Texts of tokens at which llama.cpp always stops.
 _ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"}
 _ENDS |= {"<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>"}
 _ENDS |= {"<end_of_utterance>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["}
@@ -37,7 +37,7 @@ class GGUFTokenizer:
     """The tokenizer in ``folder``, checked.
 
     Args:
-        rows: of the model's embedding. Rows without a token are filled up with unused tokens.
+        rows: rows of the model's embedding. Rows without a token become unused tokens.
 
     Raises: FormatError: llama.cpp cannot express this tokenizer; every reason is named.
     """
@@ -48,7 +48,7 @@ class GGUFTokenizer:
         self.template = _without_generation_tags(getattr(self.tokenizer, "chat_template", None))
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise FormatError(f"{folder}: its tokenizer runs code of its own and has no tokenizer.json", ELSEWHERE)
+            raise FormatError(f"{folder}: its tokenizer runs its own code and has no tokenizer.json", ELSEWHERE)
         self.json = json.loads(backend.to_str())
         self._read_tokens(rows)
         self.pairs = {**self._kind(), **self._special()}
@@ -58,7 +58,7 @@ class GGUFTokenizer:
             )
 
     def name(self, wanted: str) -> str:
-        """``wanted`` as ``general.name``, such that llama.cpp treats the spaces after special tokens right.
+        """``wanted`` as ``general.name``, chosen so that llama.cpp treats spaces after special tokens correctly.
 
         llama.cpp drops spaces after the special tokens of a model with "phi3" in its name, and of no other.
         """
@@ -79,7 +79,7 @@ class GGUFTokenizer:
         added = {token["id"]: token for token in self.json["added_tokens"]}
         vocabulary = self.tokenizer.get_vocab()
         if beyond := sorted(text for text, i in vocabulary.items() if i >= rows and i in added):
-            # Gemma 3 has a token for images, even where the model has no row for it.
+            # Gemma 3 has a token for images, even if the model has no row for it.
             self.notes.append(f"left out {', '.join(beyond[:5])}: tokens for which the model has no embedding")
             vocabulary = {text: i for text, i in vocabulary.items() if text not in beyond}
         highest = max(vocabulary.values(), default=-1)
@@ -99,7 +99,7 @@ class GGUFTokenizer:
             elif token and (token["special"] or _LOOKS_SPECIAL.fullmatch(text)):
                 self.types[i] = CONTROL
             elif token and not (not self.byte_level and text in made and text.strip(_SPACE) == ""):
-                # Runs of spaces that merges make too (Gemma) stay normal: text has spaces, not the character ▁.
+                # Runs of spaces that merges also make (Gemma) stay normal tokens: text has spaces, not the character ▁.
                 self.types[i] = USER_DEFINED
                 self.tokens[i] = text if self.byte_level else text.replace(_SPACE, " ")
         twice = {text for text in self.tokens if not text} | _twice(self.tokens)
@@ -171,7 +171,7 @@ class GGUFTokenizer:
         }
 
     def _space_prefix(self) -> bool:
-        """Whether text gets a space in front. Names everything else that happens to the text before it is split."""
+        """Whether text gets a space in front. Everything else that changes the text before splitting is a fault."""
         schemes, faults = [], []
         for part in parts(self.json.get("normalizer"), "normalizers"):
             if part == {"type": "Prepend", "prepend": _SPACE}:
@@ -195,7 +195,7 @@ class GGUFTokenizer:
         return "always" in schemes
 
     def _differs(self, ranks: dict[str, list[int]], pairs: set[tuple[str, str]]) -> list[str]:
-        """Tokens that a rule by scores could make at another time, or of other parts, than the merges do."""
+        """Tokens that scores could make in another order, or from other parts, than the merges."""
         differs = [text for text, found in ranks.items() if found[-1] - found[0] >= len(found)]
         known = {text for text, kind in zip(self.tokens, self.types, strict=True) if kind == NORMAL}
         known = {text for text in known if len(text) == 1 or text in ranks}
@@ -248,7 +248,7 @@ class GGUFTokenizer:
         return []
 
     def _added_at_the_ends(self, ids: dict[str, Any]) -> dict[str, bool]:
-        """Whether bos and eos are added to text: found by encoding, so that it holds for every kind of settings."""
+        """Whether bos and eos are added to text. Found by encoding, which works for every kind of settings."""
         inner = self.tokenizer.encode("a", add_special_tokens=False)
         whole = self.tokenizer.encode("a")
         starts = [i for i in range(len(whole) - len(inner) + 1) if whole[i : i + len(inner)] == inner]
@@ -277,7 +277,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _without_generation_tags(template: str | dict[str, str] | None) -> str | dict[str, str] | None:
-    """``template`` without the tags that mark the model's own turns for training: llama.cpp does not know them."""
+    """``template`` without the tags that mark assistant turns for training, which llama.cpp does not support."""
     if isinstance(template, dict):
         return {name: _without_generation_tags(text) for name, text in template.items()}
     return _GENERATION.sub(lambda m: m[1] + ("endif" if m[2] else "if true") + m[3], template) if template else None

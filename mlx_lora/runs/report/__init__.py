@@ -1,8 +1,8 @@
 """``report.html``: what a run did on one page, or several runs side by side, made from their logs.
 
 The page is one file that needs no network and no scripts. history.py reads the log, panels.py chooses the charts and
-charts.py draws them, page.py and comparison.py say what is on the page, answers.py compares answers, page.html and
-page.css are the page.
+charts.py draws them, page.py and comparison.py make the content, answers.py compares answers, and page.html and
+page.css are the template.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ def read_histories(folders: Sequence[str | Path]) -> list[History]:
 
 
 def _without_log(path: Path) -> str:
-    """Why there is no log at ``path``; empty where there is one."""
+    """The reason why there is no log at ``path``; empty if there is one."""
     if (path / LOG).exists():
         return ""
     if not path.is_dir():
-        return "is no folder" if path.exists() else "does not exist"
+        return "is not a folder" if path.exists() else "does not exist"
     saved = [iteration(file) for file in numbered(path)]
     if not saved:
         return f"holds no {LOG}"
     at = f"iteration {saved[0]}" if len(saved) == 1 else f"iterations {min(saved)} to {max(saved)}"
     return (
-        f"holds checkpoints of {at}, but no {LOG}, from which a report is made. The log was deleted or not copied, or "
+        f"holds checkpoints of {at}, but no {LOG}, which a report is made from. The log was deleted or not copied, or "
         "an older version has trained. mlx-lora train --resume logs from the last checkpoint on, and mlx-lora test "
         "measures a checkpoint"
     )
@@ -66,8 +66,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Hist
 
     The file is replaced at once: a reader sees the old page or the new one. Only another report is replaced.
 
-    Raises: ConfigError that names every folder without a run, or where ``output`` is no name of a page or another file;
-        FormatError where the file cannot be written.
+    Raises: ConfigError that names every folder without a run, or if ``output`` does not end in .html or is another
+        file; FormatError if the file cannot be written.
     """
     output = Path(output)
     _check_output(output)
@@ -80,11 +80,11 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> list[Hist
 def _check_output(output: Path) -> None:
     """Refuse to replace anything but a report. Raises: ConfigError."""
     if output.is_dir() or output.suffix.lower() not in (".html", ".htm"):
-        what = "is a folder" if output.is_dir() else "is no name of a page"
+        what = "is a folder" if output.is_dir() else "does not end in .html"
         raise ConfigError(f"{output}: {what}", "Name a file that ends in .html.")
     own = output.name == PAGE and (output.parent / LOG).exists()  # also one from before pages had the tag
     if output.exists() and not own and GENERATOR not in output.read_text("utf-8", errors="replace")[:1000]:
-        raise ConfigError(f"{output}: exists and is no report", "Name another file (--output).")
+        raise ConfigError(f"{output}: exists and is not a report", "Name another file (--output).")
 
 
 def summary(history: History) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def summary(history: History) -> dict[str, Any]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as tell all of them apart."""
+    """The shortest ends of the paths that are all different."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(own[-length:]) for own in parts]

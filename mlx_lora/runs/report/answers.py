@@ -1,4 +1,4 @@
-"""Answers to held-out prompts for the page: whose they are, and the words in which they differ from the expected."""
+"""Answers to held-out prompts for the page: which model gave them, and the words that differ from the expected."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from .history import History
 
 _MOST = 1500  # characters of a text on the page
-_ALIKE = 0.4  # share of common words from which the words that differ are marked
+_ALIKE = 0.4  # minimum share of common words to mark the words that differ
 
 
 class Text(NamedTuple):
-    """A text as pieces (text, whether it differs from the expected answer), and what follows it where it was cut."""
+    """A text as pieces (text, whether it differs from the expected answer), and a note if it was cut."""
 
     pieces: list[tuple[str, bool]]
     cut: str = ""
@@ -22,7 +22,7 @@ class Text(NamedTuple):
 
 
 def prompts(history: History) -> list[dict[str, Any]]:
-    """For each held-out prompt: the ``prompt``, the ``expected`` answer, and ``given``: (whose, Text)."""
+    """For each held-out prompt: the ``prompt``, the ``expected`` answer, and ``given``: (model, Text)."""
     named = _whose(history)
     rows: dict[tuple[str, str], list] = {}
     for label, record in named:
@@ -38,9 +38,9 @@ def prompts(history: History) -> list[dict[str, Any]]:
 
 
 def beside(runs: Sequence[History]) -> list[dict[str, Any]]:
-    """As ``prompts``, of those that all of the runs answered: the base's answer, then the last one of each run.
+    """As ``prompts``, for the prompts that all runs answered: the base's answer, then the last one of each run.
 
-    A base that answers differently in the runs, because it is not the same model, is shown with each.
+    If the runs' base models answer differently, each base's answer is shown.
     """
     found = [_last_given(run) for run in runs]
     base = [_given(run.answers.get("base", {})) for run in runs]
@@ -80,7 +80,7 @@ def why_none(history: History) -> str:
 
 
 def correct(history: History) -> list[tuple[str, int, int]]:
-    """(whose, answers equal to the expected one, answers)."""
+    """(model, answers equal to the expected one, answers)."""
     found = []
     for label, record in _whose(history):
         given = [answer for answer in record.get("answers") or () if isinstance(answer, dict)]
@@ -89,7 +89,7 @@ def correct(history: History) -> list[tuple[str, int, int]]:
 
 
 def _whose(history: History) -> list[tuple[str, dict[str, Any]]]:
-    """The records of answers with a label each, in the order of training; those of one checkpoint once."""
+    """The records of answers, each with a label, in training order; each checkpoint once."""
     found: dict[Any, tuple[list[str], dict[str, Any]]] = {}
     for of in ("base", "first", "best"):
         if record := history.answers.get(of):
@@ -98,7 +98,7 @@ def _whose(history: History) -> list[tuple[str, dict[str, Any]]]:
     for iteration, (names, _) in found.items():
         if iteration == best and "best" not in names:
             names.append("best")
-        elif names == ["best"] and iteration != best:  # without a best checkpoint, the last one was asked
+        elif names == ["best"] and iteration != best:  # without a best checkpoint, the last one answered
             names[:] = ["last"]
     return [
         ("base" if names == ["base"] else f"{' and '.join(names)} · {iteration}", record)
@@ -114,7 +114,7 @@ def _compared(text: str, expected: str | None = None) -> Text:
         return Text([(shown, False)], cut, equal=expected is not None)
     new, old = (re.findall(r"\s+|\w+|[^\w\s]", part) for part in (shown, expected[:_MOST]))
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
-    if matcher.ratio() < _ALIKE:  # every word would be marked
+    if matcher.ratio() < _ALIKE:  # otherwise every word would be marked
         return Text([(shown, False)], cut)
     steps = matcher.get_opcodes()
     return Text([("".join(new[j:k]), tag != "equal") for tag, _, _, j, k in steps if k > j], cut)

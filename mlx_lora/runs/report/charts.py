@@ -1,6 +1,6 @@
 """Charts as SVG for a page, drawn by matplotlib. Their colours are CSS variables, so they follow the page's theme.
 
-matplotlib is imported when the first chart is drawn. No pyplot, and its settings are as before afterwards.
+matplotlib is imported when the first chart is drawn. pyplot is not used, and matplotlib's settings are restored.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 
 from .history import Curve, clean
 
-POINTS = 400  # drawn of a curve; the mean of a group of points where there are more
-_SMOOTH_FROM = 60  # points of a curve that is drawn thin, with its moving mean over it
+POINTS = 400  # points drawn of a curve; longer curves are drawn as means of groups of points
+_SMOOTH_FROM = 60  # from this many points, a curve is drawn thin, with its moving mean on top
 # Colours that matplotlib writes, and the CSS variable that replaces each.
 _COLOURS = {"#0a0a0a": "var(--ink)", "#0b0b0b": "var(--muted)", "#0c0c0c": "var(--line)"}
 _SERIES = {f"#0d0d{i:02x}": f"var(--series-{i})" for i in range(8)}
@@ -72,7 +72,7 @@ def draw(
 
 
 def thinned(curve: Curve, most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations and values [n], n at most ``most``: means of neighbouring points; NaN where none is finite."""
+    """Iterations and values [n], n at most ``most``: means of neighbouring points; NaN if none is finite."""
     x = np.array(curve.iterations, float)
     y = np.array([math.nan if value is None else value for value in curve.values], float)
     if len(x) <= most:
@@ -83,7 +83,7 @@ def thinned(curve: Curve, most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smoothed(y: np.ndarray) -> np.ndarray:
-    """The moving mean of ``y`` [n] over a tenth of its points; NaN counts for nothing."""
+    """The moving mean of ``y`` [n] over a tenth of its points; NaN is ignored."""
     width = max(3, len(y) // 10) | 1
     finite, kernel = np.isfinite(y), np.ones(width)
     sums = np.convolve(np.where(finite, y, 0), kernel, "same")
@@ -128,7 +128,7 @@ def _draw_line(axes, line: Line) -> None:
 
 
 def _scale(axes, lines: Sequence[Line], zero: bool) -> None:
-    """The vertical axis: from 0 if ``zero``; logarithmic where the values differ by more than a factor of 100."""
+    """The vertical axis: from 0 if ``zero``; logarithmic if the values differ by more than a factor of 100."""
     values = [value for line in lines for value in line.curve.values if value is not None]
     largest = max((abs(value) for value in values), default=0)
     if zero:
@@ -149,7 +149,7 @@ def _scale(axes, lines: Sequence[Line], zero: bool) -> None:
 
 
 def _described(lines: Sequence[Line]) -> str:
-    """The curves in words, for readers who do not see them."""
+    """The curves in words, for screen readers."""
     parts = []
     for line in lines:
         values = [value for value in line.curve.values if value is not None]
@@ -161,7 +161,7 @@ def _described(lines: Sequence[Line]) -> str:
 
 
 def _as_element(text: str, name: str, title: str, described: str) -> str:
-    """matplotlib's file as an element of a page: no prolog, ids that no other chart has, CSS variables as colours."""
+    """matplotlib's file as an element of a page: no prolog, unique ids, CSS variables as colours."""
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r' id="([^"]+)"', rf' id="{name}-\1"', text)

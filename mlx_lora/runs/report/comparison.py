@@ -11,7 +11,7 @@ from .page import UNSET, largest, median, notes, render, status
 from .panels import last_of, metrics_of, panels, side_of
 from .text import duration, shown
 
-_NOT_RANKED = ("kl", "nll_loss")  # no side is better, or the loss says it already
+_NOT_RANKED = ("kl", "nll_loss")  # neither direction is better, or the loss shows it already
 
 
 def comparison_page(runs: list[History]) -> str:
@@ -61,7 +61,7 @@ def _compared(runs: Sequence[History]) -> list[tuple[str, list[str], int | None]
 
 
 def _best_of(what: str, values: list, known: list[float], runs: Sequence[History]) -> int | None:
-    """The index of the lowest loss or the highest metric; None where the values cannot be compared or are equal."""
+    """The index of the lowest loss or the highest metric; None if the values cannot be compared or are equal."""
     name = what.partition(" ")[2]
     loss = what.endswith(" loss") and name != "nll_loss"
     if len(set(known)) < 2 or (loss and len({run.settings.get("train.loss") for run in runs}) > 1):

@@ -1,4 +1,4 @@
-"""A run as its log tells it: curves, the best checkpoint, answers, settings. Reads the log's records only."""
+"""A run, read from its log: curves, the best checkpoint, answers, settings. Only the log's records are read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRAIN, VALID = "training", "validation"
 
 @dataclass
 class Curve:
-    """Points of one quantity, by iteration; None where it was not finite."""
+    """Points of one quantity, by iteration; None if it was not finite."""
 
     iterations: list[int] = field(default_factory=list)
     values: list[float | None] = field(default_factory=list)
@@ -42,8 +42,8 @@ class Curve:
 class History:
     """What a run did.
 
-    curves: by quantity, then by the set it was measured on, ``TRAIN`` or ``VALID``. best: the record of the best
-    checkpoint, (iteration, name, value), or None. answers: the records of kind ``Answers``, by whose they are.
+    curves: by quantity, then by data set, ``TRAIN`` or ``VALID``. best: the record of the best checkpoint, (iteration,
+    name, value), or None. answers: the records of kind ``Answers``, by the model that gave them.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class History:
     answers: dict[str, dict[str, Any]]
 
     def last_of(self, kind: str) -> dict[str, Any]:
-        """The last record of a kind; empty where there is none."""
+        """The last record of a kind; empty if there is none."""
         return next((record for record in reversed(self.records) if record["kind"] == kind), {})
 
     def all_of(self, kind: str) -> list[dict[str, Any]]:
@@ -73,30 +73,30 @@ class History:
 
     @property
     def finished(self) -> bool:
-        """Whether the run ended by itself, and was not resumed since."""
+        """Whether the run ended by itself and was not resumed afterwards."""
         ends = [record for record in self.records if record["kind"] in ("Run", "Done")]
         return bool(ends) and ends[-1]["kind"] == "Done" and not ends[-1].get("stopped")
 
     @property
     def ended_early(self) -> int | None:
-        """The iteration at which patience ended the run; None where it did not."""
+        """The iteration at which patience ended the run; None if it did not."""
         done = self.last_of("Done")
         early = self.finished and done.get("reason") == "patience"
         return int(number(done.get("iteration")) or 0) if early else None
 
     @property
     def rows(self) -> str:
-        """What the run learns from: tokens to imitate, pairs of answers, or answers with labels."""
+        """The kind of rows that the run learns from: texts to imitate, pairs of answers, or answers with labels."""
         return preference_of(str(self.settings.get("train.loss"))).rows
 
     @property
     def expected(self) -> str:
-        """What the answers that the data gives are called."""
+        """The label for the answers in the data."""
         return "chosen" if self.rows == PAIRS else "expected"
 
     @property
     def seconds(self) -> float:
-        """The time of all calls; of one that did not end, until its last line."""
+        """The time of all calls; an unfinished call counts up to its last line."""
         total, begin, last = 0.0, None, None
         for record in self.records:
             now = number(record.get("time"))
@@ -126,13 +126,14 @@ def read_history(folder: Path, name: str | None = None) -> History:
 
 
 def _best(records: list[dict[str, Any]], curves: dict) -> tuple[int, str, float] | None:
-    """As the run chose it; else the lowest validation loss."""
+    """The best checkpoint chosen by the run; else the lowest validation loss."""
     chosen = [r for r in records if r["kind"] == "NewBest" and number(r.get("value")) is not None]
     if chosen and number(chosen[-1].get("iteration")) is not None:
         return int(chosen[-1]["iteration"]), str(chosen[-1].get("name")), float(chosen[-1]["value"])
     measured = curves.get("loss", {}).get(VALID, Curve())
     pairs = zip(measured.iterations, measured.values, strict=True)
-    points = [(value, at) for at, value in pairs if value is not None and at > 0]  # no checkpoint is from before
+    # there are no checkpoints before this
+    points = [(value, at) for at, value in pairs if value is not None and at > 0]
     return (min(points)[1], "val_loss", min(points)[0]) if points else None
 
 
@@ -142,7 +143,7 @@ def mapping(value: Any) -> dict[str, Any]:
 
 
 def flat(nested: Any, path: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with names such as ``optimizer.learning_rate``."""
+    """Flatten nested mappings, with names such as ``optimizer.learning_rate``."""
     found: dict[str, Any] = {}
     for name, value in mapping(nested).items():
         found |= flat(value, f"{path}{name}.") if mapping(value) else {f"{path}{name}": value}
@@ -150,7 +151,7 @@ def flat(nested: Any, path: str = "") -> dict[str, Any]:
 
 
 def clean(value: Any) -> Any:
-    """Text without control characters and half surrogate pairs, which no page may hold; other values as they are."""
+    """Text without control characters and half surrogate pairs, which HTML does not allow; other values unchanged."""
     if type(value) is not str or value.isprintable():
         return value
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in value)

@@ -1,6 +1,6 @@
-"""What is on the page of one run: figures, charts, tables and answers. comparison.py has that of several runs.
+"""The content of one run's page: figures, charts, tables and answers. comparison.py does this for several runs.
 
-All text is escaped by the template engine; only the charts are markup.
+The template engine escapes all text; only the charts are markup.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run_page(run: History) -> str:
 
 
 def render(**context: Any) -> str:
-    """The page, as HTML, of the parts given."""
+    """The page as HTML, made from the given parts."""
     names = ("subtitle", "status", "figures", "prompts", "correct", "why_none", "settings", "facts", "numbers", "label")
     empty = dict.fromkeys((*names, "runs", "compared", "differing", "warnings", "notes"))
     return _template().render({**empty, **context, "css": (Path(__file__).parent / "page.css").read_text("utf-8")})
@@ -70,13 +70,13 @@ def _subtitle(run: History) -> str:
 
 
 def status(run: History, short: bool = False) -> str:
-    """How far the run is, and how long it took; unless ``short`` also why it ended early."""
+    """The run's iterations and time, and, unless ``short``, the reason for an early end."""
     total = run.last_of("Started").get("iters")
     if run.ended_early is not None and short:
         return f"Ended early after {run.iteration:,} iterations in {duration(run.seconds)}"
     if run.ended_early is not None:
         given = f"{run.settings['train.patience']} validations" if run.settings.get("train.patience") else "validations"
-        why = f"{given} in a row were not better than the best one"
+        why = f"{given} in a row brought no improvement"
         return f"Ended early after {run.iteration:,} of {shown(total)} iterations in {duration(run.seconds)}: {why}"
     if run.finished:
         return f"Finished {run.iteration:,} iterations in {duration(run.seconds)}"
@@ -85,7 +85,7 @@ def status(run: History, short: bool = False) -> str:
 
 
 def _figures(run: History) -> list[tuple[str, str, str]]:
-    """(what, value, more) of the figures at the top."""
+    """The figures at the top: (label, value, note)."""
     loss, found = run.curves.get("loss", {}), []
     if run.best:
         at, name, value = run.best
@@ -155,7 +155,7 @@ def _facts(run: History) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _plan(run: History) -> list[tuple[str, str]]:
-    """What was planned, beside what was measured."""
+    """Planned and measured values."""
     planned = run.last_of("Planned")
     peak, seconds, padding = (number(planned.get(key)) for key in ("peak", "seconds", "padding"))
     measured, rows = largest(run, "peak_memory"), {}
@@ -206,7 +206,7 @@ def _at(run: History, pair: tuple[str, str]) -> Curve:
 
 
 def notes(runs: Iterable[History]) -> list[str]:
-    """What is missing on the page."""
+    """Notes about missing parts of the page."""
     return [
         f"{run.name}: {run.unreadable} line{'s' * (run.unreadable > 1)} of the log could not be read."
         for run in runs

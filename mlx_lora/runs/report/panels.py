@@ -10,13 +10,13 @@ from .charts import SERIES, Line, draw
 from .history import CURVES, TRAIN, VALID, Curve, History
 
 _SIZES = {"svg": (4.6, 2.3), "svg_wide": (9.6, 3.0)}  # inches
-_ZERO = ("learning_rate", "tokens_per_second", "peak_memory")  # charts whose vertical axis begins at 0
-# What losses of preferences measure of both answers of a pair is one chart: rewards/chosen beside rewards/rejected.
+_ZERO = ("learning_rate", "tokens_per_second", "peak_memory")  # charts whose vertical axis starts at 0
+# A preference loss's metric for both answers of a pair is one chart: rewards/chosen and rewards/rejected.
 _SIDES = {"chosen": 2, "rejected": 5}  # colours
 
 
 def panels(runs: Sequence[History]) -> list[dict[str, Any]]:
-    """The charts: the loss, metrics, what is measured of both answers of a pair, then the rest.
+    """The charts: the loss, metrics, quantities of both answers of a pair, then the rest.
 
     The loss is drawn wide, and narrow for small screens.
     """
@@ -42,13 +42,13 @@ def panels(runs: Sequence[History]) -> list[dict[str, Any]]:
 
 
 def side_of(key: str) -> str:
-    """Of which answer of a pair a quantity is measured: "chosen" or "rejected"; "" for another quantity."""
+    """The answer of a pair that a quantity belongs to: "chosen" or "rejected"; "" for other quantities."""
     side = key.rpartition("/")[2]
     return side if "/" in key and side in _SIDES else ""
 
 
 def metrics_of(runs: Sequence[History]) -> list[str]:
-    """The names of what the runs measured besides the loss."""
+    """The names of the runs' metrics other than the loss."""
     return list(dict.fromkeys(key for run in runs for key in run.curves if key not in CURVES))
 
 
@@ -62,7 +62,7 @@ def _titles(runs: Sequence[History]) -> dict[str, list[str]]:
 
 
 def _lines(run: History, key: str, index: int, several: bool) -> list[Line]:
-    """The curves of a quantity. Of both answers of a pair, several runs show the validation alone, if there is one."""
+    """The curves of a quantity. For both answers of a pair, several runs show only the validation, if there is one."""
     curves, side = run.curves.get(key, {}), side_of(key)
     best = run.best if run.best and _curve_of(run.best[1]) == (key, VALID) else None
     drawn = [on for on in (TRAIN, VALID) if on in curves and curves[on].last is not None]
@@ -79,11 +79,11 @@ def _lines(run: History, key: str, index: int, several: bool) -> list[Line]:
 
 
 def _curve_of(name: str) -> tuple[str, str]:
-    """The curve that a run's best value is on: of the validation, whose loss is called ``val_loss``."""
+    """The curve of a run's best value: the validation, whose loss is called ``val_loss``."""
     return ("loss" if name == "val_loss" else name), VALID
 
 
 def last_of(run: History, key: str) -> float | None:
-    """The last value of a quantity, of the validation where it was measured there."""
+    """The last value of a quantity, from the validation if it was measured there."""
     curves = run.curves.get(key, {})
     return curves.get(VALID, curves.get(TRAIN, Curve())).last

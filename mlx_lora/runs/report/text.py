@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them."""
+"""Readable numbers, sizes and durations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def shown(value: Any) -> str:
-    """A value for a reader: at most four significant digits of a fraction, thousands separated."""
+    """A readable value: at most four significant digits of a fraction, thousands separated."""
     if value is None:
         return "–"
     if isinstance(value, bool):

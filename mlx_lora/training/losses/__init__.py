@@ -6,18 +6,18 @@ the kinds of batches that it takes by its arguments:
     model   maps tokens [B, T] to logits [B, T, vocab]
     tokens  [B, T] int32, padded on the right with 0
     mask    [B, T-1] bool: whether the target `tokens[:, j+1]`, predicted at position j, is learned
-    segments  [B, T] int32, of packed batches only: equal for the tokens of one row, which attend to each other alone
+    segments  [B, T] int32, only in packed batches: equal for the tokens of one row, which attend only to each other
     lengths, reference   of batches of pairs, see `data.preferences.PairBatch`
     label, other_tokens, other_mask, reference   of batches of labelled answers, see `data.preferences.LabelBatch`
-    sum     float32 []: the loss summed over what it counts, not their mean
-    count   float32 []: how many were counted (tokens, or whatever the loss is a mean of)
+    sum     float32 []: the loss as a sum over counted units, not a mean
+    count   float32 []: the number of these units (tokens, pairs or answers)
 
-The trainer divides: it adds sums and counts over the batches of an optimizer step and over all processes. The trainer
-also compiles the function, so that it must be made of MLX operations and may not look at values.
+The trainer adds sums and counts over the batches of an optimizer step and over all processes, and divides. It also
+compiles the function, so the function must consist of MLX operations and cannot read values.
 
-A loss may return a third value, `{name: (sum, count)}`: what else it measures, reported as means. Under `TOKENS` is
-the number of learned tokens, where the loss counts something else. Losses of preferences take options, and their row
-in `config.PREFERENCES` says which.
+A loss may return a third value, `{name: (sum, count)}`: further metrics, reported as means. `TOKENS` holds the number
+of learned tokens if the loss counts something else. The options of a preference loss are in its row of
+`config.PREFERENCES`.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ def loss_named(name: str, options: dict[str, Any] | None = None) -> Loss:
 
 
 def means(sums: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """The means of what a loss measured besides, from the sums and counts; what was not counted is left out.
+    """The means of a loss's further metrics, from sums and counts; a metric with count 0 is left out.
 
-    The margin is the mean reward of the good answers less that of the bad ones; with pairs this is the mean difference.
+    The margin is the mean reward of the good answers minus that of the bad ones; with pairs this is the mean
+    difference.
     """
     found = {name: total / count for name, (total, count) in sums.items() if count and name != TOKENS}
     if {"rewards/chosen", "rewards/rejected"} <= set(found):

@@ -1,4 +1,4 @@
-"""What the losses of preferences share: log-probabilities of answers, sums over pairs, and what is reported of them."""
+"""Shared by the preference losses: log-probabilities of answers, sums over pairs, and their metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mlx.nn as nn
 from ..head import loss_in_chunks
 from .cross_entropy import token_losses
 
-TOKENS = "tokens"  # in what a loss measures: the number of learned tokens
+TOKENS = "tokens"  # key among a loss's metrics: the number of learned tokens
 
 
 def losses_of_tokens(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -21,7 +21,7 @@ def losses_of_tokens(model: nn.Module, tokens: mx.array) -> mx.array:
 
 
 def masked_sum(losses: mx.array, mask: mx.array, **options: Any) -> mx.array:
-    """The sum of the masked losses. `where` and not a product: infinity times 0 is not 0."""
+    """The sum of the losses where the mask is True. `where`, not a product: infinity times 0 is not 0."""
     return mx.where(mask, losses, 0).sum(**options)
 
 
@@ -40,9 +40,9 @@ def log_sigmoid(x: mx.array) -> mx.array:
 
 
 def preference(margin: mx.array, label_smoothing: float) -> mx.array:
-    """-log of the probability that the answer with more reward is better (Bradley-Terry), by the margin of rewards.
+    """-log of the probability that the answer with more reward is better (Bradley-Terry), from the margin of rewards.
 
-    With `label_smoothing`, that share of the pairs is taken to be labelled the wrong way round.
+    With `label_smoothing`, that share of the pairs is assumed to be swapped.
     """
     return -log_sigmoid(margin) * (1 - label_smoothing) - log_sigmoid(-margin) * label_smoothing
 
@@ -50,12 +50,12 @@ def preference(margin: mx.array, label_smoothing: float) -> mx.array:
 def summed(
     losses: mx.array, mask: mx.array, rewards: mx.array, log_probabilities: mx.array, more: dict | None = None
 ) -> tuple[mx.array, mx.array, dict[str, tuple[mx.array, mx.array]]]:
-    """The result of a loss of pairs: sum, number of pairs, and what it measures besides.
+    """The result of a loss of pairs: sum, number of pairs, and further metrics.
 
     Args:
-        losses: [B]. mask: [2B, T-1]; pairs whose mask is empty only fill the batch up, and do not count.
+        losses: [B]. mask: [2B, T-1]; pairs with an empty mask are padding and do not count.
         rewards, log_probabilities: [2B], of the chosen and the rejected answers.
-        more: what else to report, with sums and counts.
+        more: further metrics, as sums and counts.
     """
     there = halves(mask.any(axis=1))[0]
     count = there.astype(mx.float32).sum()
@@ -72,7 +72,7 @@ def summed(
 
 
 def over_processes(*sums: mx.array) -> list[mx.array]:
-    """These sums [] over all processes, as constants."""
+    """The sums [] added up over all processes, as constants."""
     stacked = mx.stop_gradient(mx.stack(sums))
     group = mx.distributed.init()
     if group.size() > 1:
@@ -81,7 +81,7 @@ def over_processes(*sums: mx.array) -> list[mx.array]:
 
 
 def cross_entropy_of_chosen(losses: mx.array, mask: mx.array, pairs: mx.array) -> tuple[mx.array, dict]:
-    """The mean over the tokens of the batch, of all processes, times its pairs: divided by the pairs, it is the mean.
+    """The mean cross entropy over the tokens of all processes, times the number of pairs, by which the trainer divides.
 
     Args:
         losses: [B, T-1]. mask: [B, T-1], the tokens that count. pairs: [], of this process.

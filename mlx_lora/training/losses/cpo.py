@@ -24,7 +24,7 @@ def loss(
 ) -> tuple[mx.array, mx.array, dict]:
     """-log sigmoid(beta log(p of the chosen / p of the rejected answer)) + cpo_alpha * cross entropy of the chosen one.
 
-    With `simpo_gamma` the logarithms are means over an answer's tokens, and the margin is to be larger than that.
+    With `simpo_gamma` the logarithms are means over an answer's tokens, and `simpo_gamma` is the target margin.
     Arguments and results: see `losses/__init__.py`.
     """
     mask = mx.array(mask)

@@ -16,7 +16,7 @@ def loss(model: nn.Module, tokens: Any, mask: Any, segments: Any = None) -> tupl
     """The cross entropy of the learned tokens, in nats, as a sum, and the number of these tokens.
 
     Arguments and results: see `losses/__init__.py`. Padding changes nothing, because the models are causal, and neither
-    does packing (`segments`): the sum of a batch is the sum of its rows'.
+    does packing (`segments`): the sum of a batch is the sum of its rows.
     """
     tokens, mask = mx.array(tokens), mx.array(mask)
     inputs, targets, count = tokens[:, :-1], tokens[:, 1:], mask.astype(mx.float32).sum()
@@ -25,7 +25,7 @@ def loss(model: nn.Module, tokens: Any, mask: Any, segments: Any = None) -> tupl
     if total is not None:
         return total, count
     losses = token_losses(model(inputs, **options), targets)
-    # `where` and not a product: infinity times 0 is not 0.
+    # `where`, not a product: infinity times 0 is not 0.
     return mx.where(mask, losses, 0).sum(), count
 
 
@@ -33,7 +33,8 @@ def token_losses(logits: mx.array, targets: mx.array) -> mx.array:
     """The cross entropy of each token, in float32. logits: [..., vocab]; targets: [...]. Returns [...].
 
     `mx.fast.cross_entropy` is one kernel on a GPU, reduces in float32 and makes no float32 copy of half-precision
-    logits. On the CPU it reduces in the dtype of the logits (bfloat16: off by 0.05 nats), so we widen them first.
+    logits. On the CPU it reduces in the dtype of the logits (bfloat16: off by 0.05 nats), so they are converted to
+    float32 first.
     """
     if is_cpu():
         logits = logits.astype(mx.float32)

@@ -13,11 +13,11 @@ from .answers import halves, log_probabilities, preference, summed
 def loss(
     model: nn.Module, tokens: Any, mask: Any, lengths: Any, reference: Any, *, beta: float, label_smoothing: float
 ) -> tuple[mx.array, mx.array, dict]:
-    """-log sigmoid(reward of the chosen - reward of the rejected answer); a reward is beta log(p / p of the reference).
+    """-log sigmoid(reward of the chosen - reward of the rejected answer); a reward is beta log(p / p_reference).
 
-    With `label_smoothing` s (conservative DPO) it is (1 - s) times that, plus s times the loss of the pair the other
-    way round. TRL 1.16 ignores s with its loss type "sigmoid", which is this loss, and uses it in "robust", "exo_pair"
-    and "aot", which are other losses. Arguments and results: see `losses/__init__.py`.
+    With `label_smoothing` s (conservative DPO) the loss is (1 - s) times that, plus s times the loss of the swapped
+    pair. TRL 1.16 ignores s with its loss type "sigmoid", which is this loss, and uses it in "robust", "exo_pair" and
+    "aot", which are other losses. Arguments and results: see `losses/__init__.py`.
     """
     mask = mx.array(mask)
     found = log_probabilities(model, tokens, mask)
@@ -29,7 +29,7 @@ def loss(
 def ipo(
     model: nn.Module, tokens: Any, mask: Any, lengths: Any, reference: Any, *, beta: float
 ) -> tuple[mx.array, mx.array, dict]:
-    """(difference of log(p / p of the reference) - 1 / (2 beta))^2, the logarithms as means over an answer's tokens."""
+    """(difference of log(p / p_reference) - 1 / (2 beta))^2, with logarithms averaged over an answer's tokens."""
     mask = mx.array(mask)
     found = log_probabilities(model, tokens, mask)
     ratios = found - mx.array(reference)

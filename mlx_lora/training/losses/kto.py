@@ -1,4 +1,4 @@
-"""KTO: answers that are good or bad, without pairs (arXiv:2402.01306)."""
+"""KTO: answers labelled good or bad, without pairs (arXiv:2402.01306)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def loss(
 ) -> tuple[mx.array, mx.array, dict]:
     """1 - sigmoid(beta (r - kl)) for a good answer and 1 - sigmoid(beta (kl - r)) for a bad one, times its weight.
 
-    r is log(p / p of the reference), and kl the mean of r over the batch, of all processes, with answers to other
-    prompts. It has no gradient and is at least 0. Arguments and results: see `losses/__init__.py`.
+    r is log(p / p_reference), and kl is the mean of r over the batches of all processes, with the answers to other
+    prompts. kl has no gradient and is at least 0. Arguments and results: see `losses/__init__.py`.
     """
     mask, label, reference = mx.array(mask), mx.array(label), mx.array(reference)
     there = mask.any(axis=1)

@@ -36,7 +36,7 @@ def loss(
 
 
 def _log_of_rest(x: mx.array) -> mx.array:
-    """log(1 - exp(x)) for x < 0, by the form that is exact: near 0 by expm1, else by log1p."""
+    """log(1 - exp(x)) for x < 0, by the exact form: expm1 near 0, else log1p."""
     near = x > -0.6931472
     small, large = mx.where(near, x, -1.0), mx.where(near, -1.0, x)  # so that neither form's gradient is NaN
     return mx.where(near, mx.log(-mx.expm1(small)), mx.log1p(-mx.exp(large)))

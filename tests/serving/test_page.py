@@ -286,7 +286,7 @@ def exported(page, button: str, folder):
 def test_a_question_is_answered_and_kept(page, expect):
     ask(page, ASK)
     expect(page.locator(".user p")).to_have_text(ASK)
-    expect(page.locator(".numbers")).to_contain_text("a second · first after")
+    expect(page.locator(".numbers")).to_contain_text("tokens/s · first token after")
     text = answers(page).inner_text()
     expect(page.locator("#announce")).to_contain_text(text)
     ask(page, "And then?")
@@ -503,7 +503,7 @@ def test_a_reload_and_a_server_that_goes_away_lose_nothing(browser, server, expe
         expect(answers(page)).not_to_have_text("")
         page.reload()
         expect(page.locator(".user p")).to_have_text(["First"])
-        expect(page.get_by_text("This answer was not finished.")).to_be_visible()
+        expect(page.get_by_text("This answer is not finished")).to_be_visible()
         set_options(page, max_tokens=4)
         page.route(re.compile(r"/(page/|health)"), lambda route: route.abort())
         ask(page, "Second")

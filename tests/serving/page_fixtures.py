@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_helpers import LIMIT, chromium, opened
+from page_helpers import LIMIT, chromium, opened, set_options
 from serving_helpers import make_adapters, running
 
 
@@ -46,8 +46,32 @@ def browser() -> Iterator[Any]:
         yield started
 
 
-@pytest.fixture
-def page(browser, server, request) -> Iterator[Any]:
-    """The page at first use; with options of sampling where a test gives them as the fixture's parameter."""
-    with opened(browser, server[0], options=getattr(request, "param", None)) as found:
+@pytest.fixture(scope="module")
+def tab(browser) -> Iterator[Any]:
+    """A tab of a module's tests. A context for each test would take twice the time: it starts processes anew."""
+    with opened(browser, "about:blank") as found:
+        found.devtools = found.context.new_cdp_session(found)
         yield found
+
+
+@pytest.fixture
+def page(tab, server, request) -> Iterator[Any]:
+    """The page as a new user finds it; with options of sampling where a test gives them as the fixture's parameter.
+
+    Errors that a test causes on purpose are named in ``page.allowed``.
+    """
+    tab.allowed = ()
+    tab.goto(server[0])
+    if hasattr(request, "param"):
+        set_options(tab, **request.param)
+    yield tab
+    for other in tab.context.pages:
+        if other is not tab:
+            other.close()
+    tab.unroute_all(behavior="ignoreErrors")
+    tab.context.clear_permissions()
+    tab.evaluate("sessionStorage.clear()")
+    tab.goto("about:blank")
+    tab.devtools.send("Storage.clearDataForOrigin", {"origin": server[0], "storageTypes": "all"})
+    faults, tab.faults = tab.faults, []
+    assert not faults, faults

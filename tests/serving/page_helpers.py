@@ -66,9 +66,11 @@ def opened(
         allowed: texts of errors in the console that the test causes on purpose.
         options: of sampling, as if they had been set on the page before.
     """
-    stored = [{"name": "options", "value": json.dumps(options or {})}]
-    origin = "/".join(url.split("/")[:3])
-    made = browser.new_context(storage_state={"origins": [{"origin": origin, "localStorage": stored}]}, **context)
+    stored = [{"name": "options", "value": json.dumps(options)}]
+    known = {"origins": [{"origin": "/".join(url.split("/")[:3]), "localStorage": stored}]} if options else None
+    # A small page without animations costs little to draw.
+    context = {"viewport": {"width": 1000, "height": 700}, "reduced_motion": "reduce", **context}
+    made = browser.new_context(storage_state=known, **context)
     made.set_default_timeout(PATIENCE)
     page = made.new_page()
     watch(page, allowed)
@@ -81,14 +83,14 @@ def opened(
 
 
 def watch(page: Any, allowed: tuple[str, ...] = ()) -> None:
-    """Collect the errors of a page, and of its console, in ``page.faults``."""
-    page.faults = []
+    """Collect the errors of a page, and of its console, in ``page.faults``, but those in ``page.allowed``."""
+    page.faults, page.allowed = [], allowed
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.on(
         "console",
         lambda said: (
             page.faults.append(said.text)
-            if said.type == "error" and not any(text in said.text for text in allowed)
+            if said.type == "error" and not any(text in said.text for text in page.allowed)
             else None
         ),
     )

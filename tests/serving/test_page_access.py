@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 pytest.importorskip("fastapi")
@@ -26,72 +24,68 @@ CUT_OFF = """dialog => [...dialog.querySelectorAll("svg:not([hidden]) text")].fi
 DIALOGS = ("adapters", "runs", "models", "settings", "files", "help")
 
 
-# No colour depends on the width, and no width on the colours. From 832 pixels the list of conversations is in the page.
-@pytest.mark.parametrize(("theme", "widths"), [("light", (390, 820, 1440)), ("dark", (390,))])
-def test_the_page_fits_every_width_and_axe_finds_no_serious_fault(browser, server, folders, theme, widths):
+def faults_of_axe(page, part: str, **options) -> list[tuple]:
+    """The serious faults that axe-core finds in a part of the page."""
+    run = "([part, options]) => axe.run(part, options)"
+    found = page.evaluate(run, [part, {"resultTypes": ["violations"], **options}])["violations"]
+    return [
+        (each["id"], node["html"][:200], node.get("failureSummary", "")[:300])
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]
+
+
+def check_size(page, answers: int) -> None:
+    overflow = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    assert overflow <= 0, f"the page is {overflow} pixels too wide"
+    heads = [head.bounding_box()["height"] for head in page.locator(".answer h3").all()]
+    assert len(heads) == answers and len(set(heads)) == 1, f"the answers' texts begin at different heights: {heads}"
+
+
+# The dark theme changes colours only, and the dialogs are narrower than a phone.
+def test_the_page_fits_every_width_and_axe_finds_no_serious_fault(browser, server, folders):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     write(folders[1] / "drawn", begin() + train(10, 12.34) + train(20, 0.0000432))
-
-    # The dark theme changes colours only.
-    rules = {"runOnly": ["color-contrast"]} if theme == "dark" else {}
-
-    def check(page, where: str, part: str = "body") -> None:
-        run = "([part, options]) => axe.run(part, options)"
-        found = page.evaluate(run, [part, {"resultTypes": ["violations"], **rules}])["violations"]
-        told = [
-            (each["id"], node["html"][:200], node.get("failureSummary", "")[:300])
-            for each in found
-            if each["impact"] in ("serious", "critical")
-            for node in each["nodes"]
-        ]
-        assert not told, f"{where}: {told}"
-
-    with opened(browser, f"{server[0]}/?columns=base,pirate", color_scheme=theme, reduced_motion="reduce") as page:
+    with opened(browser, f"{server[0]}/?columns=base,pirate", color_scheme="light") as page:
         page.evaluate(axe.axe_script)
         ask(page, "Anna left a red kite at the park " + "far" * 60)
-        expect(page.locator(".answer")).to_have_count(2)
-        for width in widths:
+        for width in (1440, 820, 390):
             page.set_viewport_size({"width": width, "height": 844})
-            if width != 820:
-                check(page, f"compare view at {width}")
-            overflow = page.evaluate("document.documentElement.scrollWidth - innerWidth")
-            assert overflow <= 0, f"the page is {overflow} pixels wider than {width}"
-            heads = {head.bounding_box()["height"] for head in page.locator(".answer h3").all()}
-            assert len(heads) == 1, f"the answers' texts begin at different heights at {width}: {heads}"
-            if width == 390:
-                page.get_by_role("button", name="Conversations").click()
-                check(page, "list of conversations", "#sidebar")
-            for name in DIALOGS:
-                page.locator(f"#open-{name}").dispatch_event("click")
-                dialog = page.locator(f"dialog#{name}")
-                expect(dialog).to_be_visible()
-                if name in ("adapters", "runs"):
-                    expect(dialog.locator(".card").first).to_be_visible()
-                if name == "runs":
-                    assert dialog.evaluate(CUT_OFF) == [], f"labels of a chart are cut off at {width}"
-                if width == 390:
-                    check(page, name, f"#{name}")
-                assert dialog.evaluate("it => it.scrollWidth - it.clientWidth") <= 0, f"{name} at {width} is too wide"
-                page.keyboard.press("Escape")
-                expect(dialog).to_be_hidden()
-            if width == 390:
-                page.locator("#close-sidebar").dispatch_event("click")
-            page.get_by_role("button", name="Show the difference").click()
-            expect(page.locator("#difference-text ins").first).to_be_visible()
-            for name in ("difference", "rename", "delete", "key"):
-                dialog = page.locator(f"dialog#{name}")
-                if name != "difference":
-                    dialog.evaluate("it => it.showModal()")
-                if width == 390:
-                    check(page, name, f"#{name}")
-                assert dialog.evaluate("it => it.scrollWidth - it.clientWidth") <= 0, f"{name} at {width} is too wide"
-                dialog.evaluate("it => it.close()")
-        background = "getComputedStyle(document.body).backgroundColor"
-        before = page.evaluate(background)
-        assert (int(re.findall(r"\d+", before)[0]) < 128) == (theme == "dark")
-        for _ in range(2 if theme == "light" else 1):  # auto, light, dark
+            check_size(page, answers=2)
+        background = "getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]"  # how red it is
+        for theme, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):
+            page.emulate_media(color_scheme=theme)
+            assert (int(page.evaluate(background)) < 128) == (theme == "dark")
+            check_parts(page, **rules)
+        for theme in ("light", "dark"):
             page.get_by_role("button", name="Theme").click()
-        assert page.evaluate(background) != before
+            assert (int(page.evaluate(background)) < 128) == (theme == "dark")
+
+
+def check_parts(page, **rules) -> None:
+    """What axe-core finds in the conversation, in the list of conversations and in each dialog."""
+    assert not faults_of_axe(page, "body", **rules)
+    page.get_by_role("button", name="Conversations").click()
+    assert not faults_of_axe(page, "#sidebar", **rules)
+    page.locator("#close-sidebar").click()
+    for name in (*DIALOGS, "difference", "rename", "delete", "key"):
+        dialog = page.locator(f"dialog#{name}")
+        if name in DIALOGS:
+            page.locator(f"#open-{name}").dispatch_event("click")
+        elif name == "difference":
+            page.get_by_role("button", name="Show the difference").click()
+            expect(dialog.locator("ins").first).to_be_visible()
+        else:
+            dialog.evaluate("it => it.showModal()")
+        if name in ("adapters", "runs"):
+            expect(dialog.locator(".card").first).to_be_visible()
+        if name == "runs":
+            assert dialog.evaluate(CUT_OFF) == [], "labels of a chart are cut off"
+        assert not faults_of_axe(page, f"#{name}", **rules)
+        assert dialog.evaluate("it => it.scrollWidth - it.clientWidth") <= 0, f"{name} is too wide"
+        page.keyboard.press("Escape")
+        expect(dialog).to_be_hidden()
 
 
 def test_every_control_is_reached_with_the_keyboard_and_shows_it(page):
@@ -116,19 +110,6 @@ def test_every_control_is_reached_with_the_keyboard_and_shows_it(page):
     page.get_by_role("button", name="Settings").press("Enter")
     page.mouse.click(3, 3)  # beside the dialog
     expect(page.locator("dialog#settings")).to_be_hidden()
-
-
-def test_enter_that_ends_the_input_of_a_word_sends_nothing(page):
-    box = page.get_by_role("textbox", name="Message")
-    box.fill("にほん")
-    box.press("Shift+Enter")
-    press = "(it, how) => it.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', bubbles: true, ...how}))"
-    for how in ({"isComposing": True}, {"keyCode": 229}):  # as Chromium and Firefox tell it, and as Safari does
-        box.evaluate(press, how)
-    expect(box).to_have_value("にほん\n")
-    say(page, "はい")
-    box.press("Enter")
-    expect(page.locator(".user p")).to_have_text("にほん\n")
 
 
 def test_the_page_asks_for_the_key_and_sends_it(browser):

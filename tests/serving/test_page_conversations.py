@@ -16,9 +16,11 @@ pytest_plugins = ("page_fixtures",)
 
 
 def test_two_tabs_keep_each_others_conversations(page, server):
+    say(page, "Yes")
     ask(page, "One")
     other = page.context.new_page()
     watch(other)
+    say(other, "No")
     other.goto(page.url)
     expect(other.locator(".turn")).to_have_count(1)
     ask(other, "Two")

@@ -90,8 +90,7 @@ def test_train_learns_from_what_the_page_exports(page, tmp_path):
     assert saved.value.path().read_bytes() == chats.read_bytes()
 
 
-def test_a_malformed_file_is_refused_with_its_lines(page, tmp_path):
-    ask(page, "Kept")
+def test_a_malformed_file_is_refused_with_its_lines_and_files_of_other_tools_are_imported(page, tmp_path):
     good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     bad = {
         "{": "Line 2: it is not JSON",
@@ -111,22 +110,18 @@ def test_a_malformed_file_is_refused_with_its_lines(page, tmp_path):
     expect(result).to_contain_text("Nothing was imported.")
     for text in bad.values():
         expect(result).to_contain_text(text)
-    expect(page.locator("#conversations li")).to_have_count(1)
-
-
-def test_files_of_other_tools_are_imported(page, tmp_path):
+    expect(page.locator("#conversations li")).to_have_count(0)
     sharegpt = [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     parts = [{"role": "developer", "content": [{"type": "text", "text": "Hi"}]}, {"role": "user", "content": "c"}]
     files = {
         "lines.jsonl": f"\ufeff{json.dumps({'id': 1, 'conversations': sharegpt})}\r\n\r\n",
         "array.json": json.dumps([{"messages": parts}, {"conversations": sharegpt}], indent=2),
     }
-    page.get_by_role("button", name="Import and export").click()
     told = ("1 conversation imported.", "2 conversations imported.")
-    for (name, text), result in zip(files.items(), told, strict=True):
+    for (name, text), expected in zip(files.items(), told, strict=True):
         (tmp_path / name).write_text(text, "utf-8", newline="")
         page.locator("#import").set_input_files(tmp_path / name)
-        expect(page.locator("#import-result")).to_have_text(result)
+        expect(result).to_have_text(expected)
     page.keyboard.press("Escape")
     expect(page.locator("#conversations li")).to_have_text(["c", "a", "a"])
     page.get_by_role("button", name="a", exact=True).first.click()

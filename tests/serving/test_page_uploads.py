@@ -15,7 +15,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("markdown_it")
 pytest.importorskip("nh3")
 
-from page_helpers import LIMIT, ask, expect, files_of, opened, wait_for  # noqa: E402
+from page_helpers import LIMIT, ask, expect, files_of, wait_for  # noqa: E402
 from serving_helpers import running  # noqa: E402
 
 from mlx_lora.base.locking import LOCK, locked  # noqa: E402
@@ -206,30 +206,30 @@ def test_settings_of_uploads_and_runs_are_checked(given):
 # In a browser.
 
 
-def test_a_folder_is_uploaded_and_answers(browser, server, folders):
-    with opened(browser, server[0], allowed=("400",)) as page:
-        page.get_by_role("button", name="Adapters", exact=True).click()
-        dialog = page.get_by_role("dialog", name="Adapters")
-        expect(dialog.get_by_text("rank 4", exact=False).first).to_be_visible()
-        page.get_by_label("a folder").set_input_files(folders[2] / "fresh")
-        expect(page.locator("#adapter-name")).to_have_value("fresh")
-        page.locator("#adapter-name").fill("pirate")
-        page.get_by_role("button", name="Upload").click()
-        expect(page.locator("#upload-result")).to_contain_text("exists already")
-        page.locator("#adapter-name").fill("from-the-page")
-        page.get_by_role("button", name="Upload").click()
-        expect(page.locator("#upload-result")).to_contain_text("fits this model")
-        page.get_by_role("button", name="Chat with from-the-page").click()
-        expect(page.locator("#open-models")).to_have_text("base | from-the-page")
-        ask(page, "Hello")
-        expect(page.locator(".answer")).to_have_count(2)
-        page.get_by_role("button", name="Adapters", exact=True).click()
-        page.get_by_role("button", name="Unload from-the-page").click()
-        expect(page.get_by_role("button", name="Unload from-the-page")).to_have_count(0)
+def test_a_folder_is_uploaded_and_answers(page, folders):
+    page.allowed = ("400",)
+    page.get_by_role("button", name="Adapters", exact=True).click()
+    dialog = page.get_by_role("dialog", name="Adapters")
+    expect(dialog.get_by_text("rank 4", exact=False).first).to_be_visible()
+    page.get_by_label("a folder").set_input_files(folders[2] / "fresh")
+    expect(page.locator("#adapter-name")).to_have_value("fresh")
+    page.locator("#adapter-name").fill("pirate")
+    page.get_by_role("button", name="Upload").click()
+    expect(page.locator("#upload-result")).to_contain_text("exists already")
+    page.locator("#adapter-name").fill("from-the-page")
+    page.get_by_role("button", name="Upload").click()
+    expect(page.locator("#upload-result")).to_contain_text("fits this model")
+    page.get_by_role("button", name="Chat with from-the-page").click()
+    expect(page.locator("#open-models")).to_have_text("base | from-the-page")
+    ask(page, "Hello")
+    expect(page.locator(".answer")).to_have_count(2)
+    page.get_by_role("button", name="Adapters", exact=True).click()
+    page.get_by_role("button", name="Unload from-the-page").click()
+    expect(page.get_by_role("button", name="Unload from-the-page")).to_have_count(0)
     assert files_of(folders[0] / "from-the-page") == files_of(folders[2] / "fresh")
 
 
-def test_files_that_are_no_adapter_are_told_before_they_are_sent(browser, server, tmp_path):
+def test_files_that_are_no_adapter_are_told_before_they_are_sent(page, tmp_path):
     config, weights, pickled = (
         tmp_path / name for name in ("adapter_config.json", "x.safetensors", "adapter_model.bin")
     )
@@ -237,17 +237,16 @@ def test_files_that_are_no_adapter_are_told_before_they_are_sent(browser, server
         file.write_bytes(b"{}")
     with open(weights, "wb") as file:
         file.truncate(LIMIT + 1)
-    with opened(browser, server[0]) as page:
-        page.get_by_role("button", name="Adapters", exact=True).click()
-        for files, told in (
-            ([config, pickled], "mlx-lora convert"),
-            ([config], "no .safetensors file"),
-            ([weights], "no adapter_config.json"),
-            ([config, weights], "--upload-limit"),
-        ):
-            page.get_by_label("or its files").set_input_files(files)
-            expect(page.locator("#upload-result")).to_contain_text(told)
-            expect(page.get_by_role("button", name="Upload")).to_be_disabled()
+    page.get_by_role("button", name="Adapters", exact=True).click()
+    for files, told in (
+        ([config, pickled], "mlx-lora convert"),
+        ([config], "no .safetensors file"),
+        ([weights], "no adapter_config.json"),
+        ([config, weights], "--upload-limit"),
+    ):
+        page.get_by_label("or its files").set_input_files(files)
+        expect(page.locator("#upload-result")).to_contain_text(told)
+        expect(page.get_by_role("button", name="Upload")).to_be_disabled()
 
 
 def test_a_folder_is_dropped_and_its_upload_cancelled(page, folders):

@@ -19,10 +19,11 @@ export function reasoning(answer) {
 // How much an answer is, how fast it came, and why it ended early.
 export function numbers({ numbers: found, done }) {
   if (!found) return "";
-  const speed = found.tokens ? `${found.tokens} tokens · ${found.tokens_per_second.toFixed(1)} tokens/s` : null;
+  const count = found.tokens ? `${found.tokens} ${found.tokens === 1 ? "token" : "tokens"}` : null;
+  const speed = found.tokens > 1 ? `${found.tokens_per_second.toFixed(1)} tokens/s` : null; // one alone has none
   const first = found.first_token === undefined ? null : `first token after ${found.first_token.toFixed(2)} s`;
   const end = { length: "cut off at max tokens", stopped: "stopped" }[found.finish_reason];
-  return [speed, first, done ? end : null].filter(Boolean).join(" · ");
+  return [count, speed, first, done ? end : null].filter(Boolean).join(" · ");
 }
 
 // The answer that grows. Its text is drawn once a frame at most.

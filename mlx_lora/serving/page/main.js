@@ -70,6 +70,7 @@ store.onChange((id) => {
 
 function startNew() {
   sidebar.toggle(false);
+  $("search").value = ""; // the list shows the new chat too
   chat.startNew();
   question.focus();
 }

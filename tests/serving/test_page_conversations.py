@@ -34,6 +34,10 @@ def test_two_tabs_keep_each_others_conversations(page, server):
     expect(page.locator(".user p")).to_have_text(["One", "Two"])
     expect(page.get_by_role("button", name="Good answer").first).to_have_attribute("aria-pressed", "true")
     expect(page.get_by_role("button", name="Bad answer").last).to_have_attribute("aria-pressed", "true")
+    other.get_by_role("button", name="Delete One").focus()  # which shows it
+    other.keyboard.press("Enter")
+    other.get_by_role("button", name="Delete", exact=True).click()
+    expect(page.locator("h1")).to_have_text("New chat")
     assert not other.faults
 
 
@@ -112,6 +116,10 @@ def test_back_and_forward_lead_from_one_conversation_to_the_other(page, server):
     expect(page.locator(".user p")).to_have_text(["First"])
     page.go_forward()
     expect(title).to_have_text("Second")
+    first = "import('/static/chat.js').then((chat) => { const read = chat.open(chat.state.conversation.id);"
+    page.evaluate(first + " chat.startNew(); return read; })")  # a new chat while the other is still read
+    expect(title).to_have_text("New chat")
+    assert not page.evaluate("location.hash")
     page.goto(f"{server[0]}/#unknown")
     expect(title).to_have_text("New chat")
     assert page.url == f"{server[0]}/"

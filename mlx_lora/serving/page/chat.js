@@ -23,14 +23,18 @@ export const shown = () => path(state.conversation, state.turns);
 export const answering = () => [...asking.keys()];
 export const busy = () => asking.has(state.conversation.id);
 
+let openings = 0; // counts what was asked to be shown, so that a slow read never shows what was left since
 export function startNew(system = "") {
+  openings += 1;
   state = { conversation: newConversation("New chat", system), turns: [], stored: false };
   listeners.draw();
 }
 
 // Opens a stored conversation, or reads it again. Answers that grow in this tab stay as they are here.
 export async function open(id) {
+  const number = ++openings;
   const [conversation, turns] = await store.read(id);
+  if (number !== openings) return;
   if (!conversation) return startNew();
   for (const turn of turns) turn.answers = turn.answers.map((answer) => growing.get(answer.id) ?? answer);
   const known = id === state.conversation.id ? state : {};
@@ -97,7 +101,9 @@ async function added(of, turn) {
   conversation.active[turn.parent ?? "root"] = turn.id;
   of.turns.push(turn);
   await store.addTurn(turn);
-  return turn;
+  const here = of.turns.find(({ id }) => id === turn.id); // a change in another tab may have read the turns anew
+  if (!here) of.turns.push(turn);
+  return here ?? turn;
 }
 
 // One request for all columns, which the server computes in one batch.

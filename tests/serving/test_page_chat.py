@@ -72,7 +72,8 @@ def test_stop_answer_again_and_edit_lose_nothing(page):
     answered(page)
     expect(page.locator(".turn")).to_have_count(1)
     expect(page.locator(".numbers")).to_contain_text("stopped")
-    stopped = answers(page).inner_text()
+    expect(page.locator(".plain")).to_have_text("")  # all of it is rendered
+    stopped = answers(page).text_content()
     set_options(page, max_tokens=6, temp=1.0, seed=3)
     page.get_by_role("button", name="Answer again").click()
     answered(page)

@@ -122,7 +122,7 @@ def test_back_and_forward_lead_from_one_conversation_to_the_other(page, server):
     assert not page.evaluate("location.hash")
     page.goto(f"{server[0]}/#unknown")
     expect(title).to_have_text("New chat")
-    assert page.url == f"{server[0]}/"
+    expect(page).to_have_url(f"{server[0]}/")
 
 
 @pytest.mark.parametrize("page", [ENDLESS], indirect=True)

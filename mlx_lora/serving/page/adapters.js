@@ -95,10 +95,14 @@ function picked({ target }) {
 
 const fileOf = (entry) => new Promise((resolve, reject) => entry.file(resolve, reject));
 
+// A folder can be dropped anywhere on the page: it opens the dialog.
 async function dropped(event) {
   event.preventDefault();
   $("drop").classList.remove("over");
   const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+  if (!entries.length) return;
+  if (!document.querySelector("dialog[open]")) await open();
+  if (!upload || !$("adapters").open) return;
   const folder = entries.length === 1 && entries[0].isDirectory ? entries[0] : null;
   const inside = folder ? [] : entries;
   if (folder) {
@@ -138,11 +142,13 @@ function busy(now) {
   $("send-adapter").disabled = !chosen.length;
 }
 
-$("open-adapters").addEventListener("click", () => {
+async function open() {
   for (const where of ["upload-result", "adapter-result"]) say("", false, where);
   $("adapters").showModal();
-  draw().catch((error) => say(error.message, true, "adapter-result"));
-});
+  await draw().catch((error) => say(error.message, true, "adapter-result"));
+}
+
+$("open-adapters").addEventListener("click", open);
 for (const input of [$("adapter-folder"), $("adapter-files")]) {
   input.addEventListener("click", () => { input.value = ""; }); // so that the same folder can be chosen again
   input.addEventListener("change", picked);
@@ -151,6 +157,5 @@ $("upload").addEventListener("submit", send);
 $("cancel-upload").addEventListener("click", () => sending?.abort());
 $("drop").addEventListener("dragover", (event) => { event.preventDefault(); $("drop").classList.add("over"); });
 $("drop").addEventListener("dragleave", () => $("drop").classList.remove("over"));
-$("drop").addEventListener("drop", (event) => dropped(event).catch((error) => say(error.message, true)));
-// A file dropped beside the zone must not replace the page.
-for (const kind of ["dragover", "drop"]) addEventListener(kind, (event) => event.preventDefault());
+addEventListener("dragover", (event) => event.preventDefault()); // so that a drop does not replace the page
+addEventListener("drop", (event) => dropped(event).catch((error) => say(error.message, true)));

@@ -7,7 +7,9 @@ import { notice } from "./dom.js";
 import { columns, given, ready } from "./settings.js";
 import * as store from "./store.js";
 
-export const state = { conversation: newConversation(), turns: [], stored: false, busy: null };
+// The conversation that is shown. Another one is another object, so that an answer that still grows keeps its own.
+export let state = { conversation: newConversation(), turns: [], stored: false };
+const asking = new Map(); // AbortController of each conversation that is being answered, by its id
 const SAVE_EVERY = 1000; // milliseconds
 const growing = new Map(); // answers that this tab receives now, by id
 const GROWS = ["text", "reasoning", "done", "error", "numbers"]; // what the stream changes in an answer
@@ -18,18 +20,25 @@ export const connect = (calls) => { listeners = calls; };
 export const redraw = () => listeners.draw();
 export const isGrowing = (answer) => growing.has(answer.id);
 export const shown = () => path(state.conversation, state.turns);
+export const answering = () => [...asking.keys()];
+export const busy = () => asking.has(state.conversation.id);
 
+let openings = 0; // counts what was asked to be shown, so that a slow read never shows what was left since
 export function startNew(system = "") {
-  Object.assign(state, { conversation: newConversation("New chat", system), turns: [], stored: false });
+  openings += 1;
+  state = { conversation: newConversation("New chat", system), turns: [], stored: false };
   listeners.draw();
 }
 
 // Opens a stored conversation, or reads it again. Answers that grow in this tab stay as they are here.
 export async function open(id) {
+  const number = ++openings;
   const [conversation, turns] = await store.read(id);
+  if (number !== openings) return;
   if (!conversation) return startNew();
   for (const turn of turns) turn.answers = turn.answers.map((answer) => growing.get(answer.id) ?? answer);
-  Object.assign(state, { conversation, turns, stored: true });
+  const known = id === state.conversation.id ? state : {};
+  state = Object.assign(known, { conversation, turns, stored: true });
   listeners.draw();
 }
 
@@ -48,57 +57,60 @@ export const vote = (turn, id, value) => change("Turn", turn, (each) => {
   if (answer) answer.vote = answer.vote === value ? 0 : value;
 });
 
-export function stop() {
-  state.busy?.abort();
+export function stop(id = state.conversation.id) {
+  asking.get(id)?.abort();
 }
 
 // Asks a new message at the end of what is shown.
-export const send = (text) => exclusively(async (signal) => {
+export const send = (text) => exclusively(async (of, signal) => {
   const end = shown().map(({ turn }) => turn).filter((turn) => chosen(turn)).at(-1);
-  await answer(await added(newTurn(state.conversation.id, end ? chosen(end).id : null, text)), signal);
+  await answer(of, await added(of, newTurn(of.conversation.id, end ? chosen(end).id : null, text)), signal);
 });
 
 // Asks a message again with another text, beside the first one.
-export const edit = (turn, text) => exclusively(async (signal) => {
-  await answer(await added(newTurn(state.conversation.id, turn.parent, text)), signal);
+export const edit = (turn, text) => exclusively(async (of, signal) => {
+  await answer(of, await added(of, newTurn(of.conversation.id, turn.parent, text)), signal);
 });
 
-export const regenerate = (turn) => exclusively((signal) => answer(turn, signal));
+export const regenerate = (turn) => exclusively((of, signal) => answer(of, turn, signal));
 
-// Runs work unless something is being answered already, so that a double click asks once. Returns whether it ran.
+// Runs work(state, signal) unless the conversation is being answered already, so that a double click asks once.
 async function exclusively(work) {
-  if (state.busy) return false;
-  state.busy = new AbortController();
+  const of = state, { id } = of.conversation;
+  if (asking.has(id)) return;
+  const controller = new AbortController();
+  asking.set(id, controller);
   listeners.draw();
   try {
-    await work(state.busy.signal);
+    await work(of, controller.signal);
   } catch (error) {
     notice(error.message, { lasting: true });
   } finally {
-    state.busy = null;
+    asking.delete(id);
     listeners.draw();
   }
-  return true;
 }
 
-async function added(turn) {
-  const { conversation } = state;
-  if (!state.stored) {
+async function added(of, turn) {
+  const { conversation } = of;
+  if (!of.stored) {
     conversation.title = title(turn.user);
     await store.add([[conversation, []]]);
-    state.stored = true;
+    of.stored = true;
   }
   conversation.active[turn.parent ?? "root"] = turn.id;
-  state.turns.push(turn);
+  of.turns.push(turn);
   await store.addTurn(turn);
-  return turn;
+  const here = of.turns.find(({ id }) => id === turn.id); // a change in another tab may have read the turns anew
+  if (!here) of.turns.push(turn);
+  return here ?? turn;
 }
 
 // One request for all columns, which the server computes in one batch.
-async function answer(turn, signal) {
+async function answer(of, turn, signal) {
   await ready; // the adapters are not known before
-  const { system } = state.conversation;
-  const history = messages(system, before(turn, state.turns));
+  const { system } = of.conversation;
+  const history = messages(system, before(turn, of.turns));
   const round = Math.max(0, ...rounds(turn)) + 1;
   const adapters = columns();
   const answers = adapters.map((adapter) => newAnswer(round, adapter, system));
@@ -130,6 +142,7 @@ async function answer(turn, signal) {
       }
     }
   } catch (error) {
+    if (error.status === 404) adaptersChanged();
     for (const each of answers.filter((one) => !one.done)) {
       each.done = true;
       if (signal.aborted) each.numbers = { ...each.numbers, finish_reason: "stopped" };
@@ -140,6 +153,11 @@ async function answer(turn, signal) {
     try {
       await saving;
       await save();
+      const other = answers.find(({ text }) => text);
+      if (other && !chosen(turn).text) { // the conversation goes on with what was answered
+        turn.chosen = other.id;
+        await store.changeTurn(turn.id, (each) => { each.chosen = other.id; });
+      }
     } finally {
       answers.forEach((each) => growing.delete(each.id));
       listeners.ended(answers);
@@ -147,9 +165,13 @@ async function answer(turn, signal) {
   }
 }
 
+// An adapter that cannot answer may have been removed from the server.
+const adaptersChanged = () => document.dispatchEvent(new CustomEvent("adapters-changed"));
+
 function grow(answer, { kind, text, html, column, ...numbers }) {
   if (kind === "error") { // of this column alone
     Object.assign(answer, { error: sentence(text), done: true });
+    adaptersChanged();
     return listeners.draw();
   }
   if (kind === "text" || kind === "reasoning") answer[kind] += text;

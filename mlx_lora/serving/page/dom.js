@@ -32,10 +32,11 @@ export function iconButton(name, label, click, properties = {}) {
 }
 
 // Replaces the content of an element by HTML that the server has cleaned. Blocks that stay the same are kept, so that
-// a growing answer neither flickers nor loses the reader's selection.
+// a growing answer neither flickers nor loses the reader's selection. Each block is written in its own direction.
 export function html(element, cleaned) {
   const template = document.createElement("template");
-  template.innerHTML = cleaned;
+  template.innerHTML = cleaned.trimEnd();
+  template.content.querySelectorAll("p, ul, ol, h1, h2, h3, h4, h5, h6, blockquote, table").forEach((block) => { block.dir = "auto"; });
   const old = [...element.childNodes], fresh = [...template.content.childNodes];
   let same = 0;
   while (same < old.length && same < fresh.length && old[same].isEqualNode(fresh[same])) same += 1;
@@ -63,13 +64,29 @@ export function download(name, text, type = "application/jsonl") {
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
-// Says something for a few seconds at the bottom of the page, and to screen readers.
+// A button that copies what text() gives.
+export function copyButton(text, label, key) {
+  const button = iconButton("copy", label, async () => {
+    try {
+      await copy(text());
+      button.replaceChildren(icon("check"));
+      $("announce").textContent = "Copied";
+      setTimeout(() => button.replaceChildren(icon("copy")), 1500);
+    } catch (error) { notice(`Nothing was copied: ${error.message}`); }
+  }, { "data-key": key });
+  return button;
+}
+
+// Whether a key sends what was written. Enter that ends the input of a Japanese or Chinese word does not; Safari tells
+// it by the code 229 alone.
+export const sends = ({ key, shiftKey, isComposing, keyCode }) => key === "Enter" && !shiftKey && !isComposing && keyCode !== 229;
+
+// Says something at the bottom of the page, and to screen readers: for a few seconds, or until it is closed.
 export function notice(text, { lasting = false } = {}) {
-  const shown = $("notice");
-  shown.textContent = text;
-  shown.hidden = !text;
+  $("notice-text").textContent = text;
+  $("notice").hidden = !text;
   clearTimeout(notice.timer);
-  if (!lasting) notice.timer = setTimeout(() => { shown.hidden = true; }, 8000);
+  if (!lasting) notice.timer = setTimeout(() => notice(""), 8000);
 }
 
 // Asks in a dialog of index.html and resolves to the button's value, or to "" where it was closed otherwise.

@@ -67,10 +67,9 @@ export async function exported(kind, id) {
 // Adds the conversations of a file, all or none. Resolves to their number; raises an Error that names every bad line.
 export async function imported(text) {
   const found = [], faults = [];
-  text.replace(/^\uFEFF/, "").split(/\r?\n/).forEach((line, index) => {
-    if (!line.trim()) return;
-    try { found.push(read(line)); } catch (error) { faults.push(`Line ${index + 1}: ${error.message}.`); }
-  });
+  for (const [where, row] of rows(text.replace(/^\uFEFF/, ""))) {
+    try { found.push(read(row())); } catch (error) { faults.push(`${where}: ${error.message}.`); }
+  }
   if (!found.length && !faults.length) faults.push("The file is empty.");
   if (faults.length) {
     const more = faults.length > 20 ? [`and ${faults.length - 20} more lines.`] : [];
@@ -82,17 +81,34 @@ export async function imported(text) {
   return found.length;
 }
 
-function read(line) {
-  let row;
-  try { row = JSON.parse(line); } catch (error) { throw new Error(`it is not JSON (${error.message})`); }
-  if (!Array.isArray(row?.messages)) throw new Error('it has no list "messages"');
-  const all = row.messages.map((message, index) => plain(message, index + 1));
+// [where it is, a function that gives it or raises an Error] of each row: a JSON array's, or one a line.
+function rows(text) {
+  try {
+    const whole = JSON.parse(text);
+    return (Array.isArray(whole) ? whole : [whole]).map((row, index) => [`Row ${index + 1}`, () => row]);
+  } catch { // several lines
+    return text.split(/\r?\n/).map((line, index) => [`Line ${index + 1}`, () => parsed(line), line]).filter(([, , line]) => line.trim());
+  }
+}
+
+function parsed(line) {
+  try { return JSON.parse(line); } catch (error) { throw new Error(`it is not JSON (${error.message})`); }
+}
+
+// ShareGPT's names, as many tools write them.
+const ROLES = { human: "user", gpt: "assistant", developer: "system" };
+const spelled = ({ role, from, content, value, ...rest }) => ({ role: ROLES[role ?? from] ?? role ?? from, content: content ?? value, ...rest });
+
+function read(row) {
+  const given = row?.messages ?? row?.conversations;
+  if (!Array.isArray(given)) throw new Error('it has no list "messages"');
+  const all = given.map((message, index) => plain(spelled(message ?? {}), index + 1));
   const system = all[0]?.role === "system" ? all.shift().content : "";
   if (!all.length) throw new Error("it has no message of the user");
   const conversation = newConversation(title(all[0].content), system);
   const turns = [];
   all.forEach(({ role, content, reasoning }, index) => {
-    const number = index + 1 + (row.messages.length - all.length);
+    const number = index + 1 + (given.length - all.length);
     const expected = index % 2 ? "assistant" : "user";
     if (role !== expected) throw new Error(`message ${number} is of the ${role}, where one of the ${expected} was expected`);
     if (role === "user") return turns.push(newTurn(conversation.id, turns.length ? turns.at(-1).chosen : null, content));
@@ -104,7 +120,7 @@ function read(line) {
 }
 
 function plain(message, number) {
-  const { role, content } = message ?? {};
+  const { role, content } = message;
   if (!["system", "user", "assistant"].includes(role)) throw new Error(`message ${number} has the role ${JSON.stringify(role)}; the page shows system, user and assistant`);
   if (message.tool_calls?.length) throw new Error(`message ${number} has tool calls, which the page does not show`);
   if (role === "system" && number > 1) throw new Error(`message ${number} is of the system, which must be the first one`);

@@ -1,10 +1,11 @@
 // Starts the page and connects its parts.
 
 import { onKeyNeeded, setKey } from "./api.js";
+import { grew } from "./answer.js";
 import * as chat from "./chat.js";
 import { nameOf } from "./conversation.js";
 import * as difference from "./difference.js";
-import { $, ask, download, notice } from "./dom.js";
+import { $, ask, download, notice, sends } from "./dom.js";
 import { exported, imported } from "./files.js";
 import * as settings from "./settings.js";
 import * as sidebar from "./sidebar.js";
@@ -22,26 +23,43 @@ const asked = new URLSearchParams(location.search);
 
 let listed = "";
 function draw() {
-  const { conversation, busy, stored } = chat.state;
+  const { conversation, stored } = chat.state;
   $("title").textContent = conversation.title;
   document.title = stored ? `${conversation.title} · mlx-lora` : "mlx-lora chat";
-  $("send").hidden = busy !== null;
-  $("stop").hidden = busy === null;
+  $("send").hidden = chat.busy();
+  $("stop").hidden = !chat.busy();
   view.draw();
-  const now = JSON.stringify([conversation.id, conversation.title, stored, busy !== null]);
+  const now = JSON.stringify([conversation.id, conversation.title, stored, chat.answering()]);
   if (now !== listed) sidebar.draw().catch(failed);
   listed = now;
-  if (stored) history.replaceState(null, "", `#${conversation.id}`);
-  else if (location.hash) history.replaceState(null, "", location.pathname);
+  address();
 }
+
+// The address names the conversation, so that Back and Forward lead from one to the other.
+let addressed = null; // the conversation of the present entry of the history; null where it is not known yet
+function address() {
+  const { conversation, stored } = chat.state;
+  const hash = stored ? `#${conversation.id}` : "", same = addressed === null || addressed === conversation.id;
+  addressed = conversation.id;
+  if (location.hash !== hash) history[same ? "replaceState" : "pushState"](null, "", location.pathname + hash);
+}
+
+async function followAddress() {
+  const id = location.hash.slice(1);
+  addressed = null;
+  if (id) await sidebar.open(id);
+  else chat.startNew();
+}
+addEventListener("popstate", () => followAddress().catch(failed));
 
 function ended(answers) {
   draw();
+  if (!answers.some(({ id }) => chat.shown().some(({ turn }) => turn.answers.some((each) => each.id === id)))) return;
   const told = answers.map((answer) => `${nameOf(answer.adapter)}: ${answer.error ?? answer.text.slice(0, 2000)}`);
   $("announce").textContent = told.join("\n");
 }
 
-chat.connect({ draw, grew: view.grew, ended });
+chat.connect({ draw, grew, ended });
 view.connect({ compare: difference.open });
 store.onChange((id) => {
   sidebar.draw().catch(failed);
@@ -52,6 +70,7 @@ store.onChange((id) => {
 
 function startNew() {
   sidebar.toggle(false);
+  $("search").value = ""; // the list shows the new chat too
   chat.startNew();
   question.focus();
 }
@@ -63,7 +82,7 @@ question.addEventListener("input", keepDraft);
 $("composer").addEventListener("submit", async (event) => {
   event.preventDefault();
   const text = question.value;
-  if (!text.trim() || chat.state.busy) return;
+  if (!text.trim() || chat.busy()) return;
   sent = event.timeStamp;
   question.value = "";
   keepDraft();
@@ -72,10 +91,10 @@ $("composer").addEventListener("submit", async (event) => {
   await asking;
 });
 question.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  if (sends(event)) {
     event.preventDefault();
     $("composer").requestSubmit();
-  } else if (event.key === "ArrowUp" && !question.value && !chat.state.busy) {
+  } else if (event.key === "ArrowUp" && !question.value && !chat.busy()) {
     const last = chat.shown().at(-1);
     if (!last) return;
     event.preventDefault();
@@ -88,6 +107,8 @@ $("stop").addEventListener("click", (event) => {
   question.focus();
 });
 $("new").addEventListener("click", startNew);
+$("to-bottom").addEventListener("click", () => { view.toBottom(); question.focus(); });
+$("close-notice").addEventListener("click", () => { notice(""); question.focus(); });
 $("open-sidebar").addEventListener("click", () => sidebar.toggle(true));
 $("close-sidebar").addEventListener("click", () => { sidebar.toggle(false); $("open-sidebar").focus(); });
 $("chat").addEventListener("pointerdown", () => sidebar.toggle(false));
@@ -108,7 +129,12 @@ document.addEventListener("keydown", (event) => {
   calls[event.key]();
 });
 
-// Dialogs.
+// Dialogs. A press beside one closes it, but not the one that asks for the key.
+
+for (const dialog of document.querySelectorAll("dialog:not(#key)")) dialog.addEventListener("pointerdown", ({ target, clientX: x, clientY: y }) => {
+  const { left, right, top, bottom } = dialog.getBoundingClientRect();
+  if (target === dialog && (x < left || x > right || y < top || y > bottom)) dialog.close("");
+});
 
 function openSettings() {
   $("system").value = chat.state.conversation.system;
@@ -178,11 +204,11 @@ document.addEventListener("adapters-changed", () => settings.load().catch(failed
 async function start() {
   question.value = asked.get("prompt") ?? sessionStorage.getItem("draft") ?? "";
   if (asked.has("columns")) settings.setColumns(asked.get("columns").split(",").map((name) => (name === "base" ? null : name)));
-  const id = location.hash.slice(1);
-  if (id) await chat.open(id);
-  else draw();
-  view.toBottom();
+  keepDraft();
+  if (location.search) history.replaceState(null, "", location.pathname + location.hash); // what it asks for is done
+  await followAddress();
   question.focus();
   await settings.load();
+  draw();
 }
 start().catch(failed);

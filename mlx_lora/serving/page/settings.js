@@ -1,7 +1,7 @@
 // Who answers and how: the columns, the options of sampling. Both are kept in the browser for all conversations.
 
 import { get } from "./api.js";
-import { $, el } from "./dom.js";
+import { $, el, notice } from "./dom.js";
 import { nameOf } from "./conversation.js";
 
 export let server = { base: "", adapters: [], options: [], most_columns: 1 };
@@ -18,9 +18,17 @@ export const ready = new Promise((resolve) => { loaded = resolve; }); // the fir
 export async function load() {
   try {
     server = await get("page/settings");
+    forgetMissing();
     drawColumns();
     drawOptions();
   } finally { loaded(); }
+}
+
+function forgetMissing() {
+  const missing = wanted.filter((adapter) => adapter !== null && !server.adapters.includes(adapter));
+  if (!missing.length) return;
+  notice(`${missing.join(", ")} ${missing.length > 1 ? "are" : "is"} not among this server's adapters.`);
+  setColumns(wanted.filter((adapter) => !missing.includes(adapter)));
 }
 
 // The adapters that answer, in the server's order; null is the base.
@@ -49,7 +57,10 @@ function drawColumns() {
     const box = known ?? el("input", { type: "checkbox", "data-adapter": key, on: { change: () => toggle(adapter) } });
     box.checked = now.includes(adapter);
     box.disabled = box.checked ? now.length === 1 : now.length >= server.most_columns;
-    return known?.parentElement ?? el("label", {}, box, adapter === null ? `base (${server.base})` : adapter);
+    const text = adapter === null ? `base (${server.base})` : adapter;
+    if (!known) return el("label", {}, box, text);
+    known.nextSibling.data = text; // the base's name is not known at first
+    return known.parentElement;
   });
   const old = [...$("columns").querySelectorAll("label")];
   if (old.length !== drawn.length || old.some((label, index) => label !== drawn[index])) $("columns").replaceChildren($("columns").firstElementChild, ...drawn);

@@ -39,6 +39,22 @@ export async function conversations() {
   return found.sort((a, b) => b.updated - a.updated);
 }
 
+// The ids of the conversations that have a text in their title or in a message, in capital letters or not.
+export function search(text) {
+  const wanted = text.toLowerCase();
+  const has = (found) => found.toLowerCase().includes(wanted);
+  return transaction("readonly", (all, turns, result) => {
+    result.value = new Set();
+    all.getAll().onsuccess = ({ target }) => target.result.filter(({ title }) => has(title)).forEach(({ id }) => result.value.add(id));
+    turns.openCursor().onsuccess = ({ target: { result: cursor } }) => {
+      if (!cursor) return;
+      const { conversation, user, answers } = cursor.value;
+      if (has(user) || answers.some((answer) => has(answer.text))) result.value.add(conversation);
+      cursor.continue();
+    };
+  });
+}
+
 // [conversation, its turns]; the conversation is undefined where it was deleted.
 export async function read(id) {
   const found = await transaction("readonly", (all, turns, result) => {

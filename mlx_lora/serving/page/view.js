@@ -1,11 +1,11 @@
-// Draws the conversation: turns, answers, and the answer that grows.
+// Draws the conversation: turns, their answers (see answer.js for the text of one), and what can be done with them.
 
-import { post } from "./api.js";
+import { fill, numbers, reasoning } from "./answer.js";
 import * as chat from "./chat.js";
 import { chosen, nameOf, rounds, shownRound } from "./conversation.js";
-import { $, copy, el, html, icon, iconButton, notice } from "./dom.js";
+import { $, copyButton, el, iconButton, sends } from "./dom.js";
+import { server } from "./settings.js";
 
-const rendered = new Map(); // answer's id -> the HTML of the first `length` characters of its text
 let drawn = new Map(); // turn's id -> its element and what it was drawn from
 let editing = null; // the id of the turn whose message is being edited
 let actions = {};
@@ -29,8 +29,7 @@ export function draw() {
   const fresh = elements.length ? elements : [empty()];
   [...parent.children].filter((child) => !fresh.includes(child)).forEach((child) => child.remove());
   fresh.forEach((element, index) => { if (parent.children[index] !== element) parent.insertBefore(element, parent.children[index] ?? null); });
-  const busy = chat.state.busy !== null;
-  parent.querySelectorAll("[data-idle]").forEach((button) => { button.disabled = busy; });
+  parent.querySelectorAll("[data-idle]").forEach((button) => { button.disabled = chat.busy(); });
   if (focused && document.activeElement === document.body) parent.querySelector(`[data-key="${focused}"]`)?.focus({ preventScroll: true });
 }
 
@@ -38,13 +37,17 @@ export function draw() {
 
 const pane = $("turns");
 let following = true, lastTop = 0;
+function follow(now) {
+  following = now;
+  $("to-bottom").hidden = now;
+}
 export function toBottom() {
-  following = true;
+  follow(true);
   pane.scrollTop = pane.scrollHeight;
 }
 pane.addEventListener("scroll", () => {
-  if (pane.scrollTop < lastTop - 2) following = false;
-  if (pane.scrollHeight - pane.scrollTop - pane.clientHeight < 40) following = true;
+  if (pane.scrollTop < lastTop - 2) follow(false);
+  if (pane.scrollHeight - pane.scrollTop - pane.clientHeight < 40) follow(true);
   lastTop = pane.scrollTop;
 });
 new ResizeObserver(() => { if (following) toBottom(); }).observe($("flow"));
@@ -56,7 +59,12 @@ export function edit(turn) {
 }
 
 function empty() {
-  return el("div", { className: "empty" }, el("h2", {}, "Ask the model"), el("p", {}, "Choose several models at the top to compare their answers side by side."));
+  const [text, dialog] = server.adapters.length ? ["Compare models", "models"] : ["Add an adapter", "adapters"];
+  return el("div", { className: "empty" },
+    el("h2", {}, `Ask ${server.base || "the model"}`),
+    el("p", {}, "Write a message below. The base model and its adapters can answer side by side. Conversations are kept in this browser only."),
+    el("p", {}, "Thumbs up and down on answers make training data: Import and export saves it as files for ", el("code", {}, "mlx-lora train"), "."),
+    el("button", { type: "button", className: "outlined", on: { click: () => $(`open-${dialog}`).click() } }, text));
 }
 
 function drawTurn(turn, versions) {
@@ -72,7 +80,7 @@ function drawUser(turn, versions) {
   if (editing === turn.id) return el("div", { className: "user" }, editor(turn));
   return el("div", { className: "user" },
     el("h2", { className: "visually-hidden" }, "You"),
-    el("p", {}, turn.user),
+    el("p", { dir: "auto" }, turn.user),
     el("div", { className: "actions" },
       pager("Version of this message", versions.map(({ id }) => id), turn.id, (id) => chat.show(versions.find((each) => each.id === id))),
       copyButton(() => turn.user, "Copy the message", `copy-${turn.id}`),
@@ -80,18 +88,18 @@ function drawUser(turn, versions) {
 }
 
 function editor(turn) {
-  const area = el("textarea", { value: turn.user, rows: Math.min(12, turn.user.split("\n").length + 1), "aria-label": "Edit the message" });
+  const area = el("textarea", { value: turn.user, rows: Math.min(12, turn.user.split("\n").length + 1), dir: "auto", "aria-label": "Edit the message" });
   const save = (event) => {
     event?.preventDefault();
     const text = area.value;
-    if (!text.trim() || chat.state.busy) return;
+    if (!text.trim() || chat.busy()) return;
     editing = null;
     if (text === turn.user) draw();
     else chat.edit(turn, text);
   };
   area.addEventListener("keydown", (event) => {
     if (event.key === "Escape") { event.stopPropagation(); edit(null); }
-    else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) save(event);
+    else if (sends(event)) save(event);
   });
   return el("form", { on: { submit: save } }, area,
     el("div", { className: "row end" },
@@ -108,8 +116,8 @@ function drawAnswer(turn, answer, compared) {
     el("h3", {}, el("span", { className: "name" }, name), compared ? picker(turn, answer, picked) : null),
     reasoning(answer), body,
     answer.error ? el("p", { className: "error", role: "alert" }, answer.error) : null,
-    answer.error && !answer.text ? el("p", { className: "hint" }, "This message is left out of the conversation until it is answered.") : null,
-    !answer.done && !live ? el("p", { className: "hint" }, "This answer was not finished.") : null,
+    answer.error && !chosen(turn).text ? el("p", { className: "hint" }, "This message is left out of the conversation until it is answered.") : null,
+    !answer.done && !live ? el("p", { className: "hint" }, "This answer is not finished. If another tab still receives it, it grows here too.") : null,
     el("div", { className: "actions" }, live ? null : answerActions(turn, answer, compared), el("span", { className: "numbers" }, numbers(answer))));
   fill(element, answer);
   return element;
@@ -120,11 +128,6 @@ function picker(turn, answer, picked) {
     type: "button", className: picked ? "quiet" : "outlined", "aria-pressed": String(picked), "data-idle": "",
     "data-key": `pick-${answer.id}`, title: "The conversation goes on with this answer", on: { click: () => chat.choose(turn, answer.id) },
   }, picked ? "Chosen" : "Continue with this");
-}
-
-function reasoning(answer) {
-  if (!answer.reasoning) return null;
-  return el("details", { className: "reasoning" }, el("summary", {}, "Reasoning"), el("div", {}, answer.reasoning));
 }
 
 function answerActions(turn, answer, compared) {
@@ -160,87 +163,3 @@ function pager(label, ids, now, go) {
   };
   return el("span", { className: "pager", role: "group", "aria-label": label }, step("left", "Previous", at - 1), `${at + 1}/${ids.length}`, step("right", "Next", at + 1));
 }
-
-function copyButton(text, label, key) {
-  const button = iconButton("copy", label, async () => {
-    try {
-      await copy(text());
-      button.replaceChildren(icon("check"));
-      $("announce").textContent = "Copied";
-      setTimeout(() => button.replaceChildren(icon("copy")), 1500);
-    } catch (error) { notice(`Nothing was copied: ${error.message}`); }
-  }, { "data-key": key });
-  return button;
-}
-
-function numbers({ numbers: found, done }) {
-  if (!found) return "";
-  const speed = found.tokens ? `${found.tokens} tokens, ${found.tokens_per_second.toFixed(1)} a second` : null;
-  const first = found.first_token === undefined ? null : `first after ${found.first_token.toFixed(2)} s`;
-  const end = { length: "cut off at max tokens", stopped: "stopped" }[found.finish_reason];
-  return [speed, first, done ? end : null].filter(Boolean).join(" · ");
-}
-
-// The growing answer. Its text is drawn once a frame at most.
-
-const waiting = new Map();
-
-export function grew(answer, cleaned) {
-  if (cleaned !== undefined) rendered.set(answer.id, { html: cleaned, length: answer.text.length });
-  if (!waiting.size) requestAnimationFrame(() => {
-    for (const each of waiting.values()) {
-      const element = document.querySelector(`[data-answer="${each.id}"]`);
-      if (element) fill(element, each);
-    }
-    waiting.clear();
-  });
-  waiting.set(answer.id, answer);
-}
-
-// Puts the text of an answer into its element: as HTML as far as it has been rendered, and the rest as it is.
-function fill(element, answer) {
-  const { html: cleaned, length } = rendered.get(answer.id) ?? { html: "", length: 0 };
-  const [before, rest] = element.querySelector(".body").children;
-  const live = chat.isGrowing(answer);
-  if (before.source !== cleaned) {
-    html(before, cleaned);
-    before.source = cleaned;
-  }
-  rest.textContent = answer.text.slice(length);
-  const old = element.querySelector(".reasoning div");
-  if (old) old.textContent = answer.reasoning;
-  else if (answer.reasoning) element.querySelector(".body").before(reasoning(answer));
-  element.querySelector(".numbers").textContent = numbers(answer);
-  if (live) return;
-  if (rest.textContent) observer.observe(element);
-  else before.querySelectorAll(":not(.code) > pre").forEach(withCopy);
-}
-
-function withCopy(pre) {
-  const frame = el("div", { className: "code" });
-  pre.replaceWith(frame);
-  pre.tabIndex = 0; // a wide block is scrolled with the keyboard
-  frame.append(pre, copyButton(() => pre.textContent, "Copy the code", null));
-}
-
-// Answers from the store are rendered when they come into view, many in one request.
-
-const MOST = 1_000_000; // characters in a request
-const observer = new IntersectionObserver(async (entries) => {
-  const seen = entries.filter((entry) => entry.isIntersecting).map((entry) => entry.target);
-  seen.forEach((element) => observer.unobserve(element));
-  const all = new Map(chat.state.turns.flatMap((turn) => turn.answers).map((answer) => [answer.id, answer]));
-  const left = seen.map((element) => [element, all.get(element.dataset.answer)]).filter(([, answer]) => answer && answer.text.length < MOST);
-  while (left.length) {
-    const some = [];
-    for (let size = 0; left.length && size + left[0][1].text.length <= MOST; size += some.at(-1)[1].text.length) some.push(left.shift());
-    const texts = some.map(([, answer]) => answer.text);
-    try {
-      const made = await post("page/markdown", { texts });
-      some.forEach(([element, answer], index) => {
-        rendered.set(answer.id, { html: made.html[index], length: texts[index].length });
-        fill(element, answer);
-      });
-    } catch { return; } // they stay as plain text, and are tried again when they are drawn again
-  }
-}, { rootMargin: "600px" });

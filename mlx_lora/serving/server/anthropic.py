@@ -20,8 +20,10 @@ from .events import Answer, Event
 from .openai_requests import Effort, Model, StopWord, Tokens, template_variables
 from .state import Ask, Server
 from .streams import collect, events, server_of, sse, stream
+from .tool_choice import tools_of
 
 router = APIRouter(tags=["messages"], route_class=StrictRoute)
+_MODES = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}  # of tool_choice, as OpenAI's
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -44,10 +46,11 @@ class MessagesTool(Body):
 
 
 class ToolChoice(Body):
-    """Whether tools may be called. A call cannot be forced."""
+    """Whether tools may be called, or must be: any of them, or the one that is named."""
 
-    type: Literal["auto", "none"]
-    disable_parallel_tool_use: only(False) | None = None
+    type: Literal["auto", "none", "any", "tool"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
 
 
 class Thinking(Body):
@@ -112,7 +115,7 @@ async def messages(request: Request, body: Messages) -> Any:
     """Answer a conversation."""
     server = server_of(request)
     ask = _ask(server, body)
-    answer = Answer(server.engine.tokenizer, ask.tools)
+    answer = Answer(server.engine.tokenizer, ask.tools.shown, ask.tools.one_call)
     about = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant", "model": body.model}
     if body.stream:
         return await stream(request, _chunks(server, ask, answer, about))
@@ -133,8 +136,13 @@ async def count_tokens(request: Request, body: CountTokens) -> Any:
 
 
 def _ask(server: Server, body: Messages) -> Ask:
-    tools = [tool.for_template() for tool in body.tools or ()] or None
-    choice = body.tool_choice.type if body.tool_choice else "auto"
+    choice = body.tool_choice or ToolChoice(type="auto")
+    tools = tools_of(
+        [tool.for_template() for tool in body.tools or ()],
+        _MODES[choice.type],
+        [choice.name or ""] if choice.type == "tool" else None,
+        choice.type != "tool" and not choice.disable_parallel_tool_use,
+    )
     thinking = body.thinking.type if body.thinking else None
     output = body.output_config or OutputConfig()
     config = server.generation(
@@ -154,7 +162,7 @@ def _ask(server: Server, body: Messages) -> Ask:
     return Ask(
         *(server.adapter_of(body.model), config),
         messages=chat,
-        tools=None if choice == "none" else tools,
+        tools=tools,
         response_format=output.response_format(),
     )
 

@@ -22,6 +22,7 @@ from .events import Answer
 from .openai_requests import ChatCompletion, Completion, read_message, template_variables
 from .state import Ask, Server
 from .streams import collect, events, server_of, sse, stream
+from .tool_choice import tools_of_openai
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -51,7 +52,9 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Any:
     server = server_of(request)
     if body.top_logprobs and not body.logprobs:
         raise ConfigError("top_logprobs needs logprobs: true", "Set logprobs, or leave top_logprobs out.")
-    tools = None if body.tool_choice == "none" else [tool.for_template() for tool in body.tools or ()] or None
+    tools = tools_of_openai(
+        [tool.for_template() for tool in body.tools or ()], body.tool_choice, body.parallel_tool_calls
+    )
     if taken := sorted((body.chat_template_kwargs or {}).keys() & TEMPLATE_ARGUMENTS):
         raise ConfigError(f"chat_template_kwargs cannot set {', '.join(taken)}", "Leave them out.")
     ask = Ask(
@@ -73,7 +76,7 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Any:
         "model": body.model,
         "object": "chat.completion",
     }
-    answers = [Answer(server.engine.tokenizer, tools) for _ in range(ask.n)]
+    answers = [Answer(server.engine.tokenizer, tools.shown, tools.one_call) for _ in range(ask.n)]
     if body.stream:
         chunks = _chat_chunks(server, ask, answers, about, body.usage_in_stream)
         return await stream(request, chunks)

@@ -23,6 +23,7 @@ Model = Annotated[str, Field(min_length=1, max_length=500)]
 Tokens = integer(1, description="More than the server's --max-tokens-limit counts as that limit.")
 StopWord = Annotated[str, Field(max_length=1000)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # of reasoning, for the chat template
+ToolChoice = Annotated[str | dict[str, Any], WithJsonSchema(shapes.TOOL_CHOICE)]
 # For the client's own bookkeeping: accepted, without a meaning here.
 Metadata = Annotated[dict[str, str], Field(max_length=16)]
 
@@ -120,8 +121,8 @@ class ChatCompletion(Sampling):
     logprobs: bool | None = None
     top_logprobs: _TopLogprobs | None = None
     tools: Annotated[list[ChatTool] | None, Field(max_length=256)] = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: only(True) | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     modalities: Annotated[list[Literal["text"]] | None, Field(max_length=1)] = None
     response_format: Annotated[dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.RESPONSE_FORMAT))] = None

@@ -13,14 +13,15 @@ from pydantic import Field, WithJsonSchema
 
 from ...errors import ConfigError
 from . import shapes
-from .body import Body, StrictRoute, only
+from .body import Body, StrictRoute
 from .connection import unless_disconnected
 from .errors import ANSWERED
 from .errors import responses as described
 from .events import Answer
-from .openai_requests import Effort, Function, Metadata, Model, Tokens, read_message, template_variables
+from .openai_requests import Effort, Function, Metadata, Model, Tokens, ToolChoice, read_message, template_variables
 from .state import Ask, Server
 from .streams import collect, events, server_of, sse, stream
+from .tool_choice import tools_of_openai
 
 router = APIRouter(tags=["responses"], route_class=StrictRoute)
 
@@ -55,8 +56,8 @@ class Responses(Body):
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     stream: bool | None = None
     tools: Annotated[list[ResponsesTool] | None, Field(max_length=256)] = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: only(True) | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     text: Annotated[dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.TEXT_OPTIONS))] = None
     reasoning: Reasoning | None = None
     store: bool | None = None
@@ -74,7 +75,7 @@ class Responses(Body):
 async def responses(request: Request, body: Responses) -> Any:
     """Answer a conversation."""
     server = server_of(request)
-    tools = [_tool(tool) for tool in body.tools or ()] or None
+    tools = tools_of_openai([_tool(tool) for tool in body.tools or ()], body.tool_choice, body.parallel_tool_calls)
     ask = Ask(
         server.adapter_of(body.model),
         server.generation(
@@ -84,10 +85,10 @@ async def responses(request: Request, body: Responses) -> Any:
             chat_template_config=template_variables(body.reasoning.effort if body.reasoning else None),
         ),
         messages=_messages(body),
-        tools=None if body.tool_choice == "none" else tools,
+        tools=tools,
         response_format=_format(body.text),
     )
-    answer = Answer(server.engine.tokenizer, ask.tools)
+    answer = Answer(server.engine.tokenizer, tools.shown, tools.one_call)
     about = {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -95,7 +96,7 @@ async def responses(request: Request, body: Responses) -> Any:
         "model": body.model,
         "instructions": body.instructions,
         "metadata": body.metadata or {},
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": not tools.one_call,
         "temperature": ask.config.temp,
         "top_p": ask.config.top_p,
         "tool_choice": body.tool_choice or "auto",

@@ -64,6 +64,15 @@ RESPONSE_FORMAT: Schema = {
 }
 TEXT_FORMAT: Schema = {"anyOf": [_PLAIN_FORMAT, opened({"type": one_of("json_schema"), "schema": _SCHEMA})]}
 TEXT_OPTIONS: Schema = closed({}, {"format": nullable(TEXT_FORMAT)})
+_NAMED = {"anyOf": [opened({"name": TEXT}), opened({"function": opened({"name": TEXT})})]}
+_ALLOWED = opened({"mode": one_of("auto", "required"), "tools": listed(_NAMED, minItems=1)})
+TOOL_CHOICE: Schema = {
+    "anyOf": [
+        one_of("none", "auto", "required"),
+        {**_NAMED, **opened({"type": one_of("function")})},
+        opened({"type": one_of("allowed_tools"), "allowed_tools": _ALLOWED}),
+    ]
+}
 TEMPLATE_VARIABLES: Schema = {
     "type": "object",
     "propertyNames": {"not": {"enum": sorted(TEMPLATE_ARGUMENTS)}},
@@ -194,7 +203,7 @@ RESPONSE: Schema = closed(
         "parallel_tool_calls": _BOOL,
         "temperature": _NUMBER,
         "top_p": _NUMBER,
-        "tool_choice": one_of("auto", "none"),
+        "tool_choice": {"anyOf": [TEXT, _FREE]},
         "tools": listed(_FREE),
         "error": {"type": "null"},
         "status": _STATUS,

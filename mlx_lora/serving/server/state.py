@@ -17,7 +17,8 @@ from ...errors import AdapterError, ConfigError
 from ..engine import Engine
 from ..requests import Piece, Request
 from ..worker import Stopped, Worker
-from .schema import response_processors
+from .schema import processors_for
+from .tool_choice import Tools
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Ask:
     config: GenerateConfig
     messages: list[dict] | None = None  # or
     text: str | list[int] | None = None  # to continue
-    tools: list[dict] | None = None
+    tools: Tools = Tools()
     logprobs: int | None = None
     n: int = 1
     response_format: dict[str, Any] | None = None  # OpenAI's
@@ -90,7 +91,7 @@ class Server:
     def _requests(self, ask: Ask) -> list[Request]:
         engine = self.engine
         if ask.messages is not None:
-            tokens = engine.prompt(ask.messages, ask.tools, ask.config)
+            tokens = engine.prompt(ask.messages, ask.tools.shown, ask.config)
             state = engine.state_after(tokens)
         else:
             tokens = list(ask.text) if isinstance(ask.text, list) else engine.plain_prompt(ask.text)
@@ -104,9 +105,15 @@ class Server:
         if ask.n > 1:  # each with numbers of its own
             seed = ask.config.seed
             configs = [_seeded(ask.config, None if seed is None else seed + number) for number in range(ask.n)]
-        chat, rules = ask.messages is not None, (engine.tokenizer, engine.vocab_size, ask.response_format)
+        rules = (engine.tokenizer, engine.vocab_size, ask.response_format, ask.tools, state == "reasoning")
         return [
-            Request(tokens, config, ask.adapter, ask.logprobs, chat, state, response_processors(*rules))
+            Request(
+                *(tokens, config, ask.adapter, ask.logprobs),
+                parts=ask.messages is not None,
+                state=state,
+                one_call=ask.tools.one_call,
+                processors=processors_for(*rules),
+            )
             for config in configs
         ]
 

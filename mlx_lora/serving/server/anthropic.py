@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -81,7 +82,7 @@ class OutputConfig(Body):
 class CountTokens(Body):
     """POST /v1/messages/count_tokens."""
 
-    model: Model
+    model: Model | None = None  # by default the base
     messages: Annotated[
         list[Annotated[dict[str, Any], WithJsonSchema(shapes.ANTHROPIC_MESSAGE)]],
         Field(min_length=1, max_length=10_000),
@@ -116,7 +117,12 @@ async def messages(request: Request, body: Messages) -> Any:
     server = server_of(request)
     ask = _ask(server, body)
     answer = Answer(server.engine.tokenizer, ask.tools.shown, ask.tools.one_call)
-    about = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant", "model": body.model}
+    about = {
+        "id": f"msg_{uuid.uuid4().hex[:24]}",
+        "type": "message",
+        "role": "assistant",
+        "model": body.model or server.name,
+    }
     if body.stream:
         return await stream(request, _chunks(server, ask, answer, about))
     await unless_disconnected(request, collect(server, ask, [answer]))
@@ -159,6 +165,8 @@ def _ask(server: Server, body: Messages) -> Ask:
     chat = [{"role": "system", "content": system}] if system else []
     for message in body.messages:
         chat += _message(message)
+    if chat[-1]["role"] == "assistant" and chat[-1].keys() == {"role", "content"}:  # the answer's beginning
+        config = replace(config, prefill_response=chat.pop()["content"] or None)
     return Ask(
         *(server.adapter_of(body.model), config),
         messages=chat,

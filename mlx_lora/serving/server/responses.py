@@ -13,12 +13,22 @@ from pydantic import Field, WithJsonSchema
 
 from ...errors import ConfigError
 from . import shapes
-from .body import Body, StrictRoute
+from .body import Body, StrictRoute, only
 from .connection import unless_disconnected
 from .errors import ANSWERED
 from .errors import responses as described
 from .events import Answer
-from .openai_requests import Effort, Function, Metadata, Model, Tokens, ToolChoice, read_message, template_variables
+from .openai_requests import (
+    Bookkeeping,
+    Effort,
+    Function,
+    Model,
+    StreamOptions,
+    Tokens,
+    ToolChoice,
+    read_message,
+    template_variables,
+)
 from .state import Ask, Server
 from .streams import collect, events, server_of, sse, stream
 from .tool_choice import tools_of_openai
@@ -40,10 +50,10 @@ class Reasoning(Body):
     generate_summary: str | None = None
 
 
-class Responses(Body):
+class Responses(Bookkeeping):
     """POST /v1/responses."""
 
-    model: Model
+    model: Model | None = None  # by default the base
     input: (
         str
         | Annotated[
@@ -60,15 +70,13 @@ class Responses(Body):
     parallel_tool_calls: bool | None = None
     text: Annotated[dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.TEXT_OPTIONS))] = None
     reasoning: Reasoning | None = None
-    store: bool | None = None
-    metadata: Metadata | None = None
-    user: str | None = None
     include: list[str] | None = None
     truncation: Literal["disabled", "auto"] | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    stream_options: StreamOptions | None = None
+    background: only(False) | None = None
+    previous_response_id: None = None
+    conversation: None = None
+    prompt: None = None
 
 
 @router.post("/v1/responses", responses=described(shapes.RESPONSE, *ANSWERED, stream=True))
@@ -93,7 +101,7 @@ async def responses(request: Request, body: Responses) -> Any:
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
         "created_at": int(time.time()),
-        "model": body.model,
+        "model": body.model or server.name,
         "instructions": body.instructions,
         "metadata": body.metadata or {},
         "parallel_tool_calls": not tools.one_call,
@@ -173,7 +181,9 @@ def _tool(tool: ResponsesTool) -> dict[str, Any]:
 
 def _format(text: dict[str, Any] | None) -> dict[str, Any] | None:
     """Chat completions' response_format for ``text``."""
-    if unknown := sorted((text or {}).keys() - {"format"}):
+    if unknown := sorted(
+        key for key, value in (text or {}).items() if (key, value) != ("verbosity", "medium") and key != "format"
+    ):
         raise ConfigError(f"text: {', '.join(unknown)[:200]} cannot be used", "Send nothing but format in text.")
     wanted = (text or {}).get("format")
     if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":

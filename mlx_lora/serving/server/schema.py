@@ -46,13 +46,12 @@ def _schema_of(wanted: Any) -> dict[str, Any] | None:
         return None
     if kind not in ("json_object", "json_schema"):
         raise ConfigError(f"response_format: {kind!r} is no type", f"Use {_TYPES}.")
-    if kind == "json_object":
-        return {"type": "object"}
-    described = wanted.get("json_schema")
+    # llama.cpp and others take a schema beside "json_object".
+    described = wanted.get("json_schema") if kind == "json_schema" else {"schema": {"type": "object"}, **wanted}
     schema = described.get("schema") if isinstance(described, dict) else None
     if not isinstance(schema, dict):
         raise ConfigError(
-            "response_format: json_schema has no schema", 'Send {"json_schema": {"name": ..., "schema": {...}}}.'
+            f"response_format: {kind} has no schema", 'Send {"json_schema": {"name": ..., "schema": {...}}}.'
         )
     return schema
 

@@ -55,7 +55,7 @@ MESSAGE: Schema = {
     ],
 }
 _SCHEMA = {"type": "object"}
-_PLAIN_FORMAT = opened({"type": one_of("text", "json_object")})
+_PLAIN_FORMAT = opened({"type": one_of("text", "json_object")}, {"schema": _SCHEMA})
 RESPONSE_FORMAT: Schema = {
     "anyOf": [
         _PLAIN_FORMAT,
@@ -63,7 +63,7 @@ RESPONSE_FORMAT: Schema = {
     ]
 }
 TEXT_FORMAT: Schema = {"anyOf": [_PLAIN_FORMAT, opened({"type": one_of("json_schema"), "schema": _SCHEMA})]}
-TEXT_OPTIONS: Schema = closed({}, {"format": nullable(TEXT_FORMAT)})
+TEXT_OPTIONS: Schema = closed({}, {"format": nullable(TEXT_FORMAT), "verbosity": one_of("medium")})
 _NAMED = {"anyOf": [opened({"name": TEXT}), opened({"function": opened({"name": TEXT})})]}
 _ALLOWED = opened({"mode": one_of("auto", "required"), "tools": listed(_NAMED, minItems=1)})
 TOOL_CHOICE: Schema = {

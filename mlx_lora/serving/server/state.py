@@ -16,6 +16,7 @@ from ...config import GenerateConfig, ServeConfig
 from ...errors import AdapterError, ConfigError
 from ..engine import Engine
 from ..requests import Piece, Request
+from ..sampling import Withheld, extra_eos
 from ..worker import Stopped, Worker
 from .schema import processors_for
 from .tool_choice import Tools
@@ -33,6 +34,8 @@ class Ask:
     logprobs: int | None = None
     n: int = 1
     response_format: dict[str, Any] | None = None  # OpenAI's
+    min_tokens: int = 0  # before which no token ends the answer
+    ignore_eos: bool = False
 
 
 @dataclass
@@ -58,8 +61,10 @@ class Server:
             text = text.replace(f"{folder}/", "")
         return text
 
-    def adapter_of(self, model: str) -> str | None:
+    def adapter_of(self, model: str | None) -> str | None:
         """The adapter that a request's ``model`` names, None for the base. Raises: UnknownModel."""
+        if model is None:
+            return None
         base, colon, adapter = model.partition(":")
         if model in (self.name, "base"):
             return None
@@ -112,10 +117,25 @@ class Server:
                 parts=ask.messages is not None,
                 state=state,
                 one_call=ask.tools.one_call,
-                processors=processors_for(*rules),
+                processors=(*processors_for(*rules), *self._withheld(ask, len(tokens))),
             )
             for config in configs
         ]
+
+    def _withheld(self, ask: Ask, prompt: int) -> list[Withheld]:
+        """Logits processors for ``min_tokens`` and ``ignore_eos``. Raises: ConfigError: a grammar ends the answer."""
+        if not (ask.min_tokens or ask.ignore_eos):
+            return []
+        if ask.response_format or ask.tools.forced:
+            raise ConfigError(
+                "min_tokens and ignore_eos cannot be used with response_format or a required tool call",
+                "Leave them out.",
+            )
+        engine = self.engine
+        ends = set(engine.tokenizer.eos_token_ids)
+        if ask.ignore_eos:
+            return [Withheld(ends, prompt)]
+        return [Withheld(ends | extra_eos(ask.config, engine.tokenizer, engine.vocab_size), prompt, ask.min_tokens)]
 
     async def pieces(
         self, requests: Sequence[Request], apart: bool = False

@@ -204,6 +204,7 @@ def test_what_changes_the_answer_and_cannot_be_done_is_an_error(server):
     schema = {"type": "json_object", "schema": {"const": 1}}
     for field, value in (
         ("samplers", ["top_k"]),
+        ("n_predict", 5),
         ("guided_regex", "a+"),
         ("verbosity", "low"),
         ("web_search_options", {}),
@@ -217,6 +218,7 @@ def test_what_changes_the_answer_and_cannot_be_done_is_an_error(server):
         got = httpx.post(f"{url}/v1/chat/completions", json={**chat, field: value})
         name = "extra_eos_token" if field == "stop_token_ids" else field
         assert got.status_code == 400 and name in got.json()["error"]["message"], (field, got.text)
+        assert field != "n_predict" or "use max_tokens" in got.text
     got = httpx.post(f"{url}/v1/chat/completions", json={**chat, "min_tokens": 2, "response_format": schema})
     assert got.status_code == 400 and "min_tokens" in got.text
     for field, value in (("suffix", "end"), ("best_of", 3), ("echo", True)):

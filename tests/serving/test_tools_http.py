@@ -563,6 +563,22 @@ def test_an_effort_of_reasoning_reaches_the_chat_template(minimind, monkeypatch)
     assert seen.pop() == {"reasoning_effort": "none", "enable_thinking": True}
 
 
+def test_anthropics_tool_runner_calls_the_function(minimind):
+    url, engine = minimind
+    cities = []
+
+    @anthropic.beta_tool
+    def weather(city: str) -> str:
+        """The weather of a city."""
+        cities.append(city)
+        engine.says = "It rains."
+        return "rain"
+
+    engine.says = written("minimind", {"name": "weather", "arguments": {"city": "Bern"}})
+    made = claude(url).beta.messages.tool_runner(model="tiny", messages=ASK, tools=[weather], max_tokens=200)
+    assert made.until_done().content[0].text == "It rains." and cities == ["Bern"]
+
+
 def test_what_claude_code_sends_is_taken(minimind):
     url, engine = minimind
     engine.says = "Hi"

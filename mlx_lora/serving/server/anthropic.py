@@ -79,6 +79,14 @@ class OutputConfig(Body):
         return {"type": "json_schema", "json_schema": {"name": "answer", "schema": self.format["schema"]}}
 
 
+class NoThreads(ConfigError):
+    """No conversation is kept here. By ``details``, Anthropic's client knows to send all of it in each request."""
+
+    def __init__(self) -> None:
+        super().__init__("thread: no conversation is kept here", "Send all messages, without thread.")
+        self.details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+
+
 class CountTokens(Body):
     """POST /v1/messages/count_tokens."""
 
@@ -109,6 +117,10 @@ class Messages(CountTokens):
     stream: bool | None = None
     metadata: dict[str, Any] | None = None  # for Anthropic's own bookkeeping, as is service_tier
     service_tier: str | None = None
+    inference_geo: str | None = None
+    diagnostics: dict[str, Any] | None = None
+    speed: Literal["standard"] | None = None
+    thread: dict[str, Any] | None = None
 
 
 @router.post("/v1/messages", responses=anthropic_responses(shapes.MESSAGES, *ANSWERED, stream=True))
@@ -142,6 +154,8 @@ async def count_tokens(request: Request, body: CountTokens) -> Any:
 
 
 def _ask(server: Server, body: Messages) -> Ask:
+    if body.thread is not None:
+        raise NoThreads
     choice = body.tool_choice or ToolChoice(type="auto")
     tools = tools_of(
         [tool.for_template() for tool in body.tools or ()],

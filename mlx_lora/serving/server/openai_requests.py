@@ -134,10 +134,13 @@ class Sampling(Bookkeeping):
             "presence_penalty": self.presence_penalty or None,
             "frequency_penalty": self.frequency_penalty or None,
             "repetition_penalty": self.repetition_penalty,
-            "repetition_context_size": self.repetition_context_size,
-            "presence_context_size": self.presence_context_size,
-            "frequency_context_size": self.frequency_context_size,
-            "min_tokens_to_keep": self.min_tokens_to_keep,
+            # Clients send these beside penalties that they leave out, where they say nothing.
+            **{
+                f"{name}_context_size": getattr(self, f"{name}_context_size")
+                for name in ("repetition", "presence", "frequency")
+                if getattr(self, f"{name}_penalty")
+            },
+            "min_tokens_to_keep": self.min_tokens_to_keep if self.min_p else None,
             "extra_eos_token": tuple(map(str, self.stop_token_ids or ())) or None,
             "logit_bias": self.logit_bias or None,
             "seed": self.seed,

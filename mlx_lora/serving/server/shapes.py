@@ -262,4 +262,4 @@ SERVER_SENT: Schema = closed({"data": TEXT}, {"event": TEXT})  # an event; its d
 HEALTH: Schema = closed({"status": TEXT, "active": COUNT, "queued": COUNT})
 _ERROR = {"message": TEXT, "type": TEXT}
 ERROR: Schema = closed({"error": closed({**_ERROR, "param": nullable(TEXT), "code": nullable(TEXT)})})
-ANTHROPIC_ERROR: Schema = closed({"type": one_of("error"), "error": closed(_ERROR)})
+ANTHROPIC_ERROR: Schema = closed({"type": one_of("error"), "error": closed(_ERROR, {"details": _FREE})})

@@ -309,6 +309,25 @@ def test_echo_and_log_probabilities_of_completions(client):
     assert "".join(chunk.choices[0].text for chunk in chunks) == echoed[0].text
 
 
+def test_small_things_that_other_servers_have(server, client, claude):
+    url, _ = server
+    body = {"messages": ASK, "max_tokens": 4, "temperature": 0}
+    text = client.chat.completions.create(model="tiny", **body).choices[0].message.content
+    assert httpx.post(f"{url}/chat/completions", json=body).json()["choices"][0]["message"]["content"] == text
+    assert httpx.get(f"{url}/models").json() == httpx.get(f"{url}/v1/models").json()
+    numbers = {
+        client.chat.completions.create(model="tiny", **body)._request_id,
+        claude.messages.create(model="tiny", messages=ASK, max_tokens=4)._request_id,
+    }
+    assert len(numbers) == 2 and None not in numbers
+    refused = [*ASK, {"role": "assistant", "content": None, "refusal": "I cannot."}, *ASK]
+    said = [*ASK, {"role": "assistant", "content": "I cannot."}, *ASK]
+    one, two = (client.chat.completions.create(model="tiny", **{**body, "messages": m}) for m in (refused, said))
+    assert one.usage.prompt_tokens == two.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="previous_response_id: cannot be honoured; leave it out"):
+        client.responses.create(model="tiny", input="x", previous_response_id="resp_1")
+
+
 def test_usage_in_every_event(client):
     usage = {"include_usage": True, "continuous_usage_stats": True}
     options = dict(model="tiny", max_tokens=5, temperature=0, stream=True, stream_options=usage)

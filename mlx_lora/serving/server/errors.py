@@ -145,8 +145,8 @@ _INSTEAD = {
 
 
 def _said(fault: dict[str, Any]) -> str:
-    if fault["type"] != "extra_forbidden":
-        return fault["msg"]
+    if fault["type"] not in ("extra_forbidden", "none_required"):
+        return fault["msg"].removeprefix("Value error, ")
     instead = _INSTEAD.get(str(fault["loc"][-1]))
     return f"cannot be honoured; use {instead}" if instead else "cannot be honoured; leave it out"
 

@@ -27,6 +27,7 @@ from .tool_choice import tools_of_openai
 router = APIRouter(route_class=StrictRoute)
 
 
+@router.get("/models", include_in_schema=False)  # as mlx-lm and llama.cpp also take it
 @router.get("/v1/models", tags=["models"], responses=responses(shapes.MODELS))
 async def models(request: Request) -> Any:
     """The base, and each adapter by its name."""
@@ -46,6 +47,7 @@ def _model(server: Server, adapter: str | None) -> dict[str, Any]:
     return {**base, "parent": server.name} if adapter else base
 
 
+@router.post("/chat/completions", include_in_schema=False)
 @router.post("/v1/chat/completions", tags=["completions"], responses=responses(shapes.CHAT, *ANSWERED, stream=True))
 async def chat_completions(request: Request, body: ChatCompletion) -> Any:
     """Answer a conversation."""

@@ -246,6 +246,8 @@ def template_variables(effort: str | None, given: dict[str, Any] | None = None) 
 def read_message(message: dict[str, Any]) -> dict[str, Any]:
     """A message as chat templates take it. Raises: ConfigError: it has no role, or content that is no text."""
     role, content = message.get("role"), message.get("content")
+    if content is None and role == "assistant":
+        content = message.get("refusal")
     if role not in ("system", "developer", "user", "assistant", "tool", "function"):
         raise ConfigError(f"messages: {role!r} is no role", "Use system, user, assistant or tool.")
     if isinstance(content, list):

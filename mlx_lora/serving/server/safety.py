@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import ipaddress
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -110,9 +111,12 @@ class Guard:
         # The clients of OpenAI and Anthropic send headers of their own: x-stainless-os, anthropic-beta and others.
         asked = headers.get("access-control-request-headers", "authorization, content-type, x-api-key")
 
+        number = uuid.uuid4().hex.encode()  # OpenAI's and Anthropic's clients tell it with an answer
+
         async def sending(message: dict) -> None:
             if message["type"] == "http.response.start":
                 found = [*message.get("headers", []), *_HEADERS.items()]
+                found += [(b"x-request-id", number), (b"request-id", number)]
                 if _two_lengths(headers):  # what follows in the connection may be a part of this body
                     found.append((b"connection", b"close"))
                 if origin in self._config.allow_origin:

@@ -47,7 +47,7 @@ _CONTENT = {"anyOf": [TEXT, _PARTS]}
 MESSAGE: Schema = {
     **opened(
         {"role": one_of("system", "developer", "user", "assistant", "tool", "function")},
-        {"content": nullable(_CONTENT), "tool_calls": nullable(listed(_CALL))},
+        {"content": nullable(_CONTENT), "tool_calls": nullable(listed(_CALL)), "refusal": nullable(TEXT)},
     ),
     "anyOf": [
         {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},

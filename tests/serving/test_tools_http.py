@@ -577,6 +577,7 @@ def test_anthropics_tool_runner_calls_the_function(minimind):
     engine.says = written("minimind", {"name": "weather", "arguments": {"city": "Bern"}})
     made = claude(url).beta.messages.tool_runner(model="tiny", messages=ASK, tools=[weather], max_tokens=200)
     assert made.until_done().content[0].text == "It rains." and cities == ["Bern"]
+    assert "How is it in Zürich?" in engine.prompt_text, "the client sends the whole conversation"
 
 
 def test_what_claude_code_sends_is_taken(minimind):

@@ -295,7 +295,7 @@ class Engine(Prompts):
         ends = reason == "stop"  # at a token that is no text
         row.made.append(event.token)
         segments = [] if ends else row.text.add(event.token)
-        if row.text.stopped_at is not None:
+        if row.text.stopped_at is not None or row.text.called:
             reason = "stop"
         elif reason is not None:
             segments += row.text.finish()

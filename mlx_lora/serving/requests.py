@@ -28,6 +28,7 @@ class Request:
     logprobs: int | None = None  # also give the log-probability of each token, and of so many of the likeliest
     parts: bool = False  # tell reasoning and tool calls apart from the answer
     state: str = "normal"  # with parts: what the prompt ends in, such as "reasoning"
+    one_call: bool = False  # with parts: end the answer after the first tool call
     processors: Sequence[LogitsProcessor] = ()  # run after those of ``config``, such as a grammar's
     cache: list | None = None  # a prompt cache to continue, which the answer changes; only ``tokens`` follow it
 
@@ -89,7 +90,9 @@ class Row:
             config = self.request.config
             processors = [*make_processors(config), *self.request.processors]
             self.guard = Guarded(make_sampler(config, tokenizer), processors)
-            self.text = AnswerText(tokenizer, config.stop, self.request.parts, self.request.state)
+            self.text = AnswerText(
+                tokenizer, config.stop, self.request.parts, self.request.state, self.request.one_call
+            )
             self.admitted = time.perf_counter()
 
     @property

@@ -101,6 +101,22 @@ def extra_eos(config: GenerateConfig, tokenizer: Any, vocab_size: int) -> set[in
     return found
 
 
+class Withheld:
+    """A logits processor that makes tokens impossible, for the first ``count`` tokens of an answer or for all.
+
+    Args:
+        prompt: length of the prompt.
+    """
+
+    def __init__(self, tokens: set[int], prompt: int, count: int | None = None):
+        self._tokens, self._end = mx.array(sorted(tokens)), None if count is None else prompt + count
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        if self._end is not None and len(tokens) >= self._end:
+            return logits
+        return mx.put_along_axis(logits, self._tokens[None], mx.array(-mx.inf, logits.dtype), axis=-1)
+
+
 class Guarded:
     """Calls a row's sampler or processors. What one of them raises is kept in ``error`` and ends that row alone."""
 

@@ -52,11 +52,20 @@ class AnswerText:
     Args:
         parts: whether to tell reasoning and tool calls apart, by the markers that mlx-lm knows of this tokenizer.
             Otherwise all text is "normal", with the markers in it.
+        one_call: whether the text ends after the first tool call.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), parts: bool = False, state: str = "normal"):
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        parts: bool = False,
+        state: str = "normal",
+        one_call: bool = False,
+    ):
         self._detokenizer, self._stop = tokenizer.detokenizer, StopWords(stop)
         self._machine, self.kind = None, state  # kind: of the text that comes next
+        self._one_call, self.called = one_call, False  # called: the call after which the text ends was made
         if parts:
             self._machine = _machine_of(tokenizer)
             self._state = self._machine.make_state(state)
@@ -86,6 +95,9 @@ class AnswerText:
             found = [*found, (kind, rest)]
         segments = []
         for kind, part in found:
+            if self._one_call and self.kind == "tool" and kind != "tool":
+                self.called, self.kind = True, kind
+                return [*segments, Segment(kind, "")]
             if part or kind != self.kind:
                 segments.append(Segment(kind, part))
             self.kind = kind

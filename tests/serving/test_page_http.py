@@ -107,6 +107,7 @@ def test_a_column_that_fails_ends_alone(server, monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "deliver", failing)
     try:
         found = told(url, adapters=["broken", "lawyer", None, "pirate"], options=options)
+        named = told(url, adapters=["nobody", None], options=options)
         only = httpx.post(
             f"{url}/page/chat", json={"messages": [{"role": "user", "content": "x"}], "adapters": ["broken"]}
         )
@@ -116,6 +117,9 @@ def test_a_column_that_fails_ends_alone(server, monkeypatch, tmp_path):
     assert errors.keys() == {0, 1} and "adapter_config.json" in errors[0] and "secret" not in errors[1]
     ends = {event["column"]: event["html"] for event in found if event["kind"] == "end"}
     assert ends.keys() == {2, 3} and ends[2] == alone["html"]
+    unknown, *answered = named
+    assert unknown["column"] == 0 and unknown["kind"] == "error" and "'nobody' does not exist" in unknown["text"]
+    assert {event["column"] for event in answered} == {1} and answered[-1]["html"] == alone["html"]
     assert only.status_code == 400 and "adapter_config.json" in only.json()["error"]["message"]
 
 

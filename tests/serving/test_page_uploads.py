@@ -119,6 +119,8 @@ def test_a_wrong_upload_is_refused_and_leaves_nothing(client, folders, change, t
 def test_every_fault_of_an_upload_is_told_at_once(client):
     told = message(send(client, "fresh-3", {"a.bin": b"x", "b.txt": b"y"}, {"a.bin": "1", "b.txt": "-1"}))
     assert "a.bin" in told and "b.txt" in told and "-1" in told
+    files = {"adapter_config.json": b"{}", "a.safetensors": b"x", "A.safetensors": b"x"}  # two are one for a Mac
+    assert "'A.safetensors' is announced twice" in message(send(client, "fresh-3", files))
 
 
 def test_an_adapter_for_another_base_is_refused(client, folders, tmp_path):

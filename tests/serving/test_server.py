@@ -175,6 +175,186 @@ def test_a_prompt_longer_than_the_context_is_refused_and_one_that_fits_is_answer
     assert (found.value.status_code, found.value.code) == (413, "context_length_exceeded")
 
 
+BOOKKEEPING = {
+    "user": "u",
+    "metadata": {"chat": {"id": 1}},
+    "store": False,
+    "service_tier": "auto",
+    "safety_identifier": "s",
+    "prompt_cache_key": "k",
+    "prediction": {"type": "content", "content": "x"},
+    "chat_id": "c",
+    "id": "m",
+    "session_id": "s",
+    "background_tasks": {"title_generation": True},
+    "features": {"web_search": False},
+    "cache_prompt": False,
+    "id_slot": -1,
+    "priority": 0,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+}
+
+
+def test_bookkeeping_changes_no_answer(client):
+    chat = dict(model="pirate", messages=ASK, max_tokens=8, temperature=0)
+    made = [client.chat.completions.create(**chat, extra_body=body).choices[0] for body in ({}, BOOKKEEPING)]
+    assert made[0].message == made[1].message
+    text = dict(model="pirate", prompt="Once upon", max_tokens=8, temperature=0)
+    made = [client.completions.create(**text, extra_body=body).choices[0] for body in ({}, BOOKKEEPING)]
+    assert made[0].text == made[1].text
+    answer = dict(model="pirate", input="Hi", max_output_tokens=8, temperature=0)
+    made = [client.responses.create(**answer, extra_body=body).output_text for body in ({}, BOOKKEEPING)]
+    assert made[0] == made[1]
+
+
+def test_what_changes_the_answer_and_cannot_be_done_is_an_error(server):
+    url, _ = server
+    chat = {"model": "tiny", "messages": ASK}
+    schema = {"type": "json_object", "schema": {"const": 1}}
+    for field, value in (
+        ("samplers", ["top_k"]),
+        ("n_predict", 5),
+        ("guided_regex", "a+"),
+        ("verbosity", "low"),
+        ("web_search_options", {}),
+        ("params", {"temperature": 1}),
+        ("lora", [{"id": 0, "scale": 0.5}]),
+        ("lora", [{"id": 99, "scale": 1}]),
+        ("add_generation_prompt", False),
+        ("continue_final_message", True),
+        ("stop_token_ids", [10**6]),
+    ):
+        got = httpx.post(f"{url}/v1/chat/completions", json={**chat, field: value})
+        name = "extra_eos_token" if field == "stop_token_ids" else field
+        assert got.status_code == 400 and name in got.json()["error"]["message"], (field, got.text)
+        assert field != "n_predict" or "use max_tokens" in got.text
+    got = httpx.post(f"{url}/v1/chat/completions", json={**chat, "min_tokens": 2, "response_format": schema})
+    assert got.status_code == 400 and "min_tokens" in got.text
+    for field, value in (("suffix", "end"), ("best_of", 3), ("echo", True)):
+        body = {"model": "tiny", "prompt": "Once", "logprobs": 1, field: value}
+        got = httpx.post(f"{url}/v1/completions", json=body)
+        assert got.status_code == 400 and field in got.text
+
+
+def test_tokens_that_end_an_answer(client):
+    def ask(**extra):
+        options = dict(model="tiny", prompt="Once upon", max_tokens=12, temperature=0, logprobs=1)
+        choice = client.completions.create(**options, extra_body=extra).choices[0]
+        return choice.finish_reason, len(choice.logprobs.tokens)
+
+    end = {"2": 100}  # the token that ends an answer
+    assert ask(logit_bias=end) == ("stop", 1)
+    assert ask(logit_bias=end, min_tokens=5) == ("stop", 6)
+    assert ask(logit_bias=end, ignore_eos=True) == ("length", 12)
+    word = {"17": 100}
+    assert ask(logit_bias=word, stop_token_ids=[17]) == ("stop", 1)
+    assert ask(logit_bias=word, stop_token_ids=[17], min_tokens=3) == ("stop", 4)
+    assert ask(logit_bias=word, stop_token_ids=[17], ignore_eos=True) == ("stop", 1)
+
+
+def test_llamacpps_choice_of_an_adapter(server, client):
+    url, _ = server
+    ids = {each["name"]: each["id"] for each in httpx.get(f"{url}/lora-adapters").json()}
+
+    def ask(**extra):
+        return (
+            client.completions.create(
+                **{"model": "tiny", "prompt": "Once upon", "max_tokens": 8, "temperature": 0, **extra}
+            )
+            .choices[0]
+            .text
+        )
+
+    pirate = [{"id": ids["pirate"], "scale": 1.0}, {"id": ids["lawyer"], "scale": 0}]
+    assert ask(extra_body={"lora": pirate}) == ask(model="pirate") != ask()
+    assert ask(extra_body={"lora": [{"id": ids["pirate"], "scale": 0.0}]}) == ask()
+    with pytest.raises(openai.BadRequestError, match="lawyer"):
+        ask(model="lawyer", extra_body={"lora": pirate})
+
+
+def test_without_a_model_the_base_answers(server, client):
+    url, _ = server
+    for path, body in (
+        ("chat/completions", {"messages": ASK, "max_tokens": 6, "temperature": 0}),
+        ("completions", {"prompt": "Once", "max_tokens": 6}),
+        ("responses", {"input": "Hi", "max_output_tokens": 6}),
+        ("messages", {"messages": ASK, "max_tokens": 6}),
+    ):
+        got = httpx.post(f"{url}/v1/{path}", json=body)
+        assert got.status_code == 200 and got.json()["model"] == "tiny", got.text
+    assert httpx.get(f"{url}/v1/models/tiny").json()["id"] == "tiny"
+
+
+def test_an_answer_that_has_begun_is_continued(server, client, claude):
+    engine, begun = server[1].engine, "The umbrella"
+    expected = []
+    config = GenerateConfig(max_tokens=8, prefill_response=begun)
+    row = engine.submit(Request(engine.prompt(ASK, None, config), config), expected.append)
+    while not row.ended:
+        time.sleep(0.01)
+    text = "".join(piece.text for piece in expected)
+    messages = [*ASK, {"role": "assistant", "content": begun}]
+    options = dict(model="tiny", messages=messages, max_tokens=8)
+    extra = {"continue_final_message": True, "add_generation_prompt": False}
+    made = client.chat.completions.create(**options, temperature=0, extra_body=extra)
+    assert made.choices[0].message.content == text
+    made = claude.messages.create(**options, extra_body={"temperature": 0})
+    assert made.content[0].text == text
+    assert client.chat.completions.create(**options, temperature=0).choices[0].message.content != text
+
+
+def test_echo_and_log_probabilities_of_completions(client):
+    options = dict(model="tiny", max_tokens=4, temperature=0)
+    texts = ["Once upon", "There was"]
+    plain = client.completions.create(**options, prompt=texts, logprobs=0).choices
+    echoed = client.completions.create(**options, prompt=texts, echo=True).choices
+    assert [choice.text for choice in echoed] == [t + choice.text for t, choice in zip(texts, plain, strict=True)]
+    found = plain[0].logprobs
+    assert [list(each) for each in found.top_logprobs] == [[token] for token in found.tokens]
+    chunks = list(client.completions.create(**options, prompt=texts[0], logprobs=0, stream=True))
+    told = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices and chunk.choices[0].logprobs]
+    assert [each.text_offset[0] for each in told] == found.text_offset
+    chunks = client.completions.create(**options, prompt=texts[0], echo=True, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == echoed[0].text
+
+
+def test_small_things_that_other_servers_have(server, client, claude):
+    url, _ = server
+    body = {"messages": ASK, "max_tokens": 4, "temperature": 0}
+    text = client.chat.completions.create(model="tiny", **body).choices[0].message.content
+    assert httpx.post(f"{url}/chat/completions", json=body).json()["choices"][0]["message"]["content"] == text
+    assert httpx.get(f"{url}/models").json() == httpx.get(f"{url}/v1/models").json()
+    numbers = {
+        client.chat.completions.create(model="tiny", **body)._request_id,
+        claude.messages.create(model="tiny", messages=ASK, max_tokens=4)._request_id,
+    }
+    assert len(numbers) == 2 and None not in numbers
+    refused = [*ASK, {"role": "assistant", "content": None, "refusal": "I cannot."}, *ASK]
+    said = [*ASK, {"role": "assistant", "content": "I cannot."}, *ASK]
+    one, two = (client.chat.completions.create(model="tiny", **{**body, "messages": m}) for m in (refused, said))
+    assert one.usage.prompt_tokens == two.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="previous_response_id: cannot be honoured; leave it out"):
+        client.responses.create(model="tiny", input="x", previous_response_id="resp_1")
+
+
+def test_usage_in_every_event(client):
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    options = dict(model="tiny", max_tokens=5, temperature=0, stream=True, stream_options=usage)
+    for chunks in (
+        list(client.chat.completions.create(messages=ASK, **options)),
+        list(client.completions.create(prompt="Once upon", **options)),
+    ):
+        counts = [chunk.usage.completion_tokens for chunk in chunks]
+        assert counts == sorted(counts) and counts[-1] == 5 and chunks[-1].choices == []
+
+
+def test_a_schema_beside_json_object_is_followed(client):
+    wanted = {"type": "json_object", "schema": {"const": "42"}}
+    made = client.chat.completions.create(model="tiny", messages=ASK, max_tokens=9, response_format=wanted)
+    assert made.choices[0].message.content == '"42"'
+
+
 def test_a_client_that_leaves_frees_its_slot(server):
     url, state = server
     body = {"model": "tiny", "messages": ASK, "max_tokens": 1900, "logit_bias": ENDLESS, "stream": True}

@@ -23,6 +23,7 @@ from conftest import SHARED, make_model, needs_mlx_lm_0_32  # noqa: E402
 from mlx_lora.serving.engine import Engine  # noqa: E402
 from mlx_lora.serving.requests import Piece  # noqa: E402
 from mlx_lora.serving.server.events import Answer  # noqa: E402
+from mlx_lora.serving.server.tool_grammar import _FORMS  # noqa: E402
 
 # A folder of a tokenizer, and a chat template in place of its own.
 KINDS = {
@@ -58,12 +59,14 @@ class Say:
 
 
 class Scripted(Engine):
-    """An engine that answers every request with ``says``."""
+    """An engine that answers every request with ``says``; with None, as the model does."""
 
-    says = ""
+    says: str | None = ""
 
     def submit(self, request, deliver):
         self.asked = request
+        if self.says is None:
+            return super().submit(request, deliver)
         tokens = [*self.tokenizer.encode(self.says, add_special_tokens=False), min(self.tokenizer.eos_token_ids)]
         said = Say(tokens, len(request.tokens))
         return super().submit(replace(request, processors=[*request.processors, said]), deliver)
@@ -246,10 +249,7 @@ FORMATS = {
 @pytest.mark.parametrize("name", kinds(FORMATS))
 def test_the_formats_that_mlx_lm_reads(minimind, monkeypatch, name):
     url, engine = minimind
-    parser = importlib.import_module(f"mlx_lm.tool_parsers.{name}")
-    monkeypatch.setattr(engine.tokenizer, "_tool_parser", parser.parse_tool_call)
-    monkeypatch.setattr(engine.tokenizer, "_tool_call_start", parser.tool_call_start)
-    monkeypatch.setattr(engine.tokenizer, "_tool_call_end", parser.tool_call_end)
+    parser = use_parser(engine, name, monkeypatch)
     engine.says = f"{parser.tool_call_start}{FORMATS[name]}{parser.tool_call_end}"
     properties = {"a": {"type": "string"}, "b": {"type": "integer"}}
     function = {"name": "f", "description": "", "parameters": {"type": "object", "properties": properties}}
@@ -344,18 +344,126 @@ def test_without_tools_a_call_is_text(minimind):
     assert made.output_text == engine.says
 
 
-def test_what_cannot_be_forced_is_an_error(minimind):
-    url, _ = minimind
-    named = {"type": "function", "function": {"name": "clock"}}
-    for options in ({"tool_choice": "required"}, {"tool_choice": named}, {"parallel_tool_calls": False}):
-        with pytest.raises(openai.BadRequestError, match=next(iter(options))):
-            completion(url, False, **options)
+PICK = {
+    "type": "object",
+    "properties": {
+        "n": {"$ref": "#/$defs/digit"},
+        "city": {"type": "string", "enum": ["Bern", 'a "<b>"']},
+        "far": {"type": "boolean"},
+    },
+    "required": ["n", "city"],
+    "$defs": {"digit": {"type": "integer", "minimum": 0, "maximum": 9}},
+}
+NONE = {"type": "object", "properties": {}}
+FORCED = [
+    {"type": "function", "function": {"name": name, "description": "", "parameters": parameters}}
+    for name, parameters in (("pick", PICK), ("clock", NONE))
+]
+
+
+def use_parser(engine, name: str, monkeypatch):
+    parser = importlib.import_module(f"mlx_lm.tool_parsers.{name}")
+    monkeypatch.setattr(engine.tokenizer, "_tool_parser", parser.parse_tool_call)
+    monkeypatch.setattr(engine.tokenizer, "_tool_call_start", parser.tool_call_start)
+    monkeypatch.setattr(engine.tokenizer, "_tool_call_end", parser.tool_call_end)
+    return parser
+
+
+@pytest.mark.parametrize("name", kinds(name for name in _FORMS if name != "laguna"))
+def test_a_call_is_forced_in_the_format_of_each_parser(minimind, monkeypatch, name):
+    url, engine = minimind
+    use_parser(engine, name, monkeypatch)
+    engine.says = None  # a model with random weights, which would never call by itself
+    for chosen in ("pick", "clock"):
+        choice = {"type": "function", "function": {"name": chosen}}
+        message, reason = completion(url, chosen == "clock", tools=FORCED, tool_choice=choice)
+        (call,) = calls_of(message)
+        assert call["name"] == chosen and reason == "tool_calls" and not message.content
+        if chosen == "clock":
+            assert call["arguments"] == {}
+        else:
+            assert int(call["arguments"]["n"]) in range(10) and call["arguments"]["city"] in ("Bern", 'a "<b>"')
+
+
+def test_every_interface_forces_a_call(minimind):
+    url, engine = minimind
+    engine.says = None
+    flat = [{"type": "function", **tool["function"]} for tool in FORCED]
+    both = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": FORCED[1:]}}
+    for choice, names in (("required", {"pick", "clock"}), (both, {"clock"})):
+        message, _ = completion(url, False, tools=FORCED, tool_choice=choice, parallel_tool_calls=False)
+        assert [call["name"] in names for call in calls_of(message)] == [True]
     for choice in ("required", {"type": "function", "name": "clock"}):
-        with pytest.raises(openai.BadRequestError, match="tool_choice"):
-            chat(url).responses.create(model="tiny", input=ASK, tools=FLAT, tool_choice=choice)
-    for choice in ({"type": "any"}, {"type": "tool", "name": "clock"}):
-        with pytest.raises(anthropic.BadRequestError, match="tool_choice"):
-            claude(url).messages.create(model="tiny", messages=ASK, tools=CLAUDES, tool_choice=choice, max_tokens=9)
+        options = dict(tools=flat, tool_choice=choice, parallel_tool_calls=False)
+        (item,) = chat(url).responses.create(model="tiny", input=ASK, max_output_tokens=300, **options).output
+        assert item.type == "function_call" and (choice == "required" or item.name == "clock")
+    claudes = [
+        {"name": t["function"]["name"], "description": "", "input_schema": t["function"]["parameters"]} for t in FORCED
+    ]
+    for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "clock"}):
+        options = dict(tools=claudes, tool_choice=choice, max_tokens=300)
+        made = claude(url).messages.create(model="tiny", messages=ASK, **options)
+        assert [block.type for block in made.content] == ["tool_use"] and made.stop_reason == "tool_use"
+
+
+def test_a_schema_for_the_answer_leaves_room_for_calls(minimind):
+    url, engine = minimind
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": 7}}}
+    engine.says = None
+    assert completion(url, False, response_format=schema, tool_choice="none")[0].content == "7"
+    for says in ("7", written("minimind", CLOCK)):
+        engine.says = says
+        message, _ = completion(url, False, response_format=schema)
+        assert message.content == says or calls_of(message) == [CLOCK]
+
+
+def test_reasoning_comes_before_what_is_forced(minimind, monkeypatch):
+    url, engine = minimind
+    think, choice = "Let me see.\n</think>\n\n", {"type": "function", "function": {"name": "clock"}}
+    monkeypatch.setattr(type(engine), "state_after", lambda self, tokens: "reasoning")
+    engine.says = think + written("minimind", CLOCK)
+    message, _ = completion(url, False, tool_choice=choice)
+    assert message.reasoning_content.strip() == "Let me see." and calls_of(message) == [CLOCK]
+    engine.says = "Let me see.\n</think>7"
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": 7}}}
+    message, _ = completion(url, False, tools=openai.omit, response_format=schema)
+    assert message.content == "7" and message.reasoning_content.strip() == "Let me see."
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_one_call_ends_the_answer_where_several_are_not_wanted(served, stream):
+    kind, url, engine = served
+    engine.says = written(kind, WEATHER, CLOCK) + ("" if kind == "mistral" else "And more.")  # it has no end marker
+    message, reason = completion(url, stream, parallel_tool_calls=False)
+    assert calls_of(message) == [WEATHER] and reason == "tool_calls" and not message.content
+    choice = {"type": "auto", "disable_parallel_tool_use": True}
+    made = claude(url).messages.create(model="tiny", messages=ASK, tools=CLAUDES, tool_choice=choice, max_tokens=300)
+    assert [block.name for block in made.content] == ["weather"] and made.stop_reason == "tool_use"
+
+
+def test_what_cannot_be_forced_is_an_error(minimind, monkeypatch):
+    url, engine = minimind
+    named = {"type": "function", "function": {"name": "nobody"}}
+    broken = [{"type": "function", "function": {"name": "f", "parameters": {"properties": [1]}}}]
+    for options, words in (
+        ({"tool_choice": named}, "no tool 'nobody'"),
+        ({"tool_choice": "required", "tools": openai.omit}, "no tool to call"),
+        ({"tool_choice": "sometimes"}, "sometimes"),
+        ({"tool_choice": {"type": "function"}}, "no name"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "x"}}}, "allowed_tools"),
+        ({"tool_choice": "required", "tools": broken}, "no JSON schema"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=words):
+            completion(url, False, **options)
+    with pytest.raises(openai.BadRequestError, match="web_search"):
+        chat(url).responses.create(model="tiny", input=ASK, tools=FLAT, tool_choice={"type": "web_search"})
+    choice = {"type": "tool", "name": "nobody"}
+    with pytest.raises(anthropic.BadRequestError, match="nobody"):
+        claude(url).messages.create(model="tiny", messages=ASK, tools=CLAUDES, tool_choice=choice, max_tokens=9)
+    use_parser(engine, "longcat", monkeypatch)
+    for options in ({"tool_choice": "required"}, {"response_format": {"type": "json_object"}}):
+        with pytest.raises(openai.BadRequestError, match="longcat"):
+            completion(url, False, **options)
 
 
 def test_tools_that_the_template_does_not_show_are_an_error(minimind, monkeypatch):
@@ -453,6 +561,23 @@ def test_an_effort_of_reasoning_reaches_the_chat_template(minimind, monkeypatch)
     own = {"chat_template_kwargs": {"enable_thinking": True}}
     chat(url).chat.completions.create(**model, messages=ASK, reasoning_effort="none", max_tokens=3, extra_body=own)
     assert seen.pop() == {"reasoning_effort": "none", "enable_thinking": True}
+
+
+def test_anthropics_tool_runner_calls_the_function(minimind):
+    url, engine = minimind
+    cities = []
+
+    @anthropic.beta_tool
+    def weather(city: str) -> str:
+        """The weather of a city."""
+        cities.append(city)
+        engine.says = "It rains."
+        return "rain"
+
+    engine.says = written("minimind", {"name": "weather", "arguments": {"city": "Bern"}})
+    made = claude(url).beta.messages.tool_runner(model="tiny", messages=ASK, tools=[weather], max_tokens=200)
+    assert made.until_done().content[0].text == "It rains." and cities == ["Bern"]
+    assert "How is it in Zürich?" in engine.prompt_text, "the client sends the whole conversation"
 
 
 def test_what_claude_code_sends_is_taken(minimind):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -20,8 +21,10 @@ from .events import Answer, Event
 from .openai_requests import Effort, Model, StopWord, Tokens, template_variables
 from .state import Ask, Server
 from .streams import collect, events, server_of, sse, stream
+from .tool_choice import tools_of
 
 router = APIRouter(tags=["messages"], route_class=StrictRoute)
+_MODES = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}  # of tool_choice, as OpenAI's
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -44,10 +47,11 @@ class MessagesTool(Body):
 
 
 class ToolChoice(Body):
-    """Whether tools may be called. A call cannot be forced."""
+    """Whether tools may be called, or must be: any of them, or the one that is named."""
 
-    type: Literal["auto", "none"]
-    disable_parallel_tool_use: only(False) | None = None
+    type: Literal["auto", "none", "any", "tool"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
 
 
 class Thinking(Body):
@@ -75,10 +79,18 @@ class OutputConfig(Body):
         return {"type": "json_schema", "json_schema": {"name": "answer", "schema": self.format["schema"]}}
 
 
+class NoThreads(ConfigError):
+    """No conversation is kept here. By ``details``, Anthropic's client knows to send all of it in each request."""
+
+    def __init__(self) -> None:
+        super().__init__("thread: no conversation is kept here", "Send all messages, without thread.")
+        self.details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+
+
 class CountTokens(Body):
     """POST /v1/messages/count_tokens."""
 
-    model: Model
+    model: Model | None = None  # by default the base
     messages: Annotated[
         list[Annotated[dict[str, Any], WithJsonSchema(shapes.ANTHROPIC_MESSAGE)]],
         Field(min_length=1, max_length=10_000),
@@ -105,6 +117,10 @@ class Messages(CountTokens):
     stream: bool | None = None
     metadata: dict[str, Any] | None = None  # for Anthropic's own bookkeeping, as is service_tier
     service_tier: str | None = None
+    inference_geo: str | None = None
+    diagnostics: dict[str, Any] | None = None
+    speed: Literal["standard"] | None = None
+    thread: dict[str, Any] | None = None
 
 
 @router.post("/v1/messages", responses=anthropic_responses(shapes.MESSAGES, *ANSWERED, stream=True))
@@ -112,8 +128,13 @@ async def messages(request: Request, body: Messages) -> Any:
     """Answer a conversation."""
     server = server_of(request)
     ask = _ask(server, body)
-    answer = Answer(server.engine.tokenizer, ask.tools)
-    about = {"id": f"msg_{uuid.uuid4().hex[:24]}", "type": "message", "role": "assistant", "model": body.model}
+    answer = Answer(server.engine.tokenizer, ask.tools.shown, ask.tools.one_call)
+    about = {
+        "id": f"msg_{uuid.uuid4().hex[:24]}",
+        "type": "message",
+        "role": "assistant",
+        "model": body.model or server.name,
+    }
     if body.stream:
         return await stream(request, _chunks(server, ask, answer, about))
     await unless_disconnected(request, collect(server, ask, [answer]))
@@ -133,8 +154,15 @@ async def count_tokens(request: Request, body: CountTokens) -> Any:
 
 
 def _ask(server: Server, body: Messages) -> Ask:
-    tools = [tool.for_template() for tool in body.tools or ()] or None
-    choice = body.tool_choice.type if body.tool_choice else "auto"
+    if body.thread is not None:
+        raise NoThreads
+    choice = body.tool_choice or ToolChoice(type="auto")
+    tools = tools_of(
+        [tool.for_template() for tool in body.tools or ()],
+        _MODES[choice.type],
+        [choice.name or ""] if choice.type == "tool" else None,
+        choice.type != "tool" and not choice.disable_parallel_tool_use,
+    )
     thinking = body.thinking.type if body.thinking else None
     output = body.output_config or OutputConfig()
     config = server.generation(
@@ -151,10 +179,12 @@ def _ask(server: Server, body: Messages) -> Ask:
     chat = [{"role": "system", "content": system}] if system else []
     for message in body.messages:
         chat += _message(message)
+    if chat[-1]["role"] == "assistant" and chat[-1].keys() == {"role", "content"}:  # the answer's beginning
+        config = replace(config, prefill_response=chat.pop()["content"] or None)
     return Ask(
         *(server.adapter_of(body.model), config),
         messages=chat,
-        tools=None if choice == "none" else tools,
+        tools=tools,
         response_format=output.response_format(),
     )
 

@@ -58,12 +58,13 @@ def described(error: Exception, hide: Callable[[str], str]) -> tuple[int, dict[s
 def body_of(request: Request, error: Exception) -> tuple[int, dict[str, Any]]:
     """The status and body of ``error`` in the shape of the interface that the request's path belongs to."""
     status, openai, anthropic = described(error, request.app.state.server.hide_folders)
-    return status, _shaped(request.url.path, openai, anthropic)
+    return status, _shaped(request.url.path, openai, anthropic, getattr(error, "details", None))
 
 
-def _shaped(path: str, openai: dict[str, Any], anthropic: str) -> dict[str, Any]:
+def _shaped(path: str, openai: dict[str, Any], anthropic: str, details: Any = None) -> dict[str, Any]:
     if path.startswith("/v1/messages"):
-        return {"type": "error", "error": {"type": anthropic, "message": openai["message"]}}
+        told = {"type": anthropic, "message": openai["message"], **({"details": details} if details else {})}
+        return {"type": "error", "error": told}
     return {"error": openai}
 
 
@@ -126,9 +127,29 @@ async def on_error(request: Request, error: Exception) -> JSONResponse:
 
 async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     """The answer to a body that does not fit the interface: every fault, by its field."""
-    faults = [(_field(fault["loc"]), fault["msg"]) for fault in error.errors()]
+    faults = [(_field(fault["loc"]), _said(fault)) for fault in error.errors()]
     told = dict.fromkeys(f"{field or 'body'}: {message}" for field, message in faults)
     return answer(request.url.path, 400, "; ".join(list(told)[:20]), faults[0][0] or None)
+
+
+# What other servers call it, and what does the same here.
+_INSTEAD = {
+    **dict.fromkeys(("n_predict", "max_new_tokens", "max_gen_len", "num_predict"), "max_tokens"),
+    "repeat_penalty": "repetition_penalty",
+    "repeat_last_n": "repetition_context_size",
+    **dict.fromkeys(("json_schema", "guided_json", "structured_outputs", "format"), "response_format"),
+    **dict.fromkeys(("enable_thinking", "thinking", "think"), "chat_template_kwargs: {enable_thinking: ...}"),
+    "functions": "tools",
+    "function_call": "tool_choice",
+    **dict.fromkeys(("adapter", "adapters", "adapter_path", "adapter_id"), "model, with the name of an adapter"),
+}
+
+
+def _said(fault: dict[str, Any]) -> str:
+    if fault["type"] not in ("extra_forbidden", "none_required"):
+        return fault["msg"].removeprefix("Value error, ")
+    instead = _INSTEAD.get(str(fault["loc"][-1]))
+    return f"cannot be honoured; use {instead}" if instead else "cannot be honoured; leave it out"
 
 
 def _field(place: tuple) -> str:

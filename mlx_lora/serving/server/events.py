@@ -37,10 +37,11 @@ class Answer:
     Args:
         tokenizer: mlx-lm's, for its parser of this model's tool calls and the markers around them.
         tools: those of the request.
+        one_call: whether the first call is all that is told.
     """
 
-    def __init__(self, tokenizer: Any = None, tools: list[dict] | None = None):
-        self._tokenizer, self._tools = tokenizer, tools
+    def __init__(self, tokenizer: Any = None, tools: list[dict] | None = None, one_call: bool = False):
+        self._tokenizer, self._tools, self._one_call = tokenizer, tools, one_call
         self._call: str | None = None  # the text of a tool call that has begun
         self._blanks = ""  # that are text only if text follows
         self.text = self.reasoning = ""
@@ -103,6 +104,8 @@ class Answer:
             calls = []
         if not calls:
             return [self._said(f"{tokenizer.tool_call_start}{raw}{tokenizer.tool_call_end if ended else ''}")]
+        if self._one_call:  # several between one pair of markers
+            calls = calls[: 1 - len(self.calls)]
         self.calls, self._blanks = self.calls + calls, ""
         return [Event("tool_call", call=call) for call in calls]
 

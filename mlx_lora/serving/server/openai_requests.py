@@ -9,7 +9,7 @@ from pydantic_core import from_json
 
 from ...errors import ConfigError
 from . import shapes
-from .body import Body, integer, only
+from .body import Body, integer
 
 TOP = 20  # most top_logprobs, as OpenAI's
 PROMPTS = 64  # texts to continue in one request
@@ -23,8 +23,7 @@ Model = Annotated[str, Field(min_length=1, max_length=500)]
 Tokens = integer(1, description="More than the server's --max-tokens-limit counts as that limit.")
 StopWord = Annotated[str, Field(max_length=1000)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # of reasoning, for the chat template
-# For the client's own bookkeeping: accepted, without a meaning here.
-Metadata = Annotated[dict[str, str], Field(max_length=16)]
+ToolChoice = Annotated[str | dict[str, Any], WithJsonSchema(shapes.TOOL_CHOICE)]
 
 
 class Function(Body):
@@ -51,13 +50,50 @@ class StreamOptions(Body):
     """What else a stream tells."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # with include_usage: in every event
     include_obfuscation: bool | None = None  # padding against eavesdroppers; nothing is padded here
 
 
-class Sampling(Body):
+class Bookkeeping(Body):
+    """What clients send and no answer depends on: accepted, without a meaning here.
+
+    Of OpenAI's interface, of Open WebUI's chats, and of llama.cpp's slots and prompt caches.
+    """
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prediction: dict[str, Any] | None = None  # a guess at the answer, to be faster
+    chat_id: str | None = None
+    id: str | None = None
+    session_id: str | None = None
+    message_id: str | None = None
+    request_id: str | None = None
+    background_tasks: dict[str, Any] | None = None  # of Open WebUI itself, as are its features
+    features: dict[str, Any] | None = None
+    cache_prompt: bool | None = None
+    id_slot: integer(-1) | None = None
+    priority: integer(-(2**31)) | None = None
+    # Special tokens that end an answer are never in its text.
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+
+
+class AdapterScale(Body):
+    """One of llama.cpp's ``lora``: an adapter by its id in /lora-adapters."""
+
+    id: integer(0)
+    scale: float
+
+
+class Sampling(Bookkeeping):
     """What both kinds of completions take."""
 
-    model: Model
+    model: Model | None = None  # by default the base
     temperature: Annotated[float | None, Field(ge=0, le=100)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     top_k: integer(-1) | None = None
@@ -72,17 +108,18 @@ class Sampling(Body):
         Field(max_length=1024),
     ] = None
     seed: integer(0, 2**53) | None = None
+    min_tokens_to_keep: integer(1) | None = None
+    repetition_context_size: integer(1) | None = None
+    presence_context_size: integer(1) | None = None
+    frequency_context_size: integer(1) | None = None
+    min_tokens: integer(0) | None = None  # before which no token ends the answer
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[_Token] | None, Field(max_length=64)] = None
+    lora: Annotated[list[AdapterScale] | None, Field(max_length=64)] = None
     stop: StopWord | Annotated[list[StopWord], Field(max_length=64)] | None = None
     n: integer(1, 16) | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    metadata: Metadata | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
 
     def options(self) -> dict[str, Any]:
         """As fields of ``GenerateConfig``."""
@@ -97,14 +134,24 @@ class Sampling(Body):
             "presence_penalty": self.presence_penalty or None,
             "frequency_penalty": self.frequency_penalty or None,
             "repetition_penalty": self.repetition_penalty,
+            # Clients send these beside penalties that they leave out, where they say nothing.
+            **{
+                f"{name}_context_size": getattr(self, f"{name}_context_size")
+                for name in ("repetition", "presence", "frequency")
+                if getattr(self, f"{name}_penalty")
+            },
+            "min_tokens_to_keep": self.min_tokens_to_keep if self.min_p else None,
+            "extra_eos_token": tuple(map(str, self.stop_token_ids or ())) or None,
             "logit_bias": self.logit_bias or None,
             "seed": self.seed,
             "stop": tuple(text for text in stop or () if text) or None,
         }
 
     @property
-    def usage_in_stream(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def usage_in_stream(self) -> str | None:
+        """Where a stream tells the usage: at its "end", in "all" its events, or nowhere."""
+        wanted = self.stream_options
+        return ("all" if wanted.continuous_usage_stats else "end") if wanted and wanted.include_usage else None
 
 
 class ChatCompletion(Sampling):
@@ -120,9 +167,12 @@ class ChatCompletion(Sampling):
     logprobs: bool | None = None
     top_logprobs: _TopLogprobs | None = None
     tools: Annotated[list[ChatTool] | None, Field(max_length=256)] = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: only(True) | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
+    verbosity: Literal["medium"] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     modalities: Annotated[list[Literal["text"]] | None, Field(max_length=1)] = None
     response_format: Annotated[dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.RESPONSE_FORMAT))] = None
     chat_template_kwargs: Annotated[
@@ -133,6 +183,24 @@ class ChatCompletion(Sampling):
     def most_tokens(self) -> int | None:
         """The smaller of the two limits; None where neither is given."""
         return min((limit for limit in (self.max_tokens, self.max_completion_tokens) if limit), default=None)
+
+    def conversation(self) -> tuple[list[dict[str, Any]], str | None]:
+        """The messages, and the beginning of the answer where the last one is to be continued. Raises: ConfigError."""
+        messages = [read_message(message) for message in self.messages]
+        if not self.continue_final_message:
+            if self.add_generation_prompt is False:
+                raise ConfigError(
+                    "add_generation_prompt: false needs continue_final_message: true",
+                    "End the messages with an assistant's, to be continued.",
+                )
+            return messages, None
+        last = messages.pop()
+        if self.add_generation_prompt or last["role"] != "assistant" or not last.get("content") or not messages:
+            raise ConfigError(
+                "continue_final_message: the last message must be an assistant's text, after another message",
+                "Send add_generation_prompt: false and such a message, or leave continue_final_message out.",
+            )
+        return messages, last["content"]
 
 
 class Completion(Sampling):
@@ -148,11 +216,14 @@ class Completion(Sampling):
     )
     max_tokens: Tokens | None = None
     logprobs: _TopLogprobs | None = None
-    echo: only(False) | None = None
-    suffix: None = None
+    echo: bool | None = None
+    best_of: integer(1, 16) | None = None
+    suffix: Literal[""] | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The texts to continue. Raises: ConfigError: too many for so many answers to each."""
+        if self.best_of not in (None, self.n or 1):
+            raise ConfigError("best_of: only as many answers as n can be made", "Leave best_of out.")
         prompts = self.prompt
         if isinstance(prompts, str) or isinstance(prompts[0], int):
             prompts = [prompts]
@@ -175,6 +246,8 @@ def template_variables(effort: str | None, given: dict[str, Any] | None = None) 
 def read_message(message: dict[str, Any]) -> dict[str, Any]:
     """A message as chat templates take it. Raises: ConfigError: it has no role, or content that is no text."""
     role, content = message.get("role"), message.get("content")
+    if content is None and role == "assistant":
+        content = message.get("refusal")
     if role not in ("system", "developer", "user", "assistant", "tool", "function"):
         raise ConfigError(f"messages: {role!r} is no role", "Use system, user, assistant or tool.")
     if isinstance(content, list):

@@ -26,7 +26,7 @@ from .errors import body_of
 from .events import Answer, Event
 from .markdown import code_stylesheet, render
 from .openai_requests import read_message
-from .state import Ask
+from .state import Ask, UnknownModel
 from .streams import server_of, sse, stream
 
 router = APIRouter(include_in_schema=False)
@@ -154,13 +154,24 @@ async def _chunks(request: Request, body: Chat) -> AsyncIterator[str]:
     server = server_of(request)
     config = server.generation(**body.options.model_dump(exclude_none=True))
     messages = [read_message(message) for message in body.messages]
-    names = [None if adapter is None else server.adapter_of(adapter) for adapter in body.adapters]
-    answers = [Answer(server.engine.tokenizer.tool_parser, None) for _ in names]
-    begun, first, rendered = time.perf_counter(), [0.0] * len(names), [time.perf_counter()] * len(names)
+    names, columns, unknown = [], [], {}
+    for column, adapter in enumerate(body.adapters):
+        try:
+            names.append(server.adapter_of(adapter))
+            columns.append(column)
+        except UnknownModel as error:
+            unknown[column] = error
+    if not names:
+        raise unknown[0]
+    for column, error in unknown.items():
+        yield _failed(request, column, error)
+    answers = [Answer(server.engine.tokenizer.tool_parser, None) for _ in body.adapters]
+    begun, first, rendered = time.perf_counter(), [0.0] * len(answers), [time.perf_counter()] * len(answers)
     requests = [each for name in names for each in await server.requests(Ask(name, config, messages=messages))]
-    async for column, piece in server.pieces(requests, apart=True):
+    async for number, piece in server.pieces(requests, apart=True):
+        column = columns[number]
         if isinstance(piece, Exception):
-            yield sse({"column": column, "kind": "error", "text": body_of(request, piece)[1]["error"]["message"]})
+            yield _failed(request, column, piece)
             continue
         answer, now = answers[column], time.perf_counter()
         new = answer.feed(piece)
@@ -176,6 +187,10 @@ async def _chunks(request: Request, body: Chat) -> AsyncIterator[str]:
             rendered[column] = now + took + max(_RENDER_EVERY, 10 * took)
             yield sse({"column": column, "kind": "html", "html": html, **_numbers(answer, first[column])})
     yield sse("[DONE]")
+
+
+def _failed(request: Request, column: int, error: Exception) -> str:
+    return sse({"column": column, "kind": "error", "text": body_of(request, error)[1]["error"]["message"]})
 
 
 def _told(event: Event, answer: Answer) -> dict[str, Any]:

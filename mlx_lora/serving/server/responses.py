@@ -18,9 +18,20 @@ from .connection import unless_disconnected
 from .errors import ANSWERED
 from .errors import responses as described
 from .events import Answer
-from .openai_requests import Effort, Function, Metadata, Model, Tokens, read_message, template_variables
+from .openai_requests import (
+    Bookkeeping,
+    Effort,
+    Function,
+    Model,
+    StreamOptions,
+    Tokens,
+    ToolChoice,
+    read_message,
+    template_variables,
+)
 from .state import Ask, Server
 from .streams import collect, events, server_of, sse, stream
+from .tool_choice import tools_of_openai
 
 router = APIRouter(tags=["responses"], route_class=StrictRoute)
 
@@ -39,10 +50,10 @@ class Reasoning(Body):
     generate_summary: str | None = None
 
 
-class Responses(Body):
+class Responses(Bookkeeping):
     """POST /v1/responses."""
 
-    model: Model
+    model: Model | None = None  # by default the base
     input: (
         str
         | Annotated[
@@ -55,26 +66,24 @@ class Responses(Body):
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     stream: bool | None = None
     tools: Annotated[list[ResponsesTool] | None, Field(max_length=256)] = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: only(True) | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     text: Annotated[dict[str, Any] | None, WithJsonSchema(shapes.nullable(shapes.TEXT_OPTIONS))] = None
     reasoning: Reasoning | None = None
-    store: bool | None = None
-    metadata: Metadata | None = None
-    user: str | None = None
     include: list[str] | None = None
     truncation: Literal["disabled", "auto"] | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    stream_options: StreamOptions | None = None
+    background: only(False) | None = None
+    previous_response_id: None = None
+    conversation: None = None
+    prompt: None = None
 
 
 @router.post("/v1/responses", responses=described(shapes.RESPONSE, *ANSWERED, stream=True))
 async def responses(request: Request, body: Responses) -> Any:
     """Answer a conversation."""
     server = server_of(request)
-    tools = [_tool(tool) for tool in body.tools or ()] or None
+    tools = tools_of_openai([_tool(tool) for tool in body.tools or ()], body.tool_choice, body.parallel_tool_calls)
     ask = Ask(
         server.adapter_of(body.model),
         server.generation(
@@ -84,18 +93,18 @@ async def responses(request: Request, body: Responses) -> Any:
             chat_template_config=template_variables(body.reasoning.effort if body.reasoning else None),
         ),
         messages=_messages(body),
-        tools=None if body.tool_choice == "none" else tools,
+        tools=tools,
         response_format=_format(body.text),
     )
-    answer = Answer(server.engine.tokenizer, ask.tools)
+    answer = Answer(server.engine.tokenizer, tools.shown, tools.one_call)
     about = {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
         "created_at": int(time.time()),
-        "model": body.model,
+        "model": body.model or server.name,
         "instructions": body.instructions,
         "metadata": body.metadata or {},
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": not tools.one_call,
         "temperature": ask.config.temp,
         "top_p": ask.config.top_p,
         "tool_choice": body.tool_choice or "auto",
@@ -172,7 +181,9 @@ def _tool(tool: ResponsesTool) -> dict[str, Any]:
 
 def _format(text: dict[str, Any] | None) -> dict[str, Any] | None:
     """Chat completions' response_format for ``text``."""
-    if unknown := sorted((text or {}).keys() - {"format"}):
+    if unknown := sorted(
+        key for key, value in (text or {}).items() if (key, value) != ("verbosity", "medium") and key != "format"
+    ):
         raise ConfigError(f"text: {', '.join(unknown)[:200]} cannot be used", "Send nothing but format in text.")
     wanted = (text or {}).get("format")
     if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":

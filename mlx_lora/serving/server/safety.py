@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import ipaddress
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,8 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and not self._own(origin, headers) and origin not in self._config.allow_origin:
             return 403, f"web pages of {origin[:100]!r} may not ask; to allow it, start the server with --allow-origin"
+        if _two_lengths(headers):
+            return 400, "Content-Length and Transfer-Encoding say two things: send one of them"
         limit = self._body_limit(scope)
         if (length := headers.get("content-length", "")).isdecimal() and int(length) > limit:
             return 413, f"the body is larger than {limit} bytes"
@@ -105,15 +108,22 @@ class Guard:
 
     def _with_headers(self, send: Any, headers: dict[str, str]) -> Any:
         origin = headers.get("origin")
+        # The clients of OpenAI and Anthropic send headers of their own: x-stainless-os, anthropic-beta and others.
+        asked = headers.get("access-control-request-headers", "authorization, content-type, x-api-key")
+
+        number = uuid.uuid4().hex.encode()  # OpenAI's and Anthropic's clients tell it with an answer
 
         async def sending(message: dict) -> None:
             if message["type"] == "http.response.start":
                 found = [*message.get("headers", []), *_HEADERS.items()]
+                found += [(b"x-request-id", number), (b"request-id", number)]
+                if _two_lengths(headers):  # what follows in the connection may be a part of this body
+                    found.append((b"connection", b"close"))
                 if origin in self._config.allow_origin:
                     found += [
                         (b"access-control-allow-origin", origin.encode()),
                         (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
-                        (b"access-control-allow-headers", b"authorization, content-type, x-api-key, anthropic-version"),
+                        (b"access-control-allow-headers", asked.encode("latin-1")),
                         (b"vary", b"Origin"),
                     ]
                 message = {**message, "headers": found}
@@ -145,6 +155,11 @@ class _Body:
         if self.seen > self._limit:
             raise errors.HTTPException(413, f"the body is larger than {self._limit} bytes")
         return message
+
+
+def _two_lengths(headers: dict[str, str]) -> bool:
+    """Whether a proxy and this server may see different ends of the body (request smuggling; RFC 9112, 6.1)."""
+    return "content-length" in headers and "transfer-encoding" in headers
 
 
 def _is_upload(scope: dict) -> bool:

@@ -1,8 +1,9 @@
-"""``response_format``: answers that are JSON, by llguidance's grammars."""
+"""``response_format`` and ``tool_choice``: answers that are JSON or tool calls, by llguidance's grammars."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -10,60 +11,104 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import ConfigError
+from .tool_choice import Tools
+from .tool_grammar import calls_grammar
 
 _TYPES = "text, json_object or json_schema"
 
 
-def response_processors(tokenizer: Any, vocab_size: int, wanted: dict[str, Any] | None) -> tuple:
-    """Logits processors that keep one answer to OpenAI's ``response_format``. Raises: ConfigError."""
+def processors_for(
+    tokenizer: Any, vocab_size: int, response_format: dict[str, Any] | None, tools: Tools, thinks: bool = False
+) -> tuple:
+    """Logits processors that keep one answer to a ``response_format`` or to tools that must be called.
+
+    Args:
+        response_format: OpenAI's. The model may call tools instead.
+        thinks: whether the prompt ends in the model's reasoning. What follows that is kept to both.
+
+    Raises: ConfigError: no grammar can do that.
+    """
+    schema = _schema_of(response_format)
+    if schema is None and not tools.forced:
+        return ()
+    tokens, name = _tokens_of(tokenizer, vocab_size), "tool_choice" if tools.forced else "response_format"
+    if tools.shown:
+        grammar = calls_grammar(tokenizer, tools.shown, tools.one_call, None if tools.forced else schema)
+    else:
+        grammar = _grammar_of(schema)
+    return (Grammar(tokens, grammar, name, tokenizer.rfind_think_end if thinks else None),)
+
+
+def _schema_of(wanted: Any) -> dict[str, Any] | None:
+    """The JSON schema of a ``response_format``; None for text. Raises: ConfigError."""
     kind = "text" if wanted is None else wanted.get("type") if isinstance(wanted, dict) else wanted
     if kind == "text":
-        return ()
+        return None
     if kind not in ("json_object", "json_schema"):
         raise ConfigError(f"response_format: {kind!r} is no type", f"Use {_TYPES}.")
-    schema: Any = {"type": "object"}
-    if kind == "json_schema":
-        described = wanted.get("json_schema")
-        schema = described.get("schema") if isinstance(described, dict) else None
-        if not isinstance(schema, dict):
-            raise ConfigError(
-                "response_format: json_schema has no schema", 'Send {"json_schema": {"name": ..., "schema": {...}}}.'
-            )
-    return (Grammar(_tokens_of(tokenizer, vocab_size), json.dumps(schema)),)
+    # llama.cpp and others take a schema beside "json_object".
+    described = wanted.get("json_schema") if kind == "json_schema" else {"schema": {"type": "object"}, **wanted}
+    schema = described.get("schema") if isinstance(described, dict) else None
+    if not isinstance(schema, dict):
+        raise ConfigError(
+            f"response_format: {kind} has no schema", 'Send {"json_schema": {"name": ..., "schema": {...}}}.'
+        )
+    return schema
+
+
+def _grammar_of(schema: dict[str, Any]) -> str:
+    """Without blanks between values, of which a small model may write any number. Raises: ConfigError."""
+    from llguidance import LLMatcher
+
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": False})
+    except Exception as error:  # ValueError, among others
+        raise _refused("response_format", str(error)) from None
 
 
 class Grammar:
-    """A logits processor for one answer: only tokens that continue a text of the schema stay possible."""
+    """A logits processor for one answer: only tokens that continue a text of the grammar stay possible.
 
-    def __init__(self, tokens: Any, schema: str):
+    Args:
+        tokens: llguidance's view of the tokenizer.
+        name: of the field that asked for it, for errors.
+        find_end: of a list of tokens, the place where the model's reasoning ends, or -1. Up to there all is possible.
+    """
+
+    def __init__(self, tokens: Any, grammar: str, name: str, find_end: Callable[[list[int]], int] | None = None):
         from llguidance import LLMatcher
 
         try:
-            # Without blanks between values, of which a small model may write any number.
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
             self._matcher = LLMatcher(tokens, grammar)
         except Exception as error:  # ValueError, among others, for schemas that it does not know
-            raise _refused(str(error)) from None
+            raise _refused(name, str(error)) from None
         if problem := self._matcher.get_error():
-            raise _refused(problem)
+            raise _refused(name, problem)
+        self._name, self._find_end = name, find_end
         self._read: int | None = None  # tokens of the prompt and the answer that were consumed
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """tokens: so far [L]; logits: [1, vocab]. Raises: ConfigError: no token fits, or the grammar is too large."""
-        new = [] if self._read is None else tokens[self._read :].tolist()
+        if self._read is None:
+            self._read = len(tokens)
+        new = tokens[self._read :].tolist()
+        if self._find_end is not None:
+            if self._find_end(new) < 0:
+                return logits
+            new, self._find_end = [], None
         self._read = len(tokens)
         if new and not self._matcher.is_stopped():
             self._matcher.consume_tokens(new)
         if problem := self._matcher.get_error():
-            raise _refused(problem)
+            raise _refused(self._name, problem)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[-1]].astype(bool)
         allowed = np.pad(allowed, (0, logits.shape[-1] - len(allowed)))
         return mx.where(mx.array(allowed), logits, -mx.inf)
 
 
-def _refused(problem: str) -> ConfigError:
-    text = f"response_format: this schema cannot be followed: {problem.splitlines()[0][:300]}"
+def _refused(name: str, problem: str) -> ConfigError:
+    text = f"{name}: this schema cannot be followed: {problem.splitlines()[0][:300]}"
     return ConfigError(text, "Send a simpler JSON schema.")
 
 
@@ -73,7 +118,9 @@ def _tokens_of(tokenizer: Any, vocab_size: int) -> Any:
     try:
         from llguidance.hf import from_tokenizer
     except ImportError:
-        raise ConfigError("response_format needs the package llguidance", "pip install llguidance") from None
+        raise ConfigError(
+            "response_format and tool_choice need the package llguidance", "pip install llguidance"
+        ) from None
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     try:
         return from_tokenizer(inner, n_vocab=vocab_size, eos_token=sorted(tokenizer.eos_token_ids))

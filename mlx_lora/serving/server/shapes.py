@@ -47,7 +47,7 @@ _CONTENT = {"anyOf": [TEXT, _PARTS]}
 MESSAGE: Schema = {
     **opened(
         {"role": one_of("system", "developer", "user", "assistant", "tool", "function")},
-        {"content": nullable(_CONTENT), "tool_calls": nullable(listed(_CALL))},
+        {"content": nullable(_CONTENT), "tool_calls": nullable(listed(_CALL)), "refusal": nullable(TEXT)},
     ),
     "anyOf": [
         {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
@@ -55,7 +55,7 @@ MESSAGE: Schema = {
     ],
 }
 _SCHEMA = {"type": "object"}
-_PLAIN_FORMAT = opened({"type": one_of("text", "json_object")})
+_PLAIN_FORMAT = opened({"type": one_of("text", "json_object")}, {"schema": _SCHEMA})
 RESPONSE_FORMAT: Schema = {
     "anyOf": [
         _PLAIN_FORMAT,
@@ -63,7 +63,16 @@ RESPONSE_FORMAT: Schema = {
     ]
 }
 TEXT_FORMAT: Schema = {"anyOf": [_PLAIN_FORMAT, opened({"type": one_of("json_schema"), "schema": _SCHEMA})]}
-TEXT_OPTIONS: Schema = closed({}, {"format": nullable(TEXT_FORMAT)})
+TEXT_OPTIONS: Schema = closed({}, {"format": nullable(TEXT_FORMAT), "verbosity": one_of("medium")})
+_NAMED = {"anyOf": [opened({"name": TEXT}), opened({"function": opened({"name": TEXT})})]}
+_ALLOWED = opened({"mode": one_of("auto", "required"), "tools": listed(_NAMED, minItems=1)})
+TOOL_CHOICE: Schema = {
+    "anyOf": [
+        one_of("none", "auto", "required"),
+        {**_NAMED, **opened({"type": one_of("function")})},
+        opened({"type": one_of("allowed_tools"), "allowed_tools": _ALLOWED}),
+    ]
+}
 TEMPLATE_VARIABLES: Schema = {
     "type": "object",
     "propertyNames": {"not": {"enum": sorted(TEMPLATE_ARGUMENTS)}},
@@ -194,7 +203,7 @@ RESPONSE: Schema = closed(
         "parallel_tool_calls": _BOOL,
         "temperature": _NUMBER,
         "top_p": _NUMBER,
-        "tool_choice": one_of("auto", "none"),
+        "tool_choice": {"anyOf": [TEXT, _FREE]},
         "tools": listed(_FREE),
         "error": {"type": "null"},
         "status": _STATUS,
@@ -253,4 +262,4 @@ SERVER_SENT: Schema = closed({"data": TEXT}, {"event": TEXT})  # an event; its d
 HEALTH: Schema = closed({"status": TEXT, "active": COUNT, "queued": COUNT})
 _ERROR = {"message": TEXT, "type": TEXT}
 ERROR: Schema = closed({"error": closed({**_ERROR, "param": nullable(TEXT), "code": nullable(TEXT)})})
-ANTHROPIC_ERROR: Schema = closed({"type": one_of("error"), "error": closed(_ERROR)})
+ANTHROPIC_ERROR: Schema = closed({"type": one_of("error"), "error": closed(_ERROR, {"details": _FREE})})

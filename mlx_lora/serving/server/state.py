@@ -17,8 +17,10 @@ from ...errors import AdapterError, ConfigError
 from ..engine import Engine
 from ..memory import TooLongError
 from ..requests import Piece, Request
+from ..sampling import Withheld, extra_eos
 from ..worker import Stopped, Worker
-from .schema import response_processors
+from .schema import processors_for
+from .tool_choice import Tools
 
 
 @dataclass
@@ -29,10 +31,12 @@ class Ask:
     config: GenerateConfig
     messages: list[dict] | None = None  # or
     text: str | list[int] | None = None  # to continue
-    tools: list[dict] | None = None
+    tools: Tools = Tools()
     logprobs: int | None = None
     n: int = 1
     response_format: dict[str, Any] | None = None  # OpenAI's
+    min_tokens: int = 0  # before which no token ends the answer
+    ignore_eos: bool = False
 
 
 @dataclass
@@ -58,8 +62,10 @@ class Server:
             text = text.replace(f"{folder}/", "")
         return text
 
-    def adapter_of(self, model: str) -> str | None:
+    def adapter_of(self, model: str | None) -> str | None:
         """The adapter that a request's ``model`` names, None for the base. Raises: UnknownModel."""
+        if model is None:
+            return None
         base, colon, adapter = model.partition(":")
         if model in (self.name, "base"):
             return None
@@ -91,7 +97,7 @@ class Server:
     def _requests(self, ask: Ask) -> list[Request]:
         engine = self.engine
         if ask.messages is not None:
-            tokens = engine.prompt(ask.messages, ask.tools, ask.config)
+            tokens = engine.prompt(ask.messages, ask.tools.shown, ask.config)
             state = engine.state_after(tokens)
         else:
             tokens = list(ask.text) if isinstance(ask.text, list) else engine.plain_prompt(ask.text)
@@ -109,11 +115,32 @@ class Server:
         if ask.n > 1:  # each with numbers of its own
             seed = ask.config.seed
             configs = [_seeded(ask.config, None if seed is None else seed + number) for number in range(ask.n)]
-        chat, rules = ask.messages is not None, (engine.tokenizer, engine.vocab_size, ask.response_format)
+        rules = (engine.tokenizer, engine.vocab_size, ask.response_format, ask.tools, state == "reasoning")
         return [
-            Request(tokens, config, ask.adapter, ask.logprobs, chat, state, response_processors(*rules))
+            Request(
+                *(tokens, config, ask.adapter, ask.logprobs),
+                parts=ask.messages is not None,
+                state=state,
+                one_call=ask.tools.one_call,
+                processors=(*processors_for(*rules), *self._withheld(ask, len(tokens))),
+            )
             for config in configs
         ]
+
+    def _withheld(self, ask: Ask, prompt: int) -> list[Withheld]:
+        """Logits processors for ``min_tokens`` and ``ignore_eos``. Raises: ConfigError: a grammar ends the answer."""
+        if not (ask.min_tokens or ask.ignore_eos):
+            return []
+        if ask.response_format or ask.tools.forced:
+            raise ConfigError(
+                "min_tokens and ignore_eos cannot be used with response_format or a required tool call",
+                "Leave them out.",
+            )
+        engine = self.engine
+        ends = set(engine.tokenizer.eos_token_ids)
+        if ask.ignore_eos:
+            return [Withheld(ends, prompt)]
+        return [Withheld(ends | extra_eos(ask.config, engine.tokenizer, engine.vocab_size), prompt, ask.min_tokens)]
 
     async def pieces(
         self, requests: Sequence[Request], apart: bool = False

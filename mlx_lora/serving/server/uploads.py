@@ -105,7 +105,7 @@ def _announced(given: list[str]) -> dict[str, int]:
             faults.append(f"{name[:200]!r} is no safetensors file, and unpickling a file can run code")
         elif name != CONFIG and not (name.endswith(WEIGHTS) and _NAME.fullmatch(name)):
             faults.append(f"{name[:200]!r} is not {CONFIG}, and no name of a {WEIGHTS} file")
-        elif name in files:
+        elif name.lower() in map(str.lower, files):  # one file for a Mac
             faults.append(f"{name!r} is announced twice")
         if not (size.isascii() and size.isdecimal() and len(size) < 16 and int(size) > 0):
             faults.append(f"{name[:200]!r} has the size {size[:20]!r}; it must be a number of bytes above 0")

@@ -23,7 +23,7 @@ class KeptPrompts:
     """
 
     def __init__(self, bank: AdapterBank, size: int, nbytes: int):
-        self._bank, self._size, self._nbytes = bank, size, nbytes
+        self._bank, self._size, self.max_bytes = bank, size, nbytes
         self._kept: dict[Key | None, Any] = {}  # by version of an adapter, the one that was used longest ago first
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class KeptPrompts:
         if row.resident is None or self._bank.has(row.resident.key):
             kind = "user" if is_prompt else "assistant"
             self._of(row.key).insert_cache(_options(row), list(tokens), cache, cache_type=kind)
-            self.trim_to(self._size, self._nbytes)
+            self.trim_to(self._size, self.max_bytes)
 
     def trim_to(self, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
         """Drop the oldest of the adapter that was used longest ago, until no more than these are left."""
@@ -67,7 +67,7 @@ class KeptPrompts:
         """What is kept for an adapter, which is now the one that was used last."""
         from mlx_lm.models.cache import LRUPromptCache
 
-        self._kept[key] = self._kept.pop(key, None) or LRUPromptCache(self._size, self._nbytes)
+        self._kept[key] = self._kept.pop(key, None) or LRUPromptCache(self._size, self.max_bytes)
         return self._kept[key]
 
 

@@ -423,7 +423,7 @@ def test_resume_writes_what_a_killed_complete_run_lacks(kind, complete, tmp_path
     os.utime(folder / "report.html", ns=(1, 1))
     if kind:
         cut(folder, kind)
-    said = r"written everything; now frozen_prefix\.states was deleted, and " + (
+    said = r"written all files; now frozen_prefix\.states was deleted, and " + (
         r"the last lines of log\.jsonl were written, and " * bool(kind) + r"report\.html was written"
     )
     with pytest.raises(ConfigError, match=r"has done 4 iterations(.|\n)*" + said):

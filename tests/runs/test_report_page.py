@@ -297,7 +297,7 @@ def test_all_bad_folders_are_named_at_once(tmp_path):
     with pytest.raises(ConfigError) as caught:
         write_report([tmp_path / name for name in names], tmp_path / "page.html")
     said = caught.value.message
-    for part in ("none: does not exist", f"empty: holds no {LOG}", "file: is no folder", "holds no line of a run"):
+    for part in ("none: does not exist", f"empty: holds no {LOG}", "file: is not a folder", "holds no line of a run"):
         assert part in said
     assert said.count("\n") == 4 and "named twice" in said and not (tmp_path / "page.html").exists()
     assert [run.name for run in read_histories([good, written(tmp_path / "b" / "good", PLAIN)])] != ["good", "good"]

@@ -120,4 +120,4 @@ def test_serve_sets_the_keys_and_values_of_all_requests(monkeypatch):
     (server,) = made
     config = server.generation(temp=0.0)
     assert (config.kv_bits, config.kv_group_size, config.quantized_kv_start) == (4, 32, 7)
-    assert server.engine.prompt_cache._kept.max_bytes == 12345
+    assert server.engine.prompt_cache.max_bytes == 12345

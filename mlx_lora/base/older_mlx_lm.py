@@ -49,6 +49,15 @@ def patch_mlx() -> None:
     mx.argpartition, mx.put_along_axis = without_gradient, put_array
 
 
+def never_empty(processors: list) -> list:
+    """The logits processors of a row, at least one with mlx-lm 0.31.
+
+    There a batch without any processor does not forget the rows that leave it, and the processors of a row that joins
+    later then act on another row, or on none.
+    """
+    return processors or ([lambda tokens, logits: logits] if is_used() else [])
+
+
 class TextStateMachine:
     """Splits an answer into reasoning, tool calls and other text, as mlx-lm 0.32's class of this name does.
 

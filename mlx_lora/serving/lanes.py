@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..base import older_mlx_lm
 from ..base.batching import why_not_batched
 from .bank import AdapterBank
 from .requests import Row
@@ -94,7 +95,7 @@ class BatchLane:
             caches=[[*cache, AdapterRows([row.key])]],
             all_tokens=[list(known)],
             samplers=[row.guard.sampler],
-            logits_processors=[row.guard.processors],
+            logits_processors=[older_mlx_lm.never_empty(row.guard.processors)],
         )
         self.rows[uid], row.state = row, uid
 

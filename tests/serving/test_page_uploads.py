@@ -76,7 +76,7 @@ def test_an_upload_is_an_adapter_at_once(client, folders, server):
     client.post("/v1/unload_lora_adapter", json={"lora_name": "fresh-1"})
     assert not listed(client)["fresh-1"]["loaded"]
     again = send(client, "fresh-1", files_of(folders[2] / "fresh"))
-    assert again.status_code == 400 and "exists already" in message(again)
+    assert again.status_code == 400 and "already exists" in message(again)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../up", "a\\b", "a\0b", "é", "x" * 101, "tiny"])
@@ -144,7 +144,7 @@ def test_an_upload_that_is_too_large_or_of_another_length_leaves_nothing(client,
     assert too_large.status_code == 413, too_large.text
     for size in (sizes[weights] - 1, sizes[weights] + 1):
         answer = send(client, "long", files, {**sizes, weights: size})
-        assert answer.status_code == 400 and "than its files" in message(answer)
+        assert answer.status_code == 400 and "than the sizes of its files" in message(answer)
     # Another request keeps the smaller limit of all bodies.
     json_type = {"content-type": "application/json"}
     for body in (b" " * 200_000, iter([b" " * 50_000] * 4)):  # with and without a length
@@ -217,7 +217,7 @@ def test_a_folder_is_uploaded_and_answers(page, folders):
     expect(page.locator("#adapter-name")).to_have_value("fresh")
     page.locator("#adapter-name").fill("pirate")
     page.get_by_role("button", name="Upload").click()
-    expect(page.locator("#upload-result")).to_contain_text("exists already")
+    expect(page.locator("#upload-result")).to_contain_text("already exists")
     page.locator("#adapter-name").fill("from-the-page")
     page.get_by_role("button", name="Upload").click()
     expect(page.locator("#upload-result")).to_contain_text("fits this model")

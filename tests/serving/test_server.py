@@ -334,7 +334,7 @@ def test_small_things_that_other_servers_have(server, client, claude):
     said = [*ASK, {"role": "assistant", "content": "I cannot."}, *ASK]
     one, two = (client.chat.completions.create(model="tiny", **{**body, "messages": m}) for m in (refused, said))
     assert one.usage.prompt_tokens == two.usage.prompt_tokens
-    with pytest.raises(openai.BadRequestError, match="previous_response_id: cannot be honoured; leave it out"):
+    with pytest.raises(openai.BadRequestError, match="previous_response_id: is not supported; leave it out"):
         client.responses.create(model="tiny", input="x", previous_response_id="resp_1")
 
 

@@ -470,7 +470,7 @@ def test_tools_that_the_template_does_not_show_are_an_error(minimind, monkeypatc
     url, engine = minimind
     monkeypatch.setattr(engine.tokenizer._tokenizer, "chat_template", "{{ messages[0].content }}")
     monkeypatch.delitem(engine.__dict__, "shows_tools", raising=False)
-    with pytest.raises(openai.BadRequestError, match="does not show tools"):
+    with pytest.raises(openai.BadRequestError, match="does not support tools"):
         completion(url, False)
     engine.__dict__.pop("shows_tools")
 

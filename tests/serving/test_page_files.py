@@ -79,7 +79,7 @@ def test_train_learns_from_what_the_page_exports(page, tmp_path):
         train(path, loss)
     chats = exported(page, "All conversations", tmp_path)
     page.get_by_role("button", name="Import and export").click()
-    page.get_by_label("Conversations, one JSON object").set_input_files(chats)
+    page.get_by_label("Conversations: one JSON object").set_input_files(chats)
     expect(page.locator("#import-result")).to_have_text("1 conversation imported.")
     page.keyboard.press("Escape")
     page.locator("#conversations li button").first.click()

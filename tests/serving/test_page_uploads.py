@@ -263,6 +263,6 @@ def test_a_folder_is_dropped_and_its_upload_cancelled(page, folders):
     page.get_by_role("button", name="Upload").click()
     expect(page.locator("#upload-progress")).to_be_visible()
     page.get_by_role("button", name="Cancel").click()
-    expect(page.locator("#upload-result")).to_have_text("The upload was cancelled. Nothing of it is kept.")
+    expect(page.locator("#upload-result")).to_have_text("The upload was cancelled, and no files were kept.")
     expect(page.get_by_role("button", name="Upload")).to_be_enabled()
     assert "cancelled" not in names(folders)

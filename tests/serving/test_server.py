@@ -169,7 +169,7 @@ def test_a_prompt_longer_than_the_context_is_refused_and_one_that_fits_is_answer
     said = lambda count: client.completions.create(model="pirate", prompt=[7] * count, max_tokens=2)  # noqa: E731
     assert said(511).usage.prompt_tokens == 511
     with pytest.raises(
-        openai.APIStatusError, match="the prompt has 512 tokens, and the model was made for 512"
+        openai.APIStatusError, match="the prompt has 512 tokens; with the answer, this model supports at most 512"
     ) as found:
         said(512)
     assert (found.value.status_code, found.value.code) == (413, "context_length_exceeded")

@@ -92,10 +92,10 @@ def test_an_uploaded_adapter_has_a_plain_name(client, folders, name):
     [
         ({"adapter_model.bin": pickle.dumps({})}, "run code"),
         ({"weights.PT": b"x"}, "run code"),
-        ({"../adapter_model.safetensors": b"x"}, "no name of a .safetensors file"),
-        ({"a/b.safetensors": b"x"}, "no name of a .safetensors file"),
-        ({".safetensors": b"x"}, "no name of a .safetensors file"),
-        ({"README.md": b"x"}, "not adapter_config.json"),
+        ({"../adapter_model.safetensors": b"x"}, "nor the name of a .safetensors file"),
+        ({"a/b.safetensors": b"x"}, "nor the name of a .safetensors file"),
+        ({".safetensors": b"x"}, "nor the name of a .safetensors file"),
+        ({"README.md": b"x"}, "neither adapter_config.json"),
         ({"adapter_config.json": None}, "adapter_config.json is missing"),
         ({"adapter_model.safetensors": None}, ".safetensors file is missing"),
         ({"adapter_config.json": b"{" * 100_000}, "fresh-2"),
@@ -104,7 +104,7 @@ def test_an_uploaded_adapter_has_a_plain_name(client, folders, name):
         ({"adapter_config.json": b" " * 1_000_001}, "larger than"),
         ({"adapter_model.safetensors": b"\xff" * 100}, "fresh-2"),
         ({"adapter_model.safetensors": b"\x02" + b"\0" * 7 + b"{}"}, "no arrays"),
-        ({f"{number}.safetensors": b"x" for number in range(20)}, "may have 16"),
+        ({f"{number}.safetensors": b"x" for number in range(20)}, "may have at most 16"),
     ],
 )
 def test_a_wrong_upload_is_refused_and_leaves_nothing(client, folders, change, told):
@@ -120,7 +120,7 @@ def test_every_fault_of_an_upload_is_told_at_once(client):
     told = message(send(client, "fresh-3", {"a.bin": b"x", "b.txt": b"y"}, {"a.bin": "1", "b.txt": "-1"}))
     assert "a.bin" in told and "b.txt" in told and "-1" in told
     files = {"adapter_config.json": b"{}", "a.safetensors": b"x", "A.safetensors": b"x"}  # two are one for a Mac
-    assert "'A.safetensors' is announced twice" in message(send(client, "fresh-3", files))
+    assert "'A.safetensors' is listed twice" in message(send(client, "fresh-3", files))
 
 
 def test_an_adapter_for_another_base_is_refused(client, folders, tmp_path):

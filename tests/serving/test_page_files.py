@@ -98,7 +98,7 @@ def test_a_malformed_file_is_refused_with_its_lines_and_files_of_other_tools_are
         '{"messages": []}': "no message of the user",
         '{"messages": [{"role": "tool", "content": "x"}]}': 'role "tool"',
         '{"messages": [{"role": "user", "content": 5}]}': "message 1 is not text",
-        '{"messages": [{"role": "assistant", "content": "x"}]}': "one of the user was expected",
+        '{"messages": [{"role": "assistant", "content": "x"}]}': "expected user",
         '{"messages": [null]}': "message 1 has the role undefined",
         '{"conversations": [{"from": "tool", "value": "x"}]}': 'role "tool"',
     }

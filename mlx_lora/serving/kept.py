@@ -24,7 +24,7 @@ class KeptPrompts:
 
     def __init__(self, bank: AdapterBank, size: int, nbytes: int):
         self._bank, self._size, self._nbytes = bank, size, nbytes
-        self._kept: dict[Key | None, Any] = {}  # by adapter version, least recently used first
+        self._kept: dict[Key | None, Any] = {}  # by version of an adapter, the one that was used longest ago first
 
     def __len__(self) -> int:
         return sum(map(len, list(self._kept.values())))

@@ -1,4 +1,4 @@
-"""``demo --chat``: two small adapters of the built-in tiny model beside it, on the chat page."""
+"""``demo --chat``: compare the built-in tiny model with two small adapters on the chat page."""
 
 from __future__ import annotations
 

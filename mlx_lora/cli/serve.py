@@ -15,7 +15,7 @@ from .generate import load_draft
 from .options import build, config_options, model_option, trust_option
 from .sections import SectionedCommand
 
-# Options of generation that hold for the whole server; requests bring the others.
+# Generation options of the whole server; requests set the others.
 _FOR_ALL = (
     *("max_tokens", "prefill_step_size", "chat_template_config", "extra_eos_token"),
     *("draft_model", "num_draft_tokens", "kv_bits", "kv_group_size", "quantized_kv_start"),
@@ -46,12 +46,12 @@ class Named(click.ParamType):
     type=Named(),
     multiple=True,
     metavar="NAME=PATH",
-    help="An adapter's folder, in any supported format, and the name that requests call it by; repeat the option.",
+    help="A name for requests and the adapter's folder, in any supported format; repeat the option.",
 )
 @click.option(
     "--adapters-dir",
     metavar="FOLDER",
-    help="Each subfolder is an adapter under its own name, read when asked for.",
+    help="A folder of adapters: each subfolder is one, under its own name, and is read on first use.",
 )
 @click.option(
     "--pin",
@@ -59,16 +59,18 @@ class Named(click.ParamType):
     metavar="NAME",
     help="Keep this adapter in memory whatever --adapter-memory says; repeat the option.",
 )
-@click.option("--merge", is_flag=True, help="Merge the one adapter into the model, which answers faster and alone.")
+@click.option(
+    "--merge", is_flag=True, help="Merge the only adapter into the model: faster answers, but no other adapters."
+)
 @config_options(ServeConfig)
 @config_options(GenerateConfig, *_FOR_ALL, max_tokens=1024)
 @trust_option
 def serve(**params: Any):
-    """Serve a model and its adapters over HTTP, with OpenAI's and Anthropic's interfaces.
+    """Serve a model and its adapters over HTTP, with the OpenAI and Anthropic APIs.
 
     A request's "model" is the name of the base or of an adapter. Requests with different adapters are answered
-    together, in one batch. The address opens as a chat page in a browser, which also shows the runs in --runs-dir as
-    they train. Needs the extra packages of serve: pip install '.[serve]' in a checkout.
+    together, in one batch. Open the address in a browser for a chat page, which also shows the progress of runs
+    in --runs-dir. Needs the extra packages of serve: pip install '.[serve]' in a checkout.
 
     \b
     mlx-lora serve --model Qwen/Qwen3-0.6B --adapter pirate=adapters
@@ -113,10 +115,10 @@ _INSTALL = (
 
 
 def _check(params: dict[str, Any]) -> None:
-    """Refuse adapters that are none, or that contradict each other, before the model is loaded."""
+    """Refuse invalid or contradictory options before the model is loaded."""
     from ..formats import detect_format
 
-    faults: dict[str, str] = {}  # and how to mend each
+    faults: dict[str, str] = {}  # problem -> hint
     names = [name for name, _ in params["adapters"]]
     for name in sorted({name for name in names if names.count(name) > 1}):
         faults[f"two adapters are called {name}"] = "Give each adapter a name of its own."
@@ -178,5 +180,5 @@ def _engine(params: dict[str, Any], config: ServeConfig, defaults: GenerateConfi
 
 
 def _served_name(model: str) -> str:
-    """What requests call the base: a repository's name as it is, a folder's last part."""
+    """Return the base's model name in requests: a repository's full name, or a folder's last part."""
     return Path(model).resolve().name if Path(model).is_dir() else model

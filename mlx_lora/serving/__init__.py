@@ -1,1 +1,1 @@
-"""Generating with a model whose adapter can change: ``bank.py`` keeps adapters, ``engine.py`` generates tokens."""
+"""Generate with one base and several adapters: ``bank.py`` holds the adapters, ``engine.py`` generates tokens."""

@@ -1,6 +1,6 @@
-"""Named adapters beside one base: loaded when asked for, reloaded when their folder changes, dropped when unused.
+"""Named adapters for one base: loaded on first use, reloaded when their folder changes, evicted when unused.
 
-LoRA adapters of linear layers, whatever their ranks and layers, share a batch, each row with its own (``choose``).
+LoRA adapters of linear layers share a batch, whatever their ranks and layers. Each row uses its own (``choose``).
 Every other adapter is mounted alone (``mount_alone``). The base is in memory once.
 """
 
@@ -30,8 +30,8 @@ class AdapterBank:
 
     Args:
         model: the base, without an adapter.
-        memory_limit: bytes of adapters to keep in memory; those that are pinned or in use stay anyway.
-        folder: a folder whose subfolders are adapters, each under its own name.
+        memory_limit: bytes of adapters to keep in memory. Adapters that are pinned or in use are never evicted.
+        folder: a folder of adapters. Each adapter is a subfolder and has its name.
     """
 
     def __init__(self, model: nn.Module, memory_limit: int | None = None, folder: str | Path | None = None):
@@ -42,30 +42,30 @@ class AdapterBank:
         self._in_folder = None if folder is None else AdapterFolder(self.folder)
         self._sources: dict[str, Source] = {}
         self._residents: dict[str, Resident] = {}
-        self._in_use: dict[Key, Resident] = {}  # also older versions
+        self._in_use: dict[Key, Resident] = {}  # includes older versions
         self._multi: MultiLoRA | None = None
         self._slots: list[Key] = []  # the adapters in _multi
-        self._mounted: Key | None = None  # the one that is mounted alone
+        self._mounted: Key | None = None  # the adapter that is mounted alone
         self._clock = 0
         self.lock = threading.RLock()  # held while the model is changed, and by the engine while it computes
-        self._reading = threading.Lock()  # held while an adapter is read, so that requests at once read it once
+        self._reading = threading.Lock()  # held while an adapter is read, so that concurrent requests read it once
         self._own = adapters_on(model) or state_of(model) is not None
         self._identity = identity(model)
 
-    # Which adapters there are.
+    # Known adapters.
 
     @property
     def names(self) -> list[str]:
-        """All names, loaded or not. Needs no lock, so that no one waits for a step of the engine."""
+        """All names, loaded or not. It takes no lock, so that no caller waits for a step of the engine."""
         return sorted({*list(self._sources), *self.in_folder()})
 
     @property
     def registered(self) -> list[str]:
-        """The names that were given with ``add``."""
+        """The names that ``add`` registered."""
         return list(self._sources)
 
     def listed(self) -> list[Listed]:
-        """All adapters, for a list of models. Needs no lock either."""
+        """All adapters, for a list of models. It takes no lock either."""
         known = {name: Source(path=self.folder / name) for name in self.in_folder()} | dict(self._sources)
         return [self._list(name, source) for name, source in sorted(known.items())]
 
@@ -73,14 +73,14 @@ class AdapterBank:
         return name in self._sources or (self._in_folder is not None and name in self._in_folder)
 
     def add(self, name: str, adapter: Adapter | str | Path, pinned: bool = False) -> None:
-        """Register ``adapter``, or the one in that folder, as ``name``. A folder is read when it is first used.
+        """Register an adapter, or a folder with one, as ``name``. The folder is read on first use.
 
-        Raises: FormatError: the folder holds no adapter. AdapterError: the name cannot be used.
+        Raises: FormatError: the folder holds no adapter. AdapterError: the name is not valid.
         """
         if not name or name != name.strip() or any(ord(char) < 32 for char in name):
             raise AdapterError(f"an adapter cannot be named {name!r}", "Use a name of letters, such as pirate.")
         if isinstance(adapter, Adapter):
-            mx.eval(list(adapter.weights.values()))  # by this thread: another one cannot
+            mx.eval(list(adapter.weights.values()))  # evaluate in this thread, because another one cannot
         else:
             detect_format(adapter)
         with self.lock:
@@ -90,12 +90,12 @@ class AdapterBank:
             self._residents.pop(name, None)
 
     def pin(self, name: str) -> None:
-        """Never drop ``name`` from memory once it is there. Raises: AdapterError: unknown."""
+        """Never evict ``name`` once it is loaded. Raises: AdapterError: unknown name."""
         with self.lock:
             self._sources[name] = replace(self._source(name), pinned=True)
 
     def check(self, adapter: str | Path) -> tuple[Adapter, list[str]]:
-        """An adapter by its name, or at a path, read but not kept; and why it cannot share a batch with others.
+        """Read an adapter by name or path without keeping it. Also return why it cannot share a batch with others.
 
         Raises: AdapterError: unknown, or not for this model; FormatError.
         """
@@ -105,7 +105,7 @@ class AdapterBank:
             return found, why_alone(self._model, found)
 
     def unload(self, name: str) -> None:
-        """Drop ``name`` from memory, and forget it unless it is in the folder. Rows that use it finish with it.
+        """Drop ``name`` from memory, and remove the name unless it is in the folder. Rows that use the adapter finish.
 
         Raises: AdapterError: unknown.
         """
@@ -118,7 +118,7 @@ class AdapterBank:
     # Adapters in use.
 
     def load(self, name: str) -> Resident:
-        """Adapter ``name``, read from its folder unless it is in memory and the folder is unchanged.
+        """Return adapter ``name``. It is read from its folder unless it is in memory and the folder is unchanged.
 
         Raises: AdapterError: unknown, or not for this model; FormatError.
         """
@@ -133,7 +133,7 @@ class AdapterBank:
         return found
 
     def acquire(self, name: str) -> Resident:
-        """``load``, for a row that keeps this version until ``release``."""
+        """Like ``load``, and keep this version in memory for a row until ``release``."""
         found = self.load(name)
         with self.lock:
             found.rows += 1
@@ -141,21 +141,21 @@ class AdapterBank:
         return found
 
     def _in_memory(self, name: str) -> Resident | None:
-        """Adapter ``name`` as its source is now, if it is in memory. Raises: AdapterError: unknown."""
+        """Return adapter ``name`` if its current version is in memory. Raises: AdapterError: unknown name."""
         source, found = self._source(name), self._residents.get(name)
         same = found is not None and (source.path is None or signature_of(source.path) == found.signature)
         return found if same else None
 
     def _read(self, name: str) -> Resident:
-        """Read adapter ``name``; the engine goes on meanwhile. What was in memory of that name is replaced."""
+        """Read adapter ``name`` while the engine continues. It replaces an older version in memory."""
         while True:
             known, source = self._sources.get(name), self._source(name)
-            signature = signature_of(source.path)  # before reading: a later change is found by the next request
+            signature = signature_of(source.path)  # taken before reading, so that the next request sees a later change
             with errors_by_name({source.path: name, self._base: self._base and Path(self._base).name}):
                 adapter = source.adapter or load_adapter(source.path, base=self._base)
                 mx.eval(list(adapter.weights.values()))
                 with self.lock:
-                    if self._sources.get(name) is not known:  # the name was given to another adapter meanwhile
+                    if self._sources.get(name) is not known:  # meanwhile the name got another adapter
                         continue
                     with self._bare():
                         alone = why_alone(self._model, adapter)
@@ -164,7 +164,7 @@ class AdapterBank:
                     return self._residents[name]
 
     def release(self, resident: Resident) -> None:
-        """A row that used ``resident`` has ended."""
+        """Tell the bank that a row that used ``resident`` has ended."""
         with self.lock:
             resident.rows -= 1
             if resident.rows == 0:
@@ -172,14 +172,14 @@ class AdapterBank:
                 self._evict()
 
     def has(self, key: Key) -> bool:
-        """Whether the adapter of that name in memory is this version."""
+        """Whether the adapter in memory under this name has this version."""
         found = self._residents.get(key[0])
         return found is not None and found.key == key
 
-    # What is on the model. Called by the thread that generates.
+    # Adapters on the model. Only the generating thread calls these methods.
 
     def choose(self, keys: Sequence[Key | None]) -> None:
-        """Make the rows of the next batches use these adapters, None for the base. A single key is for all rows."""
+        """Select the adapter of each row for the next batches, None for the base. A single key applies to all rows."""
         with self.lock:
             wanted = {key for key in keys if key is not None}
             if self._mounted is not None:
@@ -191,7 +191,7 @@ class AdapterBank:
                 if wanted:
                     self._multi.mount()
                     self._multi.choose([None if key is None else str(key) for key in keys])
-                else:  # the base alone takes no update, and no gathering of zeros either
+                else:  # no row has an adapter: compute no low-rank products
                     self._multi.unmount()
             self._identity = identity(self._model)
 
@@ -206,19 +206,19 @@ class AdapterBank:
             self._mounted, self._identity = resident.key, identity(self._model)
 
     def clear(self) -> None:
-        """Leave the model as the base it was."""
+        """Remove all adapters from the model."""
         self.choose([None])
         self._multi, self._slots = None, []
 
     def changed(self) -> bool:
-        """Whether something else than the bank has changed the model since the last call."""
+        """Whether code outside the bank has changed the model since the last call."""
         with self.lock:
             now, before = identity(self._model), self._identity
             self._identity = now
             return now != before
 
     def _make_slots(self, wanted: set[Key]) -> None:
-        """Put the adapters that rows use, and those in memory beside them, together on the model."""
+        """Attach the adapters that rows use, and other adapters in memory, to the model as multi-LoRA."""
         if self._multi is not None:
             self._multi.unmount()
         together = {r.key: r for r in (*self._in_use.values(), *self._residents.values()) if not r.alone}
@@ -227,7 +227,7 @@ class AdapterBank:
         self._multi, self._slots = MultiLoRA(self._model, adapters), list(together)
 
     def _evict(self, keep: Resident | None = None) -> None:
-        """Drop the adapters that were not used for longest, down to the limit."""
+        """Evict the least recently used adapters until the rest fits the memory limit."""
         if self.memory_limit is None:
             return
         pinned = {name for name, source in self._sources.items() if source.pinned}
@@ -245,7 +245,7 @@ class AdapterBank:
 
     @contextmanager
     def _bare(self) -> Iterator[None]:
-        """A context in which the shared adapters are not on the model; its other adapters may be."""
+        """A context that takes the multi-LoRA adapters off the model. An adapter mounted alone may stay."""
         mounted = self._multi is not None and self._multi.mounted
         if mounted:
             self._multi.unmount()
@@ -259,7 +259,7 @@ class AdapterBank:
     def _check_free(self) -> None:
         if self._own:
             raise AdapterError(
-                "the model has an adapter that the bank did not put there", "Remove it with unmount(model), or fuse it."
+                "the model has an adapter that the bank did not attach", "Remove it with unmount(model), or fuse it."
             )
 
     def _source(self, name: str) -> Source:
@@ -267,14 +267,14 @@ class AdapterBank:
             return source
         if name in self:
             return Source(path=self.folder / name)
-        self._residents.pop(name, None)  # its folder is gone
+        self._residents.pop(name, None)  # its folder was deleted
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> AdapterError:
         return AdapterError(f"no adapter named {name!r}", f"Known: {', '.join(self.names) or 'none'}.")
 
     def in_folder(self) -> list[str]:
-        """The adapters in the folder, by name. Its own subfolders only, and no links out of it."""
+        """The names of adapters in the folder: direct subfolders only, without links."""
         return [] if self._in_folder is None else self._in_folder.names
 
     def _list(self, name: str, source: Source) -> Listed:

@@ -1,7 +1,7 @@
-"""A conversation with one base and its adapters: the messages so far, and what can be done with them.
+"""A conversation with one base and its adapters: the messages, and the operations on them.
 
-It knows no terminal: the answers are iterators of events, and everything else returns or raises. Of an answer that was
-stopped, the text so far is kept, as on the chat page. One that failed changes nothing.
+This module does not use the terminal. Answers are iterators of events; other methods return or raise. A stopped answer
+keeps its text so far, as on the chat page. A failed answer changes nothing.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .requests import Piece, Request
 from .sampling import check_sampling, extra_eos
 from .transcripts import load_conversation, save_conversation
 
-AT_START = ("draft_model", "prefill_step_size")  # options that the engine takes when it is made
-_KINDS = {"normal": "text", "reasoning": "reasoning"}  # by the kind of a piece; every other one is of a tool call
+AT_START = ("draft_model", "prefill_step_size")  # options that are fixed when the engine is created
+_KINDS = {"normal": "text", "reasoning": "reasoning"}  # kinds of pieces; all others belong to tool calls
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something new in answer ``number``: text of a kind, or its end."""
+    """New text in answer ``number``, or its end."""
 
     number: int
     kind: str  # "text", "reasoning", "tool" (an empty text begins another call) or "end"
@@ -34,10 +34,10 @@ class Event:
 
 
 class Answer:
-    """One answer as it grows.
+    """One answer while it is generated.
 
     Args:
-        begins: its text so far, which the prompt ends with.
+        begins: the beginning of its text, which is the end of the prompt.
     """
 
     def __init__(self, adapter: str | None, begins: str = ""):
@@ -97,8 +97,8 @@ class Conversation:
         self.engine, self.config, self.adapter = engine, config or GenerateConfig(), adapter
         self.tools: list[dict] | None = None  # of a loaded conversation
         self.messages: list[dict] = []
-        self.answers: list[Answer] = []  # the latest, or those that were compared
-        self.unanswered: str | None = None  # the question whose answer failed, or was stopped before its text began
+        self.answers: list[Answer] = []  # the latest answer, or the compared answers
+        self.unanswered: str | None = None  # the question if its answer failed, or was stopped before its text began
         self.answering = self.stopping = False
         self._retries = 0
         self.start(system)
@@ -110,20 +110,20 @@ class Conversation:
 
     @property
     def questions(self) -> int:
-        """The questions so far."""
+        """The number of questions so far."""
         return sum(message["role"] == "user" for message in self.messages)
 
     # Answers.
 
     def say(self, text: str) -> Iterator[Event]:
-        """Answer ``text`` and remember both. Raises: what the engine raises of a request."""
+        """Answer ``text`` and add both to the conversation. Raises: the engine's errors for a request."""
         self._retries, self.unanswered = 0, text
         yield from self._reply([*self.messages, {"role": "user", "content": text}], self.config)
 
     def retry(self) -> Iterator[Event]:
-        """Answer the last question again, answered or not, instead of the answer so far.
+        """Answer the last question again and replace its answer, if there is one.
 
-        With a seed each retry adds one to it, so that the answer can differ and the whole can be repeated.
+        If a seed is set, each retry adds one to it, so that answers differ but the conversation is reproducible.
         Raises: ConfigError: there is no question.
         """
         messages = self._asked()
@@ -136,13 +136,13 @@ class Conversation:
     def compare(self, adapters: Sequence[str | None], text: str | None = None) -> Iterator[Event]:
         """Answer the last question, or ``text`` after the messages so far, with each of ``adapters`` in one batch.
 
-        No answer is remembered. Raises: ConfigError: there is no question.
+        The conversation does not change. Raises: ConfigError: there is no question.
         """
         messages = self._asked() if text is None else [*self.messages, {"role": "user", "content": text}]
         yield from self._answer(messages, adapters, self.config)
 
     def stop(self) -> None:
-        """End the answers before the next token. May be called by a signal handler."""
+        """Stop all answers before the next token. A signal handler may call this."""
         self.stopping = True
 
     def _reply(self, messages: list[dict], config: GenerateConfig) -> Iterator[Event]:
@@ -161,7 +161,7 @@ class Conversation:
         self.answering, self.stopping = True, False
         try:
             yield from self._events(requests, begins)
-        except KeyboardInterrupt:  # in the middle of a step: what was computed so far may be half done
+        except KeyboardInterrupt:  # in the middle of a step, so the caches may be inconsistent
             engine.close()
             raise
         finally:
@@ -185,8 +185,8 @@ class Conversation:
         most = self.engine.context_length
         if most is not None and tokens + more > most:
             warnings.warn(
-                f"the conversation has {tokens} tokens, an answer may have {more}, and the model was made for "
-                f"{most}: answers may get worse. /undo and /reset make it shorter, /set max_tokens N the answer.",
+                f"the conversation has {tokens} tokens, an answer may have {more}, and the model supports "
+                f"{most}: answers may get worse. Use /undo or /reset, or /set max_tokens N for shorter answers.",
                 MLXLoRAWarning,
                 stacklevel=2,
             )
@@ -213,7 +213,7 @@ class Conversation:
         self.tools = None
 
     def undo(self) -> str:
-        """Take the last question back, and what followed. Returns the question. Raises: ConfigError: there is none."""
+        """Remove the last question and its answer. Returns the question. Raises: ConfigError: there is none."""
         last = self._last_question()
         question = self.messages[last]["content"]
         self._replace(self.messages[:last])
@@ -229,8 +229,8 @@ class Conversation:
         self.adapter = adapter
 
     def rivals(self, adapters: Sequence[str | None] = ()) -> list[str | None]:
-        """The adapters to compare: those named, once each. Where they are fewer than two, the base and the active
-        adapter, or the first one of the bank, are added.
+        """Return the adapters to compare, without duplicates. If fewer than two are named, add the base and the active
+        adapter, or the bank's first one.
 
         Raises: AdapterError: there is no adapter.
         """
@@ -243,7 +243,7 @@ class Conversation:
         return found
 
     def set(self, values: dict[str, Any]) -> None:
-        """Change options, all of them or none. Raises: ConfigError: what the config or the vocabulary refuses."""
+        """Change all given options, or none. Raises: ConfigError: a value that the config or the vocabulary forbids."""
         config = replace(self.config, **values)
         fixed = [name for name in AT_START if getattr(config, name) != getattr(self.config, name)]
         if fixed:
@@ -264,7 +264,7 @@ class Conversation:
         save_conversation(path, self.messages, self.tools, overwrite)
 
     def load(self, path: Path, number: int | None = None) -> None:
-        """Go on with a conversation of a data file instead. Where it ends in a question, ``retry`` answers that.
+        """Replace the conversation by one from a data file. If it ends with a question, ``retry`` answers it.
 
         Raises: DataError; ConfigError: the template refuses the messages.
         """

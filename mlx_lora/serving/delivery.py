@@ -1,4 +1,4 @@
-"""From a row's token to the pieces that its request is given."""
+"""Convert a row's tokens to the pieces that its request receives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .text import Segment
 
 
 def deliver(row: Row, event: Token, segments: list[Segment], reason: str | None) -> None:
-    """Give ``segments``, which ``event`` completed, to the request. The last piece has the token and the ``reason``."""
+    """Deliver ``segments``, which ``event`` completed. The last piece has the token and the finish ``reason``."""
     now, count, read = time.perf_counter(), len(row.made), len(row.request.tokens)
     row.first = row.first or now
     *earlier, last = segments or [Segment(row.text.kind, "")]
@@ -31,7 +31,7 @@ def deliver(row: Row, event: Token, segments: list[Segment], reason: str | None)
 
 
 def _logprobs(event: Token, top: int) -> TokenLogprobs:
-    """The log-probabilities of a token and of the ``top`` likeliest ones."""
+    """Return the log-probabilities of a token and of the ``top`` likeliest tokens."""
     chosen = event.logprobs[event.token].item()
     if top < 1:
         return TokenLogprobs(event.token, chosen, ())

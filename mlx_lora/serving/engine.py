@@ -1,9 +1,9 @@
-"""From messages to tokens: many requests at once over one base, each with its adapter or none.
+"""Generate answers for many concurrent requests with one base; each request has an adapter or none.
 
 The engine queues requests (``schedule.py``), computes them in lanes (``lanes.py``) and delivers their text piece by
-piece (``delivery.py``). All rows whose adapters can share a batch are in one lane. An adapter that cannot has a lane of
-its own, and the lanes take turns. A row that fails ends alone. ``step`` does one turn: a server calls it in a thread;
-``stream`` calls it by itself.
+piece (``delivery.py``). All rows whose adapters can share a batch are in one lane. An adapter that cannot has its own
+lane, and the lanes take turns. An error in one row does not end the others. ``step`` does one turn: a server calls it
+in a thread, and ``stream`` calls it itself.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Engine(Prompts):
 
     Args:
         bank: the adapters; an empty bank by default.
-        batch_size: rows that are computed at a time.
-        prefill_batch_size: prompts that are read at a time, so many tokens of each in a step: prefill_step_size.
+        batch_size: rows that are computed at the same time.
+        prefill_batch_size: prompts that are prefilled at the same time, prefill_step_size tokens of each per step.
         queue_size: requests that may wait; None for any number.
-        memory_limit: bytes for the keys and values of all rows; by default what is free now.
-        prompt_cache_size: prompts and answers whose keys and values are kept for requests that begin alike, in at most
+        memory_limit: bytes for the KV caches of all rows; by default the memory that is free now.
+        prompt_cache_size: entries of the prompt cache, which later requests with the same prefix reuse, in at most
             prompt_cache_bytes.
-        draft_model: for requests with ``draft_model``.
-        turn_seconds: how long a lane computes while others wait.
+        draft_model: the draft model of requests that set ``draft_model``.
+        turn_seconds: how long a lane computes while other lanes wait.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Engine(Prompts):
         turn_seconds: float = 0.25,
     ):
         older_mlx_lm.patch_mlx()
-        mx.eval(model.parameters())  # by this thread: another one cannot
+        mx.eval(model.parameters())  # evaluate in this thread, because another one cannot
         super().__init__(tokenizer)
         self.model = model
         self.bank = bank or AdapterBank(model)
@@ -82,7 +82,7 @@ class Engine(Prompts):
         self._lock = threading.Lock()  # of _arrived
         self.schedule = Schedule(turn_seconds)
         self._lanes: dict[tuple, BatchLane | SingleLane] = {}
-        self.counts: Counter[str] = Counter()  # of requests by outcome, and of tokens
+        self.counts: Counter[str] = Counter()  # requests by outcome, and tokens
 
     @property
     def vocab_size(self) -> int:
@@ -90,7 +90,7 @@ class Engine(Prompts):
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that the model was made for; None where its config does not say."""
+        """The model's context length in tokens; None if its config does not give it."""
         base = base_of(self.model)
         config = base.config if base else {}
         return (config.get("text_config") or config).get("max_position_embeddings")
@@ -100,7 +100,7 @@ class Engine(Prompts):
     def submit(self, request: Request, deliver: Callable[[Piece | Exception], None]) -> Row:
         """Queue a request. ``deliver`` is called with its pieces, or with the exception that ends it.
 
-        Raises: ConfigError: an option that cannot be honoured; AdapterError, FormatError: of the adapter; BusyError;
+        Raises: ConfigError: an unsupported option; AdapterError, FormatError: a problem with the adapter; BusyError;
             TooLongError.
         """
         config = request.config
@@ -109,14 +109,14 @@ class Engine(Prompts):
         check_sampling(config, self._sizes.vocab_size)
         ends = extra_eos(config, self.tokenizer, self.vocab_size)
         if config.draft_model is not None and self.draft_model is None:
-            raise ConfigError("the draft model is not loaded", "Name it when the engine starts: --draft-model.")
+            raise ConfigError("no draft model is loaded", "Start with --draft-model.")
         self._sizes.check(len(request.tokens) + config.max_tokens, self.memory_limit)
         self._check_queue()
         resident = None if request.adapter is None else self.bank.acquire(request.adapter)
         row = Row(request, resident, deliver, ends)
         try:
             with self._lock:
-                self._check_queue()  # again: reading an adapter takes time
+                self._check_queue()  # again, because reading an adapter takes time
                 self._arrived.append(row)
         except BusyError:
             if resident is not None:
@@ -126,24 +126,24 @@ class Engine(Prompts):
 
     def _check_queue(self) -> None:
         if self.queue_size is not None and self.queued >= self.queue_size:
-            raise BusyError(f"{self.queue_size} requests are waiting already", "Try again in a moment.")
+            raise BusyError(f"{self.queue_size} requests are already waiting", "Try again in a moment.")
 
     def cancel(self, row: Row) -> None:
         """End a row at the next step. Nothing more is delivered for it."""
         row.cancelled = True
 
     def stream(self, request: Request) -> Iterator[Piece]:
-        """Answer one request, doing the steps. Not for use while another thread calls ``step``."""
+        """Answer one request and call ``step`` as needed. Do not use it while another thread calls ``step``."""
         for _, piece in self.stream_all([request]):
             yield piece
 
     def stream_all(
         self, requests: Sequence[Request], stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[int, Piece]]:
-        """Answer several requests at once, as ``stream``: pairs of a request's number and a piece of its answer.
+        """Like ``stream`` for several requests: yields pairs of a request's number and a piece of its answer.
 
         Args:
-            stopped: called before each step. Where it returns True, the answers end there, without a finish_reason.
+            stopped: called before each step. If it returns True, the answers end there without a finish_reason.
         """
         got: deque[tuple[int, Piece | Exception]] = deque()
         rows: list[Row] = []
@@ -166,25 +166,25 @@ class Engine(Prompts):
 
     @property
     def queued(self) -> int:
-        """Requests that wait."""
+        """The number of waiting requests."""
         return len(self._arrived) + len(self.schedule.waiting)
 
     @property
     def active(self) -> int:
-        """Requests that are being computed."""
+        """The number of requests that are being computed."""
         return len(self.schedule.computed)
 
     # Steps.
 
     def step(self) -> bool:
-        """One turn: take in requests, drop cancelled ones, compute one lane. Returns whether there is work left.
+        """Do one turn: accept requests, drop cancelled ones, compute one lane. Returns whether there is work left.
 
-        An exception of one row, or of a batch, ends rows and not the engine.
+        An exception in a row or a batch ends rows, but not the engine.
         """
         self._take_in()
         self._drop_cancelled()
         with self.bank.lock:
-            if self.bank.changed():  # by the caller: what was kept belongs to other weights
+            if self.bank.changed():  # by the caller: the prompt cache belongs to other weights
                 self.prompt_cache.trim_to(n_sequences=0)
             self.prompt_cache.drop_stale()
             self._admit()
@@ -199,12 +199,12 @@ class Engine(Prompts):
         for event in found:
             try:
                 self._handle(name, event)
-            except Exception as error:  # of the row's text, or of the one who takes it
+            except Exception as error:  # raised by decoding the text, or by ``deliver``
                 self._end(event.row, error)
         return True
 
     def close(self) -> None:
-        """Cancel everything, and leave the model as the base."""
+        """Cancel all requests, and remove all adapters from the model."""
         for row in self._rows():
             self.cancel(row)
         self._drop_cancelled()
@@ -235,7 +235,7 @@ class Engine(Prompts):
                 self._end(row)
 
     def _admit(self) -> None:
-        """Move rows from the queue into their lanes, as far as there is room."""
+        """Move rows from the queue into their lanes while there is room."""
         while self.active < self.batch_size and (first := self.schedule.first()) is not None:
             name, row = first
             if not self._fits(row):
@@ -247,7 +247,7 @@ class Engine(Prompts):
                 self._end(row, error)
 
     def _fits(self, row: Row) -> bool:
-        """Whether the keys and values of all rows fit with this one."""
+        """Whether the KV caches of all rows and of this one fit into memory."""
         needed = self._sizes.of_batch([each.length for each in (row, *self.schedule.computed)])
         if needed > self.memory_limit:
             return False
@@ -269,7 +269,7 @@ class Engine(Prompts):
         self._lanes[name].insert(row, cache, known)
 
     def _recover(self, name: tuple, error: Exception) -> None:
-        """After an exception in a lane: its rows are computed again, each by itself, and one that fails then ends."""
+        """Retry each row of a lane by itself after an exception. A row that fails again ends with its error."""
         rows = self.schedule.active.pop(name)
         lane = self._lanes.pop(name)
         lane.close()
@@ -292,7 +292,7 @@ class Engine(Prompts):
         reason, cache, tokens = event.finish_reason, event.cache, event.tokens
         if event.token in row.extra_eos:
             reason = "stop"
-        ends = reason == "stop"  # at a token that is no text
+        ends = reason == "stop"  # an end-of-sequence token, which has no text
         row.made.append(event.token)
         segments = [] if ends else row.text.add(event.token)
         if row.text.stopped_at is not None or row.text.called:
@@ -308,7 +308,7 @@ class Engine(Prompts):
             self._end(row)
 
     def _end(self, row: Row, error: Exception | None = None) -> None:
-        """Take a row out of everything; deliver ``error`` where there is one."""
+        """Remove a row from the engine, and deliver ``error`` if there is one."""
         if row.ended:
             return
         row.ended = True
@@ -326,5 +326,5 @@ class Engine(Prompts):
         self.counts["cached_tokens"] += row.cached
         self.counts["generation_tokens"] += len(row.made)
         if error is not None:
-            with suppress(Exception):  # nobody is left to take it
+            with suppress(Exception):  # the receiver may have gone
                 row.deliver(error)

@@ -1,6 +1,6 @@
-"""Ways to compute rows: together in mlx-lm's continuous batching, or one row by itself where it cannot be batched.
+"""Lanes compute rows: many rows in mlx-lm's continuous batching, or one row that cannot be batched.
 
-A lane holds rows that the same adapters on the model serve. ``next`` computes one turn of all of them.
+All rows of a lane need the same adapters on the model. ``next`` computes one turn of all of them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Token:
     token: int
     logprobs: mx.array  # [vocab]
     finish_reason: str | None  # "stop" (an end-of-sequence token), "length" or None
-    cache: list | None = None  # of a row that has ended: keys and values of ``tokens``
+    cache: list | None = None  # only of a finished row: keys and values of ``tokens``
     tokens: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class PromptRead:
-    """A row's prompt was read but for its last token; only for caches that cannot be shortened later."""
+    """A row's prompt was read except its last token. Lanes report this only for caches that cannot be trimmed."""
 
     row: Row
     cache: list
@@ -46,7 +46,7 @@ class PromptRead:
 
 
 def lane_of(row: Row, model: nn.Module) -> Name:
-    """The lane that a row belongs to."""
+    """Return the name of the lane for a row."""
     config = row.request.config
     options = config.kv_bits or config.draft_model or config.max_kv_size
     if options or row.request.cache is not None or why_not_batched(model):
@@ -86,7 +86,7 @@ class BatchLane:
         return len(self.rows)
 
     def insert(self, row: Row, cache: list, known: list[int]) -> None:
-        """Add a row. ``cache`` holds keys and values of the tokens ``known``, with which the row begins."""
+        """Add a row. ``cache`` holds keys and values of ``known``, the row's first tokens."""
         rest = row.tokens[len(known) :]
         segments = [rest[:-1], rest[-1:]] if self._keep_prompts else [rest]
         (uid,) = self._generator.insert_segments(
@@ -100,14 +100,14 @@ class BatchLane:
         self.rows[uid], row.state = row, uid
 
     def remove(self, row: Row) -> tuple[list | None, list[int] | None]:
-        """Take a row out before its end. Returns its cache and the tokens whose keys and values that holds."""
+        """Remove an unfinished row. Returns its cache and the tokens that the cache holds."""
         if self.rows.pop(row.state, None) is None:
             return None, None
         cache, tokens = self._generator.remove([row.state], return_prompt_caches=True)[row.state]
         return cache[:-1], list(tokens)
 
     def next(self) -> list[Token | PromptRead]:
-        """Read a stretch of the prompts, or generate a token of each row."""
+        """Prefill a chunk of the prompts, or generate a token for each row."""
         prompts, responses = self._generator.next()
         found: list[Token | PromptRead] = []
         read = [r.uid for r in prompts if r.end_of_segment and not r.end_of_prompt] if self._keep_prompts else []
@@ -131,7 +131,7 @@ class BatchLane:
 
 
 class SingleLane:
-    """One row, through mlx-lm's ``generate_step`` or its speculative decoding, which take what batches cannot."""
+    """One row, through mlx-lm's ``generate_step`` or its speculative decoding, for options that batches lack."""
 
     def __init__(self, model: nn.Module, choose: Callable[[list], None], eos: set[int], draft: nn.Module | None = None):
         self._model, self._choose, self._eos, self._draft = model, choose, eos, draft
@@ -143,7 +143,7 @@ class SingleLane:
         return len(self.rows)
 
     def insert(self, row: Row, cache: list, known: list[int]) -> None:
-        """See ``BatchLane.insert``. A lane takes one row."""
+        """See ``BatchLane.insert``. This lane holds one row."""
         from mlx_lm.generate import generate_step, speculative_generate_step
 
         config, prompt = row.request.config, mx.array(row.tokens[len(known) :])
@@ -192,7 +192,7 @@ class SingleLane:
         return [Token(row, token, logprobs, reason, *self._kept(tokens))]
 
     def _kept(self, tokens: list[int]) -> tuple[list | None, list[int] | None]:
-        """The row's cache and the tokens whose keys and values it holds; None where that cannot be told."""
+        """Return the row's cache and the tokens that it holds; None if those are not known."""
         from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
         offset = getattr(self._cache[0], "offset", None)
@@ -212,10 +212,10 @@ class SingleLane:
 
 
 def _of_whole_row(processor: LogitsProcessor, prompt: list[int]) -> LogitsProcessor:
-    """``processor``, called with all tokens of the row, as in a batch.
+    """Wrap ``processor`` so that it is called with all tokens of the row, as in a batch.
 
-    ``generate_step`` leaves out those in the kept keys and values; the speculative one, and in mlx-lm 0.31 both, leave
-    out the prompt but for its last token.
+    ``generate_step`` omits cached tokens. Speculative decoding, and in mlx-lm 0.31 both functions, pass only the last
+    token of the prompt.
     """
     before: mx.array | None = None
 
@@ -237,7 +237,7 @@ def make_lane(
     draft: nn.Module | None,
     batching: dict[str, Any],
 ) -> BatchLane | SingleLane:
-    """Lane ``name`` for rows with the adapter ``resident``. batching: options of ``BatchLane``."""
+    """Create lane ``name`` for rows with the adapter ``resident``. batching: options of ``BatchLane``."""
     alone = resident is not None and bool(resident.alone)
     choose = (lambda keys: bank.mount_alone(resident)) if alone else bank.choose
     return SingleLane(model, choose, eos, draft) if name[0] == "single" else BatchLane(model, choose, eos, **batching)

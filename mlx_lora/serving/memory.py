@@ -1,4 +1,4 @@
-"""What a row takes in memory, and how much there is."""
+"""Memory that a row's KV cache needs, and memory that is available."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _SHARE = 0.9  # of the memory that MLX or the system reports; the rest is for ac
 
 
 class TooLongError(MLXLoRAError):
-    """A row would not fit into memory even alone."""
+    """A row is too long for the model or the memory."""
 
 
 def new_cache(model: nn.Module, max_kv_size: int | None = None) -> list:
-    """An empty prompt cache of one row.
+    """Create an empty KV cache for one row.
 
     Args:
         max_kv_size: tokens that layers with plain attention keep at most; the first four are always among them.
-            mlx-lm passes over this for the classes that make their own caches, which are most.
+            mlx-lm ignores this for model classes that create their own caches, which most do.
     """
     from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
@@ -34,14 +34,14 @@ def new_cache(model: nn.Module, max_kv_size: int | None = None) -> list:
 
 
 def can_always_trim(caches: list) -> bool:
-    """Whether tokens can be taken off the end at any time; a sliding window has forgotten what was before them."""
+    """Whether tokens can always be removed from the end. A sliding window has already overwritten earlier tokens."""
     return all(cache.is_trimmable() and not hasattr(cache, "max_size") for cache in _flat(caches))
 
 
 class KeysAndValues:
-    """Bytes of keys and values by length, found by reading one token with the model.
+    """Bytes of a KV cache by length, measured by running the model on one token.
 
-    vocab_size: of the model's logits.
+    vocab_size: size of the model's logits.
     """
 
     def __init__(self, model: nn.Module):
@@ -57,18 +57,18 @@ class KeysAndValues:
                 self._growing.append((cache.nbytes / step, getattr(cache, "max_size", None)))
 
     def nbytes(self, tokens: int) -> int:
-        """Of one row of so many tokens."""
+        """Bytes for one row of ``tokens`` tokens."""
         grown = sum(each * (min(tokens, most) if most else tokens) for each, most in self._growing)
         return self._fixed + int(grown)
 
     def of_batch(self, tokens: list[int]) -> int:
-        """Of a batch of rows of so many tokens each: it takes for each what the longest takes."""
+        """Bytes for a batch of rows with these lengths. Padding makes each row as large as the longest."""
         return len(tokens) * self.nbytes(max(tokens))
 
     def check(self, tokens: int, limit: int) -> None:
-        """Raises: TooLongError: one row of so many tokens needs more than ``limit`` bytes."""
+        """Raises: TooLongError: one row of ``tokens`` tokens needs more than ``limit`` bytes."""
         if (needed := self.nbytes(tokens)) > limit:
-            sizes = f"{needed / 1e9:.2f} GB, and there are {limit / 1e9:.2f} GB"
+            sizes = f"{needed / 1e9:.2f} GB, and {limit / 1e9:.2f} GB are available"
             raise TooLongError(
                 f"the keys and values of {tokens} tokens need {sizes}", "Shorten the prompt, or lower max_tokens."
             )
@@ -79,7 +79,7 @@ def _flat(caches: Any) -> list:
 
 
 def free_memory() -> int:
-    """Bytes that keys and values may take: those of the GPU's working set, or of the system, that are not in use."""
+    """Bytes available for KV caches: the free part of the GPU's working set, or of the system's memory."""
     if is_cpu():
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:

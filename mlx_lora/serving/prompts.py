@@ -1,4 +1,4 @@
-"""From messages to the tokens of a prompt, through the model's chat template."""
+"""Convert messages to the tokens of a prompt with the model's chat template."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import ConfigError
 
 
 class Prompts:
-    """Makes prompts for one tokenizer."""
+    """Creates prompts for one tokenizer."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer, self.template = tokenizer, Template(tokenizer)
@@ -20,10 +20,10 @@ class Prompts:
     def prompt(
         self, messages: Sequence[dict], tools: list | None = None, config: GenerateConfig | None = None
     ) -> list[int]:
-        """The tokens of a conversation, up to the assistant's next answer.
+        """Return the tokens of a conversation, up to the assistant's next answer.
 
         Args:
-            config: for its ``chat_template_config`` and ``prefill_response``.
+            config: supplies ``chat_template_config`` and ``prefill_response``.
 
         Raises: ConfigError: the model has no chat template, or the template refuses the messages.
         """
@@ -33,7 +33,7 @@ class Prompts:
             )
         config = config or GenerateConfig()
         if tools and not self.shows_tools:
-            raise ConfigError("the chat template of this model does not show tools to it", "Leave tools out.")
+            raise ConfigError("the chat template of this model does not support tools", "Leave tools out.")
         try:
             return self.template.prompt(messages, tools, config.chat_template_config, config.prefill_response)
         except Exception as error:  # jinja's errors, among others
@@ -49,11 +49,11 @@ class Prompts:
         tool = {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}}
         try:
             return self.template.prompt(asked) != self.template.prompt(asked, [{"type": "function", "function": tool}])
-        except Exception:  # of any type; the request itself will tell
+        except Exception:  # of any type; the request itself reports the error
             return True
 
     def state_after(self, tokens: list[int]) -> str:
-        """What the text after a prompt is: "reasoning" where its template has opened that, else "normal"."""
+        """Return the kind of the text after a prompt: "reasoning" if the template has opened it, else "normal"."""
         tokenizer = self.tokenizer
         state = "normal"
         if getattr(tokenizer, "has_thinking", False):

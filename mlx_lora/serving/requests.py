@@ -1,4 +1,4 @@
-"""What the engine takes and gives: a request, and the pieces of its answer."""
+"""The engine's input and output: a request, and the pieces of its answer."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Request:
     tokens: Sequence[int]  # of the prompt
     config: GenerateConfig = field(default_factory=GenerateConfig)
     adapter: str | None = None  # a name in the bank; None for the base
-    logprobs: int | None = None  # also give the log-probability of each token, and of so many of the likeliest
-    parts: bool = False  # tell reasoning and tool calls apart from the answer
-    state: str = "normal"  # with parts: what the prompt ends in, such as "reasoning"
+    logprobs: int | None = None  # also return each token's log-probability, and this many of the likeliest
+    parts: bool = False  # separate reasoning and tool calls from the answer
+    state: str = "normal"  # with parts: the kind that the prompt ends in, such as "reasoning"
     one_call: bool = False  # with parts: end the answer after the first tool call
     processors: Sequence[LogitsProcessor] = ()  # run after those of ``config``, such as a grammar's
-    cache: list | None = None  # a prompt cache to continue, which the answer changes; only ``tokens`` follow it
+    cache: list | None = None  # a prompt cache to continue and modify; ``tokens`` follow it
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """The log-probability of a token, and of the likeliest tokens in its place."""
+    """The log-probability of a token, and of the likeliest tokens at its position."""
 
     token: int
     logprob: float
@@ -48,12 +48,12 @@ class Piece:
 
     text: str
     kind: str  # "normal", "reasoning", "tool"
-    token: int | None  # that completed the text; None where text was held back until the end
+    token: int | None  # the token that completed the text; None for text held back until the end
     finish_reason: str | None  # "stop", "length" or None
     stop_word: str | None  # that ended the answer
     logprobs: TokenLogprobs | None
     prompt_tokens: int
-    cached_tokens: int  # of the prompt, whose keys and values were kept from an earlier request
+    cached_tokens: int  # prompt tokens taken from the prompt cache
     prompt_tps: float  # prompt tokens per second
     generation_tokens: int
     generation_tps: float  # tokens per second
@@ -61,7 +61,7 @@ class Piece:
 
 
 class Row:
-    """A request on its way through the engine.
+    """A request while the engine processes it.
 
     Args:
         deliver: called with each ``Piece``, and with the exception that ended the row, by the thread that generates.
@@ -82,10 +82,10 @@ class Row:
         self.first: float | None = None  # time of the first token
         self.text: AnswerText | None = None
         self.guard: Guarded | None = None
-        self.state: Any = None  # of the lane that computes the row
+        self.state: Any = None  # belongs to the lane that computes the row
 
     def begin(self, tokenizer: Any) -> None:
-        """Make what its tokens are drawn and written with. Does nothing if it was computed before."""
+        """Create the sampler, processors and text decoder. Does nothing if generation has already begun."""
         if self.guard is None:
             config = self.request.config
             processors = [*make_processors(config), *self.request.processors]
@@ -97,7 +97,7 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and of the longest answer."""
+        """Tokens of the prompt plus max_tokens."""
         return len(self.request.tokens) + self.request.config.max_tokens
 
     @property

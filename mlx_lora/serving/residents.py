@@ -1,4 +1,4 @@
-"""What a bank knows of an adapter: where it comes from, and the value in memory; the adapters in a folder."""
+"""Records of a bank: an adapter's source, its value in memory, and the adapters in a folder."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Resident:
     version: int
     adapter: Adapter
     alone: list[str]  # why it cannot share a batch with other adapters; empty if it can
-    signature: tuple = ()  # of its files, when they were read
-    rows: int = 0  # that use it now
-    used: int = 0  # a counter: the higher, the later
+    signature: tuple = ()  # of its files when they were read
+    rows: int = 0  # rows that use it now
+    used: int = 0  # a counter: higher means more recent
 
     @property
     def key(self) -> Key:
@@ -43,13 +43,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Listed:
-    """What is known of a named adapter."""
+    """Public facts about a named adapter."""
 
     name: str
     path: str | None
     loaded: bool
     pinned: bool = False
-    method: str | None = None  # the rest only of loaded ones
+    method: str | None = None  # from here on, only of loaded adapters
     rank: int | None = None
     nbytes: int = 0
     alone: tuple[str, ...] = field(default=())
@@ -57,11 +57,11 @@ class Listed:
 
 
 class AdapterFolder:
-    """The adapters that are subfolders of a folder, by their names. Links are not followed."""
+    """The adapters in the subfolders of a folder, by name. Links are not followed."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._seen: dict[str, int] = {}  # the subfolders that were adapters, and when they had changed
+        self._seen: dict[str, int] = {}  # subfolders that were adapters, and their modification times
 
     @property
     def names(self) -> list[str]:
@@ -91,7 +91,7 @@ class AdapterFolder:
 
 
 def signature_of(path: Path | None) -> tuple:
-    """What changes when an adapter is written again: names, sizes and times of the files in its folder."""
+    """Names, sizes and times of the files in a folder; they change when an adapter is written again."""
     if path is None:
         return ()
     try:
@@ -103,7 +103,7 @@ def signature_of(path: Path | None) -> tuple:
 
 @contextmanager
 def errors_by_name(names: dict[str | Path | None, str | None]) -> Iterator[None]:
-    """A context whose errors say names in place of folders, as servers show them to anyone."""
+    """A context that replaces folders by names in errors, because servers show errors to clients."""
     try:
         yield
     except MLXLoRAError as error:

@@ -1,4 +1,4 @@
-"""Which adapter each row of a batch uses, carried through mlx-lm's continuous batching.
+"""Track the adapter of each row through mlx-lm's continuous batching.
 
 mlx-lm's batches merge, extend, filter and extract the objects of a prompt cache. One more object in each row's cache
 list says which adapter the row uses, so that it stays with the row while rows join and leave.
@@ -48,7 +48,7 @@ class AdapterRows:
 
 
 class RowModel(nn.Module):
-    """The model as mlx-lm's batches call it: takes the last object off the caches, and chooses each row's adapter.
+    """The model that mlx-lm's batches call: it removes the last object of the caches, and selects each row's adapter.
 
     Args:
         choose: called before each forward pass with the names of the rows' adapters.
@@ -56,7 +56,7 @@ class RowModel(nn.Module):
 
     def __init__(self, model: nn.Module, choose: Callable[[list], None]):
         super().__init__()
-        # Not as attributes of the module, which would make the model's parameters this one's too.
+        # Not stored as attributes, so that the model's parameters do not become parameters of this module.
         object.__setattr__(self, "_model", model)
         object.__setattr__(self, "_choose", choose)
 

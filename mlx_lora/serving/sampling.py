@@ -1,7 +1,7 @@
-"""From logits to tokens: mlx-lm's samplers and logits processors, as a ``GenerateConfig`` asks for them.
+"""Create mlx-lm's samplers and logits processors for a ``GenerateConfig``.
 
-A row's sampler may fail without ending the rows beside it, and a row with a seed draws the same numbers whatever rows
-are beside it.
+An error in a row's sampler does not end the other rows of the batch. A row with a seed draws the same random numbers
+in any batch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def greedy(logprobs: mx.array) -> mx.array:
 
 
 class Seeded:
-    """A sampler with random numbers of its own: those that it would draw alone after ``mx.random.seed(seed)``."""
+    """A sampler with its own random state: it draws the same numbers as after ``mx.random.seed(seed)``."""
 
     def __init__(self, sampler: Sampler, seed: int):
         self._sampler, self._state = sampler, seed
@@ -59,7 +59,7 @@ class Seeded:
 
 
 def _random_state() -> int:
-    """The seed that brings MLX's random state to where it is now."""
+    """Return the seed that reproduces MLX's current random state."""
     high, low = mx.random.state[0].tolist()
     return (high << 32) | low
 
@@ -85,13 +85,13 @@ def check_sampling(config: GenerateConfig, vocab_size: int) -> None:
     if config.top_k >= vocab_size:
         faults.append(f"top_k must be below {vocab_size}, the size of the vocabulary, not {config.top_k}")
     if outside := [token for token in config.logit_bias or () if token >= vocab_size]:
-        faults.append(f"logit_bias: the vocabulary has {vocab_size} tokens, and no {', '.join(map(str, outside[:5]))}")
+        faults.append(f"logit_bias: not in the vocabulary of {vocab_size} tokens: {', '.join(map(str, outside[:5]))}")
     if faults:
         raise ConfigError("\n".join(faults), "Correct these options, or leave them out.")
 
 
 def extra_eos(config: GenerateConfig, tokenizer: Any, vocab_size: int) -> set[int]:
-    """The tokens that ``config.extra_eos_token`` names. Raises: ConfigError: the tokenizer has no such token."""
+    """Return the ids of ``config.extra_eos_token``. Raises: ConfigError: the tokenizer does not have a token."""
     found = set()
     for name in config.extra_eos_token:
         token = int(name) if name.isdecimal() else tokenizer.convert_tokens_to_ids(name)
@@ -102,7 +102,7 @@ def extra_eos(config: GenerateConfig, tokenizer: Any, vocab_size: int) -> set[in
 
 
 class Withheld:
-    """A logits processor that makes tokens impossible, for the first ``count`` tokens of an answer or for all.
+    """A logits processor that forbids tokens for the first ``count`` tokens of an answer, or for the whole answer.
 
     Args:
         prompt: length of the prompt.
@@ -118,7 +118,7 @@ class Withheld:
 
 
 class Guarded:
-    """Calls a row's sampler or processors. What one of them raises is kept in ``error`` and ends that row alone."""
+    """Calls a row's sampler and processors. It stores their exception in ``error``, which ends only that row."""
 
     def __init__(self, sampler: Sampler, processors: Sequence[LogitsProcessor]):
         self.error: Exception | None = None

@@ -1,4 +1,4 @@
-"""Which rows wait, which are computed and in which lane, and whose turn it is. Knows nothing of models."""
+"""Decide which row is admitted next and which lane computes next. This module knows nothing about models."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections import Counter
 
 from .requests import Row
 
-Name = tuple  # of a lane: rows that the same adapters on the model serve
+Name = tuple  # of a lane, whose rows need the same adapters on the model
 
 
 class Schedule:
     """The rows of an engine.
 
-    Fair between adapters: each adapter's requests have numbers of their own, as if they came one a round, and the
-    lowest number is admitted first. So a flood of requests for one adapter delays those of others by a round, and no
-    request waits for ever.
+    It is fair between adapters: the requests of each adapter are numbered by round, one per round, and the lowest
+    number is admitted first. So many requests for one adapter delay other adapters by only one round, and no request
+    waits for ever.
 
     Args:
         turn_seconds: how long a lane computes while others have rows.
@@ -25,9 +25,9 @@ class Schedule:
         self.turn_seconds = turn_seconds
         self.waiting: list[tuple[Name, Row]] = []
         self.active: dict[Name, list[Row]] = {}
-        self._round = 0  # that of the row that was admitted last
-        self._rounds: dict[str | None, int] = {}  # by adapter: that of its row that came last
-        self._turn: tuple[Name, float] | None = None  # the lane whose turn it is, and since when
+        self._round = 0  # round of the last admitted row
+        self._rounds: dict[str | None, int] = {}  # adapter -> round of its newest row
+        self._turn: tuple[Name, float] | None = None  # the current lane, and when its turn began
         self._served: dict[Name, float] = {}  # when a lane's last turn ended
 
     @property
@@ -40,7 +40,7 @@ class Schedule:
         return [row for rows in list(self.active.values()) for row in rows]
 
     def add(self, name: Name, row: Row) -> None:
-        """Let a row wait for lane ``name``."""
+        """Queue a row for lane ``name``."""
         if row.round is None:
             adapter = row.request.adapter
             self._rounds = {each: last for each, last in self._rounds.items() if last > self._round}
@@ -54,13 +54,13 @@ class Schedule:
         return min(self.waiting, key=order, default=None)
 
     def admit(self, name: Name, row: Row) -> None:
-        """A row that waited is now in lane ``name``."""
+        """Move a waiting row into lane ``name``."""
         self.waiting.remove((name, row))
         self.active.setdefault(name, []).append(row)
         self._round = max(self._round, row.round)
 
     def remove(self, row: Row) -> Name | None:
-        """Forget a row. Returns the lane that it was in."""
+        """Remove a row. Returns the lane that it was in."""
         self.waiting = [each for each in self.waiting if each[1] is not row]
         name = next((name for name, rows in self.active.items() if row in rows), None)
         if name is not None:
@@ -71,7 +71,7 @@ class Schedule:
         return name
 
     def next(self) -> Name | None:
-        """The lane whose turn it is: the present one, unless its time is over and another one has rows."""
+        """Return the lane to compute: the current one, unless its time is over and another lane has rows."""
         now, names = time.perf_counter(), list(self.active)
         if self._turn is not None and self._turn[0] in names:
             name, since = self._turn

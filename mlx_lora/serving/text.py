@@ -1,4 +1,4 @@
-"""From tokens to text: whole characters, stop words, and the parts of an answer (reasoning, tool calls)."""
+"""Convert tokens to text: complete characters, stop words, and the parts of an answer (reasoning, tool calls)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..base import older_mlx_lm
 
 
 class Segment(NamedTuple):
-    """A stretch of an answer. An empty one says that the kind changes, such as between two tool calls."""
+    """A segment of an answer. An empty one marks a change of kind, such as between two tool calls."""
 
     kind: str  # "normal", "reasoning", "tool" or another state of the tokenizer's response format
     text: str
 
 
 class StopWords:
-    """Ends a text before the first of some words. Text that may begin one is held back until that is known."""
+    """Ends a text before the first stop word. Text that may be the beginning of one is held back."""
 
     def __init__(self, words: Sequence[str] = ()):
         self._words = tuple(words)
@@ -35,13 +35,13 @@ class StopWords:
         return text
 
     def finish(self) -> str:
-        """What was held back, at the end of a text without a stop word."""
+        """Return the text held back, at the end of a text without a stop word."""
         held, self._held = self._held, ""
         return held
 
     @staticmethod
     def _overlap(text: str, word: str) -> int:
-        """Characters at the end of ``text`` that begin ``word``."""
+        """Return how many characters at the end of ``text`` are the beginning of ``word``."""
         longest = min(len(text), len(word) - 1)
         return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)
 
@@ -50,7 +50,7 @@ class AnswerText:
     """The text of one answer, token by token.
 
     Args:
-        parts: whether to tell reasoning and tool calls apart, by the markers that mlx-lm knows of this tokenizer.
+        parts: whether to separate reasoning and tool calls by the markers that mlx-lm knows for this tokenizer.
             Otherwise all text is "normal", with the markers in it.
         one_call: whether the text ends after the first tool call.
     """
@@ -64,8 +64,8 @@ class AnswerText:
         one_call: bool = False,
     ):
         self._detokenizer, self._stop = tokenizer.detokenizer, StopWords(stop)
-        self._machine, self.kind = None, state  # kind: of the text that comes next
-        self._one_call, self.called = one_call, False  # called: the call after which the text ends was made
+        self._machine, self.kind = None, state  # kind: kind of the next text
+        self._one_call, self.called = one_call, False  # called: the one call is complete
         if parts:
             self._machine = _machine_of(tokenizer)
             self._state = self._machine.make_state(state)
@@ -76,12 +76,12 @@ class AnswerText:
         return self._stop.found
 
     def add(self, token: int) -> list[Segment]:
-        """The text that ``token`` completes."""
+        """Add ``token`` and return the text that it completes."""
         self._detokenizer.add_token(token)
         return self._split(self._stop.feed(self._detokenizer.last_segment), last=self._stop.found is not None)
 
     def finish(self) -> list[Segment]:
-        """The text that was held back, once no token follows."""
+        """Return the text held back, after the last token."""
         self._detokenizer.finalize()
         text = self._stop.feed(self._detokenizer.last_segment)
         return self._split(text + ("" if self._stop.found else self._stop.finish()), last=True)
@@ -105,7 +105,7 @@ class AnswerText:
 
 
 def _machine_of(tokenizer: Any) -> Any:
-    """What tells reasoning and tool calls apart, by the tokenizer's markers."""
+    """Return mlx-lm's state machine that finds reasoning and tool calls by the tokenizer's markers."""
     if older_mlx_lm.is_used():
         return older_mlx_lm.TextStateMachine(tokenizer)
     from mlx_lm.generate import make_text_state_machine

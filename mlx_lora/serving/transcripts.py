@@ -18,14 +18,14 @@ from ..errors import DataError, FormatError
 
 
 def save_conversation(path: Path, messages: Sequence[dict], tools: list | None = None, overwrite: bool = False) -> None:
-    """Write one conversation to ``path``, which must end in .jsonl. The file is complete or not there at all.
+    """Write one conversation to ``path``, which must end in .jsonl. A failed write leaves no partial file.
 
     Raises: FormatError: another ending, a file that is there (unless ``overwrite``), or a failed write.
     """
     if path.suffix != ".jsonl":
         raise FormatError(f"{path}: a conversation is saved as JSON lines", f"Name it {path.stem or 'chat'}.jsonl.")
     if path.exists() and not overwrite:
-        raise FormatError(f"{path}: there is such a file already", "Choose another name, or replace it with /save!.")
+        raise FormatError(f"{path}: the file already exists", "Choose another name, or replace it with /save!.")
     row = {"messages": list(messages), **({"tools": tools} if tools else {})}
     with writing(path):
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -39,15 +39,15 @@ def save_conversation(path: Path, messages: Sequence[dict], tools: list | None =
 
 
 def load_conversation(path: Path, number: int | None = None, template: str = "") -> Sample:
-    """The conversation in a data file, or the one with this number, counted from 1.
+    """Load the only conversation of a data file, or the one with this number, counted from 1.
 
     Args:
-        template: the text of the chat template, to see which roles it knows.
+        template: the text of the chat template, to find the roles that it supports.
 
-    Raises: DataError: of all rows that cannot be read, or because there is not one conversation alone.
+    Raises: DataError: lists all unreadable rows; or the file has several conversations and no number is given.
     """
     if file_format(path.name) is None:
-        raise DataError(f"{path}: is no data file", f"Name a file that ends in {', '.join(FORMATS)}.")
+        raise DataError(f"{path}: is not a data file", f"Name a file that ends in {', '.join(FORMATS)}.")
     faults: list[Fault] = []
     try:
         rows = read_file(path, faults, [])
@@ -58,7 +58,7 @@ def load_conversation(path: Path, number: int | None = None, template: str = "")
         raise DataError(listing(faults), "Correct these lines, or remove them.")
     chats = [sample for sample in samples if sample.messages]
     if not chats:
-        raise DataError(f"{path}: holds no conversation", 'Write one in a line: {"messages": [{"role": ...}, ...]}.')
+        raise DataError(f"{path}: holds no conversation", 'Write one per line: {"messages": [{"role": ...}, ...]}.')
     if number is None and len(chats) == 1:
         return chats[0]
     if number is None or not 1 <= number <= len(chats):

@@ -1,4 +1,4 @@
-"""The thread that generates, and whether it is alive."""
+"""The generating thread and its health."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..errors import MLXLoRAError
 from ..threads import run_in_thread
 from .engine import Engine
 
-_IDLE = 0.05  # seconds between looks at the queue when nobody wakes the thread
+_IDLE = 0.05  # seconds between checks of the queue without a ``wake``
 log = logging.getLogger(__name__)
 
 
 class Stopped(MLXLoRAError):
-    """The engine has stopped, or is about to."""
+    """The engine has stopped or is stopping."""
 
 
 class Worker:
-    """Calls ``engine.step`` in a thread of its own until ``stop``.
+    """Calls ``engine.step`` in its own thread until ``stop``.
 
-    After ``wake`` it looks at the queue at once. Where a step raises, every row ends with that error and the thread
-    goes on; where it stopped for another reason, ``alive`` tells. A worker still at work when Python ends is stopped.
+    ``wake`` makes it check the queue at once. If a step raises, every row ends with that error and the thread
+    continues. ``alive`` is False if the thread has stopped for any reason. Python stops a running worker at exit.
     """
 
     def __init__(self, engine: Engine):
@@ -41,16 +41,16 @@ class Worker:
 
     @property
     def busy_seconds(self) -> float:
-        """How long the present step has taken; 0 while there is nothing to do."""
+        """How long the current step has taken so far; 0 while the worker is idle."""
         idle = self.engine.active == 0 and self.engine.queued == 0
         return 0.0 if idle else time.monotonic() - self.last_step
 
     def wake(self) -> None:
-        """There is something new in the queue."""
+        """Tell the worker that the queue has a new request."""
         self._work.set()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Stop after the present step, and wait for that. Rows that are not finished end with ``Stopped``.
+        """Stop after the current step, and wait for it. Unfinished rows end with ``Stopped``.
 
         Args:
             timeout: seconds to wait.

@@ -33,7 +33,7 @@ def test_every_command_has_a_method_and_a_line_of_help(capsys):
     _, err = said(commands, capsys, "/help")
     for name in TABLE:
         assert callable(getattr(commands, name)) and f"/{name}" in err
-    assert "Alt+Enter" in err and "Ctrl-C" in err and "within the conversation so far" in err
+    assert "Alt+Enter" in err and "Ctrl-C" in err and "after the conversation so far" in err
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_every_command_has_a_method_and_a_line_of_help(capsys):
         ("/comp A B", "did you mean /compare?"),
         ("/zzz", "/zzz is not a command\n"),
         ("/", "is not a command"),
-        ("/undo 3", "takes nothing after it, not '3'"),
+        ("/undo 3", "takes no arguments, not '3'"),
         ("/adapter pirat", "no adapter named 'pirat'; did you mean pirate?"),
         ("/set tmep 1", "did you mean temp?"),
         ("/set temp warm", "temp: 'warm' is not a valid float"),
@@ -89,7 +89,7 @@ def test_compare_shows_one_answer_after_the_other(capsys):
     said(commands, capsys, "Hello")
     out, err = said(commands, capsys, "/compare none pirate lawyer -- Who are you?")
     assert out == "[base]\none\n[pirate]\ntwo\n[lawyer]\nthree\n"
-    assert err == "Asked after the 1 question so far, and not remembered: Who are you?\n"
+    assert err == "Asked after the 1 question so far, without adding it to the conversation: Who are you?\n"
     assert [request.adapter for request in commands.conversation.engine.requests] == [None, "pirate", "lawyer"]
     assert commands.conversation.questions == 1
 
@@ -157,7 +157,7 @@ def test_the_system_message_starts_a_new_conversation(capsys):
 
 def test_retry_says_why_the_answer_is_the_same(capsys):
     commands = scripted("yes", "yes", "no")
-    assert "with temp 0 it does not vary" in said(commands, capsys, "Hello", "/retry")[1]
+    assert "with temp 0 answers do not vary" in said(commands, capsys, "Hello", "/retry")[1]
     assert "vary" not in said(commands, capsys, "/retry")[1] and commands.conversation.messages[-1]["content"] == "no"
 
 

@@ -144,7 +144,7 @@ def test_a_conversation_from_first_to_last_key(keyboard, capsys):
     talk(commands, typed)
     out, err = capsys.readouterr()
     assert out == "yes\nno\n" and [m["content"] for m in commands.conversation.messages] == ["Again", "no"]
-    for text in ("/help lists", "Ctrl-D or /quit", "Taken back: Hello", "/wrong is not a command"):
+    for text in ("/help lists", "Ctrl-D or /quit", "Removed: Hello", "/wrong is not a command"):
         assert text in err
 
 

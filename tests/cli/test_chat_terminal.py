@@ -101,7 +101,7 @@ def test_a_session(terminal, tmp_path):
     terminal.expect("/quit leaves")
     terminal.expect("adapter: none")
     terminal.type("Who left the kite?\r")
-    terminal.expect("made for 512")
+    terminal.expect("supports 512")
     terminal.expect("Robin")  # the answer has begun
     terminal.type("\x03")
     terminal.expect("Stopped: the answer so far is kept")
@@ -112,7 +112,7 @@ def test_a_session(terminal, tmp_path):
     terminal.type("/retry\r")
     terminal.expect("tokens/s")
     terminal.type("/undo\r")
-    terminal.expect("Taken back: Who left the kite?")
+    terminal.expect("Removed: Who left the kite?")
     terminal.expect("tokens/s")
     terminal.type("\x04")
     assert terminal.leave() == 0

@@ -169,7 +169,7 @@ def test_an_adapter_is_unloaded_while_a_request_uses_it(served, alone, name):
     client, engine, _ = served
     post = lambda path, **body: client.post(path, body=body, cast_to=object)  # noqa: E731
     post("/load_lora_adapter", lora_name="other", lora_path=name)
-    with pytest.raises(openai.BadRequestError, match="loaded already"):
+    with pytest.raises(openai.BadRequestError, match="already loaded"):
         post("/load_lora_adapter", lora_name="other", lora_path=name)
     post("/load_lora_adapter", lora_name="other", lora_path=name, load_inplace=True)
     engine.pause_after(3)

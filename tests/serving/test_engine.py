@@ -220,7 +220,7 @@ def test_what_cannot_be_done_is_refused_at_once(engine):
         ({"top_k": 10**6, "temp": 1.0}, "top_k must be below"),
         ({"logit_bias": {"99999999": 1}}, "logit_bias"),
         ({"extra_eos_token": "<no such token>"}, "no token"),
-        ({"draft_model": "x"}, "draft model is not loaded"),
+        ({"draft_model": "x"}, "no draft model is loaded"),
     ):
         with pytest.raises(ConfigError, match=text):
             ask(**options)

@@ -79,7 +79,7 @@ def test_train_learns_from_what_the_page_exports(page, tmp_path):
         train(path, loss)
     chats = exported(page, "All conversations", tmp_path)
     page.get_by_role("button", name="Import and export").click()
-    page.get_by_label("Conversations, one JSON object").set_input_files(chats)
+    page.get_by_label("Conversations: one JSON object").set_input_files(chats)
     expect(page.locator("#import-result")).to_have_text("1 conversation imported.")
     page.keyboard.press("Escape")
     page.locator("#conversations li button").first.click()
@@ -98,7 +98,7 @@ def test_a_malformed_file_is_refused_with_its_lines_and_files_of_other_tools_are
         '{"messages": []}': "no message of the user",
         '{"messages": [{"role": "tool", "content": "x"}]}': 'role "tool"',
         '{"messages": [{"role": "user", "content": 5}]}': "message 1 is not text",
-        '{"messages": [{"role": "assistant", "content": "x"}]}': "one of the user was expected",
+        '{"messages": [{"role": "assistant", "content": "x"}]}': "expected user",
         '{"messages": [null]}': "message 1 has the role undefined",
         '{"conversations": [{"from": "tool", "value": "x"}]}': 'role "tool"',
     }

@@ -76,7 +76,7 @@ def test_an_upload_is_an_adapter_at_once(client, folders, server):
     client.post("/v1/unload_lora_adapter", json={"lora_name": "fresh-1"})
     assert not listed(client)["fresh-1"]["loaded"]
     again = send(client, "fresh-1", files_of(folders[2] / "fresh"))
-    assert again.status_code == 400 and "exists already" in message(again)
+    assert again.status_code == 400 and "already exists" in message(again)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../up", "a\\b", "a\0b", "é", "x" * 101, "tiny"])
@@ -92,10 +92,10 @@ def test_an_uploaded_adapter_has_a_plain_name(client, folders, name):
     [
         ({"adapter_model.bin": pickle.dumps({})}, "run code"),
         ({"weights.PT": b"x"}, "run code"),
-        ({"../adapter_model.safetensors": b"x"}, "no name of a .safetensors file"),
-        ({"a/b.safetensors": b"x"}, "no name of a .safetensors file"),
-        ({".safetensors": b"x"}, "no name of a .safetensors file"),
-        ({"README.md": b"x"}, "not adapter_config.json"),
+        ({"../adapter_model.safetensors": b"x"}, "nor the name of a .safetensors file"),
+        ({"a/b.safetensors": b"x"}, "nor the name of a .safetensors file"),
+        ({".safetensors": b"x"}, "nor the name of a .safetensors file"),
+        ({"README.md": b"x"}, "neither adapter_config.json"),
         ({"adapter_config.json": None}, "adapter_config.json is missing"),
         ({"adapter_model.safetensors": None}, ".safetensors file is missing"),
         ({"adapter_config.json": b"{" * 100_000}, "fresh-2"),
@@ -104,7 +104,7 @@ def test_an_uploaded_adapter_has_a_plain_name(client, folders, name):
         ({"adapter_config.json": b" " * 1_000_001}, "larger than"),
         ({"adapter_model.safetensors": b"\xff" * 100}, "fresh-2"),
         ({"adapter_model.safetensors": b"\x02" + b"\0" * 7 + b"{}"}, "no arrays"),
-        ({f"{number}.safetensors": b"x" for number in range(20)}, "may have 16"),
+        ({f"{number}.safetensors": b"x" for number in range(20)}, "may have at most 16"),
     ],
 )
 def test_a_wrong_upload_is_refused_and_leaves_nothing(client, folders, change, told):
@@ -120,7 +120,7 @@ def test_every_fault_of_an_upload_is_told_at_once(client):
     told = message(send(client, "fresh-3", {"a.bin": b"x", "b.txt": b"y"}, {"a.bin": "1", "b.txt": "-1"}))
     assert "a.bin" in told and "b.txt" in told and "-1" in told
     files = {"adapter_config.json": b"{}", "a.safetensors": b"x", "A.safetensors": b"x"}  # two are one for a Mac
-    assert "'A.safetensors' is announced twice" in message(send(client, "fresh-3", files))
+    assert "'A.safetensors' is listed twice" in message(send(client, "fresh-3", files))
 
 
 def test_an_adapter_for_another_base_is_refused(client, folders, tmp_path):
@@ -144,7 +144,7 @@ def test_an_upload_that_is_too_large_or_of_another_length_leaves_nothing(client,
     assert too_large.status_code == 413, too_large.text
     for size in (sizes[weights] - 1, sizes[weights] + 1):
         answer = send(client, "long", files, {**sizes, weights: size})
-        assert answer.status_code == 400 and "than its files" in message(answer)
+        assert answer.status_code == 400 and "than the sizes of its files" in message(answer)
     # Another request keeps the smaller limit of all bodies.
     json_type = {"content-type": "application/json"}
     for body in (b" " * 200_000, iter([b" " * 50_000] * 4)):  # with and without a length
@@ -217,7 +217,7 @@ def test_a_folder_is_uploaded_and_answers(page, folders):
     expect(page.locator("#adapter-name")).to_have_value("fresh")
     page.locator("#adapter-name").fill("pirate")
     page.get_by_role("button", name="Upload").click()
-    expect(page.locator("#upload-result")).to_contain_text("exists already")
+    expect(page.locator("#upload-result")).to_contain_text("already exists")
     page.locator("#adapter-name").fill("from-the-page")
     page.get_by_role("button", name="Upload").click()
     expect(page.locator("#upload-result")).to_contain_text("fits this model")
@@ -263,6 +263,6 @@ def test_a_folder_is_dropped_and_its_upload_cancelled(page, folders):
     page.get_by_role("button", name="Upload").click()
     expect(page.locator("#upload-progress")).to_be_visible()
     page.get_by_role("button", name="Cancel").click()
-    expect(page.locator("#upload-result")).to_have_text("The upload was cancelled. Nothing of it is kept.")
+    expect(page.locator("#upload-result")).to_have_text("The upload was cancelled, and no files were kept.")
     expect(page.get_by_role("button", name="Upload")).to_be_enabled()
     assert "cancelled" not in names(folders)

@@ -451,7 +451,7 @@ def test_what_cannot_be_forced_is_an_error(minimind, monkeypatch):
         ({"tool_choice": "sometimes"}, "sometimes"),
         ({"tool_choice": {"type": "function"}}, "no name"),
         ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "x"}}}, "allowed_tools"),
-        ({"tool_choice": "required", "tools": broken}, "no JSON schema"),
+        ({"tool_choice": "required", "tools": broken}, "not a JSON schema"),
     ):
         with pytest.raises(openai.BadRequestError, match=words):
             completion(url, False, **options)
@@ -470,7 +470,7 @@ def test_tools_that_the_template_does_not_show_are_an_error(minimind, monkeypatc
     url, engine = minimind
     monkeypatch.setattr(engine.tokenizer._tokenizer, "chat_template", "{{ messages[0].content }}")
     monkeypatch.delitem(engine.__dict__, "shows_tools", raising=False)
-    with pytest.raises(openai.BadRequestError, match="does not show tools"):
+    with pytest.raises(openai.BadRequestError, match="does not support tools"):
         completion(url, False)
     engine.__dict__.pop("shows_tools")
 
@@ -609,5 +609,5 @@ def test_what_claude_code_sends_is_taken(minimind):
     assert counted == made.usage.input_tokens + (made.usage.cache_read_input_tokens or 0)
     assert "Be brief." in engine.prompt_text
     wrong = {"output_config": {"format": {"type": "xml"}}}
-    with pytest.raises(anthropic.BadRequestError, match="no JSON schema"):
+    with pytest.raises(anthropic.BadRequestError, match="not a JSON schema"):
         claude(url).messages.create(model="tiny", messages=ASK, max_tokens=9, extra_body=wrong)

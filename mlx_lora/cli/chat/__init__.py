@@ -1,7 +1,7 @@
-"""``chat``: talk with a model in the terminal, and switch between adapters.
+"""The ``chat`` command: talk with a model in the terminal, and switch between adapters.
 
-The conversation itself is ``serving/conversation.py``. Here are the slash commands (``commands.py``), the line editor
-(``editor.py``) and what shows the answers (``screens.py``, and ``rendered.py`` on a terminal).
+The conversation itself is ``serving/conversation.py``. This package has the slash commands (``commands.py``), the line
+editor (``editor.py``) and the output of answers (``screens.py``, and ``rendered.py`` on a terminal).
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def chat(**params: Any):
     """Talk with a model in the terminal.
 
     The model remembers the conversation. Switch adapters with /adapter NAME or /adapter none; the base model is not
-    loaded again. /compare shows an answer with and without the adapter, and /help lists all commands. Where standard
-    input is no terminal, each of its lines is a message or a command; the answers go to stdout, all else to stderr.
-    Messages are kept for the next session in a file that MLX_LORA_HISTORY names (empty: nowhere).
+    loaded again. /compare shows an answer with and without the adapter, and /help lists all commands. If standard
+    input is not a terminal, each line is a message or a command. Answers go to stdout, everything else to stderr.
+    MLX_LORA_HISTORY names the file that keeps messages for the next session; if it is empty, no file is written.
 
     \b
     mlx-lora chat --model Qwen/Qwen3-0.6B --adapter-path adapters
@@ -79,7 +79,7 @@ def chat(**params: Any):
 
 
 def talk(commands: Commands, read: Callable[[], str]) -> None:
-    """Read and answer until the user leaves. Ctrl-C stops an answer, and empties the line that is being typed."""
+    """Read and answer until the user leaves. Ctrl-C stops an answer, or empties the line being typed."""
     console.note(f"Adapter: {commands.conversation.adapter or 'none'}. /help lists the commands, /quit leaves.")
     while True:
         try:
@@ -99,7 +99,7 @@ def talk(commands: Commands, read: Callable[[], str]) -> None:
 
 
 def attempt(commands: Commands, line: str) -> None:
-    """Do what a line says. A mistyped command must not end the conversation. Raises: Leave."""
+    """Run one line and report its errors, so that a mistyped command does not end the chat. Raises: Leave."""
     try:
         commands.do(line)
     except MLXLoRAError as error:

@@ -16,7 +16,7 @@ from ..generate import add_adapter
 from ..options import chosen
 from .settings import converted, listing, option_params, pairs, shown
 
-BASE = ("none", "base")  # names of the model without an adapter
+BASE = ("none", "base")  # names for the base model without an adapter
 
 
 class Leave(Exception):
@@ -26,7 +26,7 @@ class Leave(Exception):
 class Command(NamedTuple):
     """A row of the table."""
 
-    usages: tuple[tuple[str, str], ...]  # what may follow the command, and what it then does
+    usages: tuple[tuple[str, str], ...]  # (arguments, what the command then does)
     completes: str = ""  # what the line editor completes after it: adapters, names, options or files
 
 
@@ -36,21 +36,21 @@ TABLE = {
     "compare": Command(
         (
             ("", "answer the last question again, with the base and with the adapter"),
-            ("A B none", "the same with these adapters; none is the base"),
-            ("TEXT", "answer TEXT within the conversation so far; no answer joins the conversation"),
-            ("A B -- TEXT", "both. Words are names only if all of them are; /compare -- TEXT is always a text"),
+            ("A B none", "answer it with these adapters; none is the base"),
+            ("TEXT", "answer TEXT after the conversation so far; the conversation does not change"),
+            ("A B -- TEXT", "answer TEXT with these adapters; /compare -- TEXT never reads TEXT as names"),
         ),
         "names",
     ),
     "system": Command((("TEXT", "set the system message (none: remove it) and start a new conversation"),)),
-    "retry": Command((("", "answer the last question again, instead of the answer so far"),)),
-    "undo": Command((("", "take back the last question and its answer; repeat it for earlier ones"),)),
+    "retry": Command((("", "answer the last question again and replace the answer"),)),
+    "undo": Command((("", "remove the last question and its answer; repeat it for earlier ones"),)),
     "save": Command((("FILE", "save the conversation as a .jsonl that train reads; /save! replaces a file"),), "files"),
-    "load": Command((("FILE [N]", "go on with the conversation in a file, or with number N of several"),), "files"),
+    "load": Command((("FILE [N]", "continue the conversation in a file, or number N of several"),), "files"),
     "set": Command(
         (
-            ("", "list the options of generation"),
-            ("temp 0.7", "set one, or several: /set temp 0.7 top_p 0.9; the value default resets it"),
+            ("", "list the generation options"),
+            ("temp 0.7", "set one or several: /set temp 0.7 top_p 0.9; the value default resets an option"),
         ),
         "options",
     ),
@@ -61,11 +61,11 @@ TABLE = {
 }
 KEYS = """\
 Enter sends. Alt+Enter, or a backslash before Enter, begins a new line; pasted text keeps its lines. Tab completes.
-Ctrl-C stops an answer, of which the text so far is kept, or empties the line. // begins a message with a slash."""
+Ctrl-C stops an answer and keeps its text so far, or empties the line. // begins a message with a slash."""
 
 
 class Commands:
-    """Does what a line says, for one conversation and one screen."""
+    """Runs the lines of one conversation and shows the results on one screen."""
 
     def __init__(self, conversation: Any, screen: Any):
         self.conversation, self.screen = conversation, screen
@@ -92,7 +92,7 @@ class Commands:
                 "/help lists them. To send a message that begins with /, write //.",
             )
         if text and not any(usage for usage, _ in TABLE[name].usages):
-            raise ConfigError(f"/{name} takes nothing after it, not {text!r}", f"Write /{name} alone.")
+            raise ConfigError(f"/{name} takes no arguments, not {text!r}", f"Write /{name} alone.")
         getattr(self, name)(*([text] if any(usage for usage, _ in TABLE[name].usages) else []))
 
     def _show(self, events: Any, labels: list[str] | None = None) -> None:
@@ -136,7 +136,7 @@ class Commands:
         if question is not None:
             count = self.conversation.questions
             so_far = f"after the {count} question{'s' * (count != 1)} so far" if count else "as a first question"
-            console.note(f"Asked {so_far}, and not remembered: {question}")
+            console.note(f"Asked {so_far}, without adding it to the conversation: {question}")
         self._show(self.conversation.compare(adapters, question), [name or "base" for name in adapters])
 
     def _names_and_text(self, text: str) -> tuple[list[str | None], str | None]:
@@ -182,10 +182,10 @@ class Commands:
         self._show(self.conversation.retry())
         answers, latest = self.conversation.answers, self.conversation.messages[-1:]
         if self.conversation.config.temp == 0 and earlier == latest and answers[0].complete:
-            console.note("The same answer as before: with temp 0 it does not vary. /set temp 0.7 makes it vary.")
+            console.note("The same answer as before: with temp 0 answers do not vary. /set temp 0.7 makes them vary.")
 
     def undo(self) -> None:
-        console.note(f"Taken back: {self.conversation.undo()}")
+        console.note(f"Removed: {self.conversation.undo()}")
 
     def save(self, file: str, overwrite: bool = False) -> None:
         path = _file(file, "/save chat.jsonl")
@@ -268,7 +268,7 @@ def _file(text: str, example: str) -> Path:
 
 
 def _facts(answer: Any) -> dict[str, str]:
-    """What ``/stats`` says of an answer that has begun."""
+    """Return the lines of ``/stats`` for an answer that has begun."""
     last = answer.last
     return {
         "prompt tokens": str(last.prompt_tokens),

@@ -15,7 +15,7 @@ from .commands import TABLE, Commands
 
 
 def history_file() -> Path | None:
-    """Where messages are kept for the next session: MLX_LORA_HISTORY (empty: nowhere), or the user's own folder."""
+    """Return the history file: MLX_LORA_HISTORY (empty: no file), or a file in the user's folder."""
     named = os.environ.get("MLX_LORA_HISTORY")
     if named is not None:
         return Path(named).expanduser() if named else None

@@ -44,13 +44,13 @@ function row(adapter) {
       problem ? null : el("button", { type: "button", className: "outlined text", "aria-label": `Chat with ${name}`, "data-adapter": name, on: { click: () => chatWith(name, $("adapters")) } }, "Chat"),
       loaded ? el("button", { type: "button", className: "outlined text", "aria-label": `Unload ${name}`, on: { click: () => unload(name) } }, "Unload") : null),
     problem ? el("p", { className: "error lines" }, problem) : el("p", { className: "hint" }, facts.filter(Boolean).join(" · ")),
-    alone?.length ? el("p", { className: "hint" }, `Answers in a batch of its own: ${alone.join("; ")}.`) : null);
+    alone?.length ? el("p", { className: "hint" }, `Cannot share a batch with other adapters: ${alone.join("; ")}.`) : null);
 }
 
 async function unload(name) {
   try {
     await post("v1/unload_lora_adapter", { lora_name: name });
-    say(`${name} is no longer in memory. It is read again when it is asked for.`, false, "adapter-result");
+    say(`${name} is no longer in memory. The next request that uses it reads it again.`, false, "adapter-result");
   } catch (error) { say(error.message, true, "adapter-result"); }
   await draw();
   changed();
@@ -77,7 +77,7 @@ function choose(files, folder) {
   const total = [...config, ...weights].reduce((sum, { size }) => sum + size, 0);
   if (!weights.length && pickles.length) say(`${pickles[0].name} is a pickle file, and reading one can run code. Convert the folder with: mlx-lora convert FOLDER NEW_FOLDER --to peft`, true);
   else if (!config.length || !weights.length) say(`An adapter's folder has ${CONFIG} and a .safetensors file; there is no ${config.length ? ".safetensors file" : CONFIG} here.`, true);
-  else if (total > upload.limit) say(`The adapter has ${bytes(total)}; this server takes ${bytes(upload.limit)}. Start it with a larger --upload-limit, or put the folder into its --adapters-dir.`, true);
+  else if (total > upload.limit) say(`The adapter has ${bytes(total)}; this server accepts at most ${bytes(upload.limit)}. Start it with a larger --upload-limit, or put the folder into its --adapters-dir.`, true);
   else {
     chosen = [...config, ...weights];
     const left = top.length - chosen.length;
@@ -130,7 +130,7 @@ async function send(event) {
     changed();
     await draw();
   } catch (error) {
-    say(error.name === "AbortError" ? "The upload was cancelled. Nothing of it is kept." : error.message, error.name !== "AbortError");
+    say(error.name === "AbortError" ? "The upload was cancelled, and no files were kept." : error.message, error.name !== "AbortError");
   }
   sending = null;
   busy(false);

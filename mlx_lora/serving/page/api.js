@@ -59,7 +59,7 @@ export async function* stream(path, body, signal) {
     } catch (error) {
       if (signal?.aborted) throw error;
       document.dispatchEvent(new CustomEvent("server-away"));
-      throw new ServerError("The connection to the server broke off.");
+      throw new ServerError("The connection to the server was lost.");
     }
     if (chunk.done) throw new ServerError("The server ended the answer early.");
     text += chunk.value;

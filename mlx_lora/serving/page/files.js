@@ -110,7 +110,7 @@ function read(row) {
   all.forEach(({ role, content, reasoning }, index) => {
     const number = index + 1 + (given.length - all.length);
     const expected = index % 2 ? "assistant" : "user";
-    if (role !== expected) throw new Error(`message ${number} is of the ${role}, where one of the ${expected} was expected`);
+    if (role !== expected) throw new Error(`message ${number} has the role ${role}; expected ${expected}`);
     if (role === "user") return turns.push(newTurn(conversation.id, turns.length ? turns.at(-1).chosen : null, content));
     const answer = { ...newAnswer(1, undefined, system, content), reasoning, done: true };
     if (!content) throw new Error(`message ${number} is empty`);
@@ -123,7 +123,7 @@ function plain(message, number) {
   const { role, content } = message;
   if (!["system", "user", "assistant"].includes(role)) throw new Error(`message ${number} has the role ${JSON.stringify(role)}; the page shows system, user and assistant`);
   if (message.tool_calls?.length) throw new Error(`message ${number} has tool calls, which the page does not show`);
-  if (role === "system" && number > 1) throw new Error(`message ${number} is of the system, which must be the first one`);
+  if (role === "system" && number > 1) throw new Error(`message ${number} has the role system, which only the first message may have`);
   const parts = Array.isArray(content) ? content.map((part) => (part?.type === "text" ? part.text : undefined)) : [content];
   if (!parts.every((part) => typeof part === "string")) throw new Error(`the content of message ${number} is not text`);
   const reasoning = typeof message.reasoning_content === "string" ? message.reasoning_content : "";

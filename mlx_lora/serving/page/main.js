@@ -189,7 +189,7 @@ let waiting = false;
 document.addEventListener("server-away", async () => {
   if (waiting) return;
   waiting = true;
-  $("away").textContent = "The server cannot be reached. The page goes on when it is back.";
+  $("away").textContent = "The server cannot be reached. The page continues when the server is back.";
   $("away").hidden = false;
   for (;;) {
     await new Promise((resolve) => setTimeout(resolve, 2000));

@@ -24,7 +24,7 @@ from .streams import collect, events, server_of, sse, stream
 from .tool_choice import tools_of
 
 router = APIRouter(tags=["messages"], route_class=StrictRoute)
-_MODES = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}  # of tool_choice, as OpenAI's
+_MODES = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}  # Anthropic's tool_choice -> OpenAI's
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -35,19 +35,19 @@ class MessagesTool(Body):
     type: Literal["custom"] | None = None
     description: str | None = None
     input_schema: dict[str, Any] | None = None
-    cache_control: dict[str, Any] | None = None  # every prompt's keys and values are kept
-    strict: bool | None = None  # as in OpenAI's tools, the model only reads the schema
-    eager_input_streaming: bool | None = None  # a call is told when it is complete
+    cache_control: dict[str, Any] | None = None  # accepted only: the server caches every prompt
+    strict: bool | None = None  # accepted only: the schema is shown to the model, as with OpenAI's tools
+    eager_input_streaming: bool | None = None  # accepted only: a tool call is sent once it is complete
     defer_loading: only(False) | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """The tool in the form that chat templates expect."""
         function = {"name": self.name, "description": self.description or "", "parameters": self.input_schema or {}}
         return {"type": "function", "function": function}
 
 
 class ToolChoice(Body):
-    """Whether tools may be called, or must be: any of them, or the one that is named."""
+    """Whether the model may call tools, or must call any of them or the named one."""
 
     type: Literal["auto", "none", "any", "tool"]
     name: str | None = None
@@ -55,7 +55,7 @@ class ToolChoice(Body):
 
 
 class Thinking(Body):
-    """Whether the model thinks before it answers, where its chat template knows how to."""
+    """Whether the model thinks before it answers, if its chat template supports that."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Tokens | None = None
@@ -63,34 +63,34 @@ class Thinking(Body):
 
 
 class OutputConfig(Body):
-    """How long the model thinks, where its chat template knows that, and the JSON schema of its answer."""
+    """How long the model thinks, if its chat template supports that, and the JSON schema of its answer."""
 
     effort: Effort | None = None
     format: dict[str, Any] | None = None
 
     def response_format(self) -> dict[str, Any] | None:
-        """The schema as OpenAI's ``response_format``. Raises: ConfigError: it is none."""
+        """The schema as OpenAI's ``response_format``. Raises: ConfigError: it is not a JSON schema."""
         if self.format is None:
             return None
         if self.format.keys() != {"type", "schema"} or self.format["type"] != "json_schema":
             raise ConfigError(
-                "output_config.format is no JSON schema", 'Send {"type": "json_schema", "schema": {...}}.'
+                "output_config.format is not a JSON schema", 'Send {"type": "json_schema", "schema": {...}}.'
             )
         return {"type": "json_schema", "json_schema": {"name": "answer", "schema": self.format["schema"]}}
 
 
 class NoThreads(ConfigError):
-    """No conversation is kept here. By ``details``, Anthropic's client knows to send all of it in each request."""
+    """The server stores no conversations. ``details`` makes Anthropic's client send all messages in each request."""
 
     def __init__(self) -> None:
-        super().__init__("thread: no conversation is kept here", "Send all messages, without thread.")
+        super().__init__("thread: this server stores no conversations", "Send all messages, without thread.")
         self.details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
 
 
 class CountTokens(Body):
     """POST /v1/messages/count_tokens."""
 
-    model: Model | None = None  # by default the base
+    model: Model | None = None  # the base by default
     messages: Annotated[
         list[Annotated[dict[str, Any], WithJsonSchema(shapes.ANTHROPIC_MESSAGE)]],
         Field(min_length=1, max_length=10_000),
@@ -103,7 +103,7 @@ class CountTokens(Body):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: dict[str, Any] | None = None
-    context_management: dict[str, Any] | None = None  # what may be left out of the conversation; all of it is read
+    context_management: dict[str, Any] | None = None  # accepted only: no message is left out
 
 
 class Messages(CountTokens):
@@ -115,7 +115,7 @@ class Messages(CountTokens):
     top_k: integer(0) | None = None
     stop_sequences: Annotated[list[StopWord] | None, Field(max_length=64)] = None
     stream: bool | None = None
-    metadata: dict[str, Any] | None = None  # for Anthropic's own bookkeeping, as is service_tier
+    metadata: dict[str, Any] | None = None  # accepted only, like service_tier
     service_tier: str | None = None
     inference_geo: str | None = None
     diagnostics: dict[str, Any] | None = None
@@ -146,7 +146,7 @@ async def messages(request: Request, body: Messages) -> Any:
 
 @router.post("/v1/messages/count_tokens", responses=anthropic_responses(shapes.TOKEN_COUNT, *ANSWERED))
 async def count_tokens(request: Request, body: CountTokens) -> Any:
-    """The length of a conversation in tokens."""
+    """Count the tokens of a conversation."""
     server = server_of(request)
     ask = _ask(server, Messages(**body.model_dump(exclude_none=True), max_tokens=1))
     (made,) = await server.requests(ask)
@@ -179,7 +179,7 @@ def _ask(server: Server, body: Messages) -> Ask:
     chat = [{"role": "system", "content": system}] if system else []
     for message in body.messages:
         chat += _message(message)
-    if chat[-1]["role"] == "assistant" and chat[-1].keys() == {"role", "content"}:  # the answer's beginning
+    if chat[-1]["role"] == "assistant" and chat[-1].keys() == {"role", "content"}:  # the beginning of the answer
         config = replace(config, prefill_response=chat.pop()["content"] or None)
     return Ask(
         *(server.adapter_of(body.model), config),
@@ -190,12 +190,12 @@ def _ask(server: Server, body: Messages) -> Ask:
 
 
 def _message(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """A message as those of chat templates: results of tools are messages of their own."""
+    """Convert a message to messages for chat templates. Each tool result becomes a separate message."""
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant") or not isinstance(content, (str, list)):
         raise ConfigError(
-            f"messages: a message of role {role!r} with content of type {type(content).__name__}",
-            "Send messages of user and assistant, whose content is text or a list of blocks.",
+            f"messages: a message has role {role!r} and content of type {type(content).__name__}",
+            "Use role user or assistant, and send content as text or a list of blocks.",
         )
     if isinstance(content, str):
         return [{"role": role, "content": content}]
@@ -210,14 +210,14 @@ def _message(message: dict[str, Any]) -> list[dict[str, Any]]:
             function = {"name": block.get("name"), "arguments": block.get("input")}
             if not isinstance(function["name"], str) or not isinstance(function["arguments"], dict):
                 raise ConfigError(
-                    "messages: a tool_use block has no name and input", "Send back the blocks that the model made."
+                    "messages: a tool_use block has no name and input", "Send back the blocks that the model generated."
                 )
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "tool_result" and role == "user":
             result = {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": _text(block.get("content"))}
             results.append(result)
         elif kind != "redacted_thinking":
-            raise ConfigError(f"messages: a block of type {kind!r} cannot be read", "Send text and results of tools.")
+            raise ConfigError(f"messages: blocks of type {kind!r} are not supported", "Send text and tool results.")
     made = {"role": role, "content": "".join(texts), **({"tool_calls": calls} if calls else {})}
     if any(thoughts):
         made["reasoning_content"] = "".join(thoughts)
@@ -235,7 +235,7 @@ def _text(content: Any) -> str:
     if not all(isinstance(text, str) for text in texts):
         kinds = {str(block.get("type") if isinstance(block, dict) else block)[:50] for block in content} - {"text"}
         raise ConfigError(
-            f"only blocks of text can be read here, not {', '.join(sorted(kinds)) or 'one without text'}",
+            f"only text blocks are supported, not {', '.join(sorted(kinds)) or 'a block without text'}",
             'Send {"type": "text", "text": ...}.',
         )
     return "".join(texts)

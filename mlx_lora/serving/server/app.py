@@ -1,4 +1,4 @@
-"""The application: every route, behind the guard."""
+"""The FastAPI application: every route, behind the checks of ``safety.Guard``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .state import Server
 
 
 def create_app(server: Server) -> FastAPI:
-    """The application for ``server``. Its start starts the thread that generates; its end ends it.
+    """Create the application for ``server``. It starts the generating thread on startup and stops it on shutdown.
 
-    No route imports code from a model, reads a path from a request, or answers another host than it is told to.
+    No route imports code from a model, opens a path from a request, or answers a host that the options do not allow.
     """
 
     @asynccontextmanager

@@ -1,7 +1,7 @@
-"""Reading request bodies: JSON as its standard has it, and models whose fields are what a request may hold.
+"""Read request bodies: strict JSON, and pydantic models that list every field a request may have.
 
-NaN, lone surrogates and nesting beyond reason end here. Behind this file they would come back as errors in the middle
-of an answer.
+NaN, lone surrogates and extreme nesting are refused here. Otherwise they would cause errors in the middle of an
+answer.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ def _whole(value: Any) -> Any:
 
 
 def only(value: bool) -> Any:
-    """The type of a boolean field that may have but one value. (``Literal[False]`` would take 0 as well.)"""
+    """The type of a boolean field that accepts only ``value``. (``Literal[False]`` would accept 0 as well.)"""
 
     def check(given: bool) -> bool:
         if given is not value:
-            raise ValueError(f"only {str(value).lower()} can be honoured")
+            raise ValueError(f"only {str(value).lower()} is supported")
         return given
 
     return Annotated[bool, AfterValidator(check), WithJsonSchema({"const": value})]
 
 
 def integer(least: int, most: int = 2**31 - 1, **about: str) -> Any:
-    """The type of a whole number within bounds. 3.0 is one in JSON."""
+    """The type of an integer within bounds. 3.0 is accepted, because it is an integer in JSON Schema."""
     return Annotated[int, Field(ge=least, le=most, **about), BeforeValidator(_whole)]
 
 
 class Body(BaseModel):
-    """A request's body. A field that is not named is refused by name: it would be ignored in silence otherwise."""
+    """A request's body. The error names each unknown field, so that no field is ignored in silence."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StrictRequest(Request):
-    """A request whose JSON is read by pydantic's parser, which takes no NaN, no half characters and 200 levels."""
+    """A request whose JSON is parsed by pydantic, which refuses NaN, lone surrogates and more than 200 levels."""
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             try:
                 self._json = from_json(await self.body(), allow_inf_nan=False)
-                json.dumps(self._json, allow_nan=False)  # 1e999, which the parser reads as infinity
+                json.dumps(self._json, allow_nan=False)  # refuses 1e999, which pydantic parses as infinity
             except ValueError as error:
                 raise HTTPException(400, f"the body is not valid JSON: {error}") from None
         return self._json
 
 
 class StrictRoute(APIRoute):
-    """A route that reads its body with ``StrictRequest``; a body that is no JSON is refused by its type."""
+    """A route that reads its body with ``StrictRequest`` and refuses content types other than JSON."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         handle = super().get_route_handler()

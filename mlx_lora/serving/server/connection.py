@@ -1,4 +1,4 @@
-"""Noticing that the client has gone."""
+"""Detect that the client has disconnected."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import Request
 from starlette.exceptions import HTTPException
 
-CLOSED = 499  # the client closed the request, as nginx says; nobody reads the answer
+CLOSED = 499  # nginx's status for "client closed request"; nobody reads the answer
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of ``work``, which is cancelled if the client goes away meanwhile."""
+    """Return the result of ``work``, or cancel it if the client disconnects first."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_disconnected(request))
     try:

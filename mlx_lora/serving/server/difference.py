@@ -7,7 +7,7 @@ from difflib import SequenceMatcher
 
 from ...errors import ConfigError
 
-_MOST_WORDS = 5000  # of both texts together; the comparison takes up to the square of it
+_MOST_WORDS = 5000  # of both texts together; the comparison takes quadratic time
 _WORD = re.compile(r"\s*\S+|\s+$")
 
 
@@ -19,7 +19,7 @@ def difference(old: str, new: str) -> list[dict[str, str]]:
     a, b = _WORD.findall(old), _WORD.findall(new)
     if len(a) + len(b) > _MOST_WORDS:
         raise ConfigError(
-            f"the two answers have {len(a) + len(b)} words, and at most {_MOST_WORDS} are compared",
+            f"the two answers have {len(a) + len(b)} words; at most {_MOST_WORDS} can be compared",
             "Compare shorter answers, or export them and use a program such as diff.",
         )
     parts = []

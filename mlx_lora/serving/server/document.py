@@ -1,4 +1,4 @@
-"""The OpenAPI description: FastAPI's, with what only this server knows (its models, its vocabulary, its key)."""
+"""The OpenAPI description: FastAPI's, plus this server's models, vocabulary size and API key."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _WITHOUT_KEY = ("/health",)
 
 
 def describe(app: FastAPI, server: Server) -> dict[str, Any]:
-    """The description of ``app`` as it is now."""
+    """Return the OpenAPI description of ``app`` with the adapters that exist now."""
     found = FastAPI.openapi(app)
     names = [server.name, *server.engine.bank.names]
     schemas = found["components"]["schemas"]
-    for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own; a body that does not fit is a 400 here
+    for unused in ("HTTPValidationError", "ValidationError"):  # of FastAPI's 422; this server answers 400
         schemas.pop(unused, None)
     for schema in schemas.values():
         fields = schema.get("properties", {})
@@ -59,7 +59,7 @@ def _limit_tokens(schema: Any, most: int) -> None:
 
 
 def below(number: int) -> str:
-    """A regular expression for the whole numbers from 0 to ``number - 1``, without leading zeros."""
+    """Return a regular expression for the integers from 0 to ``number - 1``, without leading zeros."""
     digits = str(number - 1)
     # Numbers with fewer digits; those that begin like the last one and then have a smaller digit; the last one.
     shorter = [f"[1-9][0-9]{{{length - 1}}}" for length in range(2, len(digits))]

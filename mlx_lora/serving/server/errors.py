@@ -1,4 +1,4 @@
-"""Errors as answers: what is wrong with a request and the fix, never the inside of the server."""
+"""Turn exceptions into HTTP errors that say what is wrong and how to fix it, without internals of the server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .state import OutOfTime, UnknownModel
 RETRY_AFTER = "1"  # seconds
 log = logging.getLogger(__name__)
 
-# Status, OpenAI's type, Anthropic's type; the first class that fits.
+# Status, OpenAI's type, Anthropic's type. The first class that matches is used.
 _KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (BusyError, 429, "rate_limit_error", "rate_limit_error"),
     (Stopped, 503, "server_error", "overloaded_error"),
@@ -39,10 +39,10 @@ _BY_STATUS = {401: "authentication_error", 403: "permission_error", 404: "not_fo
 
 
 def described(error: Exception, hide: Callable[[str], str]) -> tuple[int, dict[str, Any], str]:
-    """(status, OpenAI's error, Anthropic's type). Of an unexpected error only that it happened is told.
+    """Return (status, OpenAI's error, Anthropic's type). For an unexpected error the message gives no details.
 
     Args:
-        hide: takes out of a message what is nobody's business.
+        hide: removes private text, such as folders of this machine, from a message.
     """
     for kind, status, openai, anthropic in _KINDS:
         if isinstance(error, kind):
@@ -51,12 +51,12 @@ def described(error: Exception, hide: Callable[[str], str]) -> tuple[int, dict[s
             message = hide(message)
             return status, {"message": message, "type": openai, "param": None, "code": code}, anthropic
     log.error("a request failed", exc_info=error)
-    body = {"message": "the server failed at this request", "type": "server_error", "param": None, "code": None}
+    body = {"message": "the server failed to answer this request", "type": "server_error", "param": None, "code": None}
     return 500, body, "api_error"
 
 
 def body_of(request: Request, error: Exception) -> tuple[int, dict[str, Any]]:
-    """The status and body of ``error`` in the shape of the interface that the request's path belongs to."""
+    """Return the status and body of ``error`` in the format of the API that the request's path belongs to."""
     status, openai, anthropic = described(error, request.app.state.server.hide_folders)
     return status, _shaped(request.url.path, openai, anthropic, getattr(error, "details", None))
 
@@ -69,7 +69,7 @@ def _shaped(path: str, openai: dict[str, Any], anthropic: str, details: Any = No
 
 
 def answer(path: str, status: int, message: str, param: str | None = None) -> JSONResponse:
-    """An error that is no exception of the engine."""
+    """Return an error answer that no exception of the engine caused."""
     anthropic = _BY_STATUS.get(status, "invalid_request_error" if status < 500 else "api_error")
     kind = "invalid_request_error" if status < 500 else "server_error"
     openai = {"message": message, "type": kind, "param": param, "code": None}
@@ -81,26 +81,26 @@ def _come_back(status: int) -> dict[str, str] | None:
     return {"Retry-After": RETRY_AFTER} if status in (429, 503) else None
 
 
-# What may happen to every request, and to one that is answered by the model.
+# Errors of every route, and those of routes that generate.
 _ALWAYS = (400, 401, 403, 408, 413, 500)
 ANSWERED = (404, 415, 429, 503, 504)
 _REASON = {
     400: "The request is not valid.",
     401: "The API key is missing or wrong.",
-    403: "This host or web page may not ask.",
+    403: "Requests from this host or web page are not allowed.",
     404: "There is no such model, adapter or path.",
     408: "The body did not arrive in time.",
     413: "The body or the answer is too large.",
     415: "The body is not JSON, or is compressed.",
-    429: "Too many requests wait. Retry-After says when to come back.",
+    429: "Too many requests are waiting. Retry-After says when to send it again.",
     500: "The server failed.",
-    503: "The server shuts down, or cannot answer. Retry-After says when to come back.",
+    503: "The server is shutting down, or cannot answer. Retry-After says when to send it again.",
     504: "The answer took too long.",
 }
 
 
 def responses(good: dict[str, Any], *statuses: int, stream: bool = False, error: Any = shapes.ERROR) -> dict:
-    """FastAPI's ``responses`` of a route: the schema of its answer, and its errors.
+    """Return FastAPI's ``responses`` for a route: the schema of its answer, and its errors.
 
     Args:
         stream: whether the answer may also be server-sent events.
@@ -120,19 +120,19 @@ anthropic_responses = partial(responses, error=shapes.ANTHROPIC_ERROR)
 
 
 async def on_error(request: Request, error: Exception) -> JSONResponse:
-    """The answer to a request that raised."""
+    """Return the answer to a request whose route raised ``error``."""
     status, body = body_of(request, error)
     return JSONResponse(body, status, _come_back(status))
 
 
 async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """The answer to a body that does not fit the interface: every fault, by its field."""
+    """Return the answer to an invalid body. It lists every problem with its field."""
     faults = [(_field(fault["loc"]), _said(fault)) for fault in error.errors()]
     told = dict.fromkeys(f"{field or 'body'}: {message}" for field, message in faults)
     return answer(request.url.path, 400, "; ".join(list(told)[:20]), faults[0][0] or None)
 
 
-# What other servers call it, and what does the same here.
+# Fields of other servers -> the fields that do the same here.
 _INSTEAD = {
     **dict.fromkeys(("n_predict", "max_new_tokens", "max_gen_len", "num_predict"), "max_tokens"),
     "repeat_penalty": "repetition_penalty",
@@ -149,17 +149,17 @@ def _said(fault: dict[str, Any]) -> str:
     if fault["type"] not in ("extra_forbidden", "none_required"):
         return fault["msg"].removeprefix("Value error, ")
     instead = _INSTEAD.get(str(fault["loc"][-1]))
-    return f"cannot be honoured; use {instead}" if instead else "cannot be honoured; leave it out"
+    return f"is not supported; use {instead}" if instead else "is not supported; leave it out"
 
 
 def _field(place: tuple) -> str:
-    """The field at a place in the body, without pydantic's names of the types that were tried."""
+    """Return the field's path in the body, without the names of the types that pydantic tried."""
     names = [str(part) for part in place[1:]]
     return ".".join(name for name in names if name.isidentifier() or name.isdecimal())
 
 
 async def on_http(request: Request, error: HTTPException) -> JSONResponse:
-    """The answer to an unknown path or method."""
+    """Return the answer to an ``HTTPException``, such as an unknown path or method."""
     found = answer(request.url.path, error.status_code, str(error.detail))
     found.headers.update(error.headers or {})
     return found

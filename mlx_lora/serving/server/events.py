@@ -1,4 +1,4 @@
-"""From the engine's pieces to what every interface tells: text, reasoning, tool calls, and why an answer ended."""
+"""Convert the engine's pieces to events of every API: text, reasoning, tool calls, and why an answer ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..requests import Piece, TokenLogprobs
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model asks for."""
+    """A tool call that the model generated."""
 
     id: str
     name: str
@@ -21,7 +21,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Event:
-    """Something new in an answer."""
+    """New text, new reasoning or a complete tool call in an answer."""
 
     kind: str  # "text", "reasoning" or "tool_call"
     text: str = ""
@@ -30,20 +30,20 @@ class Event:
 
 
 class Answer:
-    """One answer as it grows.
+    """One answer while it is generated.
 
-    Without ``tools``, what looks like a tool call is text. Blanks around tool calls are layout and left out.
+    Without ``tools``, a tool call in the output stays text. Blanks around tool calls are only layout and are dropped.
 
     Args:
-        tokenizer: mlx-lm's, for its parser of this model's tool calls and the markers around them.
-        tools: those of the request.
-        one_call: whether the first call is all that is told.
+        tokenizer: mlx-lm's tokenizer wrapper, which has the parser and the markers of this model's tool calls.
+        tools: the tools in the request.
+        one_call: whether to report only the first tool call.
     """
 
     def __init__(self, tokenizer: Any = None, tools: list[dict] | None = None, one_call: bool = False):
         self._tokenizer, self._tools, self._one_call = tokenizer, tools, one_call
-        self._call: str | None = None  # the text of a tool call that has begun
-        self._blanks = ""  # that are text only if text follows
+        self._call: str | None = None  # the text so far of an unfinished tool call
+        self._blanks = ""  # blanks that belong to the answer only if more text follows
         self.text = self.reasoning = ""
         self.calls: list[ToolCall] = []
         self.logprobs: list[TokenLogprobs] = []
@@ -52,12 +52,12 @@ class Answer:
 
     @property
     def finish_reason(self) -> str | None:
-        """OpenAI's: "stop", "length" or "tool_calls"; None while the answer grows."""
+        """OpenAI's finish reason: "stop", "length" or "tool_calls"; None while the answer is generated."""
         reason = self.last.finish_reason if self.last else None
         return "tool_calls" if reason == "stop" and self.calls else reason
 
     def feed(self, piece: Piece) -> list[Event]:
-        """What ``piece`` adds."""
+        """Add ``piece`` and return the new events."""
         self.last, events = piece, []
         if piece.logprobs is not None:
             self.logprobs.append(piece.logprobs)
@@ -88,10 +88,10 @@ class Answer:
         return Event("text", text, logprobs=logprobs)
 
     def _called(self, ended: bool = True) -> list[Event]:
-        """The calls in the text of a tool call that has begun. A text that cannot be read is given as it is.
+        """Parse the collected text of a tool call. Text that cannot be parsed is returned as answer text.
 
         Args:
-            ended: whether the marker of its end was there.
+            ended: whether the model wrote the closing marker.
         """
         raw, self._call = self._call, None
         if raw is None:
@@ -100,24 +100,24 @@ class Answer:
         try:
             parsed = tokenizer.tool_parser(raw, self._tools) if self._tools else []
             calls = [_call(each) for each in (parsed if isinstance(parsed, list) else [parsed])]
-        except Exception:  # cut off by max_tokens, or not what the model was trained to write
+        except Exception:  # cut off by max_tokens, or not in the format that the parser expects
             calls = []
         if not calls:
             return [self._said(f"{tokenizer.tool_call_start}{raw}{tokenizer.tool_call_end if ended else ''}")]
-        if self._one_call:  # several between one pair of markers
+        if self._one_call:  # one pair of markers can hold several calls
             calls = calls[: 1 - len(self.calls)]
         self.calls, self._blanks = self.calls + calls, ""
         return [Event("tool_call", call=call) for call in calls]
 
 
 def _call(parsed: dict) -> ToolCall:
-    """Raises: an exception of any kind: this is no call, or one that JSON cannot hold."""
+    """Convert a parsed call. Raises an exception of any type if it is not a tool call or cannot be written as JSON."""
     name, arguments = parsed["name"], parsed["arguments"]
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
-        raise ValueError("a tool call has a name, and arguments by name")
+        raise ValueError("a tool call needs a name, and arguments by name")
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    (name + text).encode()  # half of a surrogate pair cannot be sent
+    (name + text).encode()  # raises for a lone surrogate, which cannot be sent
     # Nine letters and digits: Mistral's chat templates refuse any other id when the call comes back.
     return ToolCall(parsed.get("id") or uuid.uuid4().hex[:9], name, text)

@@ -1,4 +1,4 @@
-"""Whether the server works, and its numbers for Prometheus."""
+"""The health check, and metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _STUCK = 120  # seconds that one step may take; reading a long prompt takes seve
 _SAYS = {"content": {"application/json": {"schema": shapes.HEALTH}}}
 
 
-@router.get("/health", responses={**responses(shapes.HEALTH), 503: {"description": "It does not.", **_SAYS}})
+@router.get("/health", responses={**responses(shapes.HEALTH), 503: {"description": "The server is stuck.", **_SAYS}})
 async def health(request: Request) -> JSONResponse:
-    """200 while the generating thread lives and moves, 503 otherwise, with what is wrong."""
+    """Answer 200 while the generating thread runs and makes progress, otherwise 503 with the problem."""
     server = server_of(request)
     worker, status = server.worker, "ok"
     if not worker.alive:
-        status = "the thread that generates has ended"
+        status = "the generating thread has stopped"
     elif worker.busy_seconds > _STUCK:
         status = f"a step has taken {worker.busy_seconds:.0f} seconds"
     elif server.draining:
@@ -45,14 +45,14 @@ async def health(request: Request) -> JSONResponse:
     responses={**responses(shapes.HEALTH), 200: {"description": "The numbers.", "content": {_PROMETHEUS: {}}}},
 )
 async def metrics(request: Request) -> Response:
-    """The counts and sizes of this server, in Prometheus's text format."""
+    """Return the counters and gauges of this server in Prometheus's text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Numbers(server_of(request)))
     return Response(await run_in_threadpool(generate_latest, registry), media_type=_PROMETHEUS)
 
 
 class _Numbers:
-    """What is measured, read when it is asked for."""
+    """A Prometheus collector that reads its values at each scrape."""
 
     def __init__(self, server: Server):
         self._server = server
@@ -73,9 +73,9 @@ class _Numbers:
             ("requests_queued", "Requests waiting.", engine.queued),
             ("adapters_loaded", "Adapters in memory.", sum(each.loaded for each in listed)),
             ("adapter_bytes", "Bytes of adapters in memory.", sum(each.nbytes for each in listed)),
-            ("prompt_cache_bytes", "Bytes of kept keys and values.", engine.prompt_cache.nbytes),
+            ("prompt_cache_bytes", "Bytes of the prompt cache.", engine.prompt_cache.nbytes),
             ("memory_active_bytes", "Bytes that MLX has in use.", mx.get_active_memory()),
-            ("memory_peak_bytes", "Most bytes that MLX has had in use.", mx.get_peak_memory()),
-            ("worker_alive", "1 while the thread that generates lives.", int(server.worker.alive)),
+            ("memory_peak_bytes", "Peak bytes that MLX has had in use.", mx.get_peak_memory()),
+            ("worker_alive", "1 while the generating thread runs, otherwise 0.", int(server.worker.alive)),
         ):
             yield GaugeMetricFamily(f"mlx_lora_{name}", text, value)

@@ -1,7 +1,7 @@
-"""Markdown as HTML that is safe to show in the chat page, and the colours of highlighted code.
+"""Render Markdown as HTML that is safe for the chat page, and give the colours of highlighted code.
 
-markdown-it-py renders without raw HTML, and an image as a link to it; nh3 then removes every tag and attribute that is
-not listed here, whatever the renderer made. TeX formulas are shown as they were written.
+markdown-it-py renders without raw HTML, and an image as a link to it. nh3 then removes every tag and attribute that is
+not listed here. TeX formulas are shown as source text.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pygments.token import STANDARD_TYPES, Whitespace
 from pygments.util import ClassNotFound
 
 LONGEST = 200_000  # characters; a longer text is shown without Markdown
-_LONGEST_CODE = 20_000  # characters of a block that is highlighted
-_PREFIX = "hl-"  # of the classes of highlighted code
+_LONGEST_CODE = 20_000  # characters; a longer code block is not highlighted
+_PREFIX = "hl-"  # prefix of the CSS classes of highlighted code
 _LIGHT, _DARK = "xcode", "github-dark"  # Pygments' styles
 _HEADINGS, _TABLE = {f"h{level}" for level in range(1, 7)}, {"table", "thead", "tbody", "tr", "th", "td"}
 _TAGS = {*"a blockquote br code em hr li ol p pre s span strong ul".split(), *_HEADINGS, *_TABLE}  # noqa: SIM905
 _ATTRIBUTES = {"a": {"href", "title"}, "code": {"class"}, "ol": {"start"}, "span": {"class"}}
-_ALIGNMENTS = {"left", "center", "right"}  # of the cells of a table, as classes: the page allows no style attributes
+_ALIGNMENTS = {"left", "center", "right"}  # CSS classes, because the page forbids style attributes
 _CHECKBOXES = {"[ ] ": "☐ ", "[x] ": "☑ ", "[X] ": "☑ "}
-# Formulas in TeX, each too short to take long where its end is missing. As in Pandoc, $5 and $6 are no formula.
+# TeX formulas. The length limits bound the search when the end is missing. As in Pandoc, "$5 and $6" is no formula.
 _FORMULA = re.compile(
     r"\\\((?:(?!\\[()]).){1,1000}\\\)|\\\[(?:(?!\\[\[\]]).){1,1000}\\\]|\$\$[^$]{1,1000}\$\$|\$(?=\S)[^$\n]{1,200}(?<=\S)\$(?!\d)",
     re.DOTALL,
@@ -38,7 +38,7 @@ _FORMULA = re.compile(
 
 
 def render(text: str) -> str:
-    """The HTML of a Markdown text: links to web pages and mail addresses only, no images, no scripts, no styles."""
+    """Return Markdown as HTML with links to web pages and mail addresses, without images, scripts and styles."""
     if len(text) > LONGEST:
         return f"<pre>{html.escape(text)}</pre>"
     return nh3.clean(
@@ -54,7 +54,7 @@ def render(text: str) -> str:
 
 @cache
 def code_stylesheet() -> str:
-    """CSS for highlighted code in light and dark."""
+    """Return CSS for highlighted code in the light and the dark theme."""
     light, dark = get_style_by_name(_LIGHT), get_style_by_name(_DARK)
     rules = []
     for token, name in STANDARD_TYPES.items():
@@ -80,7 +80,7 @@ def _renderer() -> MarkdownIt:
 
 
 def _formula(state: StateInline, silent: bool) -> bool:
-    """A formula is code: what Markdown would take from it, such as backslashes, stays."""
+    """Parse a TeX formula as inline code, so that Markdown does not change its backslashes and underscores."""
     found = _FORMULA.match(state.src, state.pos, state.posMax)
     if found is None:
         return False
@@ -91,7 +91,7 @@ def _formula(state: StateInline, silent: bool) -> bool:
 
 
 def _checkboxes(state: StateCore) -> None:
-    """``[ ]`` at the beginning of a list's item is an empty box, ``[x]`` a ticked one."""
+    """Replace ``[ ]`` at the beginning of a list item by an empty box, and ``[x]`` by a ticked one."""
     for item, token in zip(state.tokens, state.tokens[2:], strict=False):
         box = _CHECKBOXES.get(token.content[:4]) if token.type == "inline" and item.type == "list_item_open" else None
         if box and token.children[0].type == "text":
@@ -99,7 +99,7 @@ def _checkboxes(state: StateCore) -> None:
 
 
 def _image(renderer, tokens, index, options, env) -> str:
-    """A link in place of the image: the page loads nothing from elsewhere."""
+    """Render an image as a link, because the page loads nothing from other servers."""
     address, text = tokens[index].attrGet("src"), renderer.renderInlineAsText(tokens[index].children, options, env)
     if sum(token.nesting for token in tokens[:index] if token.type in ("link_open", "link_close")):
         return html.escape(text or address)
@@ -113,7 +113,7 @@ def _cell(renderer, tokens, index, options, env) -> str:
 
 
 def _highlighted(code: str, language: str, _: str) -> str:
-    """The code in spans with classes; empty where the language is unknown, so that the renderer escapes the code."""
+    """Return the code in spans with classes, or "" for an unknown language; the renderer then escapes the code."""
     if len(code) > _LONGEST_CODE:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, completions and models."""
+"""OpenAI's chat completions, completions and models endpoints."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from .tool_choice import tools_of_openai
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.get("/models", include_in_schema=False)  # as mlx-lm and llama.cpp also take it
+@router.get("/models", include_in_schema=False)  # mlx-lm and llama.cpp also serve this path
 @router.get("/v1/models", tags=["models"], responses=responses(shapes.MODELS))
 async def models(request: Request) -> Any:
-    """The base, and each adapter by its name."""
+    """List the base and each adapter by its name."""
     server = server_of(request)
     return {"object": "list", "data": [_model(server, None), *(_model(server, n) for n in server.engine.bank.names)]}
 
 
 @router.get("/v1/models/{model:path}", tags=["models"], responses=responses(shapes.MODEL, 404))
 async def model(request: Request, model: str) -> Any:
-    """One of them."""
+    """Return the base or one adapter."""
     server = server_of(request)
     return _model(server, server.adapter_of(model))
 
@@ -87,7 +87,7 @@ async def chat_completions(request: Request, body: ChatCompletion) -> Any:
         chunks = _chat_chunks(server, ask, answers, about, body.usage_in_stream)
         return await stream(request, chunks)
     await unless_disconnected(request, collect(server, ask, answers))
-    choices = await run_in_threadpool(  # decoding the tokens of logprobs may take long
+    choices = await run_in_threadpool(  # decoding the tokens for logprobs can be slow
         lambda: [_chat_choice(server, number, answer, body.logprobs) for number, answer in enumerate(answers)]
     )
     return JSONResponse({**about, "choices": choices, "usage": usage(answers)})
@@ -99,7 +99,7 @@ async def completions(request: Request, body: Completion) -> Any:
     server = server_of(request)
     config = server.generation(**body.options(), max_tokens=body.max_tokens or 16)
     if body.echo and body.logprobs is not None:
-        raise ConfigError("logprobs: none are made of the prompt, which echo tells", "Leave out echo or logprobs.")
+        raise ConfigError("logprobs: not available for the prompt that echo returns", "Leave out echo or logprobs.")
     common = dict(
         logprobs=body.logprobs, n=body.n or 1, min_tokens=body.min_tokens or 0, ignore_eos=bool(body.ignore_eos)
     )
@@ -126,7 +126,7 @@ async def completions(request: Request, body: Completion) -> Any:
 
 
 def _adapter(server: Server, body: Sampling) -> str | None:
-    """The adapter of a request: by ``model``, or by llama.cpp's ``lora``. Raises: ConfigError, UnknownModel."""
+    """Return the adapter that ``model`` or llama.cpp's ``lora`` names. Raises: ConfigError, UnknownModel."""
     chosen = server.adapter_of(body.model)
     worn = [each for each in body.lora or () if each.scale]
     if body.lora is None or (chosen and not worn):
@@ -138,7 +138,9 @@ def _adapter(server: Server, body: Sampling) -> str | None:
         raise ConfigError("lora: one adapter can be used, at scale 1", "Merge several into one: mlx-lora merge.")
     named = listed[worn[0].id].name if worn else None
     if chosen not in (None, named):
-        raise ConfigError(f"lora: {named!r} is not the model {chosen!r}", "Name the adapter in one of them.")
+        raise ConfigError(
+            f"lora names {named!r}, but model names {chosen!r}", "Name the adapter only in model or in lora."
+        )
     return named
 
 
@@ -147,7 +149,7 @@ def _prompt_text(server: Server, ask: Ask) -> str:
 
 
 def usage(answers: list[Answer]) -> dict[str, Any]:
-    """OpenAI's counts of tokens."""
+    """Return OpenAI's ``usage`` object: counts of tokens."""
     last = [answer.last for answer in answers if answer.last is not None]
     prompt, made = sum(piece.prompt_tokens for piece in last), sum(piece.generation_tokens for piece in last)
     return {
@@ -201,7 +203,7 @@ async def _text_chunks(
         choice = {"index": number, "text": text, "finish_reason": reason, "logprobs": logprobs}
         return sse({**about, "choices": [choice], **_usage_so_far(answers, usage_in)})
 
-    offsets = [0] * len(answers)  # characters of the tokens that were told with logprobs
+    offsets = [0] * len(answers)  # characters already sent with logprobs
     for number, text in enumerate(echoed):
         if text:
             yield chunk(number, text)
@@ -253,12 +255,12 @@ def _token_logprobs(server: Server, each: Any) -> dict[str, Any]:
 
 
 def _finite(logprob: float) -> float:
-    """As OpenAI writes the log-probability of a token that is as good as impossible; JSON has no infinity."""
+    """Return OpenAI's value for a log-probability of minus infinity, because JSON has no infinity."""
     return logprob if logprob > -9999.0 else -9999.0
 
 
 def _text_logprobs(server: Server, found: list, begin: int = 0) -> dict[str, Any]:
-    """As completions tell them. The chosen token is among the likeliest ones, whatever its place."""
+    """Return ``logprobs`` in the format of completions. The top tokens always include the chosen one."""
     decode = server.engine.tokenizer.decode
     texts = [decode([each.token]) for each in found]
     offsets = list(accumulate(map(len, texts[:-1]), initial=begin)) if texts else []

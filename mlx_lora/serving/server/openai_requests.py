@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's chat completions and completions, and the way from a message to a chat template's."""
+"""Bodies of OpenAI's chat completions and completions, and the conversion of messages for chat templates."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ...errors import ConfigError
 from . import shapes
 from .body import Body, integer
 
-TOP = 20  # most top_logprobs, as OpenAI's
-PROMPTS = 64  # texts to continue in one request
-PROMPTS_OF_SEVERAL = 4  # the same where n asks for several answers to each
+TOP = 20  # OpenAI's maximum of top_logprobs
+PROMPTS = 64  # maximum of prompts in one request
+PROMPTS_OF_SEVERAL = 4  # the same with n > 1
 _TEXTS = ("text", "input_text", "output_text", "refusal")  # types of content parts
 _TopLogprobs = integer(0, TOP)
 _Token = integer(0)
 
 Model = Annotated[str, Field(min_length=1, max_length=500)]
-# An answer may always be shorter.
+# A limit, not a length: an answer may be shorter.
 Tokens = integer(1, description="More than the server's --max-tokens-limit counts as that limit.")
 StopWord = Annotated[str, Field(max_length=1000)]
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # of reasoning, for the chat template
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # passed to the chat template
 ToolChoice = Annotated[str | dict[str, Any], WithJsonSchema(shapes.TOOL_CHOICE)]
 
 
@@ -31,7 +31,7 @@ class Function(Body):
 
     name: Annotated[str, Field(min_length=1, max_length=500)]
     description: str | None = None
-    parameters: dict[str, Any] | None = None  # a JSON schema, for the model to read
+    parameters: dict[str, Any] | None = None  # a JSON schema, shown to the model
     strict: bool | None = None
 
 
@@ -42,22 +42,22 @@ class ChatTool(Body):
     function: Function
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """The tool in the form that chat templates expect."""
         return self.model_dump(exclude_none=True)
 
 
 class StreamOptions(Body):
-    """What else a stream tells."""
+    """Extra information in a stream."""
 
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None  # with include_usage: in every event
-    include_obfuscation: bool | None = None  # padding against eavesdroppers; nothing is padded here
+    continuous_usage_stats: bool | None = None  # with include_usage: usage in every event
+    include_obfuscation: bool | None = None  # accepted only: this server adds no padding
 
 
 class Bookkeeping(Body):
-    """What clients send and no answer depends on: accepted, without a meaning here.
+    """Fields that clients send and that change no answer. The server accepts and ignores them.
 
-    Of OpenAI's interface, of Open WebUI's chats, and of llama.cpp's slots and prompt caches.
+    They belong to OpenAI's API, to Open WebUI, and to llama.cpp's slots and prompt caches.
     """
 
     user: str | None = None
@@ -67,33 +67,33 @@ class Bookkeeping(Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    prediction: dict[str, Any] | None = None  # a guess at the answer, to be faster
+    prediction: dict[str, Any] | None = None  # a draft of the answer that could speed it up
     chat_id: str | None = None
     id: str | None = None
     session_id: str | None = None
     message_id: str | None = None
     request_id: str | None = None
-    background_tasks: dict[str, Any] | None = None  # of Open WebUI itself, as are its features
+    background_tasks: dict[str, Any] | None = None  # Open WebUI's, as are the next fields
     features: dict[str, Any] | None = None
     cache_prompt: bool | None = None
     id_slot: integer(-1) | None = None
     priority: integer(-(2**31)) | None = None
-    # Special tokens that end an answer are never in its text.
+    # The text of an answer never contains the special token that ended it.
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
 
 
 class AdapterScale(Body):
-    """One of llama.cpp's ``lora``: an adapter by its id in /lora-adapters."""
+    """An entry of llama.cpp's ``lora`` list: an adapter by its id in /lora-adapters."""
 
     id: integer(0)
     scale: float
 
 
 class Sampling(Bookkeeping):
-    """What both kinds of completions take."""
+    """Fields of both chat completions and completions."""
 
-    model: Model | None = None  # by default the base
+    model: Model | None = None  # the base by default
     temperature: Annotated[float | None, Field(ge=0, le=100)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     top_k: integer(-1) | None = None
@@ -112,7 +112,7 @@ class Sampling(Bookkeeping):
     repetition_context_size: integer(1) | None = None
     presence_context_size: integer(1) | None = None
     frequency_context_size: integer(1) | None = None
-    min_tokens: integer(0) | None = None  # before which no token ends the answer
+    min_tokens: integer(0) | None = None  # the answer cannot end before this many tokens
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[_Token] | None, Field(max_length=64)] = None
     lora: Annotated[list[AdapterScale] | None, Field(max_length=64)] = None
@@ -122,7 +122,7 @@ class Sampling(Bookkeeping):
     stream_options: StreamOptions | None = None
 
     def options(self) -> dict[str, Any]:
-        """As fields of ``GenerateConfig``."""
+        """The sampling options as fields of ``GenerateConfig``."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         return {
             "temp": 1.0 if self.temperature is None else self.temperature,
@@ -134,7 +134,7 @@ class Sampling(Bookkeeping):
             "presence_penalty": self.presence_penalty or None,
             "frequency_penalty": self.frequency_penalty or None,
             "repetition_penalty": self.repetition_penalty,
-            # Clients send these beside penalties that they leave out, where they say nothing.
+            # Clients send these even without a penalty; they then have no effect.
             **{
                 f"{name}_context_size": getattr(self, f"{name}_context_size")
                 for name in ("repetition", "presence", "frequency")
@@ -149,7 +149,7 @@ class Sampling(Bookkeeping):
 
     @property
     def usage_in_stream(self) -> str | None:
-        """Where a stream tells the usage: at its "end", in "all" its events, or nowhere."""
+        """Where a stream contains the usage: at its "end", in "all" events, or None for nowhere."""
         wanted = self.stream_options
         return ("all" if wanted.continuous_usage_stats else "end") if wanted and wanted.include_usage else None
 
@@ -181,23 +181,23 @@ class ChatCompletion(Sampling):
 
     @property
     def most_tokens(self) -> int | None:
-        """The smaller of the two limits; None where neither is given."""
+        """The smaller of max_tokens and max_completion_tokens; None if neither is given."""
         return min((limit for limit in (self.max_tokens, self.max_completion_tokens) if limit), default=None)
 
     def conversation(self) -> tuple[list[dict[str, Any]], str | None]:
-        """The messages, and the beginning of the answer where the last one is to be continued. Raises: ConfigError."""
+        """Return the messages, and the beginning of the answer if it continues the last one. Raises: ConfigError."""
         messages = [read_message(message) for message in self.messages]
         if not self.continue_final_message:
             if self.add_generation_prompt is False:
                 raise ConfigError(
                     "add_generation_prompt: false needs continue_final_message: true",
-                    "End the messages with an assistant's, to be continued.",
+                    "Set it, and end the messages with the assistant message to continue.",
                 )
             return messages, None
         last = messages.pop()
         if self.add_generation_prompt or last["role"] != "assistant" or not last.get("content") or not messages:
             raise ConfigError(
-                "continue_final_message: the last message must be an assistant's text, after another message",
+                "continue_final_message: the last of several messages must be an assistant message with text",
                 "Send add_generation_prompt: false and such a message, or leave continue_final_message out.",
             )
         return messages, last["content"]
@@ -221,22 +221,22 @@ class Completion(Sampling):
     suffix: Literal[""] | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """The texts to continue. Raises: ConfigError: too many for so many answers to each."""
+        """Return the prompts. Raises: ConfigError: too many prompts for n > 1."""
         if self.best_of not in (None, self.n or 1):
-            raise ConfigError("best_of: only as many answers as n can be made", "Leave best_of out.")
+            raise ConfigError("best_of: must equal n", "Leave best_of out.")
         prompts = self.prompt
         if isinstance(prompts, str) or isinstance(prompts[0], int):
             prompts = [prompts]
         if (self.n or 1) > 1 and len(prompts) > PROMPTS_OF_SEVERAL:
             raise ConfigError(
-                f"n: several answers are given to {PROMPTS_OF_SEVERAL} prompts at most, not to {len(prompts)}",
+                f"n: above 1 a request may have at most {PROMPTS_OF_SEVERAL} prompts, not {len(prompts)}",
                 "Send fewer prompts in one request.",
             )
         return prompts
 
 
 def template_variables(effort: str | None, given: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """What an effort of reasoning tells chat templates that know one, under ``given``; None where nothing is asked."""
+    """Return chat template variables for a reasoning effort; ``given`` takes precedence. None if there are none."""
     known = {} if effort is None else {"reasoning_effort": effort}
     if effort == "none":
         known["enable_thinking"] = False
@@ -244,19 +244,19 @@ def template_variables(effort: str | None, given: dict[str, Any] | None = None) 
 
 
 def read_message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates take it. Raises: ConfigError: it has no role, or content that is no text."""
+    """Convert a message for chat templates. Raises: ConfigError: it has no role, or its content is not text."""
     role, content = message.get("role"), message.get("content")
     if content is None and role == "assistant":
         content = message.get("refusal")
     if role not in ("system", "developer", "user", "assistant", "tool", "function"):
-        raise ConfigError(f"messages: {role!r} is no role", "Use system, user, assistant or tool.")
+        raise ConfigError(f"messages: {role!r} is not a known role", "Use system, user, assistant or tool.")
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, dict) and part.get("type") in _TEXTS]
         texts = [part.get("text") for part in parts]
         if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
             kinds = {str(part.get("type") if isinstance(part, dict) else part)[:50] for part in content} - {*_TEXTS}
             raise ConfigError(
-                f"messages: only text content can be read, not {', '.join(sorted(kinds)) or 'a part without text'}",
+                f"messages: only text content is supported, not {', '.join(sorted(kinds)) or 'a part without text'}",
                 'Send parts of {"type": "text", "text": ...}.',
             )
         content = "".join(texts)
@@ -270,7 +270,7 @@ def read_message(message: dict[str, Any]) -> dict[str, Any]:
         shown["content"] = content
     if (calls := message.get("tool_calls")) is not None:
         if not isinstance(calls, list):
-            raise ConfigError("messages: tool_calls must be a list", "Send back the tool calls that the model made.")
+            raise ConfigError("messages: tool_calls must be a list", "Send back the model's tool calls unchanged.")
         shown["tool_calls"] = [_read_call(call) for call in calls]
         if not calls:
             del shown["tool_calls"]
@@ -278,7 +278,7 @@ def read_message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_call(call: Any) -> dict[str, Any]:
-    """A tool call with its arguments as an object, which templates expect. Raises: ConfigError."""
+    """Convert a tool call: templates expect its arguments as an object. Raises: ConfigError."""
     try:
         function = dict(call["function"])
         if isinstance(function["arguments"], str):
@@ -291,12 +291,12 @@ def _read_call(call: Any) -> dict[str, Any]:
     except (TypeError, KeyError, ValueError):
         raise ConfigError(
             "messages: a tool call has no function with a name and arguments",
-            "Send back the tool calls that the model made.",
+            "Send back the tool calls that the model generated.",
         ) from None
 
 
 def _read_arguments(text: str) -> Any:
-    """The object in ``text``; the text as it is where a model wrote something else."""
+    """Parse ``text`` as a JSON object. If it is not one, return the text unchanged."""
     try:
         read = from_json(text or "{}")
     except ValueError:

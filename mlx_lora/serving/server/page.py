@@ -1,7 +1,7 @@
-"""The chat page: its files, and what they ask the server for.
+"""The chat page: its files, and the routes that they call.
 
-The page's own requests are under ``/page/`` and need the API key where there is one. They are no public interface:
-programs use OpenAI's or Anthropic's.
+The page's own routes are under ``/page/`` and need the API key if one is set. They are not a public API: programs
+use OpenAI's or Anthropic's API.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "object-src 'none'",
-    "Cache-Control": "no-cache",  # an update of the package must not mix with files of the version before
+    "Cache-Control": "no-cache",  # after an update of the package, old and new files must not mix
 }
-_RENDER_EVERY = 0.3  # seconds between renderings of an answer that grows, and ten times what one took
+_RENDER_EVERY = 0.3  # seconds between renderings of an unfinished answer; at least 10x the last rendering's time
 _SHOWN = [
     field
     for field in fields(GenerateConfig)
@@ -107,7 +107,7 @@ def _files() -> dict[str, bytes]:
 
 @router.get("/page/settings")
 async def settings(request: Request) -> dict[str, Any]:
-    """What the page needs to know of the server: the base, the adapters, the options of sampling."""
+    """Return what the page needs to know about the server: the base, the adapters and the sampling options."""
     server = server_of(request)
     options = [
         {
@@ -131,21 +131,21 @@ async def settings(request: Request) -> dict[str, Any]:
 
 @router.post("/page/markdown")
 async def markdown(body: Texts) -> dict[str, list[str]]:
-    """The HTML of Markdown texts."""
+    """Render Markdown texts as HTML."""
     return {"html": await run_in_threadpool(lambda: [render(text) for text in body.texts])}
 
 
 @router.post("/page/difference")
 async def differences(body: Two) -> dict[str, Any]:
-    """What changes from one text to another, word by word."""
+    """Compare two texts word by word."""
     return {"parts": await run_in_threadpool(difference, body.old, body.new)}
 
 
 @router.post("/page/chat")
 async def chat(request: Request, body: Chat) -> Any:
-    """Answer a conversation with each of ``adapters``, in one batch. Events name the column that they are of.
+    """Answer a conversation with each of ``adapters``, in one batch. Each event names its column.
 
-    An error in one column ends that one alone.
+    An error in one column does not end the others.
     """
     return await stream(request, _chunks(request, body))
 

@@ -1,4 +1,4 @@
-"""OpenAI's responses: text and tools. Nothing is stored, so an answer cannot be continued by its id."""
+"""OpenAI's responses endpoint: text and tools. Nothing is stored, so requests cannot continue an answer by id."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ router = APIRouter(tags=["responses"], route_class=StrictRoute)
 
 
 class ResponsesTool(Function):
-    """A tool of responses: a function, not nested as in chat completions."""
+    """A function tool. Its fields are not nested under "function" as in chat completions."""
 
     type: Literal["function"]
 
 
 class Reasoning(Body):
-    """How long the model thinks, where its chat template knows that. All it thinks is told, and no summary."""
+    """How long the model thinks, if its chat template supports that. Answers have all reasoning, never a summary."""
 
     effort: Effort | None = None
     summary: str | None = None
@@ -53,7 +53,7 @@ class Reasoning(Body):
 class Responses(Bookkeeping):
     """POST /v1/responses."""
 
-    model: Model | None = None  # by default the base
+    model: Model | None = None  # the base by default
     input: (
         str
         | Annotated[
@@ -123,7 +123,7 @@ def _messages(body: Responses) -> list[dict[str, Any]]:
         return [*chat, {"role": "user", "content": body.input}]
     if not body.input:
         raise ConfigError("input is empty", "Send a text, or a list of messages.")
-    answer: list[dict[str, Any]] = []  # the items of one answer, which chat templates take as one message
+    answer: list[dict[str, Any]] = []  # items of one answer, which become one message
     for item in [*body.input, None]:
         if item is not None and _of_answer(item):
             answer.append(item)
@@ -141,7 +141,7 @@ def _of_answer(item: dict[str, Any]) -> bool:
 
 
 def _answered(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages of the assistant for items of its answers: one, unless text follows a text or a call."""
+    """Convert items of an answer to assistant messages: one, unless text follows text or a tool call."""
     made: list[dict[str, Any]] = []
     for item in items:
         kind, last = item.get("type", "message"), made[-1] if made else {}
@@ -161,7 +161,9 @@ def _answered(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _thoughts(item: dict[str, Any]) -> str:
     told = [[] if item.get(name) is None else item[name] for name in ("content", "summary")]
     if not all(isinstance(parts, list) and all(isinstance(part, dict) for part in parts) for parts in told):
-        raise ConfigError("input: content and summary of reasoning must be lists of objects", "Send back what came.")
+        raise ConfigError(
+            "input: content and summary of reasoning must be lists of objects", "Send reasoning items back unchanged."
+        )
     return "".join(text for part in told[0] or told[1] if isinstance(text := part.get("text"), str))
 
 
@@ -171,20 +173,20 @@ def _message(item: dict[str, Any]) -> dict[str, Any]:
         return read_message({key: item.get(key) for key in ("role", "content")})
     if kind == "function_call_output":
         return read_message({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
-    raise ConfigError(f"input: an item of type {kind!r} cannot be read", "Send messages and function calls.")
+    raise ConfigError(f"input: items of type {kind!r} are not supported", "Send messages and function calls.")
 
 
 def _tool(tool: ResponsesTool) -> dict[str, Any]:
-    """A tool as chat templates take it."""
+    """The tool in the form that chat templates expect."""
     return {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type", "strict"})}
 
 
 def _format(text: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Chat completions' response_format for ``text``."""
+    """Convert ``text`` to the response_format of chat completions."""
     if unknown := sorted(
         key for key, value in (text or {}).items() if (key, value) != ("verbosity", "medium") and key != "format"
     ):
-        raise ConfigError(f"text: {', '.join(unknown)[:200]} cannot be used", "Send nothing but format in text.")
+        raise ConfigError(f"text: {', '.join(unknown)[:200]} is not supported", "Send only format in text.")
     wanted = (text or {}).get("format")
     if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
         return wanted
@@ -208,12 +210,12 @@ def _end(answer: Answer) -> dict[str, Any]:
 
 
 def _output(answer: Answer) -> list[dict[str, Any]]:
-    """The items of an answer, in the order in which they began."""
+    """Return the output items of an answer in the order in which they began."""
     return [item.done() for item in answer_items(answer)]
 
 
 class Item:
-    """One item of the output, as it grows."""
+    """One output item while it is generated."""
 
     def __init__(self, kind: str, call: Any = None):
         self.kind, self.call, self.text = kind, call, ""

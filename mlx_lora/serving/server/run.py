@@ -1,4 +1,4 @@
-"""Runs the server until it is told to stop."""
+"""Run the server until a signal stops it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .app import create_app
 from .protocol import Connection
 from .state import Server
 
-_DRAIN = 30.0  # seconds that running answers may take after SIGTERM or Ctrl-C
-_CLOSE = 5  # seconds that clients may then take to read them
+_DRAIN = 30.0  # seconds that running answers have to finish after SIGTERM or Ctrl-C
+_CLOSE = 5  # seconds that clients then have to read them
 
 
 def serve(server: Server, ready: Callable[[str], None] = lambda url: None) -> None:
-    """Answer requests until SIGTERM or Ctrl-C. Running answers are then finished, and new ones refused with 503.
+    """Answer requests until SIGTERM or Ctrl-C. The server then finishes running answers, and refuses new ones with 503.
 
     After SIGTERM this returns, so that the process exits with 0; after Ctrl-C it raises KeyboardInterrupt. A second
     signal ends everything at once.
@@ -44,9 +44,9 @@ def serve(server: Server, ready: Callable[[str], None] = lambda url: None) -> No
 
 
 class Runner(uvicorn.Server):
-    """uvicorn's server, which tells when it listens, sends new requests away while it drains, and ends slow clients.
+    """A uvicorn server that reports when it listens, refuses requests while it drains, and disconnects slow clients.
 
-    It reads HTTP by h11 also where httptools is installed, which knows no limit for headers.
+    It always parses HTTP with h11, because httptools has no size limit for headers.
     """
 
     def __init__(self, server: Server, ready: Callable[[], None] = lambda: None, **settings: Any):
@@ -63,7 +63,7 @@ class Runner(uvicorn.Server):
         )
         super().__init__(uvicorn.Config(create_app(server), **{**fixed, **settings}))
         self._ready, self._server = ready, server
-        self._drain_until: float | None = None  # once a signal has come
+        self._drain_until: float | None = None  # set by the first signal
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
@@ -77,7 +77,7 @@ class Runner(uvicorn.Server):
             for connection in list(self.server_state.connections):
                 connection.end_if_overdue(now)
         if self._drain_until is not None and (not self.server_state.tasks or now > self._drain_until):
-            self._server.worker.stop(timeout=0)  # so that the answers that are cut off say why
+            self._server.worker.stop(timeout=0)  # so that each unfinished answer ends with an error
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -86,7 +86,7 @@ class Runner(uvicorn.Server):
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """On the first signal, drain; on the second one, end. uvicorn raises the kept signals again at the end."""
+        """Drain on the first signal, end on the second. uvicorn raises the captured signals again at the end."""
         again = self._drain_until is not None
         if again or sig == signal.SIGINT:
             self._captured_signals.append(sig)
@@ -97,19 +97,19 @@ class Runner(uvicorn.Server):
 
 
 def _allow_connections() -> None:
-    """Let the process have as many open files as it may; macOS begins with 256, and each connection is one."""
+    """Raise the limit of open files. Each connection is one, and macOS allows 256 by default."""
     try:
         import resource
     except ImportError:  # Windows
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240)  # more than this macOS refuses
+    wanted = 10_240 if hard == resource.RLIM_INFINITY else min(hard, 10_240)  # macOS refuses a higher limit
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def listen(config: ServeConfig) -> socket.socket:
-    """A socket that listens where ``config`` says. Raises: ConfigError: the port cannot be used."""
+    """Open a socket that listens at the host and port of ``config``. Raises: ConfigError: the port is unusable."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -119,7 +119,7 @@ def listen(config: ServeConfig) -> socket.socket:
         made.close()
         raise ConfigError(
             f"cannot listen on {config.host}, port {config.port}: {error.strerror}",
-            "Choose another --port, or end the program that uses it.",
+            "Choose another --port, or stop the program that uses it.",
         ) from None
     made.listen(2048)
     return made

@@ -1,6 +1,6 @@
-"""The page's list of runs (``--runs-dir``): state, losses and time left of each, read from its log as it grows.
+"""The page's list of runs (``--runs-dir``): each run's state, losses and time left, read from its growing log.
 
-Only the names that the folder holds can be asked for. Nothing here writes, and a report is made from the log anew.
+A request can only name runs in the folder. Nothing here writes to a run; each report is rendered from the log.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from ...runs.report.page import run_page
 from .streams import server_of
 
 router = APIRouter(include_in_schema=False)
-# A report needs only its own styles and pictures. Sandboxed, it has no origin, so it cannot ask this server anything.
+# A report needs only inline styles and images. The sandbox takes away its origin, so it cannot call this server.
 _ISOLATED = {
     "Content-Security-Policy": "sandbox allow-popups; default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
     "font-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-store",
 }
-_SIGNED_FOR = 3600  # seconds that the address of a report is valid, and up to as many more
+_SIGNED_FOR = 3600  # seconds; the address of a report is valid for one to two times as long
 
 
 class Checkpoint(BaseModel):
@@ -47,7 +47,7 @@ class Checkpoint(BaseModel):
 
 
 class Run:
-    """One run, whose log is read from where the last reading ended."""
+    """One run. Each ``read`` continues where the last one ended in the log."""
 
     def __init__(self, name: str, folder: Path):
         self.name, self.folder = name, folder
@@ -56,14 +56,14 @@ class Run:
 
     def _restart(self, file: tuple | None) -> None:
         self._file, self._offset, self._seen = file, 0, None
-        self.version = secrets.token_hex(4)  # of the points: another one means that they began anew
+        self.version = secrets.token_hex(4)  # of the points: a new version means that the list was restarted
         self.points: list[list] = []  # [training or validation, iteration, loss or None]
         self.unreadable = self.iteration = 0
         self.settings: dict[str, Any] = {}
         self.iters = self.ended = self.time = self._first = None
 
     def read(self) -> Run:
-        """Read what was logged since the last call."""
+        """Read the log records since the last call."""
         with self._lock:
             try:
                 with open(self.folder / LOG, "rb") as log:
@@ -76,18 +76,18 @@ class Run:
 
     def _read(self, log: Any) -> None:
         found = os.fstat(log.fileno())
-        # A log is only appended to. A run that is resumed or begun anew puts another file in its place.
+        # A run only appends to its log. A resumed or restarted run replaces the file.
         file = (found.st_dev, found.st_ino, log.readline(4096))
         if (self._file is not None and file != self._file) or found.st_size < self._offset:
             self._restart(file)
         self._file = file if file[2].endswith(b"\n") or len(file[2]) == 4096 else None
-        # The lock is tried only where the log has changed, or a run was going on: never just as a run begins.
+        # Test the lock only if the log has changed or the run was active, so that a starting run always gets its lock.
         if self._locked or self._seen != (found.st_size, found.st_mtime_ns):
             self._locked = is_locked(self.folder)
         self._seen = (found.st_size, found.st_mtime_ns)
         log.seek(self._offset)
         for line in log:
-            if not line.endswith(b"\n"):  # half a line: its rest is still to come
+            if not line.endswith(b"\n"):  # incomplete: the run is still writing this line
                 break
             self._offset += len(line)
             record = read_line(line)
@@ -115,7 +115,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """One of starting, running, finished, ended early, stopped, interrupted, empty."""
+        """The state: starting, running, finished, ended early, stopped, interrupted or empty."""
         if self.ended is not None:
             if self.ended.get("stopped"):
                 return "stopped"
@@ -126,7 +126,7 @@ class Run:
 
     @property
     def seconds_left(self) -> float | None:
-        """About how long the run goes on, by the speed since its first report; None where that is unknown."""
+        """Estimated seconds left, from the speed since the first report; None if unknown."""
         if self.state != "running" or self._first is None or not self.iters or self.time is None:
             return None
         begun, iteration, speed = self._first
@@ -137,7 +137,7 @@ class Run:
         return max(0.0, (self.iters - self.iteration) / speed - max(0.0, time.time() - self.time))
 
     def facts(self) -> dict[str, Any]:
-        """What the page shows of the run, except its points."""
+        """Return what the page shows of the run, except its points."""
         last = {of: next((p[2] for p in reversed(self.points) if p[0] == of), None) for of in (TRAIN, VALID)}
         return {
             "name": self.name,
@@ -161,7 +161,7 @@ class Runs:
         self.folder, self._runs, self._lock = folder, {}, threading.Lock()
 
     def read(self) -> dict[str, Run]:
-        """All runs, the folder's own or those of its subfolders; those that go on first, then the latest."""
+        """Read all runs: the folder itself or its subfolders. Active runs come first, then the newest."""
         with self._lock:
             known = self._runs
             self._runs = {each: known.get(each) or Run(each.resolve().name, each) for each in self._folders()}
@@ -188,7 +188,7 @@ def _is_run(folder: Path) -> bool:
 
 @router.get("/page/runs")
 async def runs(request: Request) -> dict[str, Any]:
-    """Every run with its facts; None where the server shows no runs."""
+    """List every run with its facts. ``runs`` is None if the server has no ``--runs-dir``."""
     found = _runs(request)
     if found is None:
         return {"runs": None}
@@ -199,7 +199,7 @@ async def runs(request: Request) -> dict[str, Any]:
 async def points(
     request: Request, name: str, version: str = "", after: Annotated[int, Query(ge=0)] = 0
 ) -> dict[str, Any]:
-    """The losses of a run from number ``after`` on; from the beginning where ``version`` is not the current one."""
+    """Return a run's losses from index ``after`` on, or all of them if ``version`` is outdated."""
     run = await _run(request, name)
     start = after if version == run.version else 0
     return {**_shown(request, run), "start": start, "losses": run.points[start:]}
@@ -207,16 +207,18 @@ async def points(
 
 @router.post("/page/runs/{name}/adapter")
 async def adapter(request: Request, name: str, body: Checkpoint) -> dict[str, str]:
-    """Make a checkpoint of a run an adapter that requests can name, if the run is in the folder of adapters."""
+    """Offer a run's checkpoint as an adapter that requests can name. The run must be in ``--adapters-dir``."""
     run, bank = await _run(request, name), server_of(request).engine.bank
     if not _inside(run.folder, bank.folder):
-        raise ConfigError("the run is not in the folder of adapters", "Start the server with --adapters-dir around it.")
+        raise ConfigError(
+            "the run is not in --adapters-dir", "Start the server with --adapters-dir and the run's parent."
+        )
     path = checkpoints(run.folder).get(body.checkpoint)
     if path is None:
         raise AdapterError(f"the run has no {body.checkpoint} checkpoint", "Wait until it saves one.")
     named = f"{name}-{body.checkpoint}"
     if named in bank.in_folder():
-        raise AdapterError(f"an adapter is called {named!r} already", "Rename the adapter's folder.")
+        raise AdapterError(f"an adapter named {named!r} already exists", "Rename the adapter's folder.")
     if named not in bank.registered:
         await run_in_threadpool(bank.add, named, path)
     await run_in_threadpool(bank.load, named)
@@ -225,7 +227,7 @@ async def adapter(request: Request, name: str, body: Checkpoint) -> dict[str, st
 
 @router.get("/reports/{name}")
 async def report(request: Request, name: str, until: int = 0, sign: str = "") -> HTMLResponse:
-    """A run's report, made from its log. Where a key is needed, only with an address that the list of runs gave."""
+    """Render a run's report from its log. With an API key, only the signed address from the list of runs works."""
     if server_of(request).config.api_key is not None:
         signed = hmac.compare_digest(_sign(request, name, until).encode(), sign.encode())
         if not signed or until < time.time():
@@ -275,5 +277,5 @@ async def _run(request: Request, name: str) -> Run:
     found = _runs(request)
     run = None if found is None else (await run_in_threadpool(found.read)).get(name)
     if run is None:
-        raise HTTPException(404, "there is no run of this name")
+        raise HTTPException(404, "there is no run with this name")
     return run

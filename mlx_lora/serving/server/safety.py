@@ -1,6 +1,6 @@
-"""Who may ask: Host and Origin are checked against DNS rebinding and foreign web pages, the key, the size of a body.
+"""Check each request: Host and Origin (against DNS rebinding and other web pages), API key, and size of the body.
 
-A plain ASGI middleware: it sees every request first, and streams the body through without keeping it.
+A plain ASGI middleware: it sees every request first, and passes the body on in chunks without storing it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from starlette.responses import Response
 from ...config import LOCAL_NAMES, ServeConfig
 from . import errors
 
-_BODY_SECONDS = 30  # for a body to arrive, and
-_BODY_SPEED = 10_000  # bytes for which it gets a second more
-_BODIES = 32  # times the largest body that may be in memory at a time
+_BODY_SECONDS = 30  # for a body to arrive, plus
+_BODY_SPEED = 10_000  # one second for this many bytes
+_BODIES = 32  # all bodies in memory together may have this many times --body-limit
 _HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
     b"x-frame-options": b"DENY",
     b"cross-origin-resource-policy": b"same-origin",
 }
-# Where no key is asked for: the page's files, which ask the user for it, and what tells that the server runs.
-# Reports of runs are opened as pages, without headers; their addresses are signed, see runs.py.
+# Paths that need no key: the page's files, which ask the user for the key, and the health check.
+# A browser opens reports of runs without headers. Their addresses are signed instead, see runs.py.
 _OPEN, _OPEN_FOLDERS = ("/", "/health"), ("/static/", "/reports/")
 _WHILE_DRAINING = ("/health", "/metrics")
 _UPLOAD = "/page/adapters"
@@ -38,7 +38,7 @@ class Guard:
     """Refuses requests before they reach a route.
 
     Args:
-        draining: whether the server shuts down, so that new requests are sent away.
+        draining: returns whether the server is shutting down and must refuse new requests.
     """
 
     def __init__(self, app: Any, config: ServeConfig, draining: Callable[[], bool] = lambda: False):
@@ -50,14 +50,14 @@ class Guard:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
-            return await send({"type": "websocket.close", "code": 1008})  # there are no web sockets here
+            return await send({"type": "websocket.close", "code": 1008})  # the server has no WebSockets
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         refused = self._refusal(scope, headers)
         if refused is not None:
             return await errors.answer(scope["path"], *refused)(scope, receive, self._with_headers(send, headers))
         if scope["method"] == "OPTIONS" and headers.get("origin") in self._config.allow_origin:  # a browser's preflight
             return await Response(status_code=204)(scope, receive, self._with_headers(send, headers))
-        uploads = _is_upload(scope)  # written to disk as it comes, so it takes no memory
+        uploads = _is_upload(scope)  # written to disk in chunks, so it takes no memory
         body = _Body(receive, self._body_limit(scope), (lambda _: None) if uploads else self._hold)
         try:
             await self._app(scope, body.receive, self._with_headers(send, headers))
@@ -68,28 +68,28 @@ class Guard:
         return self._config.upload_limit if _is_upload(scope) else self._config.body_limit
 
     def _hold(self, size: int) -> None:
-        """Count ``size`` bytes more. Raises: HTTPException: all bodies together are too large."""
+        """Add ``size`` bytes to the total. Raises: HTTPException: all bodies together are too large."""
         self._held += size
         if self._held > _BODIES * self._config.body_limit:
-            raise errors.HTTPException(503, "too many large requests at a time; send it again in a moment")
+            raise errors.HTTPException(503, "too many large requests at the same time; send this one again in a moment")
 
     def _refusal(self, scope: dict, headers: dict[str, str]) -> tuple[int, str] | None:
-        """(status, message) of a request that is refused."""
+        """Return (status, message) if the request must be refused, else None."""
         if self._draining() and scope["path"] not in _WHILE_DRAINING:
             return 503, "the server is shutting down; send the request again later"
         host = _name(headers.get("host", ""))
         if self._config.local and host not in self._hosts and not _is_loopback(host):
-            return 403, f"the Host {host[:100]!r} is not served here; to allow it, start the server with --allow-host"
+            return 403, f"requests to the Host {host[:100]!r} are not allowed; --allow-host allows them"
         origin = headers.get("origin")
         if origin is not None and not self._own(origin, headers) and origin not in self._config.allow_origin:
-            return 403, f"web pages of {origin[:100]!r} may not ask; to allow it, start the server with --allow-origin"
+            return 403, f"requests from web pages on {origin[:100]!r} are not allowed; --allow-origin allows them"
         if _two_lengths(headers):
-            return 400, "Content-Length and Transfer-Encoding say two things: send one of them"
+            return 400, "Content-Length and Transfer-Encoding contradict each other: send only one of them"
         limit = self._body_limit(scope)
         if (length := headers.get("content-length", "")).isdecimal() and int(length) > limit:
             return 413, f"the body is larger than {limit} bytes"
         if headers.get("content-encoding", "identity") != "identity":
-            return 415, "a compressed body is not read: send it without Content-Encoding"
+            return 415, "compressed bodies are not supported: send the body without Content-Encoding"
         if scope["method"] == "OPTIONS" and origin is not None:
             return None
         open_path = scope["path"] in _OPEN or scope["path"].startswith(_OPEN_FOLDERS)
@@ -98,7 +98,7 @@ class Guard:
         return None
 
     def _own(self, origin: str, headers: dict[str, str]) -> bool:
-        """Whether the page that asks is this server's own."""
+        """Whether the request comes from this server's own page."""
         return origin.partition("://")[2] == headers.get("host")
 
     def _knows_key(self, headers: dict[str, str]) -> bool:
@@ -108,16 +108,16 @@ class Guard:
 
     def _with_headers(self, send: Any, headers: dict[str, str]) -> Any:
         origin = headers.get("origin")
-        # The clients of OpenAI and Anthropic send headers of their own: x-stainless-os, anthropic-beta and others.
+        # The clients of OpenAI and Anthropic send additional headers, such as x-stainless-os and anthropic-beta.
         asked = headers.get("access-control-request-headers", "authorization, content-type, x-api-key")
 
-        number = uuid.uuid4().hex.encode()  # OpenAI's and Anthropic's clients tell it with an answer
+        number = uuid.uuid4().hex.encode()  # OpenAI's and Anthropic's clients show this request id
 
         async def sending(message: dict) -> None:
             if message["type"] == "http.response.start":
                 found = [*message.get("headers", []), *_HEADERS.items()]
                 found += [(b"x-request-id", number), (b"request-id", number)]
-                if _two_lengths(headers):  # what follows in the connection may be a part of this body
+                if _two_lengths(headers):  # the next bytes may still belong to this body
                     found.append((b"connection", b"close"))
                 if origin in self._config.allow_origin:
                     found += [
@@ -133,7 +133,7 @@ class Guard:
 
 
 class _Body:
-    """A request's body on its way in, which ends at the limit, of whatever announced length, and at its time."""
+    """A request's body while it is received. The size limit and the time limit hold whatever Content-Length says."""
 
     def __init__(self, receive: Any, limit: int, hold: Callable[[int], None]):
         self._receive, self._limit, self._hold = receive, limit, hold
@@ -141,7 +141,7 @@ class _Body:
         self.seen = 0  # bytes
 
     async def receive(self) -> dict:
-        if self._whole:  # only the client's leaving is waited for
+        if self._whole:  # from here on, only wait for the client to disconnect
             return await self._receive()
         left = self._begun + _BODY_SECONDS + self.seen / _BODY_SPEED - time.monotonic()
         try:
@@ -158,7 +158,7 @@ class _Body:
 
 
 def _two_lengths(headers: dict[str, str]) -> bool:
-    """Whether a proxy and this server may see different ends of the body (request smuggling; RFC 9112, 6.1)."""
+    """Whether a proxy and this server may disagree where the body ends (request smuggling; RFC 9112, 6.1)."""
     return "content-length" in headers and "transfer-encoding" in headers
 
 
@@ -167,7 +167,7 @@ def _is_upload(scope: dict) -> bool:
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
+    """Return the host name in a Host header, without the port."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()

@@ -1,4 +1,4 @@
-"""``response_format`` and ``tool_choice``: answers that are JSON or tool calls, by llguidance's grammars."""
+"""``response_format`` and ``tool_choice``: llguidance's grammars restrict answers to JSON or tool calls."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _TYPES = "text, json_object or json_schema"
 def processors_for(
     tokenizer: Any, vocab_size: int, response_format: dict[str, Any] | None, tools: Tools, thinks: bool = False
 ) -> tuple:
-    """Logits processors that keep one answer to a ``response_format`` or to tools that must be called.
+    """Create logits processors that restrict an answer to a ``response_format`` or to required tool calls.
 
     Args:
-        response_format: OpenAI's. The model may call tools instead.
-        thinks: whether the prompt ends in the model's reasoning. What follows that is kept to both.
+        response_format: OpenAI's field. The model may call tools instead.
+        thinks: whether the prompt ends in the model's reasoning. The restriction starts after the reasoning.
 
-    Raises: ConfigError: no grammar can do that.
+    Raises: ConfigError: no grammar can express the restriction.
     """
     schema = _schema_of(response_format)
     if schema is None and not tools.forced:
@@ -40,13 +40,13 @@ def processors_for(
 
 
 def _schema_of(wanted: Any) -> dict[str, Any] | None:
-    """The JSON schema of a ``response_format``; None for text. Raises: ConfigError."""
+    """Return the JSON schema of a ``response_format``; None for text. Raises: ConfigError."""
     kind = "text" if wanted is None else wanted.get("type") if isinstance(wanted, dict) else wanted
     if kind == "text":
         return None
     if kind not in ("json_object", "json_schema"):
-        raise ConfigError(f"response_format: {kind!r} is no type", f"Use {_TYPES}.")
-    # llama.cpp and others take a schema beside "json_object".
+        raise ConfigError(f"response_format: unknown type {kind!r}", f"Use {_TYPES}.")
+    # llama.cpp and others accept a schema together with "json_object".
     described = wanted.get("json_schema") if kind == "json_schema" else {"schema": {"type": "object"}, **wanted}
     schema = described.get("schema") if isinstance(described, dict) else None
     if not isinstance(schema, dict):
@@ -57,7 +57,7 @@ def _schema_of(wanted: Any) -> dict[str, Any] | None:
 
 
 def _grammar_of(schema: dict[str, Any]) -> str:
-    """Without blanks between values, of which a small model may write any number. Raises: ConfigError."""
+    """Return a grammar without blanks between values; a small model may repeat blanks forever. Raises: ConfigError."""
     from llguidance import LLMatcher
 
     try:
@@ -67,12 +67,12 @@ def _grammar_of(schema: dict[str, Any]) -> str:
 
 
 class Grammar:
-    """A logits processor for one answer: only tokens that continue a text of the grammar stay possible.
+    """A logits processor for one answer: it allows only tokens that the grammar accepts next.
 
     Args:
         tokens: llguidance's view of the tokenizer.
-        name: of the field that asked for it, for errors.
-        find_end: of a list of tokens, the place where the model's reasoning ends, or -1. Up to there all is possible.
+        name: the field of the request that needs the grammar, for errors.
+        find_end: returns where the reasoning ends in a list of tokens, or -1. Before that, all tokens are allowed.
     """
 
     def __init__(self, tokens: Any, grammar: str, name: str, find_end: Callable[[list[int]], int] | None = None):
@@ -80,12 +80,12 @@ class Grammar:
 
         try:
             self._matcher = LLMatcher(tokens, grammar)
-        except Exception as error:  # ValueError, among others, for schemas that it does not know
+        except Exception as error:  # ValueError, among others, for unsupported schemas
             raise _refused(name, str(error)) from None
         if problem := self._matcher.get_error():
             raise _refused(name, problem)
         self._name, self._find_end = name, find_end
-        self._read: int | None = None  # tokens of the prompt and the answer that were consumed
+        self._read: int | None = None  # consumed tokens of the prompt and the answer
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """tokens: so far [L]; logits: [1, vocab]. Raises: ConfigError: no token fits, or the grammar is too large."""
@@ -108,18 +108,18 @@ class Grammar:
 
 
 def _refused(name: str, problem: str) -> ConfigError:
-    text = f"{name}: this schema cannot be followed: {problem.splitlines()[0][:300]}"
+    text = f"{name}: this schema is not supported: {problem.splitlines()[0][:300]}"
     return ConfigError(text, "Send a simpler JSON schema.")
 
 
 @lru_cache(maxsize=1)
 def _tokens_of(tokenizer: Any, vocab_size: int) -> Any:
-    """llguidance's view of a tokenizer, which takes about a second to make. Raises: ConfigError."""
+    """Return llguidance's version of a tokenizer. Creating it takes about a second. Raises: ConfigError."""
     try:
         from llguidance.hf import from_tokenizer
     except ImportError:
         raise ConfigError(
-            "response_format and tool_choice need the package llguidance", "pip install llguidance"
+            "response_format and tool_choice need the package llguidance", "Run pip install llguidance."
         ) from None
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     try:

@@ -1,4 +1,4 @@
-"""What goes in and out of the server, as JSON schemas: the parts of the OpenAPI description that types do not say."""
+"""JSON schemas of requests and answers for the OpenAPI description, where Python types do not give them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def closed(required: Schema, optional: Schema | None = None) -> Schema:
 
 
 def opened(required: Schema, optional: Schema | None = None) -> Schema:
-    """An object with these fields and any others, which the chat template may read."""
+    """An object with these fields and any others; the chat template may use them."""
     return {"type": "object", "properties": {**required, **(optional or {})}, "required": list(required)}
 
 
@@ -84,7 +84,7 @@ TOP_LOGPROBS_NEED_LOGPROBS: Schema = {
 
 
 def few_prompts_of_several(most: int) -> Schema:
-    """With ``n`` above 1: at most so many prompts."""
+    """Allow at most ``most`` prompts if ``n`` is above 1."""
     several = {"properties": {"n": {"type": "integer", "minimum": 2}}, "required": ["n"]}
     one = {"anyOf": [TEXT, listed({"type": "integer"}), {"type": "array", "maxItems": most}]}
     return {"if": several, "then": {"properties": {"prompt": one}}}

@@ -1,4 +1,4 @@
-"""What the routes share: the engine, its thread, the settings, and the way from a request to pieces of its answer."""
+"""State that all routes share (engine, worker thread, settings), and generating the pieces of an answer."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from .tool_choice import Tools
 
 @dataclass
 class Ask:
-    """A request of any interface, in the engine's terms."""
+    """A request of any API, translated for the engine."""
 
     adapter: str | None
     config: GenerateConfig
     messages: list[dict] | None = None  # or
-    text: str | list[int] | None = None  # to continue
+    text: str | list[int] | None = None  # a text or tokens to continue
     tools: Tools = Tools()
     logprobs: int | None = None
     n: int = 1
-    response_format: dict[str, Any] | None = None  # OpenAI's
-    min_tokens: int = 0  # before which no token ends the answer
+    response_format: dict[str, Any] | None = None  # OpenAI's field
+    min_tokens: int = 0  # the answer cannot end before this many tokens
     ignore_eos: bool = False
 
 
@@ -46,13 +46,13 @@ class Server:
     engine: Engine
     worker: Worker
     config: ServeConfig
-    name: str  # of the base
+    name: str  # the model name of the base
     defaults: GenerateConfig = field(default_factory=GenerateConfig)
     started: float = field(default_factory=time.time)
     draining: bool = False
 
     def hide_folders(self, text: str) -> str:
-        """``text`` without the places of the adapters and the base on this machine."""
+        """Return ``text`` without the folders of the adapters and the base on this machine."""
         if "/" not in text:
             return text
         bank = self.engine.bank
@@ -63,7 +63,7 @@ class Server:
         return text
 
     def adapter_of(self, model: str | None) -> str | None:
-        """The adapter that a request's ``model`` names, None for the base. Raises: UnknownModel."""
+        """Return the adapter that a request's ``model`` names, or None for the base. Raises: UnknownModel."""
         if model is None:
             return None
         base, colon, adapter = model.partition(":")
@@ -76,22 +76,22 @@ class Server:
         raise UnknownModel(model, [self.name, *self.engine.bank.names])
 
     def generation(self, **given: Any) -> GenerateConfig:
-        """The server's defaults with what a request gives; None is not given. Raises: ConfigError."""
+        """Return the server's defaults, overridden by the request's values that are not None. Raises: ConfigError."""
         from dataclasses import asdict
 
         values = {**asdict(self.defaults), **{name: value for name, value in given.items() if value is not None}}
         if self.defaults.chat_template_config and given.get("chat_template_config"):
             values["chat_template_config"] = {**self.defaults.chat_template_config, **given["chat_template_config"]}
-        if values["temp"] == 0:  # clients send these beside temperature 0, where they say nothing
+        if values["temp"] == 0:  # clients send these even with temperature 0, where they have no effect
             for name in ("top_p", "min_p", "top_k", "xtc_probability", "seed", "min_tokens_to_keep", "xtc_threshold"):
                 values[name] = GenerateConfig.__dataclass_fields__[name].default
-        if values["top_k"] >= self.engine.vocab_size:  # all tokens
+        if values["top_k"] >= self.engine.vocab_size:  # the same as no limit
             values["top_k"] = 0
         limit = self.config.max_tokens_limit
         return GenerateConfig(**{**values, "max_tokens": min(values["max_tokens"], limit)})
 
     async def requests(self, ask: Ask) -> list[Request]:
-        """The engine's requests for ``ask``. Tokenizing may take long, so it is done in a thread."""
+        """Create the engine's requests for ``ask``. Tokenizing can be slow, so it runs in a thread."""
         return await run_in_threadpool(self._requests, ask)
 
     def _requests(self, ask: Ask) -> list[Request]:
@@ -103,16 +103,16 @@ class Server:
             tokens = list(ask.text) if isinstance(ask.text, list) else engine.plain_prompt(ask.text)
             if outside := [token for token in tokens if token >= engine.vocab_size]:
                 raise ConfigError(
-                    f"prompt: the vocabulary has {engine.vocab_size} tokens, and no {outside[0]}",
+                    f"prompt: token {outside[0]} is outside the vocabulary of {engine.vocab_size} tokens",
                     "Send tokens of this model.",
                 )
             state = "normal"
         most = engine.context_length if ask.config.max_kv_size is None else None
         if most is not None and len(tokens) >= most:
-            message = f"the prompt has {len(tokens)} tokens, and the model was made for {most} with the answer"
+            message = f"the prompt has {len(tokens)} tokens; with the answer, this model supports at most {most}"
             raise TooLongError(message, "Shorten the prompt or the conversation.")
         configs = [ask.config]
-        if ask.n > 1:  # each with numbers of its own
+        if ask.n > 1:  # each answer needs its own seed
             seed = ask.config.seed
             configs = [_seeded(ask.config, None if seed is None else seed + number) for number in range(ask.n)]
         rules = (engine.tokenizer, engine.vocab_size, ask.response_format, ask.tools, state == "reasoning")
@@ -128,7 +128,7 @@ class Server:
         ]
 
     def _withheld(self, ask: Ask, prompt: int) -> list[Withheld]:
-        """Logits processors for ``min_tokens`` and ``ignore_eos``. Raises: ConfigError: a grammar ends the answer."""
+        """Create logits processors for ``min_tokens`` and ``ignore_eos``. Raises: ConfigError: there is a grammar."""
         if not (ask.min_tokens or ask.ignore_eos):
             return []
         if ask.response_format or ask.tools.forced:
@@ -145,13 +145,13 @@ class Server:
     async def pieces(
         self, requests: Sequence[Request], apart: bool = False
     ) -> AsyncIterator[tuple[int, Piece | Exception]]:
-        """The pieces of all answers as they come: (number of the request, piece). Leaving cancels the rest.
+        """Yield (number of the request, piece) for all answers. Closing this iterator cancels the rest.
 
         Args:
-            apart: an exception ends its own answer only, and is given as its last piece.
+            apart: an exception ends only its own answer, and is yielded as that answer's last piece.
 
-        Raises: what ``Engine.submit`` raises, before the first piece; what ends a row. With ``apart``: what
-            ``Engine.submit`` raises for every request.
+        Raises: errors of ``Engine.submit``, before the first piece; errors that end a row. With ``apart``: only errors
+            of ``Engine.submit`` that all requests share.
         """
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -162,7 +162,7 @@ class Server:
 
         def submit(number: int, request: Request) -> None:
             rows.append(self.engine.submit(request, deliver(number)))
-            if gone:  # the client, while this thread waited for the engine
+            if gone:  # the client disconnected while this thread waited for the engine
                 self.engine.cancel(rows[-1])
 
         self._check_taken()
@@ -196,14 +196,14 @@ class Server:
             self.worker.wake()
 
     def _check_taken(self) -> None:
-        """Raise ``Stopped`` where a new request would not be answered."""
+        """Raise ``Stopped`` if the server would not answer a new request."""
         if self.draining:
             raise Stopped("the server is shutting down", "Send the request again later.")
         self._check_alive()
 
     def _check_alive(self) -> None:
         if not self.worker.alive:
-            raise Stopped("the thread that generates has ended", "Restart the server.")
+            raise Stopped("the generating thread has stopped", "Restart the server.")
 
 
 class UnknownModel(AdapterError):
@@ -214,7 +214,7 @@ class UnknownModel(AdapterError):
 
 
 class OutOfTime(Exception):
-    """An answer took longer than the limit."""
+    """An answer took longer than the time limit."""
 
     def __init__(self, seconds: float):
         super().__init__(f"the answer took longer than {seconds:.0f} seconds")

@@ -1,4 +1,4 @@
-"""From a request to its answers over HTTP: waiting for all of them, or server-sent events as they come."""
+"""Send answers over HTTP: all at once when complete, or as a stream of server-sent events."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def server_of(request: Request) -> Server:
 async def events(
     server: Server, asks: Ask | list[Ask], answers: list[Answer]
 ) -> AsyncIterator[tuple[int, list[Event]]]:
-    """(number of the answer, what is new in it), as it comes."""
+    """Yield (number of the answer, its new events)."""
     requests = [
         request for ask in (asks if isinstance(asks, list) else [asks]) for request in await server.requests(ask)
     ]
@@ -32,13 +32,13 @@ async def events(
 
 
 async def collect(server: Server, asks: Ask | list[Ask], answers: list[Answer]) -> None:
-    """Wait for all answers."""
+    """Wait until all answers are complete."""
     async for _ in events(server, asks, answers):
         pass
 
 
 async def stream(request: Request, chunks: AsyncIterator[str]) -> StreamingResponse:
-    """Server-sent events. What goes wrong before the first one is an answer with a status, as without streaming."""
+    """Stream server-sent events. An error before the first event becomes a normal answer with an error status."""
     first = await unless_disconnected(request, anext(chunks))
 
     async def rest() -> AsyncIterator[str]:
@@ -57,6 +57,6 @@ async def stream(request: Request, chunks: AsyncIterator[str]) -> StreamingRespo
 
 
 def sse(data: Any, event: str | None = None) -> str:
-    """One server-sent event."""
+    """Format one server-sent event."""
     name = f"event: {event}\n" if event else ""
     return f"{name}data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"

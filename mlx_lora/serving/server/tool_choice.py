@@ -1,4 +1,4 @@
-"""``tool_choice`` of every interface: which tools the model is shown, and whether it must call one."""
+"""``tool_choice`` for every API: which tools the model sees, and whether it must call one."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from ...errors import ConfigError
 
 @dataclass(frozen=True)
 class Tools:
-    """The tools of one request, as chat templates take them."""
+    """The tools of one request, in the form that chat templates expect."""
 
-    shown: list[dict] | None = None  # to the model, which may call these and no others
-    forced: bool = False  # one of them must be called
+    shown: list[dict] | None = None  # the model sees and may call only these
+    forced: bool = False  # the model must call one of them
     one_call: bool = False  # the answer ends after the first call
 
 
 def tools_of(
     tools: Sequence[dict], mode: str | None, names: Sequence[str] | None = None, parallel: bool | None = None
 ) -> Tools:
-    """The tools of a request. Raises: ConfigError: a tool that must be called is not among them.
+    """Select the tools of a request. Raises: ConfigError: a named tool does not exist.
 
     Args:
         mode: "none", "auto" or "required".
-        names: of those that may be called; None for all.
-        parallel: whether several may be called in one answer.
+        names: the tools that the model may call; None for all.
+        parallel: whether one answer may have several calls.
     """
     if mode == "none":
         return Tools()
@@ -43,10 +43,10 @@ def tools_of(
 
 
 def tools_of_openai(tools: Sequence[dict], choice: str | dict[str, Any] | None, parallel: bool | None) -> Tools:
-    """The tools of a chat completion or a response. Raises: ConfigError.
+    """Select the tools of a chat completion or a response. Raises: ConfigError.
 
     Args:
-        choice: "none", "auto", "required"; {"type": "function"} with a name, of which one call is made; or
+        choice: "none", "auto", "required"; {"type": "function"} with a name, for exactly one call of it; or
             {"type": "allowed_tools"} with a mode and names.
     """
     if choice is None or choice in ("none", "auto", "required"):
@@ -60,13 +60,13 @@ def tools_of_openai(tools: Sequence[dict], choice: str | dict[str, Any] | None, 
         if isinstance(listed, list) and listed:
             return tools_of(tools, allowed["mode"], [_name(each) for each in listed], parallel)
     raise ConfigError(
-        f"tool_choice: {str(kind or choice)[:100]!r} cannot be used so",
+        f"tool_choice: {str(kind or choice)[:100]!r} is not supported",
         'Send "none", "auto", "required", or {"type": "function", "function": {"name": ...}}.',
     )
 
 
 def _name(choice: Any) -> str:
-    """The function that a choice names, in the form of chat completions or of responses."""
+    """Return the function that a choice names, in the format of chat completions or of responses."""
     function = choice.get("function", choice) if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):

@@ -1,6 +1,6 @@
-"""Grammars of tool calls, in llguidance's Lark syntax: one for each way of writing a call that mlx-lm's parsers read.
+"""Grammars of tool calls in llguidance's Lark syntax: one for each call format that mlx-lm's parsers read.
 
-A parser without an entry in ``_WRITERS`` reads calls that no grammar here describes; a call cannot be forced then.
+For a parser without an entry in ``_WRITERS`` there is no grammar, so a tool call cannot be forced.
 """
 
 from __future__ import annotations
@@ -13,40 +13,40 @@ from typing import Any
 
 from ...errors import ConfigError
 
-# Blanks as chat templates write them, so that the model stays with what it was trained on.
+# Write blanks as chat templates do, so that the output looks like the training data.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_NOT_TEXT = ("integer", "number", "boolean", "array", "object", "null")  # types that are written as JSON
-_DEFINITIONS = ("$defs", "definitions")  # what a part of a schema may refer to
+_NOT_TEXT = ("integer", "number", "boolean", "array", "object", "null")  # types that every format writes as JSON
+_DEFINITIONS = ("$defs", "definitions")  # definitions that parts of a schema may refer to
 
 Schema = dict[str, Any]
 
 
 @dataclass
 class Rules:
-    """The rules of one grammar as they are written."""
+    """Collects the rules of one grammar."""
 
     tokenizer: Any
     written: list[str] = field(default_factory=list)
 
     def add(self, body: str, options: str = "") -> str:
-        """The name of a new rule."""
+        """Add a rule and return its name."""
         name = f"r{len(self.written)}"
         self.written.append(f"{name}{options}: {body}")
         return name
 
     def literal(self, text: str) -> str:
-        """``text`` itself. The tokenizer's added tokens in it are tokens, which no text matches."""
+        """Match exactly ``text``. Added tokens of the tokenizer in it are matched as tokens, not as text."""
         return " ".join(self._parts(text)) or '""'
 
     def json(self, schema: Schema, root: Schema | None = None) -> str:
-        """JSON of ``schema``, a part of ``root``."""
+        """Match JSON that is valid for ``schema``, a part of ``root``."""
         known = {name: root[name] for name in _DEFINITIONS if root and name in root}
         return self.add(f"%json {json.dumps({**known, **schema, 'x-guidance': _LAYOUT})}")
 
     def text_until(self, end: str) -> str:
-        """Any text, and the first ``end`` after it."""
+        """Match any text up to and including the first ``end``."""
         first, *rest = self._parts(end)
-        if first.startswith("<"):  # a token, with which the text ends by itself
+        if first.startswith("<"):  # an added token, which the text before it cannot contain
             return self.add(f"/(?s:.*)/ {' '.join([first, *rest])}")
         return " ".join([self.add("/(?s:.*)/", f"[suffix={first}]"), *rest])
 
@@ -64,18 +64,18 @@ Writer = Callable[[Rules, Function], str]
 
 
 def _parameters(function: Function) -> Schema:
-    """The JSON schema of the arguments: those that are named and no others. Raises: ConfigError: it is none."""
+    """Return the arguments' JSON schema without additional properties. Raises: ConfigError: it is not a schema."""
     given = function.get("parameters") or {}
     if not isinstance(given.get("properties") or {}, dict) or not isinstance(given.get("required") or [], list):
         raise ConfigError(
-            f"tool_choice: the parameters of {function['name']!r} are no JSON schema",
+            f"tool_choice: the parameters of {function['name']!r} are not a JSON schema",
             'Send {"type": "object", "properties": {...}, "required": [...]}.',
         )
     return {"type": "object", **({"additionalProperties": False} if "properties" in given else {}), **given}
 
 
 def _referred(schema: Any, root: Schema) -> Schema:
-    """``schema``, or the definition in ``root`` that it refers to."""
+    """Return ``schema``, or the definition in ``root`` that it refers to."""
     place = schema.get("$ref") if isinstance(schema, dict) else None
     _, group, name = (str(place).split("/") + [""] * 2)[:3]
     found = (root.get(group) or {}).get(name) if group in _DEFINITIONS else schema
@@ -97,14 +97,14 @@ def _after_header(rules: Rules, function: Function) -> str:
 
 
 def _numbered(rules: Rules, function: Function) -> str:
-    """Kimi's calls, which have a number: functions.name:0"""
+    """Kimi's calls, which are numbered: functions.name:0"""
     opened = rules.literal(f"<|tool_call_begin|>functions.{function['name']}:")
     arguments = f"{rules.literal('<|tool_call_argument_begin|>')} {rules.json(_parameters(function))}"
     return f"{opened} /[0-9]{{1,2}}/ {arguments} {rules.literal('<|tool_call_end|>')}"
 
 
 def _by_parameter(opened: str, before: str, after: str, closed: str) -> Writer:
-    """Each argument between texts of its own, with {key} for its name. Strings are written without quotes."""
+    """Write each argument between ``before`` and ``after``, where {key} is its name. Strings have no quotes."""
 
     def write(rules: Rules, function: Function) -> str:
         root = _parameters(function)
@@ -125,10 +125,10 @@ def _by_parameter(opened: str, before: str, after: str, closed: str) -> Writer:
 
 
 def _in_python(rules: Rules, function: Function) -> str:
-    """name(key=value, ...), as Python has it, with values as JSON."""
+    """Write name(key=value, ...) as in Python, with values as JSON."""
     root = _parameters(function)
     required = root.get("required") or ()
-    first, rest = '""', '""'  # what may stand from here on: with nothing before it, and after an argument
+    first, rest = '""', '""'  # rules for the remaining arguments: as the first one, and after another one
     for key, schema in reversed((root.get("properties") or {}).items()):
         value = rules.json(schema if isinstance(schema, dict) else {}, root)
         argument = f"{rules.literal(f'{key}=')} {value} {rest}"
@@ -139,15 +139,15 @@ def _in_python(rules: Rules, function: Function) -> str:
 
 @dataclass(frozen=True)
 class Form:
-    """How calls are written. The markers of mlx-lm's parser are around each call, or around all of them."""
+    """A call format. The markers of mlx-lm's parser enclose each call, or all calls together."""
 
     write: Writer
-    begin: str = ""  # around all calls between a pair of markers
-    between: str | None = None  # calls between one pair of markers; None: each has a pair of its own
+    begin: str = ""  # text before the calls inside a pair of markers
+    between: str | None = None  # separator of calls inside one pair of markers; None: each call has its own pair
     end: str = ""
 
 
-# By module of mlx_lm.tool_parsers.
+# Keys are modules of mlx_lm.tool_parsers.
 _GLM = Form(_by_parameter("{name}\n", "<arg_key>{key}</arg_key>\n<arg_value>", "</arg_value>\n", ""))
 _FORMS = {
     "json_tools": Form(_as_object, "\n", None, "\n"),
@@ -164,22 +164,22 @@ _FORMS = {
     "glm47": _GLM,
     "laguna": _GLM,
 }
-_MISTRAL_HEADERS = Form(_after_header)  # of its newer templates
+_MISTRAL_HEADERS = Form(_after_header)  # for Mistral's newer templates
 
 
 def calls_grammar(tokenizer: Any, tools: Sequence[dict], one: bool, schema: Schema | None = None) -> str:
-    """A grammar of calls of ``tools``: of one, or of one and more.
+    """Return a grammar for calls of ``tools``: exactly one call, or one or more.
 
     Args:
-        tools: as chat templates take them.
-        schema: of the answer that the model may give instead.
+        tools: in the form that chat templates expect.
+        schema: JSON schema of an answer that the model may give instead of a call.
 
-    Raises: ConfigError: mlx-lm's parser for this model has no grammar here.
+    Raises: ConfigError: there is no grammar for the call format of this model.
     """
     kind = getattr(tokenizer.tool_parser, "__module__", "").rpartition(".")[2]
     form = _FORMS.get(kind)
     if form is None:
-        what = "a tool call cannot be forced" if schema is None else "response_format cannot be used beside tools"
+        what = "a tool call cannot be forced" if schema is None else "response_format cannot be combined with tools"
         raise ConfigError(
             f"tool_choice: {what} with this model, whose format of calls ({kind or 'unknown'}) has no grammar here",
             'Use tool_choice "auto".' if schema is None else 'Use tool_choice "none", or leave response_format out.',

@@ -17,7 +17,8 @@ from .sections import SectionedCommand
 
 # Generation options of the whole server; requests set the others.
 _FOR_ALL = (
-    *("max_tokens", "prefill_step_size", "chat_template_config", "extra_eos_token"),
+    *("max_tokens", "temp", "top_p", "min_p", "top_k"),
+    *("prefill_step_size", "chat_template_config", "extra_eos_token"),
     *("draft_model", "num_draft_tokens", "kv_bits", "kv_group_size", "quantized_kv_start"),
 )
 
@@ -63,7 +64,7 @@ class Named(click.ParamType):
     "--merge", is_flag=True, help="Merge the only adapter into the model: faster answers, but no other adapters."
 )
 @config_options(ServeConfig)
-@config_options(GenerateConfig, *_FOR_ALL, max_tokens=1024)
+@config_options(GenerateConfig, *_FOR_ALL, max_tokens=1024, temp=1.0)
 @trust_option
 def serve(**params: Any):
     """Serve a model and its adapters over HTTP, with the OpenAI and Anthropic APIs.

@@ -75,7 +75,7 @@ ALWAYS = {
         *("max_tokens_limit", "request_timeout", "body_limit", "adapter_memory", "prompt_cache_size"),
         "runs_dir",
         *("max_tokens", "prefill_step_size", "chat_template_config", "extra_eos_token", "trust_remote_code"),
-        *("draft_model", "kv_bits"),
+        *("draft_model", "kv_bits", "temp"),
     },
     "fuse": {"adapter_path", "dequantize", "trust_remote_code"},  # --dequantize of a dense base is a warning
     "quantize": {"mode", "trust_remote_code"},
@@ -93,6 +93,7 @@ ALWAYS = {
 TRAIN = "train --model BASE --data data --adapter-path new"
 FULL, VERA = f"{TRAIN} --fine-tune-type full", f"{TRAIN} --fine-tune-type vera"
 FUSE, CONVERT = "fuse --model BASE --adapter-path a --save-path new", "convert a new --model BASE"
+SAMPLED = (("top_p", 0.9), ("min_p", 0.1), ("top_k", 5))
 # (command, option): commands in which the option would have no effect or contradict another one.
 RULES = {
     ("demo", "chat"): ["demo --chat --json"],
@@ -225,6 +226,7 @@ RULES = {
     ("serve", "pin"): ["serve --model BASE --pin x"],
     ("serve", "num_draft_tokens"): ["serve --model BASE --num-draft-tokens 5"],
     ("serve", "prompt_cache_bytes"): ["serve --model BASE --prompt-cache-bytes 9 --prompt-cache-size 0"],
+    **{("serve", name): [f"serve --model BASE --temp 0 --{name.replace('_', '-')} {value}"] for name, value in SAMPLED},
     ("serve", "kv_group_size"): ["serve --model BASE --kv-group-size 32"],
     ("serve", "quantized_kv_start"): ["serve --model BASE --quantized-kv-start 3"],
     ("generate", "system_prompt"): [

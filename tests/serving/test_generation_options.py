@@ -107,17 +107,24 @@ def test_settings_of_the_server(options):
         ServeConfig(**options)
 
 
-def test_serve_sets_the_keys_and_values_of_all_requests(monkeypatch):
+def test_serve_sets_the_keys_and_values_of_all_requests_and_the_sampling_of_those_that_say_nothing(monkeypatch):
     pytest.importorskip("fastapi")
     import mlx_lora.serving.server.run as server_run
     from mlx_lora.cli.serve import serve, start
+    from mlx_lora.serving.server.openai_requests import ChatCompletion
     from mlx_lora.tiny_base import PATH
 
     made = []
     monkeypatch.setattr(server_run, "serve", lambda server, ready: made.append(server))
     options = ["--kv-bits", "4", "--kv-group-size", "32", "--quantized-kv-start", "7", "--prompt-cache-bytes", "12345"]
+    options += ["--temp", "0.5", "--top-p", "0.9", "--top-k", "5", "--min-p", "0.1"]
     start(serve.make_context("serve", ["--model", str(PATH), *options]).params)
     (server,) = made
+    body = {"messages": [{"role": "user", "content": "x"}]}
+    config = server.generation(**ChatCompletion(**body).options())
+    assert (config.temp, config.top_p, config.top_k, config.min_p) == (0.5, 0.9, 5, 0.1)
+    config = server.generation(**ChatCompletion(**body, temperature=2.0, top_k=3).options())
+    assert (config.temp, config.top_p, config.top_k, config.min_p) == (2.0, 0.9, 3, 0.1)
     config = server.generation(temp=0.0)
     assert (config.kv_bits, config.kv_group_size, config.quantized_kv_start) == (4, 32, 7)
     assert server.engine.prompt_cache.max_bytes == 12345

@@ -172,7 +172,7 @@ def test_a_prompt_longer_than_the_context_is_refused_and_one_that_fits_is_answer
         openai.APIStatusError, match="the prompt has 512 tokens; with the answer, this model supports at most 512"
     ) as found:
         said(512)
-    assert (found.value.status_code, found.value.code) == (413, "context_length_exceeded")
+    assert (found.value.status_code, found.value.code) == (400, "context_length_exceeded")
 
 
 BOOKKEEPING = {

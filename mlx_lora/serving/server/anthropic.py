@@ -166,7 +166,7 @@ def _ask(server: Server, body: Messages) -> Ask:
     thinking = body.thinking.type if body.thinking else None
     output = body.output_config or OutputConfig()
     config = server.generation(
-        temp=1.0 if body.temperature is None else body.temperature,
+        temp=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
         stop=tuple(text for text in body.stop_sequences or () if text) or None,

@@ -125,7 +125,7 @@ class Sampling(Bookkeeping):
         """The sampling options as fields of ``GenerateConfig``."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         return {
-            "temp": 1.0 if self.temperature is None else self.temperature,
+            "temp": self.temperature,
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(0, self.top_k),
             "min_p": self.min_p,

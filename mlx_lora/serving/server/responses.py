@@ -87,7 +87,7 @@ async def responses(request: Request, body: Responses) -> Any:
     ask = Ask(
         server.adapter_of(body.model),
         server.generation(
-            temp=1.0 if body.temperature is None else body.temperature,
+            temp=body.temperature,
             top_p=body.top_p,
             max_tokens=body.max_output_tokens,
             chat_template_config=template_variables(body.reasoning.effort if body.reasoning else None),

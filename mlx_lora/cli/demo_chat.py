@@ -40,7 +40,6 @@ def chat_demo(folder: Path, port: int, browser: bool) -> None:
         _train(base, folder / "data" / answer, adapters / answer)
     console.title(f"{len(ANSWERS) + 1}. The chat page")
     options = ["--model", str(base), "--adapters-dir", str(adapters), "--runs-dir", str(adapters), "--port", str(port)]
-    options += ["--temp", "0"]  # the same answers each time
     query = urlencode({"columns": ",".join(("base", *ANSWERS)), "prompt": PROMPT})
 
     def ready(url: str) -> None:

@@ -64,7 +64,7 @@ class Named(click.ParamType):
     "--merge", is_flag=True, help="Merge the only adapter into the model: faster answers, but no other adapters."
 )
 @config_options(ServeConfig)
-@config_options(GenerateConfig, *_FOR_ALL, max_tokens=1024, temp=1.0)
+@config_options(GenerateConfig, *_FOR_ALL, max_tokens=1024, temp=None)
 @trust_option
 def serve(**params: Any):
     """Serve a model and its adapters over HTTP, with the OpenAI and Anthropic APIs.
@@ -72,6 +72,8 @@ def serve(**params: Any):
     A request's "model" is the name of the base or of an adapter. Requests with different adapters are answered
     together, in one batch. Open the address in a browser for a chat page, which also shows the progress of runs
     in --runs-dir. Needs the extra packages of serve: pip install '.[serve]' in a checkout.
+
+    Without --temp, requests that set no temperature are sampled at 1.0, and the chat page takes the most likely tokens.
 
     \b
     mlx-lora serve --model Qwen/Qwen3-0.6B --adapter pirate=adapters
@@ -92,7 +94,8 @@ def check_installed(command: str) -> None:
 
 def start(params: dict[str, Any], on_ready: Callable[[str], None] = lambda url: None) -> None:
     """Serve with the options of ``serve``. ``on_ready`` is called with the address when the server listens."""
-    config, defaults = build(ServeConfig, params), build(GenerateConfig, params)
+    temp = params["temp"]
+    config, defaults = build(ServeConfig, params), build(GenerateConfig, params, temp=1.0 if temp is None else temp)
     _check(params)
     check_installed("serve")
     from ..serving.server.run import serve as run
@@ -107,7 +110,7 @@ def start(params: dict[str, Any], on_ready: Callable[[str], None] = lambda url: 
         console.note(f"Serving at {url} (Ctrl-C ends it)")
         on_ready(url)
 
-    run(Server(engine, Worker(engine), config, name, defaults), ready)
+    run(Server(engine, Worker(engine), config, name, defaults, page_temp=temp or 0.0), ready)
 
 
 _INSTALL = (

@@ -38,7 +38,7 @@ DIFFERENCES = {
         "model": "required here: requests choose an adapter, never another base",
         "adapter_path": "--adapter NAME=PATH, or a path alone; there may be several",
         "allowed_origins": "--allow-origin; mlx-lm's '*' lets every web page that is open use the model",
-        "temp": "1.0, as OpenAI's and Anthropic's clients expect of a request without a temperature",
+        "temp": "1.0 for requests without a temperature, as clients of OpenAI and Anthropic expect; 0 on the chat page",
         "max_tokens": "1024; mlx-lm's 512 cuts off the answers of models that reason first",
         "chat_template_args": "--chat-template-config, as generate and chat call it",
         **dict.fromkeys(("decode_concurrency", "prompt_concurrency"), "--batch-size, for both"),

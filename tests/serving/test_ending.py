@@ -82,11 +82,13 @@ def test_an_answer_that_takes_too_long_is_cut_off_with_an_error_and_does_not_hol
     monkeypatch.setattr(run, "_DRAIN", 0.1)
     server.runner.config.timeout_graceful_shutdown = 60
     go.set()
+    until(lambda: got)
+    engine, step, steps = server.engine, server.engine.step, iter(range(10))  # too few for the whole answer
+    monkeypatch.setattr(engine, "step", lambda: (not engine.active or next(steps, None) is not None) and step())
     body = {**CHAT, "stream": True, "max_tokens": 8000, "logit_bias": ENDLESS}
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=100) as answer:
         lines = answer.iter_lines()
         next(lines)
-        until(lambda: got)
         server.runner.handle_exit(signal.SIGTERM, None)
         last = [line for line in lines if line][-1]  # httpx raises where the connection breaks off
     assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]

@@ -125,6 +125,7 @@ def test_serve_sets_the_keys_and_values_of_all_requests_and_the_sampling_of_thos
     assert (config.temp, config.top_p, config.top_k, config.min_p) == (0.5, 0.9, 5, 0.1)
     config = server.generation(**ChatCompletion(**body, temperature=2.0, top_k=3).options())
     assert (config.temp, config.top_p, config.top_k, config.min_p) == (2.0, 0.9, 3, 0.1)
+    assert server.page_temp == 0.5
     config = server.generation(temp=0.0)
     assert (config.kv_bits, config.kv_group_size, config.quantized_kv_start) == (4, 32, 7)
     assert server.engine.prompt_cache.max_bytes == 12345

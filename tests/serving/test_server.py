@@ -165,14 +165,19 @@ def test_what_is_wrong_is_said_and_nothing_inside_is_shown(server):
     )
 
 
-def test_a_prompt_longer_than_the_context_is_refused_and_one_that_fits_is_answered(client):
+def test_a_prompt_longer_than_the_context_is_refused_and_one_that_fits_is_answered(client, claude):
     said = lambda count: client.completions.create(model="pirate", prompt=[7] * count, max_tokens=2)  # noqa: E731
     assert said(511).usage.prompt_tokens == 511
     with pytest.raises(
-        openai.APIStatusError, match="the prompt has 512 tokens; with the answer, this model supports at most 512"
+        openai.APIStatusError,
+        match="prompt is too long: it has 512 tokens, and the model's maximum context length is 512",
     ) as found:
         said(512)
     assert (found.value.status_code, found.value.code) == (400, "context_length_exceeded")
+    ask = [{"role": "user", "content": "x " * 600}]
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
+        claude.messages.create(model="tiny", messages=ask, max_tokens=2)
+    assert claude.messages.count_tokens(model="tiny", messages=ask).input_tokens > 512
 
 
 BOOKKEEPING = {

@@ -149,8 +149,7 @@ async def count_tokens(request: Request, body: CountTokens) -> Any:
     """Count the tokens of a conversation."""
     server = server_of(request)
     ask = _ask(server, Messages(**body.model_dump(exclude_none=True), max_tokens=1))
-    (made,) = await server.requests(ask)
-    return {"input_tokens": len(made.tokens)}
+    return {"input_tokens": await server.count(ask)}
 
 
 def _ask(server: Server, body: Messages) -> Ask:

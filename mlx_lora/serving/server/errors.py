@@ -17,7 +17,7 @@ from ..engine import BusyError
 from ..memory import TooLongError
 from ..worker import Stopped
 from . import shapes
-from .state import OutOfTime, UnknownModel
+from .state import OutOfTime, PromptTooLong, UnknownModel
 
 RETRY_AFTER = "1"  # seconds
 log = logging.getLogger(__name__)
@@ -28,13 +28,14 @@ _KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
     (Stopped, 503, "server_error", "overloaded_error"),
     (OutOfTime, 504, "server_error", "timeout_error"),
     (UnknownModel, 404, "invalid_request_error", "not_found_error"),
-    (TooLongError, 400, "invalid_request_error", "invalid_request_error"),
+    (PromptTooLong, 400, "invalid_request_error", "invalid_request_error"),
+    (TooLongError, 413, "invalid_request_error", "request_too_large"),
     (ConfigError, 400, "invalid_request_error", "invalid_request_error"),
     (DataError, 400, "invalid_request_error", "invalid_request_error"),
     (AdapterError, 400, "invalid_request_error", "invalid_request_error"),
     (FormatError, 400, "invalid_request_error", "invalid_request_error"),
 )
-_CODES = {UnknownModel: "model_not_found", TooLongError: "context_length_exceeded"}  # OpenAI's
+_CODES = {UnknownModel: "model_not_found", PromptTooLong: "context_length_exceeded"}  # OpenAI's
 _BY_STATUS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
 
 
@@ -90,7 +91,7 @@ _REASON = {
     403: "Requests from this host or web page are not allowed.",
     404: "There is no such model, adapter or path.",
     408: "The body did not arrive in time.",
-    413: "The body is too large.",
+    413: "The body is too large, or the answer does not fit into memory.",
     415: "The body is not JSON, or is compressed.",
     429: "Too many requests are waiting. Retry-After says when to send it again.",
     500: "The server failed.",

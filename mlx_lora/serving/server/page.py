@@ -114,7 +114,7 @@ async def settings(request: Request) -> dict[str, Any]:
             "name": field.name,
             "kind": field.type.partition(" ")[0].partition("[")[0],
             "help": field.metadata["help"],
-            "default": getattr(server.defaults, field.name),
+            "default": server.page_temp if field.name == "temp" else getattr(server.defaults, field.name),
         }
         for field in _SHOWN
     ]
@@ -152,7 +152,7 @@ async def chat(request: Request, body: Chat) -> Any:
 
 async def _chunks(request: Request, body: Chat) -> AsyncIterator[str]:
     server = server_of(request)
-    config = server.generation(**body.options.model_dump(exclude_none=True))
+    config = server.generation(**{"temp": server.page_temp, **body.options.model_dump(exclude_none=True)})
     messages = [read_message(message) for message in body.messages]
     names, columns, unknown = [], [], {}
     for column, adapter in enumerate(body.adapters):

@@ -13,9 +13,8 @@ from fastapi.concurrency import run_in_threadpool
 
 from ...base.origin import base_of
 from ...config import GenerateConfig, ServeConfig
-from ...errors import AdapterError, ConfigError
+from ...errors import AdapterError, ConfigError, MLXLoRAError
 from ..engine import Engine
-from ..memory import TooLongError
 from ..requests import Piece, Request
 from ..sampling import Withheld, extra_eos
 from ..worker import Stopped, Worker
@@ -47,7 +46,8 @@ class Server:
     worker: Worker
     config: ServeConfig
     name: str  # the model name of the base
-    defaults: GenerateConfig = field(default_factory=GenerateConfig)
+    defaults: GenerateConfig = field(default_factory=lambda: GenerateConfig(temp=1.0))  # 1.0 as in OpenAI's API
+    page_temp: float = 0.0  # default temperature of the chat page: the same answers each time
     started: float = field(default_factory=time.time)
     draining: bool = False
 
@@ -94,6 +94,10 @@ class Server:
         """Create the engine's requests for ``ask``. Tokenizing can be slow, so it runs in a thread."""
         return await run_in_threadpool(self._requests, ask)
 
+    async def count(self, ask: Ask) -> int:
+        """Count the tokens of a conversation, which may be longer than the model's context."""
+        return len(await run_in_threadpool(self.engine.prompt, ask.messages, ask.tools.shown, ask.config))
+
     def _requests(self, ask: Ask) -> list[Request]:
         engine = self.engine
         if ask.messages is not None:
@@ -109,8 +113,7 @@ class Server:
             state = "normal"
         most = engine.context_length if ask.config.max_kv_size is None else None
         if most is not None and len(tokens) >= most:
-            message = f"the prompt has {len(tokens)} tokens; with the answer, this model supports at most {most}"
-            raise TooLongError(message, "Shorten the prompt or the conversation.")
+            raise PromptTooLong(len(tokens), most)
         configs = [ask.config]
         if ask.n > 1:  # each answer needs its own seed
             seed = ask.config.seed
@@ -211,6 +214,17 @@ class UnknownModel(AdapterError):
 
     def __init__(self, model: str, known: list[str], kind: str = "model"):
         super().__init__(f"the {kind} {model[:200]!r} does not exist", f"Known: {', '.join(known) or 'none'}.")
+
+
+class PromptTooLong(MLXLoRAError):
+    """A prompt leaves no room for an answer in the model's context. Clients look for these words in the message."""
+
+    def __init__(self, tokens: int, most: int):
+        super().__init__(
+            f"the prompt is too long: it has {tokens} tokens, and the model's maximum context length is {most}, with "
+            "the answer",
+            "Shorten the prompt or the conversation.",
+        )
 
 
 class OutOfTime(Exception):

@@ -94,8 +94,11 @@ def extra_eos(config: GenerateConfig, tokenizer: Any, vocab_size: int) -> set[in
     """Return the ids of ``config.extra_eos_token``. Raises: ConfigError: the tokenizer does not have a token."""
     found = set()
     for name in config.extra_eos_token:
-        token = int(name) if name.isdecimal() else tokenizer.convert_tokens_to_ids(name)
-        if token is None or token == getattr(tokenizer, "unk_token_id", None) or not 0 <= token < vocab_size:
+        if name.isdecimal():
+            token = int(name)
+        elif (token := tokenizer.convert_tokens_to_ids(name)) == getattr(tokenizer, "unk_token_id", None):
+            token = None
+        if token is None or not 0 <= token < vocab_size:
             raise ConfigError(f"extra_eos_token: this tokenizer has no token {name!r}", "Name one of its tokens.")
         found.add(token)
     return found

@@ -117,13 +117,15 @@ def test_serve_sets_the_keys_and_values_of_all_requests_and_the_sampling_of_thos
     made = []
     monkeypatch.setattr(server_run, "serve", lambda server, ready: made.append(server))
     options = ["--kv-bits", "4", "--kv-group-size", "32", "--quantized-kv-start", "7", "--prompt-cache-bytes", "12345"]
-    options += ["--temp", "0.5", "--top-p", "0.9", "--top-k", "5", "--min-p", "0.1"]
+    options += ["--extra-eos-token", "3", "--temp", "0.5", "--top-p", "0.9", "--top-k", "5", "--min-p", "0.1"]
     start(serve.make_context("serve", ["--model", str(PATH), *options]).params)
     (server,) = made
     body = {"messages": [{"role": "user", "content": "x"}]}
     config = server.generation(**ChatCompletion(**body).options())
     assert (config.temp, config.top_p, config.top_k, config.min_p) == (0.5, 0.9, 5, 0.1)
-    config = server.generation(**ChatCompletion(**body, temperature=2.0, top_k=3).options())
+    assert config.extra_eos_token == ("3",)
+    config = server.generation(**ChatCompletion(**body, temperature=2.0, top_k=3, stop_token_ids=[5]).options())
+    assert config.extra_eos_token == ("3", "5")
     assert (config.temp, config.top_p, config.top_k, config.min_p) == (2.0, 0.9, 3, 0.1)
     assert server.page_temp == 0.5
     config = server.generation(temp=0.0)

@@ -23,7 +23,7 @@ from mlx_lora.serving.server.document import below  # noqa: E402
 # What a JSON schema cannot say: which JSON schemas a grammar can follow, what a chat template refuses, and which fields
 # need others.
 SEMANTIC = (
-    *("this schema is not supported", "the chat template refuses these messages"),
+    *("this schema is not supported", "the chat template refuses these messages", "the prompt is too long"),
     *("tool_choice: ", "lora: ", "thread: ", "continue_final_message", "min_tokens and ignore_eos", "best_of: "),
 )
 

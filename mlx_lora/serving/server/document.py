@@ -30,8 +30,9 @@ def describe(app: FastAPI, server: Server) -> dict[str, Any]:
             fields["logit_bias"]["anyOf"][0]["propertyNames"] = {"pattern": f"^({below(server.engine.vocab_size)})$"}
         if "tools" in fields and not server.engine.shows_tools:
             fields["tools"]["anyOf"][0]["maxItems"] = 0
-        if "prompt" in fields:
-            _limit_tokens(fields["prompt"], server.engine.vocab_size - 1)
+        for name in ("prompt", "stop_token_ids"):
+            if name in fields:
+                _limit_tokens(fields[name], server.engine.vocab_size - 1)
     for path, operations in found["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)

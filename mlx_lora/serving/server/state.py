@@ -82,6 +82,13 @@ class Server:
         values = {**asdict(self.defaults), **{name: value for name, value in given.items() if value is not None}}
         if self.defaults.chat_template_config and given.get("chat_template_config"):
             values["chat_template_config"] = {**self.defaults.chat_template_config, **given["chat_template_config"]}
+        if stops := given.get("extra_eos_token"):  # a request's stop_token_ids
+            if unknown := [token for token in stops if int(token) >= self.engine.vocab_size]:
+                raise ConfigError(
+                    f"stop_token_ids: token {unknown[0]} is outside the vocabulary of {self.engine.vocab_size} tokens",
+                    "Send tokens of this model.",
+                )
+            values["extra_eos_token"] = (*self.defaults.extra_eos_token, *stops)
         if values["temp"] == 0:  # clients send these even with temperature 0, where they have no effect
             for name in ("top_p", "min_p", "top_k", "xtc_probability", "seed", "min_tokens_to_keep", "xtc_threshold"):
                 values[name] = GenerateConfig.__dataclass_fields__[name].default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def serve(**params: Any):
 
 
 def check_installed(command: str) -> None:
-    """Refuse ``command`` where the packages of the extra ``serve`` are missing."""
+    """Refuse ``command`` if Python is too old or packages of the extra ``serve`` are missing."""
+    if sys.version_info < (3, 11):  # mlx-lm 0.31, the newest for 3.10, does not pass the server's tests
+        raise ConfigError(f"{command} needs Python 3.11 or newer", "Install mlx-lora in an environment with one.")
     try:
         from ..serving.server.run import serve  # noqa: F401
     except ImportError as error:
@@ -113,9 +116,7 @@ def start(params: dict[str, Any], on_ready: Callable[[str], None] = lambda url: 
     run(Server(engine, Worker(engine), config, name, defaults, page_temp=temp or 0.0), ready)
 
 
-_INSTALL = (
-    "pip install fastapi uvicorn prometheus-client llguidance markdown-it-py nh3 pygments, with Python 3.11 or newer"
-)
+_INSTALL = "pip install fastapi uvicorn prometheus-client llguidance markdown-it-py nh3 pygments"
 
 
 def _check(params: dict[str, Any]) -> None:

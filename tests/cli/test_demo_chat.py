@@ -16,9 +16,10 @@ from click.testing import CliRunner
 
 from mlx_lora.cli import demo_chat
 from mlx_lora.cli.demo import demo
+from mlx_lora.cli.main import cli
 from mlx_lora.errors import ConfigError
 from mlx_lora.serving import server
-from mlx_lora.tiny_base import skill
+from mlx_lora.tiny_base import PATH, skill
 
 SHORT = """
 import dataclasses, webbrowser
@@ -64,6 +65,15 @@ def test_trains_two_adapters_opens_the_page_and_ends_at_ctrl_c(tmp_path):
     assert (tmp_path / "demo_chat" / ".mlx-lora-demo").exists()  # the next demo may replace it
 
 
+@pytest.mark.parametrize("command", [["demo", "--chat"], ["serve", "--model", str(PATH)]])
+def test_a_python_that_is_too_old_is_told_before_anything_else(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    result = CliRunner().invoke(cli, command)
+    assert isinstance(result.exception, ConfigError) and "needs Python 3.11 or newer" in result.exception.message
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="an older Python is refused first")
 def test_missing_packages_are_told_before_the_training(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_lora.serving.server.run", None)
     monkeypatch.delattr(server, "run", raising=False)  # other tests may have imported it
